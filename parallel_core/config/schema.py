@@ -1,0 +1,351 @@
+"""The configuration tree: five frozen sections, one value each for everything the program can be told.
+
+Field names are the ones the five mapping tables of the MindSpeed-Core-MS pretraining guide give; the Megatron name of
+each stands in `megatron_args.py`. Values here are resolved: what Megatron derives (ffn size, kv channels, ...) is
+filled in by `__post_init__`, where an integer 0 or an empty string means "derive it". Rules across fields live in
+`rules.py`, so that all violations can be reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+
+def _fill(section: object, **derived: object) -> None:
+    for name, value in derived.items():
+        object.__setattr__(section, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashAttentionConfig:
+    """Window and tensor layout of the fused attention kernel (Ascend `flash_attention_score`)."""
+
+    pre_tokens: int = 2**31 - 1
+    """How many positions before its own a query sees."""
+    next_tokens: int = 0
+    """How many positions after its own a query sees; 0 is causal."""
+    input_layout: str = "SBH"
+    """Order of the tensor axes handed to the kernel: SBH or BNSD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The model: sizes, positions, norms, activations, precision and recomputation."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    """Rows of the word embedding, padding included (Megatron's padded_vocab_size)."""
+    seq_length: int
+    max_position_embeddings: int = 0
+    """Rows of the learned position embedding; 0: seq_length."""
+    ffn_hidden_size: int = 0
+    """Width of the MLP; 0: 4 x hidden_size, or for swiglu two thirds of it rounded down to a multiple of 64."""
+    kv_channels: int = 0
+    """Size of one attention head; 0: hidden_size / num_attention_heads."""
+    group_query_attention: bool = False
+    num_query_groups: int = 0
+    """Number of key/value heads; 0: num_attention_heads (or 1 with group_query_attention, as in Megatron)."""
+    position_embedding_type: str = "learned_absolute"
+    """learned_absolute, rope or none."""
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    rotary_seq_len_interpolation_factor: float = 1.0
+    normalization: str = "LayerNorm"
+    """LayerNorm or RMSNorm."""
+    norm_epsilon: float = 1e-5
+    apply_layernorm_1p: bool = False
+    """The norm's stored weight is its scale minus one."""
+    qk_layernorm: bool = False
+    hidden_act: str = "gelu"
+    """gelu (erf), gelu_tanh (what Megatron's fused bias-GELU computes), swiglu, squared_relu, openai_gelu, silu or relu."""
+    add_bias_linear: bool = True
+    """Biases in the MLP's linears."""
+    qkv_has_bias: bool = True
+    out_proj_has_bias: bool = True
+    untie_embeddings_and_output_weights: bool = False
+    use_sandwich_norm: bool = False
+    attn_post_norm_scale: float = 1.0
+    """Initial weight of the norm after attention (sandwich norm)."""
+    ffn_post_norm_scale: float = 1.0
+    """Initial weight of the norm after the MLP (sandwich norm)."""
+    apply_residual_connection_post_layernorm: bool = False
+    fp32_residual_connection: bool = False
+    attention_dropout_rate: float = 0.1
+    hidden_dropout_rate: float = 0.1
+    attention_softmax_in_fp32: bool = False
+    apply_query_key_layer_scaling: bool = False
+    fp16_lm_cross_entropy: bool = False
+    label_smoothing: float = 0.0
+    init_method_std: float = 0.02
+    embedding_init_std: float = 0.0
+    """Standard deviation of the embeddings' initial values; 0: init_method_std."""
+    init_method_xavier_uniform: bool = False
+    params_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    """Type of activations and of matrix products; the CPU has float32 and float16."""
+    embedding_init_dtype: str = ""
+    """Type in which the embedding tables are kept; empty: params_dtype."""
+    transformer_impl: str = "auto"
+    """local: plain MindSpore operators only; auto: fused kernels where this device has them."""
+    use_flash_attention: bool = False
+    fa_config: FlashAttentionConfig = field(default_factory=FlashAttentionConfig)
+    apply_swiglu_fusion: bool = True
+    apply_rope_fusion: bool = True
+    recompute_granularity: str = "none"
+    """none, selective (core attention) or full (whole layers)."""
+    recompute_method: str = "none"
+    """For full: uniform (every recompute_num_layers layers one segment) or block (only the first ones)."""
+    recompute_num_layers: int = 0
+
+    def __post_init__(self) -> None:
+        heads = max(self.num_attention_heads, 1)
+        two_thirds = int(4 * self.hidden_size * 2 / 3) // 64 * 64
+        _fill(
+            self,
+            max_position_embeddings=self.max_position_embeddings or self.seq_length,
+            ffn_hidden_size=self.ffn_hidden_size
+            or ((two_thirds or 64) if self.hidden_act == "swiglu" else 4 * self.hidden_size),
+            kv_channels=self.kv_channels or self.hidden_size // heads,
+            num_query_groups=(self.num_query_groups or 1) if self.group_query_attention else self.num_attention_heads,
+            embedding_init_std=self.embedding_init_std or self.init_method_std,
+            embedding_init_dtype=self.embedding_init_dtype or self.params_dtype,
+        )
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's first linear has two halves, gate and up."""
+        return self.hidden_act == "swiglu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParallelConfig:
+    """The layout: how many ways each axis is cut, and which layers go where."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    context_parallel_algo: str = "megatron_cp_algo"
+    ulysses_degree_in_cp: int = 1
+    expert_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks on each pipeline rank."""
+    num_layers_per_virtual_pipeline_stage: int = 0
+    """0: follows from the other sizes."""
+    microbatch_group_size_per_virtual_pipeline_stage: int = 0
+    """Microbatches run on one chunk before the next; 0: pipeline_model_parallel_size."""
+    sequence_parallel: bool = False
+    num_layer_list: tuple[tuple[int, ...], ...] = ()
+    """Layers of [pipeline rank][chunk]; empty: an even split."""
+    decoder_first_pipeline_num_layers: int = 0
+    decoder_last_pipeline_num_layers: int = 0
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    standalone_embedding_stage: bool = False
+    """The first stage holds the embedding and no layer."""
+    noop_layers: tuple[int, ...] = ()
+    """Global numbers of layers that do nothing; they count in num_layers."""
+    overlap_p2p_comm: bool = True
+    """Wait for a received activation when it is used, not when it is announced."""
+    recompute: tuple[tuple[int, ...], ...] = ()
+    """Fully recomputed leading layers of [pipeline rank][chunk]; empty: as recompute_granularity says."""
+    select_recompute: tuple[tuple[int, ...], ...] = ()
+    """Leading layers of [pipeline rank][chunk] whose core attention is recomputed."""
+    select_comm_recompute: tuple[tuple[int, ...], ...] = ()
+    """Leading layers of [pipeline rank][chunk] whose sequence-parallel all-gather is repeated in backward."""
+    distributed_backend: str = "auto"
+    """auto, shm (shared memory, ranks of one host), mccl or hccl."""
+    distributed_timeout_minutes: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """The data: files, batch sizes, tokenizer and masks."""
+
+    batch_size: int = 1
+    """Samples in one microbatch (Megatron's micro_batch_size)."""
+    global_batch_size: int = 0
+    """Samples in one iteration over all ranks; 0: batch_size x data parallel size x micro_batch_num."""
+    micro_batch_num: int = 1
+    """Microbatches of each data parallel rank in one iteration."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """(start, increment, samples) of the batch-size ramp-up; empty: none."""
+    data_path: tuple[str, ...] = ()
+    """One prefix, or weights and prefixes in turn; empty with no other source: the bundled corpus."""
+    train_data_path: tuple[str, ...] = ()
+    valid_data_path: tuple[str, ...] = ()
+    test_data_path: tuple[str, ...] = ()
+    data_args_path: str = ""
+    split: str = "969, 30, 1"
+    data_cache_path: str = ""
+    mock_data: bool = False
+    mmap_bin_files: bool = True
+    dataloader_type: str = "single"
+    num_workers: int = 2
+    drop_remainder: bool = True
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+    eos_token_id: int = -1
+    """End-of-document token; -1: the tokenizer's."""
+    pad_token_id: int = -1
+    """Padding token; -1: none."""
+    tokenizer_type: str = ""
+    tokenizer_model: str = ""
+    vocab_file: str = ""
+    merge_file: str = ""
+    unpadded_vocab_size: int = 0
+    """Vocabulary of the tokenizer before padding (Megatron's vocab_size); 0: what the tokenizer has."""
+    make_vocab_size_divisible_by: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedules."""
+
+    optimizer_type: str = "adam"
+    learning_rate: float = 1e-4
+    min_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    weight_decay: float = 0.01
+    start_weight_decay: float = -1.0
+    """-1: weight_decay."""
+    end_weight_decay: float = -1.0
+    """-1: weight_decay."""
+    weight_decay_incr_style: str = "constant"
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    lr_decay_style: str = "linear"
+    lr_wsd_decay_style: str = "exponential"
+    lr_decay_iters: int = 0
+    """0: train_iters."""
+    lr_decay_samples: int = 0
+    lr_wsd_decay_iters: int = 0
+    lr_wsd_decay_samples: int = 0
+    lr_warmup_iters: int = 0
+    lr_warmup_samples: int = 0
+    lr_warmup_fraction: float = 0.0
+    """Share of the decay length that is warm-up; 0: use the counts."""
+    lr_warmup_init: float = 0.0
+    decoupled_lr: float = 0.0
+    """Learning rate of the embedding and the output layer; 0: learning_rate."""
+    decoupled_min_lr: float = 0.0
+    use_checkpoint_opt_param_scheduler: bool = False
+    override_opt_param_scheduler: bool = False
+    overlap_param_gather: bool = False
+
+    def __post_init__(self) -> None:
+        _fill(
+            self,
+            start_weight_decay=self.weight_decay if self.start_weight_decay < 0 else self.start_weight_decay,
+            end_weight_decay=self.weight_decay if self.end_weight_decay < 0 else self.end_weight_decay,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What the MindSpore profiler records, and when."""
+
+    enabled: bool = False
+    save_path: str = ""
+    step_start: int = 10
+    step_end: int = 12
+    level: str = "level0"
+    with_stack: bool = False
+    memory: bool = False
+    framework: str = "all"
+    communication: bool = False
+    parallel_strategy: bool = False
+    aicore_metrics: int = 0
+    l2_cache: bool = False
+    hbm_ddr: bool = False
+    pcie: bool = False
+    data_process: bool = False
+    data_simplification: bool = True
+    op_time: bool = True
+    offline_analyse: bool = False
+    dynamic_profiler_config_path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The run: length, precision of updates, data parallelism, checkpoints, logging."""
+
+    seed: int = 1234
+    training_iters: int = 0
+    train_samples: int = 0
+    log_interval: int = 100
+    eval_interval: int = 1000
+    eval_iters: int = 100
+    save_interval: int = 0
+    """Iterations between checkpoints; 0: only at the end, when there is an output_dir."""
+    exit_interval: int = 0
+    exit_duration_in_mins: float = 0.0
+    skip_train: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    loss_scale: float = 0.0
+    """Static loss scale; 0: dynamic for float16, 1 otherwise."""
+    loss_scale_value: float = 2.0**32
+    """First dynamic loss scale."""
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    """Overflow-free updates after which the dynamic scale doubles."""
+    hysteresis: int = 2
+    """Overflows tolerated before the dynamic scale halves."""
+    calculate_per_token_loss: bool = False
+    check_for_nan_in_loss_and_grad: bool = True
+    wrap_with_ddp: bool = True
+    bucket_size: int = 0
+    """Elements in one gradient bucket; 0: max(40e6, 1e6 x data parallel size) when reductions overlap, else one bucket."""
+    enable_mem_align: bool = True
+    overlap_grad_reduce: bool = False
+    delay_grad_reduce: bool = False
+    accumulate_allreduce_grads_in_fp32: bool = True
+    average_in_collective: bool = False
+    use_distributed_optimizer: bool = False
+    output_dir: str = ""
+    """Where checkpoints go (Megatron's --save); empty: none are written."""
+    load_checkpoint: str = ""
+    ckpt_step: int = 0
+    """Iteration to load; 0: the latest."""
+    ckpt_format: str = "safetensors"
+    prefix: str = "network"
+    """First part of checkpoint file names."""
+    keep_checkpoint_max: int = 5
+    async_save: bool = False
+    crc_check: bool = True
+    resume_training: bool = True
+    finetune: bool = False
+    no_load_optim: bool = False
+    no_load_rng: bool = False
+    no_save_optim: bool = False
+    no_save_rng: bool = False
+    exit_on_missing_checkpoint: bool = True
+    new_dataset: bool = False
+    log_dir: str = "msrun_log"
+    log_throughput: bool = False
+    print_schedule: bool = False
+    deterministic_mode: bool = True
+    data_parallel_random_init: bool = False
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllConfig:
+    """Everything one run is told."""
+
+    model_config: TransformerConfig
+    parallel_config: ModelParallelConfig = field(default_factory=ModelParallelConfig)
+    training_config: TrainingConfig = field(default_factory=TrainingConfig)
+    dataset_config: DatasetConfig = field(default_factory=DatasetConfig)
+    optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """Return the tree as plain nested dictionaries, ready for JSON or YAML."""
+        return dataclasses.asdict(self)
