@@ -1,0 +1,42 @@
+"""The three things this program takes from MindSpore's autograd, imported in this one place.
+
+`Function` is MindSpore's torch-like custom function; it is private there (`mindspore.common._grad_function`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore.common._grad_function import _Function as Function
+from mindspore.ops.composite import GradOperation
+
+__all__ = ["Function", "backward", "no_grad"]
+
+no_grad = ms._no_grad
+"""Context manager: operations inside are not recorded."""
+
+_GRAD_OF_INPUTS_AND_PARAMETERS = GradOperation(get_all=True, get_by_list=True, sens_param=True)
+
+
+def backward(
+    cell: nn.Cell, inputs: Sequence[Any], parameters: Sequence[Parameter], grad_output: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the gradients of one earlier call of `cell`, without running it again.
+
+    MindSpore finds the recorded call by its input objects: `inputs` must be the very tensors of that call, different
+    ones for every call in flight. Calls may be taken back in any order.
+
+    Args:
+        cell: a Cell with `set_grad(True)`.
+        inputs: the arguments of the call.
+        parameters: the parameters whose gradients are wanted.
+        grad_output: gradient of the output, in its shape and dtype.
+
+    Returns:
+        Gradients of the inputs, and of the parameters.
+    """
+    of_inputs, of_parameters = _GRAD_OF_INPUTS_AND_PARAMETERS(cell, ParameterTuple(parameters))(*inputs, grad_output)
+    return of_inputs, of_parameters

@@ -1,0 +1,78 @@
+"""Names and small durable file operations of a checkpoint directory.
+
+    DIR/latest_checkpointed_iteration.txt      the iteration to load, written last
+    DIR/iter_0000100/checkpoint.json           index: tensors, files with checksums, everything that is no tensor
+    DIR/iter_0000100/checksums.txt             checksum of checkpoint.json and of every other file
+    DIR/iter_0000100/model-00000-of-00004.safetensors
+    DIR/iter_0000110.tmp-TOKEN/                a save in progress, or what a crash left of one
+    DIR/iter_0000100.replaced/                 for an instant, while iteration 100 is saved again
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+INDEX_NAME = "checkpoint.json"
+CHECKSUMS_NAME = "checksums.txt"
+FORMAT_NAME = "parallel_core"
+FORMAT_VERSION = 1
+_ITERATION_PATTERN = re.compile(r"iter_(\d{7,})(\.replaced)?")
+
+
+def iteration_dir_name(iteration: int) -> str:
+    """Return the directory name of an iteration, `iter_0000100` for 100."""
+    return f"iter_{iteration:07d}"
+
+
+def list_iterations(root: Path) -> dict[int, Path]:
+    """Return the finished checkpoints under `root` by iteration, complete or not, native or Megatron's."""
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        match = _ITERATION_PATTERN.fullmatch(path.name)
+        if match and path.is_dir() and int(match[1]) not in found:  # sorted: the plain name comes before `.replaced`
+            found[int(match[1])] = path
+    return found
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace the content of `path` so that a crash leaves either the old or the new content, never a mix."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+    fsync_directory(path.parent)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint directory so that a crash on the way never leaves half of it under its own name."""
+    doomed = path.with_name(path.name + ".tmp-removing")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path, keep: Path | None = None) -> list[str]:
+    """Remove what crashed saves and removals left under `root`, and return their names."""
+    removed = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        leftover = re.fullmatch(r"iter_\d{7,}(\.replaced)?\.tmp-.*", path.name) or (
+            path.name.endswith(".replaced") and path.with_name(path.name.removesuffix(".replaced")).is_dir()
+        )
+        if leftover and path.is_dir() and path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path.name)
+    return removed

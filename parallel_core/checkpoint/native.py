@@ -1,0 +1,276 @@
+"""Finding, checking and reading native checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from parallel_core.checkpoint.dtypes import storage_dtype
+from parallel_core.checkpoint.layout_files import (
+    CHECKSUMS_NAME,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    TRACKER_NAME,
+    iteration_dir_name,
+    list_iterations,
+)
+from parallel_core.checkpoint.mindspore_container import CkptBlob
+from parallel_core.checkpoint.safetensors_file import FileDigest, file_digest
+from parallel_core.checkpoint.source import Blob, Piece, PieceSource, TensorInfo
+from parallel_core.errors import CheckpointError, bullet_list
+
+_log = logging.getLogger("parallel_core.checkpoint")
+
+
+class NativeCheckpoint(PieceSource):
+    """A native checkpoint directory as global tensors."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the index; tensors stay on the disk.
+
+        Args:
+            path: an `iter_XXXXXXX` directory.
+
+        Raises:
+            CheckpointError: there is no index, or it is not one this version can read.
+        """
+        path = Path(path)
+        index = _read_index(path)
+        try:
+            tensors = {key: _tensor(path, key, spec, index["container"]) for key, spec in index["tensors"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path / INDEX_NAME} is damaged: {error!r}") from None
+        super().__init__(path, "native", tensors, index["common"])
+
+
+def is_native(path: Path) -> bool:
+    """Tell whether a directory is a native checkpoint of one iteration, intact or not."""
+    return (path / INDEX_NAME).exists() or (path / CHECKSUMS_NAME).exists()
+
+
+def read_common(path: str | Path) -> dict[str, Any]:
+    """Return everything in a native checkpoint that is not a tensor.
+
+    Args:
+        path: an `iter_XXXXXXX` directory.
+
+    Raises:
+        CheckpointError: the index is missing or unreadable.
+    """
+    common: dict[str, Any] = _read_index(Path(path))["common"]
+    return common
+
+
+def verify(path: str | Path, part: int = 0, num_parts: int = 1) -> list[str]:
+    """Return what is wrong with a native checkpoint, one message per damaged file; an empty list when it is intact.
+
+    Every file is read and compared with its size and checksum, by name, so that truncation, flipped bits, missing and
+    exchanged files all show.
+
+    Args:
+        path: an `iter_XXXXXXX` directory.
+        part: which share of the data files to read, when ranks divide the work; the index is checked by all.
+        num_parts: number of shares.
+    """
+    path = Path(path)
+    try:
+        listed = _read_checksums(path)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    if INDEX_NAME not in listed:
+        problems.append(f"{path / CHECKSUMS_NAME} is damaged: it does not list {INDEX_NAME}")
+    for i, (name, expected) in enumerate(sorted(listed.items())):
+        if name == INDEX_NAME or i % num_parts == part:
+            problems += _compare(path / name, expected)
+    if any(INDEX_NAME in problem for problem in problems):
+        return problems
+    try:
+        files = {name: FileDigest(spec["bytes"], spec["crc32"]) for name, spec in _read_index(path)["files"].items()}
+    except CheckpointError as error:
+        return [*problems, str(error)]
+    listed.pop(INDEX_NAME)
+    if files != listed:
+        names = sorted(name for name in {*files, *listed} if files.get(name) != listed.get(name))
+        problems.append(f"{path / CHECKSUMS_NAME} is damaged: it and {INDEX_NAME} disagree about {', '.join(names)}")
+    return problems
+
+
+def find_checkpoint(
+    root: str | Path,
+    step: int | None = None,
+    *,
+    check: bool = True,
+    report: Callable[[str], None] = _log.warning,
+) -> Path:
+    """Return the directory of the checkpoint to load.
+
+    The tracker file says which; when that one is missing or damaged the newest intact one is taken, and `report` is
+    told. Rank 0 calls this and tells the others, so that all load the same one and the files are checked once.
+
+    Args:
+        root: what `--load` names: a directory of checkpoints, or one checkpoint's own directory.
+        step: `--ckpt-step`: exactly this iteration, with no other in its place.
+        check: compare every file with its checksum (`resume_crc_check`).
+        report: told, in one sentence, whenever the result is not simply what the tracker says.
+
+    Raises:
+        CheckpointError: there is no such directory, it holds no checkpoint, the asked step is absent or damaged, or
+            none is intact.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise CheckpointError(f"--load {root}: there is no such directory")
+    if is_checkpoint_dir(root):
+        _require_intact(root, check)
+        return root
+    iterations = list_iterations(root)
+    if step is not None:
+        if step not in iterations:
+            raise CheckpointError(f"--load {root} --ckpt-step {step}: no {iteration_dir_name(step)}; {_have(iterations)}")
+        _require_intact(iterations[step], check)
+        return iterations[step]
+    tracked, note = _read_tracker(root, iterations)
+    if tracked == "release":
+        return root / "release"
+    first = [tracked] if isinstance(tracked, int) else []
+    newest = sorted(iterations, reverse=True)
+    # Iterations above the tracked one come last: they are of a branch the user went back from.
+    rest = [i for i in newest if not first or i < first[0]] + [i for i in newest if first and i > first[0]]
+    notes = [note] if note else []
+    for iteration in first + rest:
+        problems = _problems(iterations[iteration], check)
+        if not problems:
+            if notes:
+                report(f"--load {root}: " + "; ".join(notes) + f". Loading {iterations[iteration].name} instead.")
+            return iterations[iteration]
+        notes.append(f"{iterations[iteration].name} is damaged ({problems[0]})")
+    if not iterations:
+        raise CheckpointError(f"--load {root}: {note or 'no checkpoint'}; there is no iter_XXXXXXX directory in it")
+    raise CheckpointError(f"--load {root}: no checkpoint is intact:\n{bullet_list(notes)}")
+
+
+def is_checkpoint_dir(path: Path) -> bool:
+    """Tell whether `path` is one checkpoint's own directory, of any format this project reads."""
+    return (
+        is_native(path)
+        or (path / ".metadata").exists()
+        or (path / "metadata.json").exists()
+        or any(path.glob("mp_rank_*"))
+        or any(path.glob("*.safetensors"))
+    )
+
+
+def _have(iterations: dict[int, Path]) -> str:
+    return "it holds " + (", ".join(path.name for _, path in sorted(iterations.items())) or "no checkpoint")
+
+
+def _read_tracker(root: Path, iterations: dict[int, Path]) -> tuple[int | str | None, str]:
+    """Return the tracked iteration (or "release", or None) and, when it is of no use, why."""
+    tracker = root / TRACKER_NAME
+    if not tracker.exists():
+        return None, f"{TRACKER_NAME} is missing"
+    text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+    if text == "release" and (root / "release").is_dir():
+        return "release", ""
+    if not (text.isascii() and text.isdigit()):
+        return None, f"{TRACKER_NAME} holds {text!r}, not an iteration"
+    if int(text) not in iterations:
+        return None, f"{TRACKER_NAME} says {text}, but there is no {iteration_dir_name(int(text))}"
+    return int(text), ""
+
+
+def _problems(path: Path, check: bool) -> list[str]:
+    if (path / ".metadata").exists() or any(path.glob("mp_rank_*")):
+        return []  # Megatron's own formats carry no checksums
+    if check:
+        return verify(path)
+    return [] if (path / INDEX_NAME).exists() else [f"{path / INDEX_NAME} is missing"]
+
+
+def _require_intact(path: Path, check: bool) -> None:
+    problems = _problems(path, check) if is_native(path) or path.name.startswith("iter_") else []
+    if problems:
+        raise CheckpointError(f"{path} is damaged:\n{bullet_list(problems)}")
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    file = path / INDEX_NAME
+    try:
+        index = json.loads(file.read_bytes())
+        if index["format"] != FORMAT_NAME:
+            raise ValueError(f"format {index['format']!r}")
+        version = index["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{file} has format version {version}; this release reads version {FORMAT_VERSION}")
+        for name in index["files"]:
+            _plain_name(file, name)
+        if not isinstance(index["common"], dict):
+            raise ValueError("`common` is no mapping")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{path} is no directory") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    return dict(index)
+
+
+def _plain_name(index: Path, name: str) -> str:
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise CheckpointError(f"{index} names a file outside its directory: {name!r}")
+    return name
+
+
+def _tensor(path: Path, key: str, spec: dict[str, Any], container: str) -> tuple[TensorInfo, list[Piece]]:
+    info = TensorInfo(_natural(key, spec["shape"]), spec["dtype"])
+    storage_dtype(info.dtype)
+    pieces = []
+    for piece in spec["pieces"]:
+        start, shape = _natural(key, piece["start"]), _natural(key, piece["shape"])
+        file = path / _plain_name(path / INDEX_NAME, piece["file"])
+        blob: Any
+        if container == "ckpt":
+            blob = CkptBlob(file, piece["entry"], info.dtype, shape, tuple((0, n) for n in shape))
+        else:
+            blob = Blob.contiguous(file, *_natural(key, [piece["offset"]]), info.dtype, shape)
+        pieces.append(Piece(start, shape, blob))
+    return info, pieces
+
+
+def _natural(key: str, numbers: list[Any]) -> tuple[int, ...]:
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{key} has {numbers} where natural numbers belong")
+    return tuple(numbers)
+
+
+def _read_checksums(path: Path) -> dict[str, FileDigest]:
+    file = path / CHECKSUMS_NAME
+    try:
+        lines = file.read_text(encoding="ascii").splitlines(keepends=True)
+        listed = {}
+        for line in lines:
+            crc, size, name = line.removesuffix("\n").split(" ", 2)
+            if not line.endswith("\n") or len(crc) != 8 or _plain_name(file, name) in listed:
+                raise ValueError(line.strip()[:60])
+            listed[name] = FileDigest(int(size), crc)
+    except OSError as error:
+        raise CheckpointError(f"{file} is missing or unreadable ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    return listed
+
+
+def _compare(file: Path, expected: FileDigest) -> list[str]:
+    try:
+        size = file.stat().st_size
+        if size != expected.bytes:
+            return [f"{file} has {size} bytes, {expected.bytes} were written"]
+        found = file_digest(file)
+    except OSError as error:
+        return [f"{file} is missing or unreadable ({error.strerror})"]
+    return [] if found == expected else [f"{file} has checksum {found.crc32}, {expected.crc32} was written"]

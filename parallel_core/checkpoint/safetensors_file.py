@@ -1,0 +1,162 @@
+"""Reading and writing safetensors files as streams: a header parsed with suspicion, tensors written as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from parallel_core.checkpoint.dtypes import SAFETENSORS_NAMES, TAGS_BY_SAFETENSORS_NAME, as_storage, storage_dtype
+from parallel_core.checkpoint.source import Blob
+from parallel_core.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors format's own limit."""
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and checksum of a file: enough to notice truncation, flipped bits, and two files swapped."""
+
+    bytes: int
+    crc32: str
+
+
+class ChecksumWriter:
+    """A binary stream that remembers how much went through it and the CRC-32 of it."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._crc = 0
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write `data` and add it to the checksum."""
+        self._handle.write(data)
+        self._crc = zlib.crc32(data, self._crc)
+        self._bytes += len(data)
+
+    def write_array(self, array: np.ndarray) -> None:
+        """Write the elements of `array` in C order, without a second copy of more than one row block."""
+        if not array.flags.c_contiguous and array.ndim > 0 and array.nbytes > _CHUNK_BYTES and len(array) > 1:
+            half = len(array) // 2
+            self.write_array(array[:half])
+            self.write_array(array[half:])
+            return
+        if array.size == 0:
+            return
+        flat = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for start in range(0, len(flat), _CHUNK_BYTES):
+            self.write(flat[start : start + _CHUNK_BYTES])
+
+    def digest(self) -> FileDigest:
+        """Return size and checksum of everything written so far."""
+        return FileDigest(self._bytes, f"{self._crc:08x}")
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Return size and checksum of a file, read in blocks."""
+    crc, size = 0, 0
+    buffer = bytearray(_CHUNK_BYTES)
+    with path.open("rb", buffering=0) as handle:
+        while count := handle.readinto(buffer):
+            crc = zlib.crc32(memoryview(buffer)[:count], crc)
+            size += count
+    return FileDigest(size, f"{crc:08x}")
+
+
+def header_bytes(
+    entries: Mapping[str, tuple[tuple[int, ...], str]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the header of a file that holds `entries` (shape and dtype tag by name), and each entry's byte offset."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (shape, tag) in entries.items():
+        size = int(np.prod(shape, dtype=np.int64)) * storage_dtype(tag).itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[tag], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts 8-aligned, as the format asks
+    start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: start + header[name]["data_offsets"][0] for name in entries}
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str]
+) -> tuple[FileDigest, dict[str, int]]:
+    """Write a safetensors file, flush it to the disk, and return its digest and each tensor's byte offset in it.
+
+    Args:
+        path: the file; replaced when it exists.
+        tensors: array and dtype tag by name; bfloat16 as bits or as any NumPy `bfloat16`.
+        metadata: strings for the header.
+
+    Raises:
+        CheckpointError: an array does not hold what its tag says.
+    """
+    arrays = {name: (as_storage(array, tag), tag) for name, (array, tag) in tensors.items()}
+    header, offsets = header_bytes({name: (array.shape, tag) for name, (array, tag) in arrays.items()}, metadata)
+    with path.open("wb") as handle:
+        out = ChecksumWriter(handle)
+        out.write(header)
+        for array, _ in arrays.values():
+            out.write_array(array)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return out.digest(), offsets
+
+
+def read_header(path: Path) -> tuple[dict[str, Blob], dict[str, str]]:
+    """Return the tensors of a safetensors file, unread, and its metadata.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or its header promises what the file does not hold.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        start = handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path} is not a safetensors file: header length {length}, file of {size} bytes")
+        text = handle.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        items = {name: _entry(path, 8 + length, size, name, spec) for name, spec in header.items()}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header cannot be read ({error})") from None
+    end = 0
+    for name, blob in sorted(items.items(), key=lambda item: item[1].offset):
+        if blob.offset < 8 + length + end:
+            raise CheckpointError(f"{path}: tensor {name} overlaps the one before it")
+        end = blob.offset - 8 - length + _nbytes(blob)
+    return items, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _nbytes(blob: Blob) -> int:
+    return int(np.prod(blob.shape, dtype=object)) * blob.itemsize if blob.shape else blob.itemsize
+
+
+def _entry(path: Path, base: int, size: int, name: str, spec: dict[str, Any]) -> Blob:
+    if spec["dtype"] not in TAGS_BY_SAFETENSORS_NAME:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {spec['dtype']}, which cannot be read")
+    tag = TAGS_BY_SAFETENSORS_NAME[spec["dtype"]]
+    shape = tuple(spec["shape"])
+    begin, end = spec["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)} at [{begin}, {end}]")
+    blob = Blob.contiguous(path, base + begin, tag, shape)
+    if end - begin != _nbytes(blob) or base + end > size:
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {list(shape)} and dtype {tag} needs {_nbytes(blob)} bytes; the header gives "
+            f"it [{begin}, {end}) of {size - base}"
+        )
+    return blob

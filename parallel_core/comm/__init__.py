@@ -1,0 +1,1 @@
+"""Communication: one small interface (`interface.Group`) and its implementations for every backend."""
