@@ -1,0 +1,305 @@
+"""The kernels' specification, in plain MindSpore operators that exist on CPU and on Ascend.
+
+Every fused kernel has the signature of the function here that it replaces and is tested against it, forward and
+backward. Two kinds of functions stand here: differentiable ones, which MindSpore's autograd goes through, and raw ones
+(marked "no autograd"), which the functions of `tensor_parallel` call in their own forward and backward.
+
+Shapes: S sequence, B microbatch, H hidden, N query heads, G key/value heads, D head size, F feed-forward,
+V local vocabulary, T tokens (S * B).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, ops
+
+_MASKED_SCORE = -10000.0
+"""What Megatron writes over the scores of masked positions; exp of it is exactly 0 in float32."""
+
+_matmul_nn = ops.MatMul()
+_matmul_nt = ops.MatMul(transpose_b=True)
+_matmul_tn = ops.MatMul(transpose_a=True)
+_bmm_nn = ops.BatchMatMul()
+_bmm_nt = ops.BatchMatMul(transpose_b=True)
+
+
+# ---- linear (no autograd) -------------------------------------------------------------------------------------------
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return x @ weight^T + bias, [T, O]; no autograd."""
+    y = _matmul_nt(x_TI, weight_OI)
+    return y if bias_O is None else y + bias_O
+
+
+def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return the gradient of `linear` for x, [T, I]; no autograd."""
+    return _matmul_nn(dy_TO, weight_OI)
+
+
+def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """Return the gradient of `linear` for the weight, [O, I]; no autograd."""
+    return _matmul_tn(dy_TO, x_TI)
+
+
+def linear_grad_bias(dy_TO: Tensor) -> Tensor:
+    """Return the gradient of `linear` for the bias, [O]; no autograd."""
+    return dy_TO.sum(0)
+
+
+# ---- embedding (no autograd) ----------------------------------------------------------------------------------------
+def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
+    """Return rows `ids - first_row` of the table, and zeros for ids outside it, [T, H]; no autograd."""
+    rows, inside = _local_rows(ids_T, first_row, table_VH.shape[0])
+    out = ops.gather(table_VH, rows, 0)
+    return out * inside.astype(out.dtype).reshape(-1, 1)
+
+
+def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row: int) -> Tensor:
+    """Return the gradient of `embedding` for the table, [num_rows, H]; no autograd."""
+    rows, inside = _local_rows(ids_T, first_row, num_rows)
+    return ops.unsorted_segment_sum(dy_TH * inside.astype(dy_TH.dtype).reshape(-1, 1), rows, num_rows)
+
+
+def _local_rows(ids_T: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    rows = ids_T - first_row
+    inside = ops.logical_and(rows >= 0, rows < num_rows)
+    return rows * inside.astype(rows.dtype), inside
+
+
+# ---- cross entropy over a part of the vocabulary (no autograd) ------------------------------------------------------
+def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the loss needs of this rank's logits, four float32 [T]; no autograd.
+
+    Returns:
+        The largest logit m; the sum of exp(logit - m); the target's logit, or 0 where another rank has it; the sum of
+        the logits.
+    """
+    logits = logits_TV.astype(ms.float32)
+    largest = logits.max(axis=-1)
+    sum_exp = mint.exp(logits - largest.reshape(-1, 1)).sum(-1)
+    rows, inside = _local_rows(target_T, first_row, logits.shape[1])
+    picked = mint.gather(logits, 1, rows.reshape(-1, 1).astype(ms.int64)).reshape(-1)
+    return largest, sum_exp, picked * inside.astype(ms.float32), logits.sum(-1)
+
+
+def vocab_grad_logits(
+    logits_TV: Tensor,
+    log_sum_exp_T: Tensor,
+    target_T: Tensor,
+    first_row: int,
+    dloss_T: Tensor,
+    target_weight: float,
+    uniform_weight: float,
+) -> Tensor:
+    """Return dloss * (softmax - target_weight * onehot(target) - uniform_weight), [T, V]; no autograd."""
+    logits = logits_TV.astype(ms.float32)
+    softmax = mint.exp(logits - log_sum_exp_T.reshape(-1, 1))
+    rows, inside = _local_rows(target_T, first_row, logits.shape[1])
+    onehot = ops.one_hot(rows, logits.shape[1], Tensor(1.0, ms.float32), Tensor(0.0, ms.float32))
+    onehot = onehot * (inside.astype(ms.float32) * target_weight).reshape(-1, 1)
+    grad = softmax - onehot
+    if uniform_weight:
+        grad = grad - uniform_weight
+    return (grad * dloss_T.reshape(-1, 1)).astype(logits_TV.dtype)
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+def layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias over the last dim, computed in float32, in x's dtype."""
+    norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+    y, _, _ = norm(x.astype(ms.float32), weight_H.astype(ms.float32), bias_H.astype(ms.float32))
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in float32, in x's dtype."""
+    wide = x.astype(ms.float32)
+    scale = mint.rsqrt(mint.mean(wide * wide, dim=-1, keepdim=True) + eps)
+    return (wide * scale * weight_H.astype(ms.float32)).astype(x.dtype)
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """Return the activation `name` of x + bias over the last dim; swiglu halves that dim: silu(first) * second."""
+    if bias is not None:
+        x = x + bias.astype(x.dtype)
+    return ACTIVATIONS[name](x)
+
+
+def _gelu_erf(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + mint.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + mint.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _openai_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + mint.tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x)))
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = mint.chunk(x, 2, -1)
+    return gate * mint.sigmoid(gate) * up
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    positive = ops.relu(x)
+    return positive * positive
+
+
+ACTIVATIONS = {
+    "gelu": _gelu_erf,
+    "gelu_tanh": _gelu_tanh,
+    "openai_gelu": _openai_gelu,
+    "swiglu": _swiglu,
+    "squared_relu": _squared_relu,
+    "silu": lambda x: x * mint.sigmoid(x),
+    "relu": ops.relu,
+}
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return x with its first R head dims rotated by the positions' angles.
+
+    Args:
+        x_SBND: queries or keys.
+        cos: float32 [S, 1 or B, 1, R] cosines, each angle standing twice (halves, or pairs when interleaved).
+        sin: the sines, likewise.
+        interleaved: whether dims 2i and 2i+1 form a pair (else i and i + R/2).
+    """
+    width, full = cos.shape[-1], x_SBND.shape[-1]
+    x = x_SBND[..., :width] if width < full else x_SBND
+    wide = x.astype(ms.float32)
+    if interleaved:
+        pairs = wide.reshape(*wide.shape[:-1], width // 2, 2)
+        turned = ops.stack((-pairs[..., 1], pairs[..., 0]), axis=-1).reshape(wide.shape)
+    else:
+        turned = mint.cat((-wide[..., width // 2 :], wide[..., : width // 2]), -1)
+    y = (wide * cos + turned * sin).astype(x_SBND.dtype)
+    return mint.cat((y, x_SBND[..., width:]), -1) if width < full else y
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+def causal_attention(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    *,
+    scale: float,
+    softmax_coefficient: float = 1.0,
+    softmax_in_fp32: bool = True,
+    document_start_BS: Tensor | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Return softmax(scale * Q K^T, masked) V, heads joined: [S, B, N * D].
+
+    Position s sees positions t with document_start[s] <= t <= s. Query head n uses key/value head n // (N / G).
+
+    Args:
+        query_SBND: queries.
+        key_SBGD: keys.
+        value_SBGD: values.
+        scale: factor of the scores, applied in the scores' dtype.
+        softmax_coefficient: further factor, applied in the softmax's dtype (query-key layer scaling).
+        softmax_in_fp32: compute the softmax in float32 whatever the scores' dtype.
+        document_start_BS: int32, first position that each position may see; None: 0 everywhere.
+        dropout_rate: share of the attention weights set to zero.
+        dropout_seed: equal seeds give equal masks.
+    """
+    S, B, N, D = query_SBND.shape
+    G = key_SBGD.shape[2]
+    # Query heads that share a key head are stacked along the query positions, so keys are never repeated.
+    query = query_SBND.reshape(S, B * G, N // G, D).transpose(1, 2, 0, 3).reshape(B * G, N // G * S, D)
+    key = key_SBGD.reshape(S, B * G, D).transpose(1, 0, 2)
+    value = value_SBGD.reshape(S, B * G, D).transpose(1, 0, 2)
+    scores = (_bmm_nt(query, key) * scale).reshape(B, G * (N // G), S, S)
+    if softmax_in_fp32:
+        scores = scores.astype(ms.float32)
+    if softmax_coefficient != 1.0:
+        scores = scores * softmax_coefficient
+    scores = ops.masked_fill(scores, attention_mask(S, document_start_BS), Tensor(_MASKED_SCORE, scores.dtype))
+    weights = ops.Softmax(-1)(scores).astype(query_SBND.dtype)
+    weights = dropout(weights, dropout_rate, dropout_seed)
+    context = _bmm_nn(weights.reshape(B * G, N // G * S, S), value)
+    return context.reshape(B * G, N // G, S, D).transpose(2, 0, 1, 3).reshape(S, B, N * D)
+
+
+def attention_mask(S: int, document_start_BS: Tensor | None) -> Tensor:
+    """Return the bool mask, True where a position may not look: [1, 1, S, S], or [B, 1, S, S] with documents."""
+    causal = Tensor(np.triu(np.ones((S, S), bool), 1)[None, None])
+    if document_start_BS is None:
+        return causal
+    B = document_start_BS.shape[0]
+    before = Tensor(np.arange(S, dtype=np.int32)).reshape(1, 1, 1, S) < document_start_BS.reshape(B, 1, S, 1)
+    return ops.logical_or(causal, before)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
+    """Return x with a share `rate` of its elements zeroed and the rest divided by 1 - rate; the mask follows `seed`."""
+    if rate == 0.0:
+        return x
+    return ops.Dropout(keep_prob=1.0 - rate, Seed0=seed[0], Seed1=seed[1])(x)[0]
+
+
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
+    """Return residual + dropout(x + bias), in the residual's dtype."""
+    if bias is not None:
+        x = x + bias.astype(x.dtype)
+    return residual + dropout(x, rate, seed).astype(residual.dtype)
+
+
+# ---- flat buffers (NumPy views of CPU memory; no autograd) ----------------------------------------------------------
+def sum_of_squares(flat: np.ndarray) -> float:
+    """Return the sum of squares of a 1-D float32 array, accumulated blockwise in float64."""
+    block = 1 << 16
+    return float(
+        sum(float(np.dot(part, part)) for part in (flat[i : i + block] for i in range(0, flat.size, block)))
+    )
+
+
+def adam_(
+    param: np.ndarray,
+    grad: np.ndarray,
+    exp_avg: np.ndarray,
+    exp_avg_sq: np.ndarray,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> None:
+    """Do one AdamW update (decoupled weight decay, bias correction) on 1-D float32 arrays, in place.
+
+    Args:
+        param: master weights, overwritten.
+        grad: gradient; grad_scale * grad is what the update uses.
+        exp_avg: first moment, overwritten.
+        exp_avg_sq: second moment, overwritten.
+        step: number of this update, from 1.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: multiplied by lr and the weight.
+        grad_scale: factor of the gradient (clipping and unscaling).
+    """
+    beta1, beta2 = betas
+    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+    block = 1 << 15  # temporaries stay in cache
+    for i in range(0, param.size, block):
+        p, m, v = param[i : i + block], exp_avg[i : i + block], exp_avg_sq[i : i + block]
+        g = grad[i : i + block] * np.float32(grad_scale)
+        if weight_decay:
+            p *= np.float32(1 - lr * weight_decay)
+        m *= np.float32(beta1)
+        m += np.float32(1 - beta1) * g
+        v *= np.float32(beta2)
+        v += np.float32(1 - beta2) * g * g
+        p -= np.float32(lr / correction1) * m / (np.sqrt(v) / np.float32(correction2) + np.float32(eps))
