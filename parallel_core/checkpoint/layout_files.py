@@ -1,11 +1,11 @@
 """Names and small durable file operations of a checkpoint directory.
 
-    DIR/latest_checkpointed_iteration.txt      the iteration to load, written last
-    DIR/iter_0000100/checkpoint.json           index: tensors, files with checksums, everything that is no tensor
-    DIR/iter_0000100/checksums.txt             checksum of checkpoint.json and of every other file
-    DIR/iter_0000100/model-00000-of-00004.safetensors
-    DIR/iter_0000110.tmp-TOKEN/                a save in progress, or what a crash left of one
-    DIR/iter_0000100.replaced/                 for an instant, while iteration 100 is saved again
+* DIR/latest_checkpointed_iteration.txt      the iteration to load, written last
+* DIR/iter_0000100/checkpoint.json           index: tensors, files with checksums, everything that is no tensor
+* DIR/iter_0000100/checksums.txt             checksum of checkpoint.json and of every other file
+* DIR/iter_0000100/model-00000-of-00004.safetensors
+* DIR/iter_0000110.tmp-TOKEN/                a save in progress, or what a crash left of one
+* DIR/iter_0000100.replaced/                 for an instant, while iteration 100 is saved again
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import convert, storage_dtype
-from parallel_core.checkpoint.shard import Box, TensorShard, intersect
+from parallel_core.checkpoint.shard import Box, TensorShard, intersect, region
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError, bullet_list
 
@@ -77,7 +77,8 @@ def load_shards(
         from parallel_core.checkpoint.opening import open_checkpoint
 
         source = open_checkpoint(source)
-    stored_keys = {key: _stand_in(source, key, shard) for key, shard in wanted.items()}
+    present = set(source.keys())
+    stored_keys = {key: _stand_in(source, present, key, shard) for key, shard in wanted.items()}
     _check_keys(source, wanted, stored_keys, all_keys)
     arrays: dict[str, np.ndarray] = {}
     report = LoadReport()
@@ -115,9 +116,8 @@ def _show(value: Any) -> str:
     return "(not set)" if value is _NOT_SET else repr(value)
 
 
-def _stand_in(source: TensorSource, key: str, shard: TensorShard) -> str | None:
+def _stand_in(source: TensorSource, stored: set[str], key: str, shard: TensorShard) -> str | None:
     """Return the stored key that fills `key`, or None when there is none."""
-    stored = set(source.keys()) if not hasattr(source, "_key_set") else source._key_set
     name, _, kind = key.partition("@")
     if key in stored:
         narrow = kind == "" and shard.dtype == "float32" and source.info(key).dtype in ("bfloat16", "float16")
@@ -168,13 +168,13 @@ def _is_repadded(source: TensorSource, shard: TensorShard, found: tuple[int, ...
 def _load_one(source: TensorSource, key: str, stored: str, shard: TensorShard, report: LoadReport) -> np.ndarray:
     info = source.info(stored)
     out = np.empty(shard.local_shape, storage_dtype(info.dtype))
-    boxes = shard.boxes
+    boxes: Sequence[Box] = shard.boxes
     if info.shape != shard.global_shape:
         boxes = _fill_padding(source, key, stored, shard, out)
         report.padded.append(f"{key} {list(info.shape)} -> {list(shard.global_shape)}")
     pieces = 0
     for box in boxes:
-        target = out[tuple(slice(start, stop) for start, stop in box.local)].reshape(box.shape)
+        target = region(out, box.local).reshape(box.shape)
         pieces += source.read_into(stored, box.globe, target)
     whole = math.prod(shard.local_shape) == math.prod(shard.global_shape)
     if pieces != len(shard.boxes) or (pieces and not whole and not _stored_alike(source, stored, shard)):
@@ -201,7 +201,7 @@ def _fill_padding(source: TensorSource, key: str, stored: str, shard: TensorShar
         source.read_into(stored, [(rows - 1, rows), (0, width)], last)
     present = []
     for box in shard.boxes:
-        target = out[tuple(slice(start, stop) for start, stop in box.local)].reshape(box.shape)
+        target = region(out, box.local).reshape(box.shape)
         (row, row_end), columns = box.globe
         split = min(max(rows, row), row_end)
         target[split - row :] = last[:, columns[0] : columns[1]]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import as_storage
-from parallel_core.checkpoint.shard import Range
+from parallel_core.checkpoint.shard import Range, region
 from parallel_core.errors import CheckpointError
 
 
@@ -64,4 +64,4 @@ class CkptBlob:
         if self.entry not in tensors or tensors[self.entry].shape != self.shape:
             raise CheckpointError(f"{self.path} does not hold {self.entry} with shape {list(self.shape)}")
         values = as_storage(tensors[self.entry], self.dtype)
-        np.copyto(out, values[tuple(slice(a, b) for a, b in self.ranges)])
+        np.copyto(out, region(values, self.ranges))

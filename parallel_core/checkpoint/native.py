@@ -131,7 +131,8 @@ def find_checkpoint(
     iterations = list_iterations(root)
     if step is not None:
         if step not in iterations:
-            raise CheckpointError(f"--load {root} --ckpt-step {step}: no {iteration_dir_name(step)}; {_have(iterations)}")
+            name = iteration_dir_name(step)
+            raise CheckpointError(f"--load {root} --ckpt-step {step}: no {name}; {_have(iterations)}")
         _require_intact(iterations[step], check)
         return iterations[step]
     tracked, note = _read_tracker(root, iterations)
@@ -237,7 +238,7 @@ def _tensor(path: Path, key: str, spec: dict[str, Any], container: str) -> tuple
         if container == "ckpt":
             blob = CkptBlob(file, piece["entry"], info.dtype, shape, tuple((0, n) for n in shape))
         else:
-            blob = Blob.contiguous(file, *_natural(key, [piece["offset"]]), info.dtype, shape)
+            blob = Blob.contiguous(file, _natural(key, [piece["offset"]])[0], info.dtype, shape)
         pieces.append(Piece(start, shape, blob))
     return info, pieces
 

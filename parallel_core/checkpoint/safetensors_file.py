@@ -53,7 +53,7 @@ class ChecksumWriter:
             return
         if array.size == 0:
             return
-        flat = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for start in range(0, len(flat), _CHUNK_BYTES):
             self.write(flat[start : start + _CHUNK_BYTES])
 
@@ -156,7 +156,7 @@ def _entry(path: Path, base: int, size: int, name: str, spec: dict[str, Any]) ->
     blob = Blob.contiguous(path, base + begin, tag, shape)
     if end - begin != _nbytes(blob) or base + end > size:
         raise CheckpointError(
-            f"{path}: tensor {name} of shape {list(shape)} and dtype {tag} needs {_nbytes(blob)} bytes; the header gives "
-            f"it [{begin}, {end}) of {size - base}"
+            f"{path}: tensor {name} of shape {list(shape)} and dtype {tag} needs {_nbytes(blob)} bytes; the header "
+            f"gives it [{begin}, {end}) of {size - base}"
         )
     return blob

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from parallel_core.errors import CheckpointError
 
@@ -154,6 +157,13 @@ def _check_box(shard: TensorShard, box: Box) -> None:
             f"{shard.name}: box {box.local} -> {box.globe} does not fit local shape {list(shard.local_shape)} "
             f"and global shape {list(shard.global_shape)}"
         )
+
+
+def region(array: np.ndarray, ranges: Sequence[Range]) -> np.ndarray:
+    """Return the rectangle `ranges` of `array` as a view, also of an array without dims."""
+    index: tuple[Any, ...] = (*(slice(start, stop) for start, stop in ranges), ...)
+    view: np.ndarray = array[index]
+    return view
 
 
 def volume(ranges: Sequence[Range]) -> int:

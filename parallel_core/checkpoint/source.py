@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import storage_dtype
-from parallel_core.checkpoint.shard import Range, c_strides, intersect, volume
+from parallel_core.checkpoint.shard import Range, c_strides, intersect, region, volume
 from parallel_core.errors import CheckpointError
 
 
@@ -84,7 +84,7 @@ class Blob:
     def reshape(self, shape: Sequence[int]) -> Blob:
         """Return the same elements in another shape; only for an array that is contiguous."""
         if self.strides != c_strides(self.shape) and math.prod(self.shape) > 1:
-            raise CheckpointError(f"{self.path}: a strided tensor of shape {list(self.shape)} cannot be reshaped in place")
+            raise CheckpointError(f"{self.path}: a strided tensor of shape {list(self.shape)} cannot be reshaped")
         if math.prod(shape) != math.prod(self.shape):
             raise CheckpointError(f"{self.path}: shape {list(self.shape)} cannot be seen as {list(shape)}")
         return Blob.contiguous(self.path, self.offset, self.dtype, shape)
@@ -111,7 +111,8 @@ class Blob:
                     f"{self.path} is truncated: {size} bytes, a tensor in it needs {self.offset + span}"
                 )
             # A mapping per read, closed at once: what it touched does not stay in this process's memory.
-            with mmap.mmap(handle.fileno(), self.offset + span - begin, offset=begin, access=mmap.ACCESS_READ) as mapped:
+            length = self.offset + span - begin
+            with mmap.mmap(handle.fileno(), length, offset=begin, access=mmap.ACCESS_READ) as mapped:
                 dtype = storage_dtype(self.dtype)
                 flat = np.frombuffer(mapped, dtype, span // self.itemsize, self.offset - begin)
                 view = np.lib.stride_tricks.as_strided(
@@ -129,7 +130,7 @@ class ArrayBlob:
 
     def crop(self, ranges: Sequence[Range]) -> ArrayBlob:
         """Return the rectangle `ranges` of this array."""
-        return ArrayBlob(self.array[tuple(slice(start, stop) for start, stop in ranges)])
+        return ArrayBlob(region(self.array, ranges))
 
     def read_into(self, out: np.ndarray) -> None:
         """Copy the array into `out`."""
@@ -198,7 +199,7 @@ class PieceSource:
             if common is None:
                 break
             inside = [(a - first, b - first) for (a, b), first in zip(common, piece.start)]
-            target = out[tuple(slice(a - r0, b - r0) for (a, b), (r0, _) in zip(common, ranges))]
+            target = region(out, [(a - r0, b - r0) for (a, b), (r0, _) in zip(common, ranges)])
             piece.blob.crop(inside).read_into(target)
             count += 1
         return count
@@ -234,7 +235,7 @@ def check_tiling(
     pieces = [(tuple(start), tuple(extent)) for start, extent in rectangles if math.prod(extent)]
     for start, extent in pieces:
         fits = len(start) == len(extent) == len(shape) and all(
-            0 <= first and first + n <= size for first, n, size in zip(start, extent, shape)
+            first in range(size + 1) and first + n <= size for first, n, size in zip(start, extent, shape)
         )
         if not fits:
             raise CheckpointError(

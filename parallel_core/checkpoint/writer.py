@@ -38,7 +38,7 @@ from parallel_core.checkpoint.layout_files import (
     write_durably,
 )
 from parallel_core.checkpoint.safetensors_file import file_digest, write_safetensors
-from parallel_core.checkpoint.shard import TensorShard
+from parallel_core.checkpoint.shard import TensorShard, region
 from parallel_core.checkpoint.source import check_tiling
 from parallel_core.errors import CheckpointError, bullet_list
 
@@ -81,7 +81,7 @@ class CheckpointWriter:
             raise CheckpointError(f"ckpt_format={ckpt_format!r} is not one of {', '.join(CONTAINERS)}")
         for what, text in (("ckpt_prefix", ckpt_prefix), ("token", token)):
             if not re.fullmatch(r"[A-Za-z0-9_.+-]+", text) or text.startswith("."):
-                raise CheckpointError(f"{what}={text!r} cannot be part of a file name; use letters, digits, '_', '-', '+'")
+                raise CheckpointError(f"{what}={text!r} cannot be part of a file name; use letters, digits and _.+-")
         self.root = Path(root)
         self.iteration, self.rank, self.world_size = iteration, rank, world_size
         self.final_path = self.root / iteration_dir_name(iteration)
@@ -116,11 +116,12 @@ class CheckpointWriter:
         path = self.partial_path / self._file_name
         try:
             self.partial_path.mkdir(parents=True, exist_ok=True)
+            offsets: dict[str, int] = {}
             if self._container == "ckpt":
                 from parallel_core.checkpoint.mindspore_container import write_ckpt
 
                 write_ckpt(path, entries)
-                digest, offsets = file_digest(path), {}
+                digest = file_digest(path)
             else:
                 digest, offsets = write_safetensors(path, entries, {"format": "np", FORMAT_NAME: json.dumps(index)})
             manifest: Manifest = {
@@ -163,12 +164,14 @@ class CheckpointWriter:
                 return [manifests[rank] for rank in range(self.world_size)]
             if time.monotonic() > deadline:
                 late = [str(rank) for rank in range(self.world_size) if rank not in manifests]
-                raise CheckpointError(f"{self.final_path.name} was not saved: rank(s) {', '.join(late)} wrote nothing "
-                                      f"within {timeout_s:g} s")
+                raise CheckpointError(
+                    f"{self.final_path.name} was not saved: rank(s) {', '.join(late)} wrote nothing "
+                    f"within {timeout_s:g} s"
+                )
             time.sleep(poll_s)
 
     def commit(self, manifests: Sequence[Manifest], common: Mapping[str, Any], keep_checkpoint_max: int = 0) -> Path:
-        """Publish the checkpoint: index, rename, tracker, and only then remove old ones; rank 0, after every rank wrote.
+        """Publish the checkpoint on rank 0, after every rank wrote: index, rename, tracker; then old ones are removed.
 
         Args:
             manifests: what `write_rank_file` returned, of every rank, in any order.
@@ -212,8 +215,10 @@ class CheckpointWriter:
                     spec["key"], {"shape": spec["global_shape"], "dtype": spec["dtype"], "pieces": []}
                 )
                 if tensor["shape"] != spec["global_shape"] or tensor["dtype"] != spec["dtype"]:
-                    conflicts.append(f"{spec['key']}: {tensor['dtype']} {tensor['shape']} and, from rank "
-                                     f"{manifest['rank']}, {spec['dtype']} {spec['global_shape']}")
+                    conflicts.append(
+                        f"{spec['key']}: {tensor['dtype']} {tensor['shape']} and, from rank "
+                        f"{manifest['rank']}, {spec['dtype']} {spec['global_shape']}"
+                    )
                 where = {"file": manifest["file"], "entry": entry, "offset": spec["offset"]}
                 tensor["pieces"].append({**where, "start": spec["start"], "shape": spec["shape"]})
         if conflicts:
@@ -267,12 +272,13 @@ def _entries(shards: Shards) -> tuple[dict[str, tuple[np.ndarray, str]], dict[st
         if key.split("@")[0] != shard.name:
             raise CheckpointError(f"key {key!r} does not belong to tensor {shard.name!r}")
         if tuple(array.shape) != shard.local_shape:
-            raise CheckpointError(f"{key}: the array has shape {list(array.shape)}, its description says "
-                                  f"{list(shard.local_shape)}")
+            raise CheckpointError(
+                f"{key}: the array has shape {list(array.shape)}, its description says {list(shard.local_shape)}"
+            )
         values = as_storage(array, shard.dtype)
         for i, box in enumerate(shard.boxes):
             entry = key if len(shard.boxes) == 1 else f"{key}#{i}"
-            part = values[tuple(slice(start, stop) for start, stop in box.local)]
+            part = region(values, box.local)
             entries[entry] = (part.reshape(box.shape), shard.dtype)
             index[entry] = {
                 "key": key,

@@ -1,0 +1,24 @@
+"""Opening a checkpoint of whatever format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parallel_core.checkpoint.native import NativeCheckpoint, is_native
+from parallel_core.checkpoint.source import TensorSource
+from parallel_core.errors import CheckpointError
+
+
+def open_checkpoint(path: str | Path) -> TensorSource:
+    """Return a checkpoint as global tensors; the format is recognised by the files in the directory.
+
+    Args:
+        path: one checkpoint's own directory (see `find_checkpoint`).
+
+    Raises:
+        CheckpointError: it is no checkpoint, or one that cannot be read.
+    """
+    path = Path(path)
+    if is_native(path):
+        return NativeCheckpoint(path)
+    raise CheckpointError(f"{path} is no checkpoint of a known format")
