@@ -1,0 +1,223 @@
+"""Pipeline schedules as data: who computes what, and who talks to whom, tick by tick.
+
+Pure Python: no tensors, no groups, no framework. The executor walks one rank's steps; tests walk all ranks' at once.
+
+Vocabulary
+    P  pipeline ranks            V  model chunks per rank (virtual pipeline size)
+    M  microbatches per step     G  microbatches run on one chunk before the next
+    stage = chunk * P + rank, in [0, P * V)
+
+Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2. The compute order is Megatron-LM's.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from parallel_core.errors import ConfigError
+
+
+class Op(enum.Enum):
+    """What happens to a microbatch; the values are the letters used when a schedule is printed."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    SEND_FORWARD = "sF"
+    RECV_FORWARD = "rF"
+    SEND_BACKWARD = "sB"
+    RECV_BACKWARD = "rB"
+
+
+class Action(NamedTuple):
+    """`op` on `microbatch` for the rank's model chunk `chunk`. Printed as `F3.0`."""
+
+    op: Op
+    microbatch: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.op.value}{self.microbatch}.{self.chunk}"
+
+
+class Step(NamedTuple):
+    """One tick of one rank: run `compute` (if any), then do all of `exchange`, in this order."""
+
+    compute: Action | None
+    exchange: tuple[Action, ...]
+
+
+def make_schedule(
+    num_ranks: int,
+    num_chunks: int,
+    num_microbatches: int,
+    *,
+    group_size: int = 0,
+    forward_only: bool = False,
+) -> list[list[Step]]:
+    """Return the steps of every rank for one iteration: 1F1B, interleaved when there are several chunks.
+
+    Args:
+        num_ranks: pipeline ranks P.
+        num_chunks: model chunks per rank V.
+        num_microbatches: microbatches per iteration M.
+        group_size: see `interleaved_one_f_one_b`; 0 is P.
+        forward_only: leave the backward passes out (evaluation).
+
+    Raises:
+        ConfigError: if the microbatches cannot feed an interleaved pipeline.
+    """
+    if num_chunks == 1:
+        compute = one_f_one_b(num_ranks, num_microbatches)
+    else:
+        compute = interleaved_one_f_one_b(num_ranks, num_chunks, num_microbatches, group_size or None)
+    if forward_only:
+        compute = [[action for action in actions if action.op is Op.FORWARD] for actions in compute]
+    return add_exchanges(compute, num_chunks)
+
+
+def one_f_one_b(num_ranks: int, num_microbatches: int) -> list[list[Action]]:
+    """Return the compute order of 1F1B: rank r runs P - r - 1 warm-up forwards, then alternates forward and backward."""
+    order = [(microbatch, 0) for microbatch in range(num_microbatches)]
+    return [_weave(order, order, min(num_ranks - rank - 1, num_microbatches)) for rank in range(num_ranks)]
+
+
+def interleaved_one_f_one_b(
+    num_ranks: int, num_chunks: int, num_microbatches: int, group_size: int | None = None
+) -> list[list[Action]]:
+    """Return the compute order of interleaved 1F1B.
+
+    Args:
+        num_ranks: pipeline ranks P.
+        num_chunks: model chunks per rank V.
+        num_microbatches: microbatches per iteration M.
+        group_size: microbatches run on one chunk before moving to the next; default P
+            (Megatron: --microbatch-group-size-per-virtual-pipeline-stage).
+
+    Raises:
+        ConfigError: if `num_microbatches` cannot be cut into groups that keep every rank fed.
+    """
+    group_size = num_ranks if group_size is None else group_size
+    if not num_ranks <= group_size <= num_microbatches:
+        raise ConfigError(
+            f"interleaved 1F1B needs pipeline_model_parallel_size <= "
+            f"microbatch_group_size_per_virtual_pipeline_stage <= number of microbatches, got {num_ranks}, {group_size}, "
+            f"{num_microbatches}; use at least {max(num_ranks, group_size)} microbatches "
+            f"(global_batch_size / micro_batch_size / data parallel size)"
+        )
+    tail = num_microbatches % group_size
+    if 0 < tail < num_ranks:
+        raise ConfigError(
+            f"the last group of the interleaved schedule would hold {tail} of {num_microbatches} microbatches, fewer "
+            f"than pipeline_model_parallel_size={num_ranks}; use a multiple of {group_size} microbatches, or leave a "
+            f"remainder of at least {num_ranks}"
+        )
+    forwards = [
+        (microbatch, chunk)
+        for start in range(0, num_microbatches, group_size)
+        for chunk in range(num_chunks)
+        for microbatch in range(start, min(start + group_size, num_microbatches))
+    ]
+    backwards = [(microbatch, num_chunks - 1 - chunk) for microbatch, chunk in forwards]
+    warmups = [2 * (num_ranks - rank - 1) + (num_chunks - 1) * group_size for rank in range(num_ranks)]
+    return [_weave(forwards, backwards, min(warmup, len(forwards))) for warmup in warmups]
+
+
+def add_exchanges(compute: Sequence[Sequence[Action]], num_chunks: int) -> list[list[Step]]:
+    """Cut a compute order into ticks and attach every transfer, on both ends, to the tick that produced it.
+
+    Both ends of a transfer sit in the same tick and within a tick all ranks list the transfers in one global order, so
+    the messages between two ranks are sent and received in the same order, and the whole cannot deadlock, even where
+    a send blocks until it is received.
+
+    Args:
+        compute: each rank's forward and backward actions in order.
+        num_chunks: model chunks per rank V.
+
+    Raises:
+        ConfigError: if the compute order itself cannot make progress.
+    """
+    num_ranks, last_stage = len(compute), len(compute) * num_chunks - 1
+    todo = [deque(actions) for actions in compute]
+    done: set[tuple[Op, int, int]] = set()
+    steps: list[list[Step]] = [[] for _ in compute]
+    while any(todo):
+        running = [
+            queue[0] if queue and _is_ready(queue[0], rank, num_ranks, last_stage, done) else None
+            for rank, queue in enumerate(todo)
+        ]
+        if not any(running):
+            heads = ", ".join(f"rank {rank}: {queue[0] if queue else 'done'}" for rank, queue in enumerate(todo))
+            raise ConfigError(f"the pipeline's compute order cannot make progress; next actions are {heads}")
+        exchange: list[list[Action]] = [[] for _ in compute]
+        for rank, action in enumerate(running):
+            if action is None:
+                continue
+            todo[rank].popleft()
+            stage = action.chunk * num_ranks + rank
+            done.add((action.op, action.microbatch, stage))
+            forward = action.op is Op.FORWARD
+            peer = stage + 1 if forward else stage - 1
+            if num_ranks > 1 and 0 <= peer <= last_stage:
+                send, receive = (
+                    (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
+                )
+                exchange[rank].append(Action(send, action.microbatch, action.chunk))
+                exchange[peer % num_ranks].append(Action(receive, action.microbatch, peer // num_ranks))
+        for rank in range(num_ranks):
+            steps[rank].append(Step(running[rank], tuple(exchange[rank])))
+    return steps
+
+
+def format_steps(steps: Sequence[Sequence[Step]], with_exchanges: bool = False) -> str:
+    """Return a tick (row) by rank (column) table, for logs and error messages."""
+    cells = [
+        [
+            " ".join(str(a) for a in (step.compute, *(step.exchange if with_exchanges else ())) if a) or "."
+            for step in rank
+        ]
+        for rank in steps
+    ]
+    widths = [max(map(len, column), default=1) for column in cells]
+    head = " tick | " + " | ".join(f"rank {rank}".ljust(width) for rank, width in enumerate(widths))
+    rows = [
+        f"{tick:5d} | " + " | ".join(cell.ljust(max(width, 6)) for cell, width in zip(row, widths)).rstrip()
+        for tick, row in enumerate(zip(*cells))
+    ]
+    return "\n".join([head, *rows])
+
+
+def peak_in_flight(steps: Sequence[Step]) -> int:
+    """Return the largest number of microbatch activations that one rank holds at once."""
+    alive = peak = 0
+    for step in steps:
+        if step.compute is not None:
+            alive += 1 if step.compute.op is Op.FORWARD else -1
+            peak = max(peak, alive)
+    return peak
+
+
+def bubble_share(num_ranks: int, num_chunks: int, num_microbatches: int) -> float:
+    """Return the ideal share of a step that a rank idles: (P - 1) / (V * M + P - 1)."""
+    return (num_ranks - 1) / (num_chunks * num_microbatches + num_ranks - 1)
+
+
+def _is_ready(action: Action, rank: int, num_ranks: int, last_stage: int, done: set[tuple[Op, int, int]]) -> bool:
+    stage = action.chunk * num_ranks + rank
+    if action.op is Op.FORWARD:
+        return stage == 0 or (Op.FORWARD, action.microbatch, stage - 1) in done
+    if stage == last_stage:
+        return (Op.FORWARD, action.microbatch, stage) in done
+    return (Op.BACKWARD, action.microbatch, stage + 1) in done
+
+
+def _weave(
+    forwards: Sequence[tuple[int, int]], backwards: Sequence[tuple[int, int]], warmup: int
+) -> list[Action]:
+    """Return warm-up forwards, then one forward and one backward in turn, then the remaining backwards."""
+    f = [Action(Op.FORWARD, *item) for item in forwards]
+    b = [Action(Op.BACKWARD, *item) for item in backwards]
+    steady = [action for pair in zip(f[warmup:], b) for action in pair]
+    return f[:warmup] + steady + b[len(f) - warmup :]
