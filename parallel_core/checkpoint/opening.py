@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.native import NativeCheckpoint, is_native
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
@@ -21,4 +22,6 @@ def open_checkpoint(path: str | Path) -> TensorSource:
     path = Path(path)
     if is_native(path):
         return NativeCheckpoint(path)
+    if any(path.glob("mp_rank_*")):
+        return MegatronTorchCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")

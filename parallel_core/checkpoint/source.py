@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,6 +81,12 @@ class Blob:
         picked = self.crop([(index, index + 1), *((0, n) for n in self.shape[1:])])
         return Blob(self.path, picked.offset, self.dtype, self.shape[1:], self.strides[1:])
 
+    def every(self, step: int) -> Blob:
+        """Return rows 0, `step`, 2 `step`, ... of this array."""
+        rows = -(-self.shape[0] // step)
+        strides = (self.strides[0] * step, *self.strides[1:])
+        return Blob(self.path, self.offset, self.dtype, (rows, *self.shape[1:]), strides)
+
     def reshape(self, shape: Sequence[int]) -> Blob:
         """Return the same elements in another shape; only for an array that is contiguous."""
         if self.strides != c_strides(self.shape) and math.prod(self.shape) > 1:
@@ -121,6 +127,45 @@ class Blob:
                 np.copyto(out, view)
                 del flat, view  # the mapping cannot close while arrays point into it
 
+    def read(self) -> np.ndarray:
+        """Return the array as a new contiguous one, in the storage dtype."""
+        out = np.empty(self.shape, storage_dtype(self.dtype))
+        self.read_into(out)
+        return out
+
+
+@dataclass(frozen=True)
+class LazyBlob:
+    """An array whose place in its file is found out when it is read.
+
+    Attributes:
+        resolve: finds the array.
+        shape: its shape, known before.
+        dtype: its dtype tag, known before.
+    """
+
+    resolve: Callable[[], Blob]
+    shape: tuple[int, ...]
+    dtype: str
+
+    def crop(self, ranges: Sequence[Range]) -> LazyBlob:
+        """Return the rectangle `ranges` of this array."""
+        kept = tuple(ranges)
+        return LazyBlob(lambda: self.resolve().crop(kept), tuple(b - a for a, b in kept), self.dtype)
+
+    def pick(self, index: int) -> LazyBlob:
+        """Return element `index` along the first dim, without that dim."""
+        return LazyBlob(lambda: self.resolve().pick(index), self.shape[1:], self.dtype)
+
+    def reshape(self, shape: Sequence[int]) -> LazyBlob:
+        """Return the same elements in another shape; only for an array that is contiguous."""
+        kept = tuple(shape)
+        return LazyBlob(lambda: self.resolve().reshape(kept), kept, self.dtype)
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Copy the array into `out`, touching only its own bytes of the file."""
+        self.resolve().read_into(out)
+
 
 @dataclass(frozen=True)
 class ArrayBlob:
@@ -137,13 +182,23 @@ class ArrayBlob:
         np.copyto(out, self.array)
 
 
+class Readable(Protocol):
+    """An array somewhere, of which a rectangle can be read."""
+
+    def crop(self, ranges: Sequence[Range]) -> Readable:
+        """Return the rectangle `ranges` of this array."""
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Copy the array into `out`."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One stored rectangle of a global tensor: where it starts there, and the bytes that hold it."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    blob: Blob | ArrayBlob
+    blob: Readable
 
     @property
     def globe(self) -> tuple[Range, ...]:

@@ -1,0 +1,1 @@
+"""Megatron-LM's checkpoint formats, read and written without torch."""

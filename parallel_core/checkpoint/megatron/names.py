@@ -1,0 +1,174 @@
+"""Megatron's parameter names in every dialect, and how each parameter is cut by tensor parallelism.
+
+The canonical names are Megatron-core's with the local spec; older and TransformerEngine names map to them:
+
+    language_model.encoder.layers.3.self_attention.query_key_value.weight   before Megatron-core
+    decoder.layers.3.self_attention.linear_qkv.layer_norm_weight            TransformerEngine: the norm inside the linear
+    decoder.layers.3.input_layernorm.weight                                 canonical
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LAYER_PATTERN = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+QKV = "self_attention.linear_qkv"
+FC1 = "mlp.linear_fc1"
+
+_IGNORED = re.compile(r"(.*\.)?(_extra_state(/.*)?|inv_freq|core_attention\..*)")
+_LEGACY_LAYER = {
+    "self_attention.query_key_value": "self_attention.linear_qkv",
+    "attention.query_key_value": "self_attention.linear_qkv",
+    "self_attention.dense": "self_attention.linear_proj",
+    "attention.dense": "self_attention.linear_proj",
+    "self_attention.q_layernorm": "self_attention.q_layernorm",
+    "self_attention.k_layernorm": "self_attention.k_layernorm",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2",
+    "input_norm": "input_layernorm",
+    "input_layernorm": "input_layernorm",
+    "post_attention_norm": "pre_mlp_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+}
+_LEGACY_TOP = {
+    "language_model.embedding.word_embeddings.weight": WORD_EMBEDDINGS,
+    "language_model.embedding.position_embeddings.weight": "embedding.position_embeddings.weight",
+    "language_model.output_layer.weight": OUTPUT_LAYER,
+    "word_embeddings_for_head.weight": OUTPUT_LAYER,
+    "word_embeddings.weight": OUTPUT_LAYER,
+}
+_TE_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+_LAYER_PARAMETERS = (
+    "input_layernorm",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Order in which Megatron's local spec registers a layer's modules: the projection comes before qkv."""
+_TE_LAYER_PARAMETERS = (
+    "self_attention.linear_proj",
+    "input_layernorm",
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+MEGATRON_LAYER_NAMES = frozenset(f"{module}.{kind}" for module in _LAYER_PARAMETERS for kind in ("weight", "bias"))
+
+
+def flatten_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested model dict as one flat dict with dotted names, in order."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten_names(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def is_ignored(name: str) -> bool:
+    """Tell whether a stored name holds nothing a model needs: extra state of TransformerEngine, buffers of RoPE."""
+    return _IGNORED.fullmatch(name) is not None
+
+
+def canonical_name(name: str) -> str | None:
+    """Return the canonical name for a stored one, or None for a name of no known dialect.
+
+    The layer number is kept as it is: local in the `torch` format, global in `torch_dist`.
+    """
+    name = name.removeprefix("module.")
+    if name in _LEGACY_TOP:
+        return _LEGACY_TOP[name]
+    legacy = re.fullmatch(r"language_model\.(?:encoder|transformer)\.(.+)", name)
+    if legacy:
+        return _canonical_legacy(legacy[1])
+    match = LAYER_PATTERN.fullmatch(name)
+    if match is None:
+        known = (WORD_EMBEDDINGS, "embedding.position_embeddings.weight", OUTPUT_LAYER)
+        return name if name in known or re.fullmatch(r"decoder\.final_layernorm\.(weight|bias)", name) else None
+    rest = match[2]
+    for fused, plain in _TE_NORMS.items():
+        if rest.startswith(fused):
+            rest = plain + rest.removeprefix(fused)
+    return f"decoder.layers.{match[1]}.{rest}" if rest in MEGATRON_LAYER_NAMES else None
+
+
+def _canonical_legacy(rest: str) -> str | None:
+    final = re.fullmatch(r"final_(?:layer)?norm\.(weight|bias)", rest)
+    if final:
+        return f"decoder.final_layernorm.{final[1]}"
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", rest)
+    if match is None or match[2] not in _LEGACY_LAYER:
+        return None
+    return f"decoder.layers.{match[1]}.{_LEGACY_LAYER[match[2]]}.{match[3]}"
+
+
+def with_layer_offset(name: str, offset: int) -> str:
+    """Return `name` with its layer number shifted; unchanged when it has none."""
+    match = LAYER_PATTERN.fullmatch(name)
+    return f"decoder.layers.{int(match[1]) + offset}.{match[2]}" if match else name
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer number in a name, or None."""
+    match = LAYER_PATTERN.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def te_fused_name(name: str) -> str:
+    """Return the name `torch_dist` stores a parameter under: norms are named as parts of the linear after them."""
+    for fused, plain in _TE_NORMS.items():
+        name = name.replace(f".{plain}", f".{fused}")
+    return name
+
+
+def tensor_parallel_dim(name: str) -> int | None:
+    """Return the dim a parameter is cut along under tensor parallelism; None when every rank has all of it."""
+    if name in (WORD_EMBEDDINGS, OUTPUT_LAYER):
+        return 0
+    module, _, kind = name.rpartition(".")
+    if module.endswith((f".{QKV}", f".{FC1}")):
+        return 0
+    if kind == "weight" and module.endswith((".self_attention.linear_proj", ".mlp.linear_fc2")):
+        return 1
+    return None
+
+
+def num_stacked_parts(name: str, gated: bool) -> int:
+    """Return 2 for a gated fc1, whose gates and ups are cut separately; 1 for everything else."""
+    return 2 if gated and f".{FC1}." in name else 1
+
+
+def has_weight_decay(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether Megatron decays a parameter: all but biases and one-dimensional ones."""
+    return not name.endswith(".bias") and len(shape) != 1
+
+
+def registration_order(names: set[str], layers: range, te_spec: bool = False) -> list[str]:
+    """Return the parameters of one model chunk in the order Megatron registers them.
+
+    Args:
+        names: canonical names, of this chunk at least; others are left out.
+        layers: numbers of the chunk's layers.
+        te_spec: whether the norms sit inside the linear layers (TransformerEngine).
+    """
+    order = [WORD_EMBEDDINGS, "embedding.position_embeddings.weight"]
+    modules = _TE_LAYER_PARAMETERS if te_spec else _LAYER_PARAMETERS
+    for layer in layers:
+        order += [f"decoder.layers.{layer}.{m}.{kind}" for m in modules for kind in ("weight", "bias")]
+    order += ["decoder.final_layernorm.weight", "decoder.final_layernorm.bias", OUTPUT_LAYER]
+    return [name for name in order if name in names]

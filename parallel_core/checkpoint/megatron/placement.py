@@ -1,0 +1,131 @@
+"""Assembling global tensors from the pieces tensor parallel ranks hold."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim
+from parallel_core.checkpoint.shard import Range, TensorShard
+from parallel_core.checkpoint.source import Piece, Readable, TensorInfo
+from parallel_core.errors import CheckpointError
+
+
+class Array(Readable, Protocol):
+    """A readable array whose shape and dtype are known."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype tag of the array."""
+
+
+class Collector:
+    """Takes each rank's part of each parameter and knows where in the global tensor it belongs."""
+
+    def __init__(self, where: str, tp_size: int, gated: bool) -> None:
+        """Start empty.
+
+        Args:
+            where: the checkpoint, for messages.
+            tp_size: number of tensor parallel ranks that will contribute.
+            gated: whether fc1 holds [gate ; up] per rank.
+        """
+        self._where, self._tp_size, self._gated = where, tp_size, gated
+        self._tensors: dict[str, tuple[TensorInfo, list[Piece]]] = {}
+
+    def add(self, key: str, tp: int, array: Any, row_blocks: list[tuple[int, int, int]] | None = None) -> None:
+        """Add a rank's local array of `key`.
+
+        Args:
+            key: `NAME` or `NAME@kind`.
+            tp: tensor parallel rank it is from. Of a parameter that is not cut, rank 0's is taken.
+            array: the local array, unread.
+            row_blocks: when its rows are in another order, (row in the global order, first row here, step here) of
+                each block of rows; every block has the same length.
+        """
+        shard = self.shard(key, tuple(array.shape), array.dtype, tp)
+        info, pieces = self._tensors.setdefault(key, (TensorInfo(shard.global_shape, array.dtype), []))
+        if info != TensorInfo(shard.global_shape, array.dtype):
+            raise CheckpointError(f"{self._where}: tensor parallel ranks disagree about {key}: {info} and {shard}")
+        if tensor_parallel_dim(key.partition("@")[0]) is None and tp != 0:
+            return
+        if row_blocks:
+            pieces += _permuted_rows(shard, array, row_blocks)
+            return
+        for box in shard.boxes:
+            part = array if len(shard.boxes) == 1 else array.crop(box.local)
+            pieces.append(Piece(tuple(first for first, _ in box.globe), box.shape, part))
+
+    def add_flat(self, key: str, tp: int, local_shape: tuple[int, ...], array: Any, first: int, start: int) -> None:
+        """Add elements of a flat buffer that are part of a rank's local array of `key`.
+
+        Args:
+            key: `NAME@kind`.
+            tp: tensor parallel rank.
+            local_shape: shape of the rank's whole local array.
+            array: the flat elements, unread.
+            first: which element of the flattened local array the buffer's element `start` is.
+            start: first element of `array` to use; all that follow belong to `key` too.
+        """
+        shard = self.shard(key, local_shape, array.dtype, tp)
+        _, pieces = self._tensors.setdefault(key, (TensorInfo(shard.global_shape, array.dtype), []))
+        if tensor_parallel_dim(key.partition("@")[0]) is None and tp != 0:
+            return
+        count = array.shape[0] - start
+        for box in shard.flat_range(first, first + count).boxes:
+            (a, b) = box.local[0]
+            part = array.crop([(start + a, start + b)]).reshape(box.shape)
+            pieces.append(Piece(tuple(begin for begin, _ in box.globe), box.shape, part))
+
+    def shard(self, key: str, local_shape: tuple[int, ...], dtype: str, tp: int) -> TensorShard:
+        """Return where a rank's local array of `key` belongs."""
+        name = key.partition("@")[0]
+        dim = tensor_parallel_dim(name)
+        if dim is None or self._tp_size == 1:
+            return TensorShard.full(name, local_shape, dtype)
+        shape = list(local_shape)
+        shape[dim] *= self._tp_size
+        return TensorShard.split(name, shape, dtype, dim, tp, self._tp_size, num_stacked_parts(name, self._gated))
+
+    def tensors(self) -> dict[str, tuple[TensorInfo, list[Piece]]]:
+        """Return everything added: parameters first, then optimizer states, each in the order of arrival."""
+        return dict(sorted(self._tensors.items(), key=lambda item: "@" in item[0]))
+
+
+def _permuted_rows(shard: TensorShard, array: Any, blocks: list[tuple[int, int, int]]) -> list[Piece]:
+    box = shard.boxes[0]
+    rows = array.shape[0] // len(blocks)
+    first_row = box.globe[0][0]
+    rest: list[Range] = [(0, n) for n in array.shape[1:]]
+    pieces = []
+    for target, source, step in blocks:
+        span = array.crop([(source, source + (rows - 1) * step + 1), *rest])
+        part = span.every(step)
+        start = (first_row + target, *(begin for begin, _ in box.globe[1:]))
+        pieces.append(Piece(start, (rows, *array.shape[1:]), part))
+    return pieces
+
+
+def old_qkv_rows(local_rows: int, num_heads: int, hidden_size: int, version: float) -> list[tuple[int, int, int]]:
+    """Return how the rows of a query_key_value written before checkpoint version 2 are permuted.
+
+    Version 0 stores rows as [3, heads, head size], version 1 as [heads, head size, 3]; the order since is
+    [heads, 3, head size].
+
+    Args:
+        local_rows: rows on one tensor parallel rank.
+        num_heads: heads of the whole model.
+        hidden_size: hidden size; head size is `hidden_size / num_heads`.
+        version: checkpoint version below 2.
+
+    Returns:
+        (row in today's order, first row in the file, step between rows in the file) for each block of a head's rows.
+    """
+    size = hidden_size // num_heads
+    heads = local_rows // (3 * size)
+    if version < 1:
+        return [((head * 3 + i) * size, (i * heads + head) * size, 1) for head in range(heads) for i in range(3)]
+    return [((head * 3 + i) * size, head * size * 3 + i, 3) for head in range(heads) for i in range(3)]

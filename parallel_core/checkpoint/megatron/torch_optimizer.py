@@ -1,0 +1,244 @@
+"""Optimizer state of the `torch` format, by parameter: with and without the distributed optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel_core.checkpoint.megatron.common_state import scalar
+from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, end_multiple_of, flat_layout
+from parallel_core.checkpoint.megatron.names import OUTPUT_LAYER, WORD_EMBEDDINGS, has_weight_decay
+from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
+from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
+from parallel_core.checkpoint.source import Blob
+from parallel_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from parallel_core.checkpoint.megatron.torch_reader import Chunk
+
+
+@dataclass
+class OptimizerState:
+    """One rank's optimizer: (kind, global name, local array) of every tensor, and Adam's step count.
+
+    Kinds are "master", "exp_avg" and "exp_avg_sq"; a float32 model has no masters of its own.
+    """
+
+    tensors: list[tuple[str, str, Blob]] = field(default_factory=list)
+    step: float | int | None = None
+
+
+def read_optimizer(
+    directory: Path,
+    state: Mapping[str, Any],
+    chunks: Sequence[Chunk],
+    args: Mapping[str, Any],
+    allow_inert: tuple[str, ...] = (),
+) -> OptimizerState:
+    """Return a rank's optimizer state, empty when none was saved.
+
+    Args:
+        directory: the rank's `mp_rank_XX[_YYY]`.
+        state: top-level dict of its `model_optim_rng.pt`.
+        chunks: the rank's model chunks.
+        args: Megatron's arguments.
+        allow_inert: further class names to read as inert data.
+
+    Raises:
+        CheckpointError: the state does not fit the parameters, or is in a form that cannot be read.
+    """
+    optimizer = state.get("optimizer")
+    if isinstance(optimizer, list) and len(optimizer) == 1:
+        optimizer = optimizer[0]
+    if optimizer is None:
+        if list(directory.parent.glob(f"{directory.name}_[0-9][0-9][0-9]/optim.pt")):
+            raise CheckpointError(
+                f"{directory}: its optimizer is in per-data-parallel-rank optim.pt files (Megatron of 2022), which "
+                "cannot be read; use --no-load-optim with a copy that has no optim.pt"
+            )
+        return OptimizerState()
+    if not isinstance(optimizer, Mapping):
+        raise CheckpointError(f"{directory}: several chained optimizers (a mixture of experts?) cannot be read")
+    inner = optimizer.get("optimizer", optimizer)
+    groups = inner.get("param_groups", [])
+    if (directory / "distrib_optim.pt").exists():
+        return _read_distributed(directory / "distrib_optim.pt", chunks, args, groups, allow_inert)
+    if "state" not in inner:
+        if args.get("use_distributed_optimizer"):
+            raise CheckpointError(f"{directory / 'distrib_optim.pt'} is missing")
+        return OptimizerState()
+    return _read_plain(directory, optimizer, inner, chunks, groups)
+
+
+def _read_plain(
+    directory: Path,
+    optimizer: Mapping[str, Any],
+    inner: Mapping[str, Any],
+    chunks: Sequence[Chunk],
+    groups: Sequence[Mapping[str, Any]],
+) -> OptimizerState:
+    """Read torch's own optimizer state, whose indices run group by group."""
+    result = OptimizerState()
+    members = _members_of_groups(directory, chunks, groups)
+    masters = optimizer.get("fp32_from_fp16_params") or optimizer.get("fp32_from_fp16")
+    for position, (group, names) in enumerate(zip(groups, members)):
+        for index, (chunk, name) in zip(group["params"], names):
+            shape, tensors = chunk.tensors[name].shape, inner["state"].get(index, {})
+            for kind in ("exp_avg", "exp_avg_sq"):
+                _append(result, directory, kind, chunk.global_name(name), tensors.get(kind), shape)
+            result.step = result.step if result.step is not None else scalar(tensors.get("step", group.get("step")))
+        half = [(chunk, name) for chunk, name in names if chunk.tensors[name].dtype != "float32"]
+        if half and masters:
+            if len(masters[position]) != len(half):
+                raise CheckpointError(
+                    f"{directory}: group {position} has {len(masters[position])} fp32 masters for "
+                    f"{len(half)} parameters"
+                )
+            for (chunk, name), tensor in zip(half, masters[position]):
+                _append(result, directory, "master", chunk.global_name(name), tensor, chunk.tensors[name].shape)
+    return result
+
+
+def _append(result: OptimizerState, where: Path, kind: str, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, TorchTensor) or tensor.shape != shape:
+        found = list(tensor.shape) if isinstance(tensor, TorchTensor) else "nothing"
+        raise CheckpointError(f"{where}: {kind} of {name} should have shape {list(shape)}, found {found}")
+    result.tensors.append((kind, name, tensor.blob))
+
+
+def _members_of_groups(
+    directory: Path, chunks: Sequence[Chunk], groups: Sequence[Mapping[str, Any]]
+) -> list[list[tuple[Chunk, str]]]:
+    """Return which parameters each group holds, in order.
+
+    Megatron walks all parameters of all chunks and sorts them into groups by weight decay and learning rate. Which
+    group comes first depends on which parameter the walk meets first, so groups are told apart by what they say.
+    """
+    walk = [(chunk, name) for chunk in chunks for name in chunk.tensors]
+    decoupled = any(group.get("is_decoupled_lr") for group in groups)
+    members = []
+    for group in groups:
+        decays = group["wd_mult"] != 0 if "wd_mult" in group else group.get("weight_decay", 1) != 0
+        members.append(
+            [
+                (chunk, name)
+                for chunk, name in walk
+                if has_weight_decay(name, chunk.tensors[name].shape) == decays
+                and (not decoupled or bool(group.get("is_decoupled_lr")) == (name in (WORD_EMBEDDINGS, OUTPUT_LAYER)))
+            ]
+        )
+    for i, (group, names) in enumerate(zip(groups, members)):
+        if len(group.get("params", ())) != len(names):
+            raise CheckpointError(
+                f"{directory}: optimizer group {i} has {len(group.get('params', ()))} parameters, the model has "
+                f"{len(names)} with that weight decay; the state cannot be assigned"
+            )
+    return members
+
+
+def _read_distributed(
+    file: Path,
+    chunks: Sequence[Chunk],
+    args: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    allow_inert: tuple[str, ...],
+) -> OptimizerState:
+    """Read the flat buffers of `distrib_optim.pt`."""
+    content = load_torch_zip(file, allow_inert=allow_inert)
+    if isinstance(content, list) and len(content) == 1:
+        content = content[0]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file}: several chained optimizers (a mixture of experts?) cannot be read")
+    result = OptimizerState(step=next((scalar(g["step"]) for g in groups if "step" in g), None))
+    for index, chunk in enumerate(chunks):
+        add_flat_buffers(result, str(file), content.get(index), chunk, args)
+    return result
+
+
+def add_flat_buffers(result: OptimizerState, where: str, buffers: Any, chunk: Chunk, args: Mapping[str, Any]) -> None:
+    """Cut one model chunk's flat buffers into parameters.
+
+    Args:
+        result: is extended.
+        where: the file, for messages.
+        buffers: {(param dtype, grad dtype): {"param", "exp_avg", "exp_avg_sq", "numel_unpadded"}}.
+        chunk: the model chunk.
+        args: Megatron's arguments.
+
+    Raises:
+        CheckpointError: the buffer has another length than the arguments give, or an unknown structure.
+    """
+    if not isinstance(buffers, Mapping) or not all(isinstance(key, tuple) for key in buffers):
+        raise CheckpointError(
+            f"{where}: its buffers are in the form Megatron used before February 2024; load it there with "
+            "--ckpt-convert-update-legacy-dist-opt-format and save it again"
+        )
+    for (dtype, _), buffer in buffers.items():
+        tag = str(dtype).removeprefix("torch.")
+        members = [(name, tensor) for name, tensor in chunk.tensors.items() if tensor.dtype == tag]
+        flat = buffer.get("param")
+        if not isinstance(flat, TorchTensor) or len(flat.shape) != 1:
+            raise CheckpointError(f"{where}: the buffer of {tag} holds no flat `param`")
+        layout = matching_layout(where, [(n, t.blob) for n, t in members], chunk.pp, chunk.index, args, flat.shape[0])
+        shapes = {name: tensor.shape for name, tensor in members}
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            if kind == "param" and tag == "float32":
+                continue  # the same values as the weights
+            if not isinstance(buffer.get(kind), TorchTensor) or buffer[kind].shape != flat.shape:
+                raise CheckpointError(f"{where}: the buffer of {tag} holds no {kind} of {flat.shape[0]} elements")
+            for place in layout.parameters:
+                part = buffer[kind].blob.crop([(place.file_start, place.file_start + place.numel)])
+                name = chunk.global_name(place.name)
+                result.tensors.append(("master" if kind == "param" else kind, name, part.reshape(shapes[place.name])))
+
+
+def matching_layout(
+    where: str,
+    members: Sequence[tuple[str, Any]],
+    pp: int,
+    index: int,
+    args: Mapping[str, Any],
+    numel: int,
+) -> FlatLayout:
+    """Return the layout of a flat buffer, checked against its length.
+
+    Args:
+        where: the file, for messages.
+        members: (name, local array) in registration order.
+        pp: pipeline rank.
+        index: model chunk.
+        args: Megatron's arguments.
+        numel: elements of the buffer in the file.
+
+    Raises:
+        CheckpointError: the lengths differ, so the places of the parameters are not known.
+    """
+    sizes = [(name, _numel(array.shape)) for name, array in members]
+    layout = flat_layout(
+        sizes,
+        bucket_size_of(args, pp, index, sum(size for _, size in sizes)),
+        end_multiple_of(args),
+        shared_embeddings(args),
+    )
+    if layout.numel != numel:
+        raise CheckpointError(
+            f"{where}: the flat optimizer buffer of pipeline rank {pp}, chunk {index} has {numel} elements; by the "
+            f"checkpoint's arguments it should have {layout.numel}, so the parameters in it cannot be located"
+        )
+    return layout
+
+
+def shared_embeddings(args: Mapping[str, Any]) -> frozenset[str]:
+    """Return the parameters the distributed optimizer keeps in buckets of their own: tied embeddings of two stages."""
+    tied = not args.get("untie_embeddings_and_output_weights")
+    apart = tied and int(args.get("pipeline_model_parallel_size") or 1) > 1
+    return frozenset({WORD_EMBEDDINGS, OUTPUT_LAYER} if apart else ())
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

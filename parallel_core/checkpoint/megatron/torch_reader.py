@@ -1,0 +1,215 @@
+"""Megatron's `torch` format: one `model_optim_rng.pt` per (tensor, pipeline) rank, as global tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel_core.checkpoint.megatron.common_state import common_of, loss_scaler_of, plain, refuse_unsupported
+from parallel_core.checkpoint.megatron.names import (
+    LAYER_PATTERN,
+    OUTPUT_LAYER,
+    QKV,
+    canonical_name,
+    flatten_names,
+    is_ignored,
+    layer_of,
+    with_layer_offset,
+)
+from parallel_core.checkpoint.megatron.placement import Collector, old_qkv_rows
+from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
+from parallel_core.checkpoint.megatron.torch_optimizer import OptimizerState, read_optimizer
+from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
+from parallel_core.checkpoint.source import PieceSource
+from parallel_core.errors import CheckpointError
+
+_RANK_DIR = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+
+
+@dataclass
+class Chunk:
+    """One model chunk of one rank: its parameters under canonical names, in registration order.
+
+    Attributes:
+        tp: tensor parallel rank.
+        pp: pipeline rank.
+        index: which chunk of that rank.
+        tensors: local tensors by name with the chunk's own layer numbers.
+        num_layers: how many layers it has.
+        first_layer: global number of its first layer.
+    """
+
+    tp: int
+    pp: int
+    index: int
+    tensors: dict[str, TorchTensor]
+    num_layers: int
+    first_layer: int = 0
+
+    def global_name(self, name: str) -> str:
+        """Return a parameter's name with the global layer number."""
+        return with_layer_offset(name, self.first_layer)
+
+
+class MegatronTorchCheckpoint(PieceSource):
+    """A Megatron checkpoint in the `torch` format as global tensors."""
+
+    def __init__(self, path: str | Path, allow_inert: Iterable[str] = ()) -> None:
+        """Read the pickles of every rank; tensors stay on the disk.
+
+        Args:
+            path: an `iter_XXXXXXX` or `release` directory with `mp_rank_XX[_YYY]` in it.
+            allow_inert: further class names to read as inert data.
+
+        Raises:
+            CheckpointError: a rank's file is missing, damaged or refused, or holds something this project has no
+                counterpart of.
+        """
+        path = Path(path)
+        self.notes: list[str] = []
+        states, args = _read_ranks(path, tuple(allow_inert))
+        first = states[0, 0]
+        refuse_unsupported(args, str(path))
+        chunks = [chunk for key in sorted(states) for chunk in _chunks(path, key, states[key], self.notes)]
+        _number_layers(path, chunks, args)
+        gated = bool(args.get("swiglu"))
+        tied = not args.get("untie_embeddings_and_output_weights")
+        tp_size = 1 + max(tp for tp, _ in states)
+        collector = Collector(str(path), tp_size, gated)
+        version = float(first.get("checkpoint_version") or 0)
+        for chunk in chunks:
+            _place_weights(collector, chunk, version, args, tied)
+        for (tp, pp), state in states.items():
+            mine = [chunk for chunk in chunks if (chunk.tp, chunk.pp) == (tp, pp)]
+            optimizer = read_optimizer(rank_dir(path, tp, pp), state, mine, args, tuple(allow_inert))
+            _place_optimizer(collector, tp, optimizer, version, args, tied)
+            first.setdefault("_adam_step", optimizer.step)
+        iteration = int(first.get("iteration", first.get("total_iters", 0)) or 0)
+        if path.name == "release":
+            iteration = 0
+        common = common_of(first, args, iteration)
+        if first["_adam_step"] is not None:
+            common["adam_step"] = int(first["_adam_step"])
+        scaler = loss_scaler_of(first.get("optimizer"))
+        if scaler is not None:
+            common["loss_scaler"] = scaler
+        self.rank0_state: dict[str, Any] = first
+        super().__init__(path, "megatron torch", collector.tensors(), common)
+
+
+def rank_dir(path: Path, tp: int, pp: int) -> Path:
+    """Return a rank's directory, whether its name has a pipeline part or not."""
+    for name in (f"mp_rank_{tp:02d}_{pp:03d}", f"mp_rank_{tp:02d}"):
+        if (path / name).is_dir():
+            return path / name
+    return path / f"mp_rank_{tp:02d}_{pp:03d}"
+
+
+def _model_file(directory: Path) -> Path:
+    for name in ("model_optim_rng.pt", "model_rng.pt"):
+        if (directory / name).exists():
+            return directory / name
+    return directory / "model_optim_rng.pt"
+
+
+def _read_ranks(
+    path: Path, allow_inert: tuple[str, ...]
+) -> tuple[dict[tuple[int, int], dict[str, Any]], dict[str, Any]]:
+    """Return every rank's top-level dict by (tp, pp), and the arguments."""
+    found = sorted(p for p in path.iterdir() if _RANK_DIR.fullmatch(p.name) and p.is_dir())
+    if not found:
+        raise CheckpointError(f"{path} holds no mp_rank_XX directory")
+    zero = [p for p in found if set(p.name.removeprefix("mp_rank_")) <= {"0", "_"}]
+    if not zero:
+        raise CheckpointError(f"{path} lacks rank 0's directory; it holds {', '.join(p.name for p in found[:10])}")
+    rank0 = _load_state(_model_file(zero[0]), allow_inert)
+    if "args" not in rank0:
+        raise CheckpointError(f"{_model_file(zero[0])} holds no `args`: not a training checkpoint of Megatron-LM")
+    args = plain(rank0["args"])
+    if int(args.get("expert_model_parallel_size") or 1) > 1:
+        raise CheckpointError(f"{path} was written with expert parallelism, which cannot be read")
+    tp_size = int(args.get("tensor_model_parallel_size") or args.get("model_parallel_size") or 1)
+    pp_size = int(args.get("pipeline_model_parallel_size") or 1)
+    states = {}
+    for tp in range(tp_size):
+        for pp in range(pp_size):
+            directory = rank_dir(path, tp, pp)
+            if not directory.is_dir():
+                raise CheckpointError(
+                    f"{directory} is missing; the checkpoint was written with tp{tp_size} pp{pp_size}"
+                )
+            states[tp, pp] = rank0 if directory == zero[0] else _load_state(_model_file(directory), allow_inert)
+    return states, args
+
+
+def _load_state(file: Path, allow_inert: tuple[str, ...]) -> dict[str, Any]:
+    state = load_torch_zip(file, allow_inert=allow_inert)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, not Megatron's dict")
+    return state
+
+
+def _chunks(path: Path, key: tuple[int, int], state: Mapping[str, Any], notes: list[str]) -> list[Chunk]:
+    names = sorted((n for n in state if re.fullmatch(r"model\d*", str(n))), key=lambda n: int(n[5:] or 0))
+    if not names or not all(isinstance(state[name], Mapping) for name in names):
+        raise CheckpointError(f"{rank_dir(path, *key)}: the file holds no model")
+    chunks = []
+    for index, model in enumerate(names):
+        tensors: dict[str, TorchTensor] = {}
+        for stored, value in flatten_names(state[model]).items():
+            if is_ignored(stored) or not isinstance(value, TorchTensor):
+                continue
+            name = canonical_name(stored)
+            if name is None:
+                raise CheckpointError(f"{rank_dir(path, *key)}: parameter {stored} has no counterpart here")
+            tensors[name] = value
+        layers = sorted({n for n in map(layer_of, tensors) if n is not None})
+        if layers != list(range(len(layers))):
+            raise CheckpointError(f"{rank_dir(path, *key)}: {model} has layers {layers}, not 0 to {len(layers) - 1}")
+        chunks.append(Chunk(*key, index, tensors, len(layers)))
+    return chunks
+
+
+def _number_layers(path: Path, chunks: list[Chunk], args: Mapping[str, Any]) -> None:
+    """Give every chunk its first layer's global number: stages follow one another in pipeline order.
+
+    The counts are those of the files themselves, which holds for every way to make stages uneven.
+    """
+    total = 0
+    for index, pp in sorted({(chunk.index, chunk.pp) for chunk in chunks}):
+        same = [chunk for chunk in chunks if (chunk.index, chunk.pp) == (index, pp)]
+        if len({chunk.num_layers for chunk in same}) > 1:
+            raise CheckpointError(f"{path}: tensor parallel ranks of stage {pp} disagree about the number of layers")
+        for chunk in same:
+            chunk.first_layer = total
+        total += same[0].num_layers
+    if total != args.get("num_layers", total):
+        raise CheckpointError(
+            f"{path}: the files hold {total} layers, its arguments say num_layers={args['num_layers']}"
+        )
+
+
+def _place_weights(collector: Collector, chunk: Chunk, version: float, args: Mapping[str, Any], tied: bool) -> None:
+    for name, tensor in chunk.tensors.items():
+        if name == OUTPUT_LAYER and tied:
+            continue  # the last stage's copy of the word embeddings
+        rows = _old_rows(name, tensor.shape, version, args)
+        collector.add(chunk.global_name(name), chunk.tp, tensor.blob, rows)
+
+
+def _place_optimizer(
+    collector: Collector, tp: int, optimizer: OptimizerState, version: float, args: Mapping[str, Any], tied: bool
+) -> None:
+    for kind, name, blob in optimizer.tensors:
+        if name == OUTPUT_LAYER and tied:
+            continue
+        collector.add(f"{name}@{kind}", tp, blob, _old_rows(name, blob.shape, version, args))
+
+
+def _old_rows(name: str, shape: tuple[int, ...], version: float, args: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    if version >= 2 or not LAYER_PATTERN.fullmatch(name) or f".{QKV}." not in name:
+        return []
+    return old_qkv_rows(shape[0], int(args["num_attention_heads"]), int(args["hidden_size"]), version)
