@@ -1,0 +1,89 @@
+"""Softmax cross entropy over logits whose vocabulary is cut over the tensor parallel group.
+
+Source: Megatron-LM, arXiv:1909.08053, section 3. Label smoothing uses the whole vocabulary's size and mean, so it is
+the same at every tensor parallel size; Megatron-LM's uses each rank's part and is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, mint, nn
+
+from parallel_core import ops
+from parallel_core.autograd import Function
+from parallel_core.comm.interface import Group
+
+
+def vocab_parallel_cross_entropy(
+    vocab_parallel_logits: Tensor, target: Tensor, tp_group: Group, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the loss of every token, float32, in the shape of `target`.
+
+    With smoothing e over V classes, s = e * V / (V - 1): loss = logsumexp - (1 - s) * logit[target] - s * mean(logits).
+
+    Args:
+        vocab_parallel_logits: [.., V / tp] float32, or float16 (the softmax is computed in float32 all the same).
+        target: int32, the shape of the logits without their last dim; a negative one gives loss 0 and no gradient.
+        tp_group: the tensor parallel group.
+        label_smoothing: e, in [0, 1).
+
+    Backward:
+        dloss * (softmax - (1 - s) * onehot - s / V), no communication.
+
+    Communication:
+        forward 2 all-reduces: of one float32 a token (max), and of three (sums).
+    """
+    return _CrossEntropy.apply(vocab_parallel_logits, target, tp_group, label_smoothing)
+
+
+class VocabParallelCrossEntropy(nn.Cell):
+    """`vocab_parallel_cross_entropy` as a Cell, with the group and the smoothing kept."""
+
+    def __init__(self, tp_group: Group, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.tp_group, self.label_smoothing = tp_group, label_smoothing
+
+    def construct(self, vocab_parallel_logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of every token; see `vocab_parallel_cross_entropy`."""
+        return vocab_parallel_cross_entropy(vocab_parallel_logits, target, self.tp_group, self.label_smoothing)
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: Group, label_smoothing: float) -> Tensor:
+        logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+        ctx.first_row = group.rank * logits.shape[-1]
+        vocabulary = group.size * logits.shape[-1]
+        smoothing = label_smoothing * vocabulary / (vocabulary - 1) if label_smoothing else 0.0
+        ctx.target_weight, ctx.uniform_weight = 1.0 - smoothing, smoothing / vocabulary
+
+        largest, sum_exp, picked, total = ops.vocab_statistics(logits_TV, target_T, ctx.first_row)
+        if group.size > 1:
+            highest = group.all_reduce(largest, "max")
+            sums = mint.cat((sum_exp * mint.exp(largest - highest), picked, total))
+            sum_exp, picked, total = mint.chunk(group.all_reduce_(sums), 3, 0)
+            largest = highest
+        log_sum_exp = mint.log(sum_exp) + largest
+        loss = log_sum_exp - ctx.target_weight * picked
+        if smoothing:
+            loss = loss - ctx.uniform_weight * total
+        counted = (target_T >= 0).astype(ms.float32)
+        ctx.save_for_backward(logits_TV, log_sum_exp, target_T, counted)
+        ctx.shape = logits.shape
+        return (loss * counted).reshape(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, log_sum_exp, target_T, counted = ctx.saved_tensors
+        grad = ops.vocab_grad_logits(
+            logits_TV,
+            log_sum_exp,
+            target_T,
+            ctx.first_row,
+            dloss.reshape(-1) * counted,
+            ctx.target_weight,
+            ctx.uniform_weight,
+        )
+        return grad.reshape(ctx.shape), None, None, None

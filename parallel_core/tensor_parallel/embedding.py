@@ -1,0 +1,85 @@
+"""A word embedding whose rows are cut over the tensor parallel group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspore import Tensor, nn
+
+from parallel_core import ops
+from parallel_core.autograd import Function
+from parallel_core.comm.interface import Group
+from parallel_core.tensor_parallel import mappings
+from parallel_core.tensor_parallel.parameter import InitMethod, ShardSpec, make_parameter
+
+
+class VocabParallelEmbedding(nn.Cell):
+    """Looks ids up in a [num_embeddings, embedding_dim] table of which every rank has an equal range of rows.
+
+    Args:
+        num_embeddings: rows of the full table; a multiple of the group's size.
+        embedding_dim: columns.
+        tp_group: the tensor parallel group.
+        init_method: initial value of the full table.
+        reduce_scatter_embeddings: return this rank's part along dim 0 only (sequence parallelism).
+        params_dtype: dtype of the table and of the output.
+        name: global name of the layer; its parameter is `{name}.weight`.
+
+    Backward:
+        dense gradient of this rank's rows.
+
+    Communication:
+        forward 1 all-reduce (or reduce-scatter) of the output's elements; backward 1 all-gather in the latter case.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        tp_group: Group,
+        init_method: InitMethod,
+        reduce_scatter_embeddings: bool = False,
+        params_dtype: str = "float32",
+        name: str = "embedding",
+    ) -> None:
+        super().__init__(auto_prefix=True)
+        self.tp_group, self.reduce_scatter_embeddings = tp_group, reduce_scatter_embeddings
+        spec = ShardSpec(
+            f"{name}.weight",
+            (num_embeddings, embedding_dim),
+            partition_dim=0,
+            rank=tp_group.rank,
+            size=tp_group.size,
+            is_embedding_or_output=True,
+        )
+        self.weight = make_parameter(spec, init_method, params_dtype)
+        self.first_row = tp_group.rank * spec.local_shape[0]
+
+    def construct(self, ids: Tensor) -> Tensor:
+        """Return the rows of `ids`.
+
+        Args:
+            ids: int32 of any shape; dim 0 is the sequence if `reduce_scatter_embeddings`.
+
+        Returns:
+            [*ids.shape, embedding_dim], or with dim 0 divided by the group's size.
+        """
+        partial = _LocalEmbedding.apply(ids, self.weight, self.first_row)
+        if self.reduce_scatter_embeddings:
+            return mappings.reduce_scatter_to_sequence_parallel_region(partial, self.tp_group)
+        return mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group)
+
+
+class _LocalEmbedding(Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
+        ctx.first_row, ctx.num_rows, ctx.dtype = first_row, weight.shape[0], weight.dtype
+        ctx.save_for_backward(ids)
+        return ops.embedding(ids.reshape(-1), weight, first_row).reshape(*ids.shape, weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        dw = ops.embedding_grad_table(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), ctx.num_rows, ctx.first_row)
+        return None, dw.astype(ctx.dtype), None
