@@ -1,8 +1,8 @@
-"""Megatron's `.bin/.idx` pair: tokens in one flat file, sequence lengths and document boundaries in the other.
+r"""Megatron's `.bin/.idx` pair: tokens in one flat file, sequence lengths and document boundaries in the other.
 
-Layout of `.idx`, little endian: magic `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of sequences n, u64 number
-of document bounds d, i32[n] lengths in tokens, i64[n] byte offsets into `.bin`, i64[d] document bounds in sequences
-(first 0, last n), and i8[n] modes in multimodal files.
+Layout of `.idx`, little endian: magic `MMIDIDX\0\0`, u64 version 1, u8 dtype code, u64 number of sequences n, u64
+number of document bounds d, i32[n] lengths in tokens, i64[n] byte offsets into `.bin`, i64[d] document bounds in
+sequences (first 0, last n), and i8[n] modes in multimodal files.
 """
 
 from __future__ import annotations

@@ -1,0 +1,43 @@
+"""Megatron's data pipeline in NumPy: the same samples, in the same order, from the same files."""
+
+from __future__ import annotations
+
+from parallel_core.data.blended_dataset import BlendedDataset
+from parallel_core.data.blending import build_blending_indices, build_exhaustive_blending_indices
+from parallel_core.data.builder import build_train_valid_test_datasets, train_valid_test_num_samples
+from parallel_core.data.bundled import bundled_tokenizer_model, prepare_bundled_corpus
+from parallel_core.data.config import Blend, GPTDatasetConfig, Split, blends_from_arguments, parse_blend
+from parallel_core.data.gpt_dataset import GPTDataset
+from parallel_core.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, merge_indexed_datasets
+from parallel_core.data.loader import PretrainingDataLoader, build_pretraining_data_loader
+from parallel_core.data.masks import attention_mask_from_document_starts, document_starts
+from parallel_core.data.samplers import MegatronPretrainingRandomSampler, MegatronPretrainingSampler
+from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer, vocab_size_with_padding
+
+__all__ = [
+    "Blend",
+    "BlendedDataset",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "MegatronPretrainingRandomSampler",
+    "MegatronPretrainingSampler",
+    "MegatronTokenizer",
+    "PretrainingDataLoader",
+    "Split",
+    "attention_mask_from_document_starts",
+    "blends_from_arguments",
+    "build_blending_indices",
+    "build_exhaustive_blending_indices",
+    "build_pretraining_data_loader",
+    "build_tokenizer",
+    "build_train_valid_test_datasets",
+    "bundled_tokenizer_model",
+    "document_starts",
+    "merge_indexed_datasets",
+    "parse_blend",
+    "prepare_bundled_corpus",
+    "train_valid_test_num_samples",
+    "vocab_size_with_padding",
+]

@@ -1,0 +1,87 @@
+"""The corpus and tokenizer that come with a checkout, ready for a first run without any preparation."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from parallel_core.data.files import exclusive_lock
+from parallel_core.data.indexed_dataset import (
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    bin_path,
+    idx_path,
+    optimal_dtype,
+)
+from parallel_core.data.tokenizer.base import MegatronTokenizer
+from parallel_core.data.tokenizer.sentencepiece import SentencePieceTokenizer
+from parallel_core.errors import DataError
+
+_NAME = "corpus_text_document"
+
+
+def bundled_data_folder() -> Path:
+    """Return the folder `data/` of this checkout.
+
+    Raises:
+        DataError: The package is installed without the checkout's `data/`.
+    """
+    folder = Path(__file__).resolve().parents[2] / "data"
+    if not (folder / "corpus.jsonl").is_file() or not (folder / "tokenizer.model").is_file():
+        raise DataError(
+            f"the bundled corpus is not in {folder}: it comes with the repository's data/ folder, not with an "
+            "installed package. Run from a checkout, or give --data-path, --tokenizer-type and --tokenizer-model."
+        )
+    return folder
+
+
+def bundled_tokenizer_model() -> str:
+    """Return the path of the bundled SentencePiece model (2048 ids; use it as SentencePieceTokenizer)."""
+    return str(bundled_data_folder() / "tokenizer.model")
+
+
+def prepare_bundled_corpus(cache_dir: str | None = None) -> str:
+    """Return the path prefix of the bundled corpus as `.bin/.idx`, tokenising it on first use.
+
+    Any number of processes may call this at once: one builds, the others wait and read its files.
+
+    Args:
+        cache_dir: Folder for the files; `data/prepared` of the checkout by default.
+
+    Raises:
+        DataError: The corpus is not there, or the folder cannot be written.
+    """
+    source = bundled_data_folder() / "corpus.jsonl"
+    model = bundled_tokenizer_model()
+    folder = Path(cache_dir) if cache_dir is not None else bundled_data_folder() / "prepared"
+    prefix = str(folder / _NAME)
+    newest_input = max(os.path.getmtime(source), os.path.getmtime(model))
+    if _is_ready(prefix, newest_input):
+        return prefix
+    try:
+        with exclusive_lock(prefix + ".lock"):
+            if not _is_ready(prefix, newest_input):
+                _tokenize(source, SentencePieceTokenizer(model), prefix)
+    except OSError as error:
+        raise DataError(
+            f"the bundled corpus cannot be prepared in {folder}: {error}. Name a folder that can be written "
+            "(cache_dir, or --data-cache-path)."
+        ) from error
+    return prefix
+
+
+def _is_ready(prefix: str, newest_input: float) -> bool:
+    # the index is put in place last, so a new enough one means that both files are whole
+    return IndexedDataset.exists(prefix) and os.path.getmtime(idx_path(prefix)) >= newest_input
+
+
+def _tokenize(source: Path, tokenizer: MegatronTokenizer, prefix: str) -> None:
+    with (
+        open(source, encoding="utf-8") as lines,
+        IndexedDatasetBuilder(bin_path(prefix), optimal_dtype(tokenizer.vocab_size)) as builder,
+    ):
+        for line in lines:
+            tokens = [*tokenizer.tokenize(json.loads(line)["text"]), tokenizer.eod]
+            builder.add_document(tokens, [len(tokens)])
+        builder.finalize(idx_path(prefix))

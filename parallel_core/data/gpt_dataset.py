@@ -1,0 +1,344 @@
+"""GPT samples of fixed length, cut from the documents of an indexed dataset in Megatron's order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from parallel_core.data.config import GPTDatasetConfig, Split
+from parallel_core.data.files import atomic_save_array, atomic_write, exclusive_lock
+from parallel_core.data.indexed_dataset import IndexedDataset
+from parallel_core.data.indices import (
+    EpochPlan,
+    build_document_index,
+    build_sample_index,
+    build_shuffle_index,
+    num_samples_in,
+    plan_epochs,
+)
+from parallel_core.data.masks import (
+    attention_mask_from_document_starts,
+    document_starts,
+    loss_mask_and_positions,
+)
+from parallel_core.data.tokenizer.base import MegatronTokenizer
+from parallel_core.errors import DataError
+
+logger = logging.getLogger(__name__)
+Sample = dict[str, np.ndarray]
+
+
+class SequenceSource(Protocol):
+    """What a GPT dataset reads tokens from: `IndexedDataset` and the mock one."""
+
+    sequence_lengths: np.ndarray
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Return a part of a sequence."""
+
+
+class SampleIndices(NamedTuple):
+    """The three arrays that say which tokens sample i has."""
+
+    document_index: np.ndarray
+    """int32 [M]: documents in order, over all epochs."""
+    sample_index: np.ndarray
+    """int32 [N + 1, 2]: position in `document_index` and token offset of every sample."""
+    shuffle_index: np.ndarray
+    """uint32 [N]: order of samples."""
+
+
+class MockSequences:
+    """Megatron's synthetic documents: 100000 of them, each `1, 2, ..., L - 1, eod` with a random length below 4096.
+
+    Args:
+        tokenizer: Gives the end-of-document id; counting restarts before it reaches the vocabulary size.
+    """
+
+    size = 100_000
+    max_sequence_length = 4096
+
+    def __init__(self, tokenizer: MegatronTokenizer) -> None:
+        generator = np.random.default_rng(seed=0)
+        self.sequence_lengths = generator.integers(1, self.max_sequence_length, self.size, dtype=np.int32)
+        self._eod = tokenizer.eod
+        # Megatron counts on past a small vocabulary and its embedding fails; here ids wrap to stay legal
+        self._counting = np.arange(1, self.max_sequence_length + 1, dtype=np.int64) % max(tokenizer.vocab_size, 1)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Return `length` tokens of document `index` from `offset` on."""
+        total = int(self.sequence_lengths[index])
+        document = self._counting[:total].copy()
+        document[-1] = self._eod
+        return document[offset : total if length is None else offset + length]
+
+
+class GPTDataset:
+    """Samples of `sequence_length` tokens of one dataset, shuffled and repeated as Megatron does.
+
+    Building takes the indices from the cache when it has them, else builds and stores them under a lock, so that any
+    number of processes may build the same dataset at once.
+
+    Args:
+        dataset: Where the tokens are.
+        dataset_path: Path prefix of the dataset; None for mock data.
+        indices: Sequences this split consists of, int32 [D].
+        num_samples: Samples to have at least; None for one epoch.
+        index_split: Which split this is.
+        config: Options of the samples.
+
+    Raises:
+        DataError: The split has no tokens.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceSource,
+        dataset_path: str | None,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        self.dataset = dataset
+        self.dataset_path = dataset_path
+        self.indices = indices
+        self.num_samples = num_samples
+        self.index_split = index_split
+        self.config = config
+        self._extra = int(config.add_extra_token_to_sequence)
+        self._drop_last = config.drop_last_partial_validation_sequence if index_split is Split.valid else True
+        tokens_per_epoch = int(np.sum(dataset.sequence_lengths[indices], dtype=np.int64))
+        try:
+            self.plan: EpochPlan = plan_epochs(tokens_per_epoch, num_samples, config.sequence_length, self._extra)
+        except DataError as error:
+            raise DataError(f"{dataset_path or 'mock data'} ({index_split.name}): {error}") from error
+        self.built_anew_on_cache_miss = False
+        built = self._load_or_build()
+        self.document_index, self.sample_index, self.shuffle_index = built
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        """What identifies the cached indices, with Megatron's keys in Megatron's order."""
+        config = self.config
+        identifiers: dict[str, Any] = {
+            "class": type(self).__name__,
+            "dataset_path": self.dataset_path,
+            "num_samples": self.num_samples,
+            "index_split": self.index_split.name,
+            "random_seed": config.random_seed,
+            "sequence_length": config.sequence_length,
+            "split": None if config.blend_per_split else config.split_or_default,
+            "split_matrix": config.split_matrix,
+            "tokenizer": config.tokenizer.unique_identifiers,
+        }
+        if not config.drop_last_partial_validation_sequence:
+            identifiers["drop_last_partial_validation_sequence"] = False
+        if not config.add_extra_token_to_sequence:
+            identifiers["add_extra_token_to_sequence"] = False
+        return identifiers
+
+    @property
+    def unique_description(self) -> str:
+        """`unique_identifiers` as indented JSON: the content of the cache's description file."""
+        return json.dumps(self.unique_identifiers, indent=4)
+
+    @property
+    def unique_description_hash(self) -> str:
+        """MD5 of `unique_description`, the first part of the cached files' names."""
+        return hashlib.md5(self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self.sample_index.shape[0]) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample `index`.
+
+        Returns:
+            `tokens`, `labels`, `position_ids` int32 [S], `loss_mask` float32 [S]; with `reset_attention_mask`
+            `doc_start` int32 [S], the first position each position may attend to; with `create_attention_mask`
+            `attention_mask` bool [1, S, S], True where attention is forbidden.
+
+        Raises:
+            DataError: A token id is outside the vocabulary.
+        """
+        text, num_real = self._text(index)
+        config = self.config
+        pad = config.pad_token_id
+        if self._extra:
+            tokens, labels = text[:-1].copy(), text[1:].copy()
+            num_real_labels = num_real - 1
+        else:
+            tokens, labels = text.copy(), np.append(text[1:], np.int32(pad))
+            num_real_labels = min(num_real, len(text)) - 1
+        eod = config.tokenizer.eod
+        needs_starts = config.reset_attention_mask or config.reset_position_ids
+        starts = document_starts(tokens, eod) if needs_starts else None
+        loss_mask, position_ids = loss_mask_and_positions(
+            tokens,
+            eod,
+            reset_position_ids=config.reset_position_ids,
+            eod_mask_loss=config.eod_mask_loss,
+            starts=starts,
+        )
+        padding = labels == pad
+        padding[num_real_labels:] = True
+        loss_mask[padding] = 0.0
+        labels[padding] = 0
+        tokens[tokens == pad] = 0
+        sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+        if config.reset_attention_mask and starts is not None:
+            sample["doc_start"] = starts
+        if config.create_attention_mask:
+            reset_starts = sample.get("doc_start", np.zeros(len(tokens), np.int32))
+            sample["attention_mask"] = attention_mask_from_document_starts(reset_starts)
+        return sample
+
+    def document_ids(self, index: int) -> np.ndarray:
+        """Return the sequences that sample `index` takes tokens from, in order, int64."""
+        row = int(self.shuffle_index[index])
+        first, last = int(self.sample_index[row, 0]), int(self.sample_index[row + 1, 0])
+        return np.asarray(self.document_index[first : last + 1], dtype=np.int64)
+
+    def _text(self, index: int) -> tuple[np.ndarray, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        row = int(self.shuffle_index[index])
+        first, first_offset = map(int, self.sample_index[row])
+        last, last_offset = map(int, self.sample_index[row + 1])
+        documents = self.document_index
+        if first == last:
+            parts = [self.dataset.get(int(documents[first]), first_offset, last_offset - first_offset + self._extra)]
+        else:
+            parts = [self.dataset.get(int(documents[first]), first_offset)]
+            parts += [self.dataset.get(int(documents[position])) for position in range(first + 1, last)]
+            parts.append(self.dataset.get(int(documents[last]), 0, last_offset + self._extra))
+        wanted = self.config.sequence_length + self._extra
+        num_real = sum(map(len, parts))
+        if num_real < wanted:
+            parts.append(np.full(wanted - num_real, self.config.pad_token_id, np.int32))
+        text = np.concatenate(parts, dtype=np.int32, casting="unsafe")
+        self._check_vocabulary(text[:num_real], index)
+        return text, num_real
+
+    def _check_vocabulary(self, text: np.ndarray, index: int) -> None:
+        vocab_size = self.config.tokenizer.vocab_size
+        if text.size and (int(text.max()) >= vocab_size or int(text.min()) < 0):
+            wrong = text[(text >= vocab_size) | (text < 0)]
+            raise DataError(
+                f"{self.dataset_path or 'mock data'}: token id {int(wrong[0])} in sample {index} is outside the "
+                f"vocabulary of {vocab_size} ids. The data was made with another tokenizer than this run's: give the "
+                "one it was preprocessed with."
+            )
+
+    def _build(self) -> SampleIndices:
+        random_state = np.random.RandomState(self.config.random_seed)
+        plan = self.plan
+        document_index = build_document_index(
+            self.indices, plan.num_epochs, random_state, plan.separate_final_epoch
+        )
+        sample_index = build_sample_index(
+            self.dataset.sequence_lengths,
+            document_index,
+            self.config.sequence_length,
+            plan,
+            self._drop_last,
+            self._extra,
+        )
+        total = len(sample_index) - 1
+        separate_at = plan.num_samples_sans_final_epoch if plan.separate_final_epoch else total
+        return SampleIndices(document_index, sample_index, build_shuffle_index(separate_at, total, random_state))
+
+    def _cache_folder(self) -> str | None:
+        if self.config.path_to_cache is not None:
+            return self.config.path_to_cache
+        if self.dataset_path is None:
+            return None
+        return os.path.join(os.path.dirname(self.dataset_path), "cache", f"{type(self).__name__}_indices")
+
+    def _load_or_build(self) -> SampleIndices:
+        folder = self._cache_folder()
+        if folder is None:
+            return self._build()
+        base = os.path.join(folder, f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}")
+        cached = _load_indices(base, self._indices_fit)
+        if cached is not None:
+            return cached
+        try:
+            with exclusive_lock(base + ".lock"):
+                cached = _load_indices(base, self._indices_fit)
+                if cached is not None:
+                    return cached
+                self.built_anew_on_cache_miss = True
+                built = self._build()
+                _save_indices(base, built, self.unique_description, self._source_identity())
+                return built
+        except OSError as error:
+            logger.warning(
+                "indices of %s are built in memory by every process, because the cache folder %s cannot be written "
+                "(%s); give --data-cache-path a folder that can",
+                self.dataset_path,
+                folder,
+                error,
+            )
+            return self._build()
+
+    def _source_identity(self) -> str:
+        # Megatron's hash does not change when the data is made again under the same name; this does
+        lengths = np.ascontiguousarray(self.dataset.sequence_lengths[self.indices])
+        return hashlib.sha256(lengths.tobytes()).hexdigest()
+
+    def _indices_fit(self, indices: SampleIndices, source: str | None) -> bool:
+        plan, config = self.plan, self.config
+        num_tokens = plan.num_epochs * plan.tokens_per_epoch
+        total = max(num_samples_in(num_tokens, config.sequence_length, self._drop_last, self._extra), 0)
+        return (
+            indices.document_index.shape == (plan.num_epochs * len(self.indices),)
+            and indices.sample_index.shape == (total + 1, 2)
+            and indices.shuffle_index.shape == (total,)
+            and (source is None or source == self._source_identity())
+        )
+
+
+def _load_indices(base: str, fits: Callable[[SampleIndices, str | None], bool]) -> SampleIndices | None:
+    names = ("document_index", "sample_index", "shuffle_index")
+    if not os.path.isfile(f"{base}-description.txt"):
+        return None
+    try:
+        arrays = [np.load(f"{base}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
+    except (OSError, ValueError, EOFError):
+        return None
+    source = None
+    if os.path.isfile(f"{base}-source.txt"):
+        with open(f"{base}-source.txt", encoding="utf-8") as handle:
+            source = handle.read().strip()
+    indices = SampleIndices(*arrays)
+    if fits(indices, source):
+        return indices
+    logger.warning("cached indices %s-* do not belong to the data as it is now; they are built again", base)
+    return None
+
+
+def _save_indices(base: str, indices: SampleIndices, description: str, source: str) -> None:
+    # the description goes last: its presence says that the arrays are whole
+    for suffix in ("description.txt", "source.txt"):
+        if os.path.exists(f"{base}-{suffix}"):
+            os.unlink(f"{base}-{suffix}")
+    for name, array in indices._asdict().items():
+        atomic_save_array(f"{base}-{name}.npy", array)
+    for suffix, content in (("source.txt", source), ("description.txt", description)):
+        with atomic_write(f"{base}-{suffix}") as handle:
+            handle.write(content.encode("utf-8"))
+
+
+def open_sequences(path_prefix: str | None, config: GPTDatasetConfig) -> SequenceSource:
+    """Return the dataset at `path_prefix`, or the mock one when it is None."""
+    if path_prefix is None:
+        return MockSequences(config.tokenizer)
+    return IndexedDataset(path_prefix, multimodal=False, mmap=config.mmap_bin_files)

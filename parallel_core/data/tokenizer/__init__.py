@@ -1,0 +1,27 @@
+"""Tokenizers by Megatron's names."""
+
+from __future__ import annotations
+
+from parallel_core.data.tokenizer.base import MegatronTokenizer, vocab_size_with_padding
+from parallel_core.data.tokenizer.factory import TOKENIZER_TYPES, build_tokenizer
+from parallel_core.data.tokenizer.gpt2_bpe import GPT2BPETokenizer
+from parallel_core.data.tokenizer.huggingface import HuggingFaceTokenizer
+from parallel_core.data.tokenizer.null import NullTokenizer
+from parallel_core.data.tokenizer.sentencepiece import (
+    GPTSentencePieceTokenizer,
+    Llama2Tokenizer,
+    SentencePieceTokenizer,
+)
+
+__all__ = [
+    "TOKENIZER_TYPES",
+    "GPT2BPETokenizer",
+    "GPTSentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "Llama2Tokenizer",
+    "MegatronTokenizer",
+    "NullTokenizer",
+    "SentencePieceTokenizer",
+    "build_tokenizer",
+    "vocab_size_with_padding",
+]
