@@ -1,0 +1,62 @@
+"""The console of a job: the lines of every rank's log that are meant for it, as they are written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TextIO
+
+_FOR_CONSOLE = re.compile(rb"(INFO|WARNING|ERROR) - ")
+
+
+class LogFollower:
+    """Copies the lines that start with `INFO - `, `WARNING - ` or `ERROR - ` from growing log files to one stream.
+
+    A line that concerns the whole job is written by one rank alone, so nothing is filtered twice.
+    """
+
+    def __init__(self, paths: list[Path], out: TextIO) -> None:
+        """Follow `paths`, which may not exist yet, onto `out`."""
+        self._out = out
+        self._files = [_GrowingFile(path) for path in paths]
+
+    def poll(self) -> None:
+        """Print every line completed since the last call, file by file."""
+        printed = False
+        for file in self._files:
+            for line in file.new_lines():
+                if _FOR_CONSOLE.match(line):
+                    print(line.decode(errors="replace"), file=self._out)
+                    printed = True
+        if printed:
+            self._out.flush()
+
+
+class _GrowingFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+        self._partial = b""
+
+    def new_lines(self) -> list[bytes]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._position)
+                data = file.read()
+        except OSError:
+            return []
+        self._position += len(data)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        return [line.rstrip(b"\r") for line in lines]
+
+
+def last_lines(path: Path, count: int = 15, limit_bytes: int = 16384) -> list[str]:
+    """Return up to `count` of the last lines of the file at `path`; none when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - limit_bytes))
+            data = file.read()
+    except OSError:
+        return []
+    return data.decode(errors="replace").splitlines()[-count:]

@@ -1,0 +1,284 @@
+"""One job: start its ranks through msrun, follow them, and end every process whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from parallel_core.launch.console import LogFollower
+from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
+from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
+from parallel_core.launch.rank import LAUNCHER_VARIABLE
+from parallel_core.launch.report import LOG_DIR_VARIABLE, read_report, report_path
+
+SCHEDULER = "scheduler"
+_TICK_S = 0.1
+_KILL_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Everything needed to start one job on this node."""
+
+    command: tuple[str, ...]
+    """The training script and its arguments."""
+    num_ranks: int
+    """Ranks on all nodes together."""
+    log_dir: Path
+    master_port: int
+    master_addr: str = "127.0.0.1"
+    num_nodes: int = 1
+    node_rank: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables set for the ranks on top of this process's own."""
+    cluster_timeout_s: int = 300
+    """How long the ranks wait for each other at start-up."""
+    stop_grace_s: float = 5.0
+    """How long ranks may go on after SIGTERM (to save) before they are killed."""
+
+    @property
+    def local_ranks(self) -> range:
+        """The global ranks on this node."""
+        per_node = self.num_ranks // self.num_nodes
+        return range(self.node_rank * per_node, (self.node_rank + 1) * per_node)
+
+    def worker_log(self, rank: int) -> Path:
+        """Return the log file of one rank."""
+        return self.log_dir / f"worker_{rank}.log"
+
+    def msrun_command(self) -> list[str]:
+        """Return the command line that starts the scheduler and the ranks and then ends (`--join=False`)."""
+        nodes = [f"--master_addr={self.master_addr}", f"--node_rank={self.node_rank}"] if self.num_nodes > 1 else []
+        return [
+            sys.executable,
+            "-m",
+            "mindspore.parallel.cluster.run",
+            f"--worker_num={self.num_ranks}",
+            f"--local_worker_num={len(self.local_ranks)}",
+            f"--master_port={self.master_port}",
+            f"--log_dir={self.log_dir}",
+            "--join=False",
+            f"--cluster_time_out={self.cluster_timeout_s}",
+            *nodes,
+            _python_name(),
+            "-m",
+            "parallel_core.launch.rank",
+            *self.command,
+        ]
+
+
+def _python_name() -> str:
+    """Return the name by which msrun, which knows only `python` and `python3`, finds this interpreter on PATH."""
+    here = Path(sys.executable)
+    for name in ("python", "python3"):
+        candidate = here.with_name(name)
+        if candidate.exists() and candidate.samefile(here):
+            return name
+    return "python"
+
+
+class Job:
+    """The processes of one job, all of them descendants of this process.
+
+    msrun starts the ranks and ends; this process adopts them, so it alone learns how each one ends, in order. The
+    signals it waits for are blocked and taken one at a time, so nothing runs in a handler.
+    """
+
+    def __init__(self, spec: JobSpec, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.spec = spec
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._console = LogFollower([spec.worker_log(rank) for rank in spec.local_ranks], self._out)
+        self._msrun: subprocess.Popen[bytes] | None = None
+        self._role_of: dict[int, int | str] = {}
+        self._statuses: dict[int | str, int] = {}
+        self._failures: dict[int | str, RankFailure] = {}
+        self._stop_signal: int | None = None
+        self._stopping = False
+
+    def run(self) -> int:
+        """Run the job to its end and return the exit status: 0, that of the first failing rank, or 128 + signal."""
+        adopt_orphans()
+        with _signals_blocked() as signals:
+            try:
+                self._start()
+                self._follow(signals)
+                if self._failures or self._stop_signal is not None:
+                    self._end_ranks(signals)
+                elif self.spec.num_nodes > 1:
+                    self._await_scheduler(signals)
+            finally:
+                self._kill_everything()
+            self._console.poll()
+        return self._conclude()
+
+    def _start(self) -> None:
+        spec = self.spec
+        package_root = str(Path(__file__).resolve().parents[2])
+        environment = {**os.environ, **spec.environment}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+        environment[LOG_DIR_VARIABLE] = str(spec.log_dir.resolve())
+        environment[LAUNCHER_VARIABLE] = str(os.getpid())
+
+        def in_child() -> None:
+            die_with_parent()
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+        with open(spec.log_dir / "msrun.log", "wb") as log:
+            self._msrun = subprocess.Popen(
+                spec.msrun_command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=in_child,
+            )
+
+    def _follow(self, signals: set[signal.Signals]) -> None:
+        """Return when all ranks have ended well, one has failed, or a signal asks to stop."""
+        while not self._failures and self._stop_signal is None and not self._all_ranks_ended():
+            self._tick(signals)
+
+    def _tick(self, signals: set[signal.Signals]) -> None:
+        taken = signal.sigtimedwait(signals, _TICK_S)
+        if taken is not None and taken.si_signo != signal.SIGCHLD:
+            self._stop_signal = taken.si_signo
+        self._reap()
+        for rank in self.spec.local_ranks:
+            if rank not in self._failures and rank not in self._statuses:
+                self._read_report(rank)
+        self._console.poll()
+
+    def _all_ranks_ended(self) -> bool:
+        return all(rank in self._statuses for rank in self.spec.local_ranks)
+
+    def _reap(self) -> None:
+        """Take the exit status of every child that has ended, and note the failures among them."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            pid = ended.si_pid
+            if self._msrun is not None and pid == self._msrun.pid:
+                # Its children are ours from here on; look at them before any of them is reaped.
+                status = self._msrun.wait()
+                self._msrun = None
+                self._identify_ranks()
+                if status != 0:
+                    self._note_failure(RankFailure("msrun", time.time(), status))
+                continue
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            role = self._role_of.get(pid)
+            if role is not None:
+                self._note_end(role, status)
+
+    def _identify_ranks(self) -> None:
+        """Learn which child is which rank: by its environment, or for one that has ended, by its place in line."""
+        found = children(os.getpid())
+        ranks = self.spec.local_ranks
+        in_order: list[int | str] = [*([SCHEDULER] if len(found) > len(ranks) else []), *ranks]
+        for info, by_place in zip(found, in_order):
+            environment = environment_of(info.pid)
+            role = environment.get("MS_ROLE")
+            if role == "MS_SCHED":
+                self._role_of[info.pid] = SCHEDULER
+            elif role == "MS_WORKER" and environment.get("RANK_ID", "").isdigit():
+                self._role_of[info.pid] = int(environment["RANK_ID"])
+            else:
+                self._role_of[info.pid] = by_place
+
+    def _note_end(self, role: int | str, status: int) -> None:
+        self._statuses[role] = status
+        reported = isinstance(role, int) and self._read_report(role)
+        if status != 0 and not reported:
+            self._note_failure(RankFailure(role, time.time(), status))
+
+    def _read_report(self, rank: int) -> bool:
+        report = read_report(report_path(self.spec.log_dir, rank))
+        if report is None:
+            return False
+        self._note_failure(RankFailure(rank, report.time, report.exit_status, report))
+        return True
+
+    def _note_failure(self, failure: RankFailure) -> None:
+        """Keep the first failure of each rank; what fails after it was told to stop is no failure."""
+        if not self._stopping:
+            self._failures.setdefault(failure.role, failure)
+
+    def _end_ranks(self, signals: set[signal.Signals]) -> None:
+        """Ask the ranks to end, and wait for them as long as the grace allows; a second signal ends the wait."""
+        if self._stop_signal is not None:
+            self._say(f"{signal.Signals(self._stop_signal).name}: stopping the ranks")
+        stop_signal = self._stop_signal
+        for pid, role in self._role_of.items():
+            if role != SCHEDULER and role not in self._statuses:
+                send(pid, signal.SIGTERM)
+        self._stop_signal = None
+        self._stopping = True
+        deadline = time.monotonic() + self.spec.stop_grace_s
+        while self._role_of and not self._all_ranks_ended() and time.monotonic() < deadline:
+            self._tick(signals)
+            if self._stop_signal is not None:
+                break
+        self._stop_signal = stop_signal
+
+    def _await_scheduler(self, signals: set[signal.Signals]) -> None:
+        """Keep the scheduler for the ranks of other nodes; it ends by itself some seconds after the last of them."""
+        while SCHEDULER in self._role_of.values() and SCHEDULER not in self._statuses and self._stop_signal is None:
+            self._tick(signals)
+        self._failures.pop(SCHEDULER, None)
+
+    def _kill_everything(self) -> None:
+        """Kill and reap every descendant, also those a dying one leaves behind."""
+        self._stopping = True
+        deadline = time.monotonic() + _KILL_PATIENCE_S
+        while left := descendants(os.getpid()):
+            if time.monotonic() > deadline:
+                self._say(f"processes {left} do not react to SIGKILL (waiting for a device?)")
+                return
+            for pid in left:
+                send(pid, signal.SIGKILL)
+            time.sleep(0.01)
+            self._reap()
+
+    def _conclude(self) -> int:
+        spec = self.spec
+        if self._stop_signal is not None:
+            self._say(f"stopped by {signal.Signals(self._stop_signal).name}; logs: {spec.log_dir}/worker_*.log")
+            return 128 + self._stop_signal
+        if self._failures:
+            first = first_failure(list(self._failures.values()))
+            print(describe_failures(spec.log_dir, spec.num_ranks, first, self._failures), file=self._err, flush=True)
+            return first.job_status()
+        self._say(f"{spec.num_ranks} ranks ended well; logs: {spec.log_dir}/worker_*.log")
+        return 0
+
+    def _say(self, text: str) -> None:
+        print(f"INFO - {text}", file=self._out, flush=True)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[set[signal.Signals]]:
+    """Hold back the signals a job reacts to, except those the caller ignores (nohup, background jobs)."""
+    asked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signals = {signal.SIGCHLD} | {one for one in asked if signal.getsignal(one) is not signal.SIG_IGN}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield signals
+    finally:
+        while signal.sigtimedwait(signals, 0):
+            pass  # a second Ctrl-C that arrived too late must not interrupt what the caller does next
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,84 @@
+"""Which rank failed first, and how to say it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel_core.launch.console import last_lines
+from parallel_core.launch.report import FailureReport
+
+_CONSEQUENCE_WINDOW_S = 1.0
+_MESSAGE_LIMIT = 160
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """How one rank (or the scheduler, or msrun) ended."""
+
+    role: int | str
+    time: float
+    """Seconds since the epoch: when the error was caught in the rank, or else when its end was noticed."""
+    status: int
+    """Exit status; negative for the signal that ended the process."""
+    report: FailureReport | None = None
+
+    @property
+    def name(self) -> str:
+        """`rank 3`, `scheduler` or `msrun`."""
+        return f"rank {self.role}" if isinstance(self.role, int) else self.role
+
+    def job_status(self) -> int:
+        """Return the exit status for the whole job, never 0."""
+        return 128 - self.status if self.status < 0 else self.status or 1
+
+    def summary(self) -> str:
+        """Return how it ended, on one line."""
+        if self.report is not None:
+            message = self.report.message.strip().splitlines() or [""]
+            return f"{self.report.kind}: {message[0][:_MESSAGE_LIMIT]}"
+        if self.status < 0:
+            number = -self.status
+            known = number in set(signal.Signals)
+            name = f" ({signal.Signals(number).name})" if known else ""
+            hint = "; if nobody sent it, look for the out-of-memory killer in dmesg" if number == signal.SIGKILL else ""
+            return f"killed by signal {number}{name}{hint}"
+        return f"ended with status {self.status}, without an error of its own"
+
+
+def first_failure(failures: list[RankFailure]) -> RankFailure:
+    """Return the failure the others follow from: the earliest.
+
+    An error that reads like the loss of a peer gives way to another kind of failure noticed shortly after it, because
+    a rank can see its peer vanish before the launcher learns that the peer was killed.
+    """
+    in_order = sorted(failures, key=lambda failure: failure.time)
+    first = in_order[0]
+    if first.report is not None and first.report.peer_loss:
+        for other in in_order[1:]:
+            is_consequence = other.report is not None and other.report.peer_loss
+            if not is_consequence and other.time - first.time < _CONSEQUENCE_WINDOW_S:
+                return other
+    return first
+
+
+def describe_failures(
+    log_dir: Path, num_ranks: int, first: RankFailure, failures: Mapping[int | str, RankFailure]
+) -> str:
+    """Return the text the console ends with: the first failure in full, the others in a line each."""
+    lines = [f"ERROR - {first.name} failed first, of {num_ranks} ranks: {first.summary()}"]
+    if first.report is not None and (first.report.traceback or "\n" in first.report.message):
+        lines += _indented(first.report.text().splitlines())
+    elif first.report is None:
+        log = log_dir / (f"worker_{first.role}.log" if isinstance(first.role, int) else f"{first.role}.log")
+        tail = last_lines(log)
+        lines += [f"  the last lines of {log}:", *_indented(tail)] if tail else [f"  {log} is empty"]
+    lines += [f"  {other.name} then: {other.summary()}" for other in failures.values() if other is not first]
+    lines.append(f"  All ranks were stopped. Logs: {log_dir}/worker_*.log")
+    return "\n".join(lines)
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

@@ -1,0 +1,201 @@
+"""From the environment and the configuration to a job: how many ranks, which port, where the logs go."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import importlib.util
+import os
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from parallel_core.errors import ConfigError
+from parallel_core.launch.job import JobSpec
+
+DEFAULT_LOG_DIR = "msrun_log"
+_PORTS = range(10000, 32000)
+"""Below Linux's range for outgoing connections (32768 up), so that none of those takes the port in between."""
+_OLD_LOGS = ("worker_*.log", "error_rank_*.json", "scheduler.log", "msrun.log", "metrics.jsonl")
+_PER_RANK_LOGS = (("worker", "log"), ("error_rank", "json"))
+_ASCEND_DEFAULTS = {"HCCL_BUFFSIZE": "200", "HCCL_EXEC_TIMEOUT": "600"}
+
+
+def integer(environment: Mapping[str, str], name: str, default: int, minimum: int = 1, example: int = 1) -> int:
+    """Return the environment variable `name` as an integer, or `default` when it is unset or empty.
+
+    Args:
+        environment: the variables to read.
+        name: the variable.
+        default: what it means when unset.
+        minimum: the least value allowed.
+        example: the value that an error message suggests.
+
+    Raises:
+        ConfigError: if it is no integer, or less than `minimum`.
+    """
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text} is not an integer; write for example {name}={example}") from None
+    if value < minimum:
+        raise ConfigError(f"{name}={value} is less than {minimum}; write for example {name}={example}")
+    return value
+
+
+def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+    """Return the environment variable `name` as a number of seconds, or `default` when it is unset or empty.
+
+    Raises:
+        ConfigError: if it is no number, or negative.
+    """
+    text = environment.get(name, "").strip()
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{name}={text} is not a number of seconds; write for example {name}={default:g}")
+    return value
+
+
+def device_target(environment: Mapping[str, str]) -> str:
+    """Return `DEVICE_TARGET`, or Ascend when this machine has an NPU, else CPU.
+
+    Raises:
+        ConfigError: if it names anything else.
+    """
+    given = environment.get("DEVICE_TARGET", "").strip()
+    if given:
+        if given not in ("Ascend", "CPU"):
+            raise ConfigError(f"DEVICE_TARGET={given} is not a device this package runs on; write Ascend or CPU")
+        return given
+    return "Ascend" if glob.glob("/dev/davinci[0-9]*") or shutil.which("npu-smi") else "CPU"
+
+
+def is_listening(port: int) -> bool:
+    """Return whether a server on this machine holds `port` (a connection that is merely closing does not count)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            raise ConfigError(
+                f"MASTER_PORT={port} cannot be used: {error.strerror}; unset it, or give another"
+            ) from None
+    return False
+
+
+def master_port(environment: Mapping[str, str], check: bool = True) -> int:
+    """Return `MASTER_PORT`, or a random port that nothing listens on.
+
+    A random one, because a scheduler that is still closing makes the next one on its port fail.
+
+    Args:
+        environment: the variables to read.
+        check: whether the scheduler runs on this machine, so that a given port must be free here.
+
+    Raises:
+        ConfigError: if the given port is out of range or in use.
+    """
+    port = integer(environment, "MASTER_PORT", 0, example=8848)
+    if port:
+        if port > 65535:
+            raise ConfigError(f"MASTER_PORT={port} is not a port; ports go from 1 to 65535")
+        if check and is_listening(port):
+            raise ConfigError(
+                f"MASTER_PORT={port}: port {port} is in use on this machine, perhaps by a scheduler that is still "
+                "closing; give another, or unset MASTER_PORT and a free one is chosen"
+            )
+        return port
+    generator = random.SystemRandom()
+    for _ in range(100):
+        port = generator.choice(_PORTS)
+        if not is_listening(port):
+            return port
+    raise ConfigError(f"no free port found between {_PORTS.start} and {_PORTS.stop}; give one as MASTER_PORT")
+
+
+def prepare_log_dir(log_dir: Path, own_ranks: range | None = None) -> None:
+    """Create `log_dir` and remove the logs an earlier run left there, and nothing else.
+
+    Args:
+        log_dir: the directory.
+        own_ranks: with several nodes sharing the directory, the ranks whose logs may go; None for all logs.
+
+    Raises:
+        ConfigError: if it cannot be created or written.
+    """
+    patterns: tuple[str, ...] = _OLD_LOGS
+    if own_ranks is not None:
+        patterns = tuple(f"{stem}_{rank}.{end}" for rank in own_ranks for stem, end in _PER_RANK_LOGS)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for pattern in patterns:
+            for old in log_dir.glob(pattern):
+                old.unlink()
+        (log_dir / "msrun.log").touch()
+    except OSError as error:
+        raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
+
+
+def rank_environment(environment: Mapping[str, str], target: str, local_ranks: int, log_dir: Path) -> dict[str, str]:
+    """Return the variables the ranks get on top of `environment`; what the user has set stays."""
+    cores = len(os.sched_getaffinity(0))
+    defaults = {
+        # One thread per rank and core: more only makes the ranks of one machine wait for each other.
+        "OMP_NUM_THREADS": str(max(1, cores // local_ranks)),
+        "GLOG_v": "3",
+        **(_ascend_defaults(local_ranks) if target == "Ascend" else {}),
+    }
+    chosen = {name: value for name, value in defaults.items() if not environment.get(name)}
+    return {**chosen, "PYTHONUNBUFFERED": "1", "DEVICE_TARGET": target, "LOG_DIR": str(log_dir.resolve())}
+
+
+def _ascend_defaults(local_ranks: int) -> dict[str, str]:
+    return {**_ASCEND_DEFAULTS, "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, range(local_ranks)))}
+
+
+def plan_job(command: tuple[str, ...], num_ranks: int, log_dir: Path, environment: Mapping[str, str]) -> JobSpec:
+    """Return the job that runs `command` on `num_ranks` ranks and logs to `log_dir`; the rest is in `environment`.
+
+    Nothing is started and no file is touched.
+
+    Raises:
+        ConfigError: if a variable is wrong, the port is in use, or MindSpore is not installed.
+    """
+    if importlib.util.find_spec("mindspore") is None:
+        raise ConfigError(
+            f"{sys.executable} has no MindSpore; run `pip install -e .` in this Python, or activate another"
+        )
+    if not Path(command[0]).is_file():
+        raise ConfigError(f"{command[0]} does not exist; give the path of a training script")
+    num_nodes = integer(environment, "NNODES", 1)
+    node_rank = integer(environment, "NODE_RANK", 0, minimum=0, example=0)
+    if num_ranks % num_nodes:
+        raise ConfigError(f"NPROC={num_ranks} is not a multiple of NNODES={num_nodes}; every node runs as many ranks")
+    if node_rank >= num_nodes:
+        raise ConfigError(f"NODE_RANK={node_rank} does not exist with NNODES={num_nodes}; nodes count from 0")
+    if num_nodes > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+        raise ConfigError(f"NNODES={num_nodes} needs MASTER_ADDR and MASTER_PORT, the same on every node")
+    local = num_ranks // num_nodes
+    return JobSpec(
+        command=command,
+        num_ranks=num_ranks,
+        log_dir=log_dir,
+        master_port=master_port(environment, check=node_rank == 0),
+        master_addr=environment.get("MASTER_ADDR") or "127.0.0.1",
+        num_nodes=num_nodes,
+        node_rank=node_rank,
+        environment=rank_environment(environment, device_target(environment), local, log_dir),
+        cluster_timeout_s=integer(environment, "CLUSTER_TIME_OUT", 300, example=300),
+        stop_grace_s=seconds(environment, "STOP_GRACE_S", 5.0),
+    )

@@ -1,0 +1,127 @@
+"""What a rank says when it fails: one small file that names the error, for the launcher to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from parallel_core.errors import CommError, ConfigError, ParallelCoreError
+
+LOG_DIR_VARIABLE = "PARALLEL_CORE_RUN_DIR"
+"""Set by the launcher: the absolute path of the run's log directory, where ranks leave their reports."""
+
+CONFIG_ERROR_STATUS = 2
+"""Exit status after a `ConfigError`, in the launcher and in a rank."""
+
+_PEER_LOSS = re.compile(
+    r"(recv|send|allreduce|all_?gather|broadcast|barrier|collective)\w* failed"
+    r"|did not complete within|disconnected|connection (?:reset|refused|closed)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class FailureReport:
+    """Why one rank failed, in its own words."""
+
+    rank: int
+    time: float
+    """Seconds since the epoch, read when the error was caught."""
+    kind: str
+    """Class name of the exception."""
+    message: str
+    traceback: str
+    """The formatted traceback; empty for a user's mistake, which needs none."""
+    exit_status: int
+    peer_loss: bool
+    """Whether the error reads like the consequence of another rank's failure."""
+
+    def text(self) -> str:
+        """Return what to show: the traceback, or for a user's mistake the message alone."""
+        return self.traceback.rstrip() or f"{self.kind}: {self.message}"
+
+
+def report_path(log_dir: Path, rank: int) -> Path:
+    """Return where the failure report of `rank` stands."""
+    return log_dir / f"error_rank_{rank}.json"
+
+
+def read_report(path: Path) -> FailureReport | None:
+    """Return the report at `path`, or None when there is none that can be read."""
+    try:
+        return FailureReport(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def report_failure(exc: BaseException) -> int:
+    """Write the failure report of this rank, print the error to stderr, and return the exit status to end with.
+
+    Under the launcher the report goes to `error_rank_R.json` in the log directory; without it only stderr is written.
+    """
+    status = _exit_status(exc)
+    expected = isinstance(exc, (ParallelCoreError, SystemExit))
+    trace = "" if expected else "".join(traceback.format_exception(exc))
+    report = FailureReport(
+        rank=int(os.environ.get("RANK_ID", "0")),
+        time=time.time(),
+        kind=type(exc).__name__,
+        message=str(exc),
+        traceback=trace,
+        exit_status=status,
+        peer_loss=isinstance(exc, CommError) or _PEER_LOSS.search(str(exc)) is not None,
+    )
+    log_dir = os.environ.get(LOG_DIR_VARIABLE)
+    if log_dir and os.environ.get("MS_ROLE") == "MS_WORKER":
+        path = report_path(Path(log_dir), report.rank)
+        partial = path.with_suffix(".tmp")
+        try:
+            partial.write_text(json.dumps(asdict(report)), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            print(f"cannot write {path}: {error}", file=sys.stderr)
+    print(report.text() if not isinstance(exc, ConfigError) else str(exc), file=sys.stderr, flush=True)
+    return status
+
+
+def run_as_rank(main: Callable[[], object]) -> None:
+    """Run `main()`; when it fails, report the error and end the process with its status.
+
+    A `ParallelCoreError` is shown as its message, anything else with its traceback. A rank of a job ends at once,
+    without the exit handlers of the backend, which may wait for ranks that are waiting for this one.
+
+    Raises:
+        SystemExit: in a program of one process, with the status of the error.
+    """
+    try:
+        main()
+    except SystemExit as exc:
+        if exc.code in (None, 0):
+            raise
+        _end(report_failure(exc))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        _end(130)
+    except Exception as exc:
+        _end(report_failure(exc))
+
+
+def _end(status: int) -> None:
+    if "MS_ROLE" not in os.environ:
+        raise SystemExit(status)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+def _exit_status(exc: BaseException) -> int:
+    if isinstance(exc, SystemExit):
+        return exc.code if isinstance(exc.code, int) else 1
+    return CONFIG_ERROR_STATUS if isinstance(exc, ConfigError) else 1

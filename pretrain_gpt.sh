@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Pretrain a GPT: pretrain_gpt.sh [--config FILE] [--megatron-flag value ...]
+#
+# Without --config it trains configs/gpt_tiny.yaml. Environment, all optional:
+#   NPROC          ranks (default: what the layout needs)
+#   MASTER_PORT    port of msrun's scheduler (default: a free one)
+#   LOG_DIR        where worker_R.log and metrics.jsonl go (default: msrun_log)
+#   DEVICE_TARGET  Ascend or CPU (default: Ascend when present)
+#   STOP_GRACE_S   seconds between SIGTERM and SIGKILL when the job is stopped (default: 5)
+#   PYTHON         the Python to use (default: `python`, else `python3`, of the active environment)
+#   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (600 s), ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
+#   Several nodes: NNODES, NODE_RANK, MASTER_ADDR
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="${PYTHON:-$(command -v python || command -v python3 || true)}"
+if [[ -z "$python" ]]; then
+    echo "no python or python3 on PATH; activate the environment parallel_core is installed in" >&2
+    exit 2
+fi
+
+config=(--config "$here/configs/gpt_tiny.yaml")
+for argument in "$@"; do
+    case "$argument" in --config | --config=*) config=() ;; esac
+done
+
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m parallel_core.launch "$here/pretrain_gpt.py" ${config[@]+"${config[@]}"} "$@"

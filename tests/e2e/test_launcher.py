@@ -1,0 +1,175 @@
+"""The launcher with real msrun jobs: how they end, what the console says, and that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from parallel_core.launch.processes import environment_of
+from tests.helpers.launching import REPO, processes_of, run_launcher, start_launcher, wait_until
+
+SCRIPT = str(REPO / "tests/e2e/scripts/rank_script.py")
+
+
+@pytest.fixture
+def log_dir(tmp_path: Path):
+    """A log directory whose job must be gone when the test ends, however the test ends."""
+    path = tmp_path / "logs"
+    yield path
+    left = processes_of(path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"processes left behind: {left}"
+
+
+def console_when(process: subprocess.Popen[str], wanted: list[str]) -> None:
+    """Read the console until every wanted line has come."""
+    missing = set(wanted)
+    while missing:
+        line = process.stdout.readline()
+        assert line, f"the console ended before {missing}"
+        missing.discard(line.strip())
+
+
+def test_a_job_that_ends_well_shows_each_console_line_once(log_dir):
+    status, console = run_launcher(log_dir, SCRIPT, "--communicate", NPROC="2", OMP_NUM_THREADS="3")
+    assert status == 0, console
+    lines = console.splitlines()
+    assert lines[0] == f"INFO - starting 2 ranks on CPU; logs: {log_dir}/worker_*.log"
+    assert sorted(lines[1:-1]) == ["INFO - rank 0 done", "INFO - rank 1 done", "INFO - sum 1 of 2 ranks"]
+    assert lines[-1] == f"INFO - 2 ranks ended well; logs: {log_dir}/worker_*.log"
+    assert "DEBUG - rank 1 with 3 threads" in (log_dir / "worker_1.log").read_text()
+
+
+def test_a_failing_rank_ends_the_job_and_shows_its_traceback(log_dir):
+    status, console = run_launcher(log_dir, SCRIPT, "--fail", "1", "--hang", "0", "--spawn", "0", NPROC="2")
+    assert status == 1
+    assert "ERROR - rank 1 failed first, of 2 ranks: ValueError: rank 1 met a bad value" in console
+    assert 'raise ValueError(f"rank {rank} met a bad value")' in console
+    assert "rank 0 then" not in console  # it failed because it was told to stop
+
+
+def test_a_killed_rank_is_named_and_not_the_peers_that_lost_it(log_dir):
+    status, console = run_launcher(log_dir, SCRIPT, "--kill", "1", "--lose_peer", "0", "2", NPROC="3")
+    assert status == 128 + signal.SIGKILL
+    assert "ERROR - rank 1 failed first, of 3 ranks: killed by signal 9 (SIGKILL)" in console
+    assert "DEBUG - rank 1 with" in console  # the last lines of its log
+
+
+def test_a_rank_killed_from_outside_while_all_wait(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--hang", "0", "1", NPROC="2")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    (victim,) = [pid for pid in processes_of(log_dir) if _is_worker(environment_of(pid), 0)]
+    os.kill(victim, signal.SIGKILL)
+    console, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "ERROR - rank 0 failed first, of 2 ranks: killed by signal 9" in console
+
+
+def _is_worker(environment: dict[str, str], rank: int) -> bool:
+    return environment.get("MS_ROLE") == "MS_WORKER" and environment.get("RANK_ID") == str(rank)
+
+
+def test_a_mistake_is_shown_as_its_message_alone(log_dir):
+    status, console = run_launcher(log_dir, SCRIPT, "--mistake", "0", "1", NPROC="2")
+    assert status == 2
+    assert "ConfigError: num_layers=3 cannot be split over 2 stages" in console
+    assert "Traceback" not in console + (log_dir / "worker_0.log").read_text()
+
+
+def test_a_script_that_cannot_be_imported_is_reported(log_dir, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text("import no_such_module\n")
+    status, console = run_launcher(log_dir, str(script), NPROC="1")
+    assert status == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in console
+
+
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_ranks_save_and_ends_every_process(log_dir, signum, expected):
+    process = start_launcher(log_dir, SCRIPT, "--spawn", "1", "--save", "0", "1", NPROC="2")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    process.send_signal(signum)
+    console, _ = process.communicate()
+    assert process.returncode == expected
+    assert f"stopped by {signum.name}" in console
+    assert sorted(path.name for path in log_dir.glob("saved_*")) == ["saved_0", "saved_1"]
+
+
+def test_a_rank_deaf_to_the_request_is_killed_after_the_grace(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--stuck", "0", "--save", "1", NPROC="2", STOP_GRACE_S="0.5")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert (log_dir / "saved_1").exists()
+
+
+def test_a_killed_launcher_takes_its_ranks_with_it(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--stuck", "0", "1", NPROC="2")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    assert len(processes_of(log_dir)) >= 2
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not processes_of(log_dir), "the ranks end with the launcher")
+
+
+def test_a_launcher_killed_while_ranks_start_leaves_none(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--stuck", "0", "1", NPROC="2")
+    wait_until(lambda: (log_dir / "worker_0.log").exists(), "msrun starts the ranks")
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not processes_of(log_dir), "msrun and the ranks end with the launcher")
+
+
+def test_a_port_in_use_is_named_before_anything_starts(log_dir):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        status, console = run_launcher(log_dir, SCRIPT, NPROC="2", MASTER_PORT=str(port))
+    assert status == 2
+    assert console == (
+        f"MASTER_PORT={port}: port {port} is in use on this machine, perhaps by a scheduler that is still closing; "
+        "give another, or unset MASTER_PORT and a free one is chosen\n"
+    )
+    assert not log_dir.exists()
+
+
+def test_old_logs_are_replaced_and_other_files_kept(log_dir):
+    log_dir.mkdir()
+    for name in ("worker_0.log", "worker_7.log", "scheduler.log", "metrics.jsonl", "error_rank_0.json", "notes.txt"):
+        (log_dir / name).write_text("INFO - of an earlier run\n")
+    status, console = run_launcher(log_dir, SCRIPT, NPROC="1")
+    assert status == 0
+    assert "earlier" not in console
+    assert sorted(path.name for path in log_dir.iterdir()) == [
+        "msrun.log",
+        "notes.txt",
+        "scheduler.log",
+        "worker_0.log",
+    ]
+
+
+def test_a_log_directory_in_use_is_refused(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--hang", "0", NPROC="1")
+    console_when(process, ["INFO - rank 0 waits"])
+    status, console = run_launcher(log_dir, SCRIPT, NPROC="1")
+    assert (status, console) == (
+        2,
+        f"LOG_DIR={log_dir} belongs to a run that is still going; give this one another LOG_DIR\n",
+    )
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+
+
+def test_a_closed_console_ends_the_job(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--chatter", "0", "--hang", "1", NPROC="2")
+    console_when(process, ["INFO - rank 0 waits"])
+    process.stdout.close()  # as `| head` does
+    process.wait()
+    assert process.returncode == 128 + signal.SIGPIPE
