@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.native import NativeCheckpoint, is_native
 from parallel_core.checkpoint.source import TensorSource
@@ -22,6 +23,8 @@ def open_checkpoint(path: str | Path) -> TensorSource:
     path = Path(path)
     if is_native(path):
         return NativeCheckpoint(path)
+    if (path / ".metadata").exists() or (path / "metadata.json").exists():
+        return MegatronDistCheckpoint(path)
     if any(path.glob("mp_rank_*")):
         return MegatronTorchCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")

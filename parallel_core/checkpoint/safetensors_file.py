@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,25 +89,48 @@ def header_bytes(
     return struct.pack("<Q", len(text)) + text, {name: start + header[name]["data_offsets"][0] for name in entries}
 
 
+@dataclass(frozen=True)
+class StreamTensor:
+    """A tensor that is produced only when its turn to be written comes.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype tag.
+        read: returns it, as an array of `shape` in the storage dtype (or any NumPy `bfloat16`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, array: np.ndarray, dtype: str) -> StreamTensor:
+        """Return an array that exists already as a stream tensor."""
+        values = as_storage(array, dtype)
+        return cls(tuple(values.shape), dtype, lambda: values)
+
+
 def write_safetensors(
-    path: Path, tensors: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, StreamTensor], metadata: Mapping[str, str]
 ) -> tuple[FileDigest, dict[str, int]]:
     """Write a safetensors file, flush it to the disk, and return its digest and each tensor's byte offset in it.
 
     Args:
         path: the file; replaced when it exists.
-        tensors: array and dtype tag by name; bfloat16 as bits or as any NumPy `bfloat16`.
+        tensors: by name, asked for one after another.
         metadata: strings for the header.
 
     Raises:
-        CheckpointError: an array does not hold what its tag says.
+        CheckpointError: a tensor is not what was announced.
     """
-    arrays = {name: (as_storage(array, tag), tag) for name, (array, tag) in tensors.items()}
-    header, offsets = header_bytes({name: (array.shape, tag) for name, (array, tag) in arrays.items()}, metadata)
+    header, offsets = header_bytes({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, metadata)
     with path.open("wb") as handle:
         out = ChecksumWriter(handle)
         out.write(header)
-        for array, _ in arrays.values():
+        for name, tensor in tensors.items():
+            array = as_storage(tensor.read(), tensor.dtype)
+            if tuple(array.shape) != tensor.shape:
+                raise CheckpointError(f"{name} has shape {list(array.shape)}, {list(tensor.shape)} was announced")
             out.write_array(array)
         handle.flush()
         os.fsync(handle.fileno())

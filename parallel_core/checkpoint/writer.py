@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from parallel_core.checkpoint.layout_files import (
     remove_leftovers,
     write_durably,
 )
-from parallel_core.checkpoint.safetensors_file import file_digest, write_safetensors
+from parallel_core.checkpoint.safetensors_file import StreamTensor, file_digest, write_safetensors
 from parallel_core.checkpoint.shard import TensorShard, region
 from parallel_core.checkpoint.source import check_tiling
 from parallel_core.errors import CheckpointError, bullet_list
@@ -112,7 +113,22 @@ class CheckpointWriter:
         Raises:
             CheckpointError: an array does not fit its description, or the file cannot be written (disk full).
         """
-        entries, index = _entries(shards)
+        return self._write(*_entries(shards))
+
+    def write_stream(self, tensors: Mapping[str, StreamTensor]) -> Manifest:
+        """Write this rank's file from whole tensors that are produced one at a time; otherwise as `write_rank_file`.
+
+        Args:
+            tensors: by key, the whole global tensors this rank writes.
+        """
+        index = {}
+        for key, tensor in tensors.items():
+            shape = list(tensor.shape)
+            where = {"start": [0] * len(shape), "shape": shape}
+            index[key] = {"key": key, "global_shape": shape, "dtype": tensor.dtype, **where}
+        return self._write(dict(tensors), index)
+
+    def _write(self, entries: dict[str, StreamTensor], index: dict[str, dict[str, Any]]) -> Manifest:
         path = self.partial_path / self._file_name
         try:
             self.partial_path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +136,7 @@ class CheckpointWriter:
             if self._container == "ckpt":
                 from parallel_core.checkpoint.mindspore_container import write_ckpt
 
-                write_ckpt(path, entries)
+                write_ckpt(path, {name: (tensor.read(), tensor.dtype) for name, tensor in entries.items()})
                 digest = file_digest(path)
             else:
                 digest, offsets = write_safetensors(path, entries, {"format": "np", FORMAT_NAME: json.dumps(index)})
@@ -137,6 +153,10 @@ class CheckpointWriter:
             self.report_failure(reason)
             raise CheckpointError(reason) from None
         return manifest
+
+    def abandon(self) -> None:
+        """Remove what this save has written so far; rank 0, when it is given up."""
+        shutil.rmtree(self.partial_path, ignore_errors=True)
 
     def report_failure(self, reason: str) -> None:
         """Leave a note that this rank will not deliver, so that `collect_manifests` on rank 0 stops waiting."""
@@ -264,9 +284,9 @@ class CheckpointWriter:
             remove_checkpoint(list_iterations(self.root)[iteration])
 
 
-def _entries(shards: Shards) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, dict[str, Any]]]:
+def _entries(shards: Shards) -> tuple[dict[str, StreamTensor], dict[str, dict[str, Any]]]:
     """Cut shards into file entries: one per box, named by the key, with `#0`, `#1`, ... when there are several."""
-    entries: dict[str, tuple[np.ndarray, str]] = {}
+    entries: dict[str, StreamTensor] = {}
     index: dict[str, dict[str, Any]] = {}
     for key, (shard, array) in shards.items():
         if key.split("@")[0] != shard.name:
@@ -279,7 +299,7 @@ def _entries(shards: Shards) -> tuple[dict[str, tuple[np.ndarray, str]], dict[st
         for i, box in enumerate(shard.boxes):
             entry = key if len(shard.boxes) == 1 else f"{key}#{i}"
             part = region(values, box.local)
-            entries[entry] = (part.reshape(box.shape), shard.dtype)
+            entries[entry] = StreamTensor.of(part.reshape(box.shape), shard.dtype)
             index[entry] = {
                 "key": key,
                 "global_shape": list(shard.global_shape),

@@ -3,7 +3,7 @@
 The canonical names are Megatron-core's with the local spec; older and TransformerEngine names map to them:
 
     language_model.encoder.layers.3.self_attention.query_key_value.weight   before Megatron-core
-    decoder.layers.3.self_attention.linear_qkv.layer_norm_weight            TransformerEngine: the norm inside the linear
+    decoder.layers.3.self_attention.linear_qkv.layer_norm_weight            TransformerEngine: a norm inside the linear
     decoder.layers.3.input_layernorm.weight                                 canonical
 """
 

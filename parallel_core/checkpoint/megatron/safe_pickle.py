@@ -35,23 +35,27 @@ STORAGE_DTYPES = {
     "UntypedStorage": "uint8",
 }
 _TORCH_SYMBOLS = frozenset(
-    "bfloat16 float16 half float32 float float64 double int64 long int32 int int16 short int8 uint8 bool float8_e4m3fn "
-    "float8_e5m2 strided contiguous_format preserve_format".split()
+    ["bfloat16", "float16", "half", "float32", "float", "float64", "double", "int64", "long", "int32", "int", "int16"]
+    + ["short", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"]
+    + ["strided", "contiguous_format", "preserve_format"]
 )
 _DCP = "torch.distributed.checkpoint"
+_ENUMS = ("AttnBackend", "AttnMaskType", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")
+_METADATA = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")
+_PLANNER = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 INERT_CLASSES = frozenset(
-    [f"megatron.core.transformer.enums.{n}" for n in "AttnBackend AttnMaskType CudaGraphModule CudaGraphScope".split()]
-    + ["megatron.core.transformer.enums.InferenceCudaGraphScope", "megatron.model.enums.ModelType"]
-    + [f"megatron.core.enums.{n}" for n in ("ModelType", "Fp8Recipe", "Fp4Recipe")]
-    + [f"megatron.core.rerun_state_machine.{n}" for n in ("RerunMode", "RerunState", "RerunDiagnostic")]
-    + ["megatron.core.optimizer.optimizer_config.OptimizerConfig", "signal.Signals", "pathlib.PosixPath"]
-    + ["megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan"]
-    + [f"{_DCP}.metadata.{n}" for n in "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata".split()]
-    + [f"{_DCP}.metadata.{n}" for n in "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING".split()]
-    + [f"{_DCP}.metadata.StorageMeta", f"{_DCP}.filesystem._StorageInfo", f"{_DCP}.filesystem._StoragePrefix"]
-    + [f"{_DCP}.planner.{n}" for n in "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData".split()]
+    [f"megatron.core.transformer.enums.{name}" for name in _ENUMS]
+    + [f"megatron.core.enums.{name}" for name in ("ModelType", "Fp8Recipe", "Fp4Recipe")]
+    + [f"megatron.core.rerun_state_machine.{name}" for name in ("RerunMode", "RerunState", "RerunDiagnostic")]
+    + ["megatron.model.enums.ModelType", "megatron.core.optimizer.optimizer_config.OptimizerConfig"]
+    + ["megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan", "signal.Signals", "pathlib.PosixPath"]
+    + [f"{_DCP}.metadata.{name}" for name in (*_METADATA, "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")]
+    + [f"{_DCP}.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")]
+    + [f"{_DCP}.planner.{name}" for name in _PLANNER]
 )
-_FORBIDDEN_OPCODES = frozenset("EXT1 EXT2 EXT4 INST OBJ PERSID BYTEARRAY8 NEXT_BUFFER READONLY_BUFFER".split())
+_FORBIDDEN_OPCODES = frozenset(
+    ["EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"]
+)
 
 
 class Symbol(str):
@@ -234,7 +238,7 @@ class _SafeUnpickler(pickle.Unpickler):
             return Symbol(full)
         raise CheckpointError(
             f"{self._where} refers to {full!r}, which is not among the classes a checkpoint may contain; nothing was "
-            f"run. If you trust where the file is from and {full} only holds data, --allow-inert {full} reads it as such"
+            f"run. If you trust the file's origin and {full} only holds data, --allow-inert {full} reads it as data"
         )
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -278,7 +282,7 @@ def safe_loads(
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Refuse instructions that torch never writes, and memo numbers that would make the C unpickler allocate freely."""
+    """Refuse instructions torch never writes, and memo numbers that would make the C unpickler allocate freely."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in _FORBIDDEN_OPCODES:
             raise pickle.UnpicklingError(f"instruction {opcode.name}")

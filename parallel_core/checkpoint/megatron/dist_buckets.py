@@ -1,0 +1,183 @@
+"""Optimizer state of `torch_dist` that is kept as the distributed optimizer's flat buckets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from parallel_core.checkpoint.megatron.common_state import loss_scaler_of, scalar
+from parallel_core.checkpoint.megatron.dcp import DistributedCheckpoint, StoredTensor
+from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, end_multiple_of, flat_layout
+from parallel_core.checkpoint.megatron.names import (
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    registration_order,
+    tensor_parallel_dim,
+)
+from parallel_core.checkpoint.megatron.placement import Collector
+from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
+from parallel_core.checkpoint.megatron.stages import layers_per_chunk
+from parallel_core.checkpoint.megatron.torch_optimizer import shared_embeddings
+from parallel_core.checkpoint.source import Piece, TensorInfo
+from parallel_core.errors import CheckpointError
+
+_GROUP = r"optimizer\.distributed\.dp_group_idx_(\d+)"
+BUCKET_KEY = re.compile(
+    r"(?:chained_0\.)?" + _GROUP + r"\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d+)"
+    r"\.(param|exp_avg|exp_avg_sq)"
+)
+_GATHERED_KEY = re.compile(r"(?:chained_0\.)?" + _GROUP + r"\.param_state/shard_0_1")
+_GROUP_OBJECT = re.compile(r"(?:chained_0\.)?" + _GROUP + r"\.optimizer/shard_0_1")
+
+
+@dataclass
+class FlatState:
+    """Optimizer tensors by key, and what came with them."""
+
+    tensors: dict[str, tuple[TensorInfo, list[Piece]]] = field(default_factory=dict)
+    step: float | int | None = None
+    loss_scaler: dict[str, float | int | None] | None = None
+    dialect: str = ""
+
+
+class ChunkLayouts:
+    """The flat layout of every (tensor, pipeline, chunk) position, from the model's shapes and the arguments."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> None:
+        self.tp_size = int(args.get("tensor_model_parallel_size") or 1)
+        self.infos = dict(infos)
+        self.stages = layers_per_chunk(args)
+        self._args = args
+        self._shared = shared_embeddings(args)
+        if self._shared and OUTPUT_LAYER not in self.infos:  # tied: the last stage's copy is a parameter there
+            self.infos[OUTPUT_LAYER] = self.infos[WORD_EMBEDDINGS]
+
+    def local_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter on one tensor parallel rank."""
+        shape = list(self.infos[name].shape)
+        dim = tensor_parallel_dim(name)
+        if dim is not None:
+            shape[dim] //= self.tp_size
+        return tuple(shape)
+
+    def layout(self, pp: int, chunk: int, dtype: str) -> FlatLayout:
+        """Return where the parameters of one dtype of a model chunk are."""
+        names = set(self.infos)
+        last = max(self.stages)
+        if (chunk, pp) != (0, 0):
+            names = {name for name in names if not name.startswith("embedding.")}
+        if (chunk, pp) != last:
+            names = {name for name in names if not name.startswith(("decoder.final_layernorm.", OUTPUT_LAYER))}
+        te_spec = self._args.get("transformer_impl") == "transformer_engine"
+        order = registration_order(names, self.stages[chunk, pp], te_spec)
+        sizes = []
+        for name in order:
+            if self.infos[name].dtype == dtype:
+                count = 1
+                for n in self.local_shape(name):
+                    count *= n
+                sizes.append((name, count))
+        size = bucket_size_of(self._args, pp, chunk, sum(count for _, count in sizes))
+        return flat_layout(sizes, size, end_multiple_of(self._args), self._shared)
+
+
+def read_buckets(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> FlatState:
+    """Return the optimizer state of `dp_reshardable` (or bucket-space) checkpoints; empty when there is none.
+
+    The gaps between parameters, which hold uninitialised memory, are never read.
+
+    Raises:
+        CheckpointError: a bucket is shorter than its parameters need, or a position is missing.
+    """
+    entries = [(match, stored.tensors[key]) for key in stored.tensors if (match := BUCKET_KEY.fullmatch(key))]
+    state = FlatState(dialect="dp_reshardable" if entries else "")
+    if not entries:
+        return state
+    layouts = ChunkLayouts(infos, args)
+    collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")))
+    for match, tensor in entries:
+        pp, tp = divmod(int(match[1]), layouts.tp_size)
+        if (int(match[2]), pp) not in layouts.stages:
+            raise CheckpointError(f"{stored.path}: {tensor.key} is of no pipeline stage the arguments describe")
+        layout = layouts.layout(pp, int(match[2]), match[3])
+        kind = "master" if match[5] == "param" else match[5]
+        _add_bucket(collector, layouts, layout, tensor, int(match[4]), tp, kind)
+    state.tensors = _without_tied_copy(collector, infos)
+    for key in stored.objects():
+        if _GROUP_OBJECT.fullmatch(key):
+            value = stored.object(key)
+            groups = value.get("param_groups", []) if isinstance(value, Mapping) else []
+            state.step = next((scalar(group["step"]) for group in groups if "step" in group), state.step)
+            state.loss_scaler = loss_scaler_of(value)
+            break
+    return state
+
+
+def _add_bucket(
+    collector: Collector,
+    layouts: ChunkLayouts,
+    layout: FlatLayout,
+    tensor: StoredTensor,
+    bucket: int,
+    tp: int,
+    kind: str,
+) -> None:
+    if bucket >= len(layout.bucket_numel) or tensor.shape[0] < layout.bucket_numel[bucket]:
+        expected = layout.bucket_numel[bucket] if bucket < len(layout.bucket_numel) else 0
+        raise CheckpointError(
+            f"{tensor.key} has {tensor.shape[0]} elements; by the checkpoint's arguments the bucket should have "
+            f"{expected}, so the parameters in it cannot be located"
+        )
+    for place in layout.parameters:
+        if place.bucket != bucket:
+            continue
+        shape = layouts.local_shape(place.name)
+        for chunk in tensor.chunks:
+            begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+            first, last = max(begin, place.start), min(end, place.start + place.numel)
+            if first < last:
+                part = chunk.blob.crop([(first - begin, last - begin)])
+                collector.add_flat(f"{place.name}@{kind}", tp, shape, part, first - place.start, 0)
+
+
+def read_gathered(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> FlatState:
+    """Return the optimizer state of `dp_zero_gather_scatter` checkpoints, which hold `distrib_optim.pt` as an object.
+
+    Raises:
+        CheckpointError: a buffer has another length than the arguments give.
+    """
+    keys = [(match, key) for key in stored.objects() if (match := _GATHERED_KEY.fullmatch(key))]
+    state = FlatState(dialect="dp_zero_gather_scatter" if keys else "")
+    if not keys:
+        return state
+    layouts = ChunkLayouts(infos, args)
+    collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")))
+    for match, key in keys:
+        pp, tp = divmod(int(match[1]), layouts.tp_size)
+        content = stored.object(key)
+        for chunk in sorted(c for c, p in layouts.stages if p == pp):
+            for (dtype, _), buffer in content[chunk].items():
+                layout = layouts.layout(pp, chunk, str(dtype).removeprefix("torch."))
+                for kind in ("param", "exp_avg", "exp_avg_sq"):
+                    _add_gathered(collector, layouts, layout, buffer[kind], kind, tp, key)
+    state.tensors = _without_tied_copy(collector, infos)
+    return state
+
+
+def _add_gathered(
+    collector: Collector, layouts: ChunkLayouts, layout: FlatLayout, flat: Any, kind: str, tp: int, key: str
+) -> None:
+    if not isinstance(flat, TorchTensor) or flat.shape != (layout.numel,):
+        raise CheckpointError(f"{key}: {kind} should have {layout.numel} elements by the checkpoint's arguments")
+    name_of_kind = "master" if kind == "param" else kind
+    for place in layout.parameters:
+        part = flat.blob.crop([(place.file_start, place.file_start + place.numel)])
+        collector.add(f"{place.name}@{name_of_kind}", tp, part.reshape(layouts.local_shape(place.name)))
+
+
+def _without_tied_copy(
+    collector: Collector, infos: Mapping[str, TensorInfo]
+) -> dict[str, tuple[TensorInfo, list[Piece]]]:
+    return {key: value for key, value in collector.tensors().items() if key.partition("@")[0] in infos}
