@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -13,7 +13,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.common._grad_function import _Function as Function
 from mindspore.ops.composite import GradOperation
 
-__all__ = ["Function", "backward", "no_grad"]
+__all__ = ["Function", "backward", "inner_backward", "no_grad", "on_gradient"]
 
 no_grad = ms._no_grad
 """Context manager: operations inside are not recorded."""
@@ -40,3 +40,35 @@ def backward(
     """
     of_inputs, of_parameters = _GRAD_OF_INPUTS_AND_PARAMETERS(cell, ParameterTuple(parameters))(*inputs, grad_output)
     return of_inputs, of_parameters
+
+
+_inner_backwards = 0
+
+
+def inner_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Any], parameters: Sequence[Parameter], grad_output: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run `function(*inputs)` and return its gradients, inside the backward pass of a `Function`.
+
+    Gradient hooks do not fire here: the outer backward pass fires them with what this one contributes.
+    """
+    global _inner_backwards
+    _inner_backwards += 1
+    try:
+        return _GRAD_OF_INPUTS_AND_PARAMETERS(function, ParameterTuple(parameters))(*inputs, grad_output)
+    finally:
+        _inner_backwards -= 1
+
+
+def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> Any:
+    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete.
+
+    Returns:
+        A handle with `remove()`.
+    """
+
+    def hook(gradient: Tensor) -> None:
+        if not _inner_backwards:
+            receive(gradient)
+
+    return parameter.register_hook(hook)

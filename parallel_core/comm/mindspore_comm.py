@@ -54,7 +54,7 @@ class MindSporeGroup(Group):
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """Return the reduction of `x`; one collective of x.size elements."""
-        return self.all_reduce_(x.copy(), op)
+        return self.all_reduce_(x.contiguous().copy(), op)
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return the members' tensors joined along `dim`."""

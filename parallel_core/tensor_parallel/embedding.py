@@ -65,10 +65,18 @@ class VocabParallelEmbedding(nn.Cell):
         Returns:
             [*ids.shape, embedding_dim], or with dim 0 divided by the group's size.
         """
-        partial = _LocalEmbedding.apply(ids, self.weight, self.first_row)
+        partial = embedding_lookup(ids, self.weight, self.first_row)
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(partial, self.tp_group)
         return mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group)
+
+
+def embedding_lookup(ids: Tensor, table: Tensor, first_row: int = 0) -> Tensor:
+    """Return rows `ids - first_row` of the [R, H] table, zeros for ids outside it: [*ids.shape, H].
+
+    Backward: dense gradient of the table. Communication: none.
+    """
+    return _LocalEmbedding.apply(ids, table, first_row)
 
 
 class _LocalEmbedding(Function):

@@ -117,7 +117,7 @@ class RowParallelLinear(nn.Cell):
 
     Backward:
         dX and dW are local. With sequence parallelism the gradient of the bias covers this rank's part of the sequence
-        (its `shard.sequence_parallel` is set).
+        (its `shard.partial_gradient` is set).
 
     Communication:
         forward 1 all-reduce (or reduce-scatter) of S*B*output_size elements; backward 1 all-gather with sequence
@@ -148,7 +148,7 @@ class RowParallelLinear(nn.Cell):
         self.weight = make_parameter(spec, init_method, params_dtype)
         self.bias: Parameter | None = None
         if bias:
-            spec = ShardSpec(f"{name}.bias", (output_size,), sequence_parallel=sequence_parallel, **cut)
+            spec = ShardSpec(f"{name}.bias", (output_size,), partial_gradient=sequence_parallel, **cut)
             self.bias = make_parameter(spec, constant(0.0), params_dtype)
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -30,9 +30,12 @@ class ShardSpec:
         partition_stride: parts stacked along `partition_dim` that are each cut (2 for a gated MLP's [gate; up]).
         rank: position in the tensor parallel group.
         size: size of the tensor parallel group.
-        sequence_parallel: the gradient of each rank covers only its part of the sequence, so it must be summed over
-            the tensor parallel group.
+        partial_gradient: the gradient of each rank covers only its part of the sequence or of the heads, so it must be
+            summed over the tensor parallel group.
         is_embedding_or_output: decoupled learning rates apply.
+        shared_embedding: held by the first and by the last pipeline stage; their gradients are summed.
+        is_copy: the last stage's copy of a shared embedding; the first stage's is the one that counts in norms and
+            checkpoints.
     """
 
     name: str
@@ -41,8 +44,10 @@ class ShardSpec:
     partition_stride: int = 1
     rank: int = 0
     size: int = 1
-    sequence_parallel: bool = False
+    partial_gradient: bool = False
     is_embedding_or_output: bool = False
+    shared_embedding: bool = False
+    is_copy: bool = False
 
     def __post_init__(self) -> None:
         if self.partition_dim is not None and self.global_shape[self.partition_dim] % (
@@ -143,11 +148,3 @@ def constant(value: float) -> InitMethod:
 
 def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-
-
-def split_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return (elements before the last dim, last dim)."""
-    size = 1
-    for n in shape[:-1]:
-        size *= n
-    return size, shape[-1]

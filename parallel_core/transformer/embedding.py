@@ -1,0 +1,70 @@
+"""Word plus position embedding, on the first pipeline stage."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn
+
+from parallel_core import ops
+from parallel_core.errors import ConfigError
+from parallel_core.tensor_parallel.embedding import VocabParallelEmbedding, embedding_lookup
+from parallel_core.tensor_parallel.mappings import local_part
+from parallel_core.tensor_parallel.parameter import ShardSpec, make_parameter
+from parallel_core.transformer.build import BuildContext
+
+
+class LanguageModelEmbedding(nn.Cell):
+    """dropout(word(tokens) + position(positions)), as [S, B, H].
+
+    With sequence parallelism every rank returns its part of the sequence, and looks up only that part's positions, so
+    the gradient of the position table is partial.
+    """
+
+    def __init__(self, build: BuildContext) -> None:
+        super().__init__(auto_prefix=True)
+        config, name = build.config, "embedding"
+        self.tp_group, self.residual_dtype = build.tp_group, build.residual_dtype
+        self.streams, self.dropout_rate = build.streams, config.hidden_dropout_rate
+        self.cut = build.sequence_parallel and build.tp_group.size > 1
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            tp_group=build.tp_group,
+            init_method=build.embedding_init(f"{name}.word_embeddings.weight"),
+            reduce_scatter_embeddings=build.sequence_parallel,
+            params_dtype=config.embedding_init_dtype,
+            name=f"{name}.word_embeddings",
+        )
+        self.position_embeddings = None
+        if config.position_embedding_type == "learned_absolute":
+            spec = ShardSpec(
+                f"{name}.position_embeddings.weight",
+                (config.max_position_embeddings, config.hidden_size),
+                partial_gradient=build.sequence_parallel,
+                is_embedding_or_output=True,
+            )
+            self.position_embeddings = make_parameter(spec, build.embedding_init(spec.name), config.embedding_init_dtype)
+
+    def construct(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
+        """Return the embeddings, [S, B, H] or [S / tp, B, H], in the residual stream's dtype.
+
+        Args:
+            tokens_BS: int32 token ids.
+            position_ids_BS: int32 positions; None: 0..S-1 in every sample.
+        """
+        hidden = self.word_embeddings(tokens_BS.transpose(1, 0)).astype(self.residual_dtype)
+        if self.position_embeddings is not None:
+            hidden = hidden + self._positions(tokens_BS.shape[1], position_ids_BS).astype(self.residual_dtype)
+        rate = self.dropout_rate if self.streams.training else 0.0
+        if rate:
+            hidden = ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut))
+        return hidden
+
+    def _positions(self, length: int, position_ids_BS: Tensor | None) -> Tensor:
+        table = self.position_embeddings
+        if length > table.shape[0]:
+            raise ConfigError(f"a sequence of {length} tokens needs max_position_embeddings >= {length}, not {table.shape[0]}")
+        first, count = (self.tp_group.rank * (length // self.tp_group.size), length // self.tp_group.size) if self.cut else (0, length)
+        if position_ids_BS is None:
+            return table[first : first + count].expand_dims(1)
+        ids_SB = position_ids_BS.transpose(1, 0)
+        return embedding_lookup(local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB, table)

@@ -1,0 +1,82 @@
+"""One transformer layer: attention and MLP, each after a norm, each added to the residual stream."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn
+
+from parallel_core import ops
+from parallel_core.transformer.attention import SelfAttention
+from parallel_core.transformer.build import BuildContext
+from parallel_core.transformer.mlp import MLP
+from parallel_core.transformer.norm import make_norm
+
+
+class TransformerLayer(nn.Cell):
+    """hidden + dropout(attention(norm(hidden))), then the same with the MLP.
+
+    Options: a second norm on each branch before it is added (sandwich norm); the norm's output instead of its input
+    as residual (`apply_residual_connection_post_layernorm`).
+
+    Args:
+        build: configuration, group, streams.
+        layer_number: global number of the layer, from 0; part of every parameter's name.
+        recompute_core_attention: see `SelfAttention`.
+        regather_input: see `ColumnParallelLinear`.
+    """
+
+    def __init__(
+        self,
+        build: BuildContext,
+        layer_number: int,
+        *,
+        recompute_core_attention: bool = False,
+        regather_input: bool = True,
+    ) -> None:
+        super().__init__(auto_prefix=True)
+        config, name = build.config, f"decoder.layers.{layer_number}"
+        self.layer_number, self.name = layer_number, name
+        self.compute_dtype = build.compute_dtype
+        self.streams, self.dropout_rate = build.streams, config.hidden_dropout_rate
+        self.dropout_is_sharded = build.sequence_parallel and build.tp_group.size > 1
+        self.residual_after_norm = config.apply_residual_connection_post_layernorm
+        partial = build.sequence_parallel
+        self.input_layernorm = make_norm(config, f"{name}.input_layernorm", partial_gradient=partial)
+        self.self_attention = SelfAttention(
+            build,
+            layer_number,
+            f"{name}.self_attention",
+            recompute_core=recompute_core_attention,
+            regather_input=regather_input,
+        )
+        self.pre_mlp_layernorm = make_norm(config, f"{name}.pre_mlp_layernorm", partial_gradient=partial)
+        self.mlp = MLP(build, f"{name}.mlp", regather_input=regather_input)
+        self.post_attention_layernorm = self.post_mlp_layernorm = None
+        if config.use_sandwich_norm:
+            self.post_attention_layernorm = make_norm(
+                config, f"{name}.post_attention_layernorm", partial_gradient=partial, scale=config.attn_post_norm_scale
+            )
+            self.post_mlp_layernorm = make_norm(
+                config, f"{name}.post_mlp_layernorm", partial_gradient=partial, scale=config.ffn_post_norm_scale
+            )
+
+    def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
+        normed = self.input_layernorm(hidden)
+        branch, bias = self.self_attention(normed.astype(self.compute_dtype), document_start_BS)
+        residual = normed if self.residual_after_norm else hidden
+        hidden = self._add(branch, bias, residual, self.post_attention_layernorm, "attention")
+        normed = self.pre_mlp_layernorm(hidden)
+        branch, bias = self.mlp(normed.astype(self.compute_dtype))
+        residual = normed if self.residual_after_norm else hidden
+        return self._add(branch, bias, residual, self.post_mlp_layernorm, "mlp")
+
+    def _add(
+        self, branch: Tensor, bias: Tensor | None, residual: Tensor, post_norm: nn.Cell | None, which: str
+    ) -> Tensor:
+        rate = self.dropout_rate if self.streams.training else 0.0
+        seed = self.streams.seeds(f"{self.name}.{which}_dropout", self.dropout_is_sharded) if rate else (0, 0)
+        if post_norm is None:
+            return ops.bias_dropout_add(branch, bias, residual, rate, seed)
+        if bias is not None:
+            branch = branch + bias.astype(branch.dtype)
+        return residual + post_norm(ops.dropout(branch, rate, seed)).astype(residual.dtype)

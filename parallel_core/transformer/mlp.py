@@ -1,0 +1,53 @@
+"""The feed-forward block: widen, activate, narrow; the width is cut over the tensor parallel group."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn
+
+from parallel_core import ops
+from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from parallel_core.transformer.build import BuildContext
+
+
+class MLP(nn.Cell):
+    """fc2(activation(fc1(x))). A gated activation's fc1 holds [gate; up], each cut over the group.
+
+    Args:
+        build: configuration, group, streams.
+        name: global name of this module.
+        regather_input: see `ColumnParallelLinear`.
+    """
+
+    def __init__(self, build: BuildContext, name: str, *, regather_input: bool = True) -> None:
+        super().__init__(auto_prefix=True)
+        config = build.config
+        self.hidden_act = config.hidden_act
+        parts = 2 if config.is_gated else 1
+        common = {
+            "tp_group": build.tp_group,
+            "sequence_parallel": build.sequence_parallel,
+            "params_dtype": config.params_dtype,
+            "bias": config.add_bias_linear,
+            "skip_bias_add": True,
+        }
+        self.linear_fc1 = ColumnParallelLinear(
+            config.hidden_size,
+            parts * config.ffn_hidden_size,
+            init_method=build.init(f"{name}.linear_fc1.weight"),
+            stride=parts,
+            regather_input=regather_input,
+            name=f"{name}.linear_fc1",
+            **common,
+        )
+        self.linear_fc2 = RowParallelLinear(
+            config.ffn_hidden_size,
+            config.hidden_size,
+            init_method=build.output_init(f"{name}.linear_fc2.weight"),
+            name=f"{name}.linear_fc2",
+            **common,
+        )
+
+    def construct(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (output, bias or None): the output in hidden's shape before fc2's bias [H], and that bias."""
+        wide, bias = self.linear_fc1(hidden)
+        return self.linear_fc2(ops.activation(wide, bias, self.hidden_act))
