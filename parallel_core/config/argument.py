@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -53,6 +54,11 @@ class Argument:
         return self.kind in SWITCHES
 
     @property
+    def value_when_absent(self) -> object:
+        """The default in the words the config uses."""
+        return dict(self.renamed).get(self.default, self.default) if isinstance(self.default, str) else self.default
+
+    @property
     def flag(self) -> str:
         """The usual spelling on the command line, the one that departs from the default."""
         if self.is_switch and self.default is True and self.off_flags:
@@ -74,7 +80,7 @@ def build(
     flags: Iterable[str] = (),
     **rest: object,
 ) -> Argument:
-    """Return a row with its flags filled in: Megatron's where given, else the name with dashes, and `--no-` for switches."""
+    """Return a row with its flags: Megatron's where given, else the name with dashes, and `--no-` for switches."""
     given = tuple(flags)
     on: tuple[str, ...] = (dashed(name),)
     off: tuple[str, ...] = ()
@@ -88,3 +94,40 @@ def build(
     if dashed(name) not in on and kind != "off":
         on = (*on, dashed(name))
     return Argument(status=status, name=name, kind=kind, default=default, flags=on, off_flags=off, **rest)  # type: ignore[arg-type]
+
+
+def mapped(
+    name: str, kind: str, default: object, fields: str, help_text: str, *, direct: bool = True, **rest: object
+) -> Argument:
+    """Return a row whose value reaches the config; `fields` are dotted paths separated by spaces."""
+    return build(MAPPED, name, kind, default, fields=tuple(fields.split()), direct=direct, help=help_text, **rest)  # type: ignore[arg-type]
+
+
+def parse_rows(text: str, status: str, **rest: object) -> tuple[Argument, ...]:
+    """Return the rows of a block of lines `name [kind] [= default [| other default ...]] [--flag ...]`.
+
+    The kind is `str` where none is written; defaults are Python literals, those after the first are what other
+    Megatron versions take. Switches start off (`flag`) or on (`off`) unless a default is written.
+    """
+    rows = []
+    for line in text.strip().splitlines():
+        words = line.split()
+        flags = tuple(word for word in words if word.startswith("--"))
+        head, _, tail = " ".join(word for word in words if not word.startswith("--")).partition(" = ")
+        name, _, kind = head.partition(" ")
+        values = [ast.literal_eval(value) for value in tail.split(" | ")] if tail else [kind == "off"]
+        default = values[0] if tail or kind in SWITCHES else None
+        rows.append(
+            build(status, name, kind or "str", default, flags=flags, harmless=tuple(values[1:]), **rest)
+        )
+    return tuple(rows)
+
+
+def ignored_rows(reason: str, text: str, origin: str = "Megatron-LM") -> tuple[Argument, ...]:
+    """Return rows that change nothing, for `reason`."""
+    return parse_rows(text, IGNORED, reason=reason, origin=origin)
+
+
+def refused_rows(feature: str, text: str, origin: str = "Megatron-LM") -> tuple[Argument, ...]:
+    """Return rows that belong to `feature`, which is not built: any value that asks for it is an error."""
+    return parse_rows(text, REFUSED, reason=feature, origin=origin)

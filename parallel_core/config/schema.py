@@ -61,7 +61,7 @@ class TransformerConfig:
     """The norm's stored weight is its scale minus one."""
     qk_layernorm: bool = False
     hidden_act: str = "gelu"
-    """gelu (erf), gelu_tanh (what Megatron's fused bias-GELU computes), swiglu, squared_relu, openai_gelu, silu or relu."""
+    """gelu (erf), gelu_tanh (Megatron's fused bias-GELU), swiglu, squared_relu, openai_gelu, silu or relu."""
     add_bias_linear: bool = True
     """Biases in the MLP's linears."""
     qkv_has_bias: bool = True
@@ -302,7 +302,7 @@ class TrainingConfig:
     check_for_nan_in_loss_and_grad: bool = True
     wrap_with_ddp: bool = True
     bucket_size: int = 0
-    """Elements in one gradient bucket; 0: max(40e6, 1e6 x data parallel size) when reductions overlap, else one bucket."""
+    """Elements in one gradient bucket; 0: max(40e6, 1e6 x data parallel size) with overlap, else one bucket."""
     enable_mem_align: bool = True
     overlap_grad_reduce: bool = False
     delay_grad_reduce: bool = False

@@ -1,0 +1,86 @@
+"""Arguments of the layout and of data parallelism: rows that reach `parallel_config`, and those of DDP."""
+
+from __future__ import annotations
+
+from parallel_core.config.argument import Argument, mapped
+
+_SPEED = "MindSpeed-Core-MS"
+_OWN = "parallel_core"
+
+LAYOUT: tuple[Argument, ...] = (
+    mapped("tensor_model_parallel_size", "int", 1, "parallel_config.tensor_model_parallel_size",
+           "ranks that share each layer", aliases=("tensor_parallel",)),
+    mapped("pipeline_model_parallel_size", "int", 1, "parallel_config.pipeline_model_parallel_size",
+           "pipeline stages"),
+    mapped("virtual_pipeline_model_parallel_size", "int", None, "parallel_config.virtual_pipeline_model_parallel_size",
+           "model chunks on each pipeline rank", origin="Megatron-LM",
+           aliases=("virtual_pipeline_model_parallel_size_ms", "num_virtual_stages_per_pipeline_rank")),
+    mapped("num_layers_per_virtual_pipeline_stage", "int", None,
+           "parallel_config.num_layers_per_virtual_pipeline_stage parallel_config.virtual_pipeline_model_parallel_size",
+           "layers in one model chunk"),
+    mapped("microbatch_group_size_per_vp_stage", "int", None,
+           "parallel_config.microbatch_group_size_per_virtual_pipeline_stage",
+           "microbatches run on one chunk before the next; default pipeline_model_parallel_size",
+           flags=("--microbatch-group-size-per-virtual-pipeline-stage",),
+           aliases=("microbatch_group_size_per_virtual_pipeline_stage",)),
+    mapped("sequence_parallel", "flag", False, "parallel_config.sequence_parallel",
+           "norms, dropout and residuals are split along the sequence over the tensor parallel ranks",
+           aliases=("use_sequence_parallel",)),
+    mapped("num_layer_list", "layers", None, "parallel_config.num_layer_list",
+           "layers of [pipeline rank][chunk]", origin=_SPEED),
+    mapped("pipeline_model_parallel_layout", "str", None,
+           "parallel_config.num_layer_list parallel_config.virtual_pipeline_model_parallel_size",
+           "Megatron's layout string, such as Et*3|(tt|)*29,L", direct=False),
+    mapped("decoder_first_pipeline_num_layers", "int", None, "parallel_config.decoder_first_pipeline_num_layers",
+           "layers of the first stage"),
+    mapped("decoder_last_pipeline_num_layers", "int", None, "parallel_config.decoder_last_pipeline_num_layers",
+           "layers of the last stage"),
+    mapped("account_for_embedding_in_pipeline_split", "flag", False,
+           "parallel_config.account_for_embedding_in_pipeline_split", "the embedding counts as a layer in the split"),
+    mapped("account_for_loss_in_pipeline_split", "flag", False, "parallel_config.account_for_loss_in_pipeline_split",
+           "the output layer counts as a layer in the split"),
+    mapped("standalone_embedding_stage", "flag", False, "parallel_config.standalone_embedding_stage",
+           "the first stage holds the embedding and no layer"),
+    mapped("noop_layers", "ints", None, "parallel_config.noop_layers",
+           "global numbers of layers that do nothing", origin=_SPEED),
+    mapped("overlap_p2p_comm", "off", True, "parallel_config.overlap_p2p_comm",
+           "wait for a received activation when it is used, not when it is announced",
+           flags=("--no-overlap-p2p-communication",), aliases=("overlap_p2p_communication",)),
+    mapped("recompute", "layers", None, "parallel_config.recompute",
+           "fully recomputed leading layers of [pipeline rank][chunk]", origin=_SPEED),
+    mapped("select_recompute", "layers", None, "parallel_config.select_recompute",
+           "leading layers of [pipeline rank][chunk] whose core attention is recomputed", origin=_SPEED),
+    mapped("select_comm_recompute", "layers", None, "parallel_config.select_comm_recompute",
+           "leading layers of [pipeline rank][chunk] whose all-gather is repeated in backward", origin=_SPEED),
+    mapped("distributed_backend", "str", "nccl", "parallel_config.distributed_backend",
+           "how ranks talk; Megatron's nccl and gloo choose by device", choices=("auto", "shm", "mccl", "hccl"),
+           renamed=(("nccl", "auto"), ("gloo", "auto"))),
+    mapped("distributed_timeout_minutes", "float", 10.0, "parallel_config.distributed_timeout_minutes",
+           "a transfer that takes longer is an error"),
+)
+
+DATA_PARALLEL: tuple[Argument, ...] = (
+    mapped("use_distributed_optimizer", "flag", False, "training_config.use_distributed_optimizer",
+           "each data parallel rank keeps and updates its share of the optimizer state"),
+    mapped("wrap_with_ddp", "toggle", True, "training_config.wrap_with_ddp",
+           "gradients are reduced from buckets; off: one reduction per parameter", origin=_SPEED),
+    mapped("ddp_bucket_size", "int", None, "training_config.bucket_size", "elements in one gradient bucket",
+           aliases=("bucket_size",)),
+    mapped("enable_mem_align", "toggle", True, "training_config.enable_mem_align",
+           "parameters start at 512-byte boundaries of their buffer", origin=_SPEED),
+    mapped("overlap_grad_reduce", "flag", False, "training_config.overlap_grad_reduce",
+           "buckets are reduced while backward goes on"),
+    mapped("delay_grad_reduce", "toggle", False, "training_config.delay_grad_reduce",
+           "pipeline stages other than the first reduce after their last backward"),
+    mapped("overlap_param_gather", "flag", False, "optimizer_config.overlap_param_gather",
+           "updated parameters are gathered while the next forward goes on"),
+    mapped("accumulate_allreduce_grads_in_fp32", "flag", False, "training_config.accumulate_allreduce_grads_in_fp32",
+           "gradients are summed in float32"),
+    mapped("grad_reduce_in_bf16", "flag", False, "training_config.accumulate_allreduce_grads_in_fp32",
+           "with bf16: gradients are summed in bfloat16", direct=False),
+    mapped("ddp_average_in_collective", "flag", False, "training_config.average_in_collective",
+           "gradients are averaged by the collective instead of scaled before it",
+           aliases=("average_in_collective",)),
+)
+
+PARALLEL = LAYOUT + DATA_PARALLEL

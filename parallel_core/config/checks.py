@@ -1,0 +1,273 @@
+"""Rules across values, each named: what must hold before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parallel_core.config.resolution import Resolution
+
+Rule = Callable[[Resolution], None]
+CHECKS: dict[str, Rule] = {}
+
+
+def _rule(function: Rule) -> Rule:
+    CHECKS[function.__name__] = function
+    return function
+
+
+@_rule
+def required(r: Resolution) -> None:
+    """Sizes that nothing else determines must be given."""
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        if r[name] is None:
+            flag = f"--{name.replace('_', '-')}"
+            r.problems.append(f"{name}: required, and not given; add {name} to the file or {flag} N")
+    if r["lr"] is None and (r["train_iters"] or r["train_samples"]) and not r["skip_train"]:
+        r.problems.append("lr: required to train, and not given; add lr to the file or --lr X")
+
+
+_POSITIVE = """
+    num_layers hidden_size num_attention_heads ffn_hidden_size kv_channels num_query_groups seq_length
+    max_position_embeddings padded_vocab_size make_vocab_size_divisible_by rotary_base norm_epsilon
+    rotary_seq_len_interpolation_factor tensor_model_parallel_size pipeline_model_parallel_size
+    virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num log_interval
+    eval_interval initial_loss_scale min_loss_scale loss_scale_window hysteresis keep_checkpoint_max
+    distributed_timeout_minutes adam_eps ddp_bucket_size decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers microbatch_group_size_per_vp_stage num_layers_per_virtual_pipeline_stage
+"""
+_NOT_NEGATIVE = """
+    seed train_iters train_samples eval_iters save_interval exit_interval exit_duration_in_mins lr min_lr
+    lr_warmup_iters lr_warmup_samples lr_warmup_init lr_decay_iters lr_decay_samples lr_wsd_decay_iters
+    lr_wsd_decay_samples decoupled_lr decoupled_min_lr weight_decay start_weight_decay end_weight_decay clip_grad
+    loss_scale num_workers init_method_std embedding_init_method_std recompute_num_layers ckpt_step
+    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens next_tockens
+"""
+_SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "sgd_momentum")
+
+
+@_rule
+def ranges(r: Resolution) -> None:
+    """Counts and sizes are above zero, rates are not negative, dropout and decays lie in [0, 1)."""
+    for name in _POSITIVE.split():
+        if r[name] is not None and r[name] <= 0:
+            r.fail(name, "must be above zero")
+    for name in _NOT_NEGATIVE.split():
+        if r[name] is not None and r[name] < 0:
+            r.fail(name, "must not be negative")
+    for name in _SHARES:
+        if not 0 <= r[name] < 1:
+            r.fail(name, "must be at least 0 and below 1")
+    if not 0 < r["rotary_percent"] <= 1:
+        r.fail("rotary_percent", "must be above 0 and at most 1")
+    if r["lr_warmup_fraction"] is not None and not 0 <= r["lr_warmup_fraction"] <= 1:
+        r.fail("lr_warmup_fraction", "must be from 0 to 1")
+    if r["betas"] is not None and len(r["betas"]) != 2:
+        r.fail("betas", "takes two numbers, adam_beta1 and adam_beta2")
+    if not -1 <= r["profile_aicore_metrics"] <= 6:
+        r.fail("profile_aicore_metrics", "must be from -1 to 6")
+
+
+@_rule
+def positions(r: Resolution) -> None:
+    """The position table covers the sequence, and rotary embeddings turn pairs of channels."""
+    if r["seq_length"] and r["max_position_embeddings"] and r["max_position_embeddings"] < r["seq_length"]:
+        r.fail("max_position_embeddings seq_length", "there must be a position for every token of a sample")
+    if r["position_embedding_type"] == "rope" and r.positive("kv_channels"):
+        turned = int(r["kv_channels"] * r["rotary_percent"])
+        if turned % 2 or turned == 0:
+            r.fail("kv_channels rotary_percent", f"rotates {turned} channels of each head; it must be an even number")
+
+
+@_rule
+def heads(r: Resolution) -> None:
+    """Heads divide over groups, and heads and groups over tensor parallel ranks."""
+    tp = r["tensor_model_parallel_size"]
+    if not all(map(r.positive, ("num_attention_heads", "num_query_groups", "tensor_model_parallel_size"))):
+        return
+    if r["num_attention_heads"] % r["num_query_groups"]:
+        r.fail("num_attention_heads num_query_groups", "heads must be a multiple of groups")
+    if r["num_attention_heads"] % tp:
+        r.fail("num_attention_heads tensor_model_parallel_size",
+               f"{r['num_attention_heads']} is not a multiple of {tp}")
+    elif r["num_query_groups"] % tp and r["group_query_attention"]:
+        r.fail("num_query_groups tensor_model_parallel_size", f"{r['num_query_groups']} is not a multiple of {tp}")
+
+
+@_rule
+def tensor_parallel(r: Resolution) -> None:
+    """What tensor parallel ranks share must divide: FFN width, vocabulary and, under sequence parallelism, sequence."""
+    tp = r["tensor_model_parallel_size"]
+    for name in ("ffn_hidden_size", "padded_vocab_size", *(["seq_length"] if r["sequence_parallel"] else [])):
+        if r.positive(name) and r.positive("tensor_model_parallel_size") and r[name] % tp:
+            r.fail(f"{name} tensor_model_parallel_size", f"{r[name]} is not a multiple of {tp}")
+    if r["vocab_size"] and r["padded_vocab_size"] and r["padded_vocab_size"] < r["vocab_size"]:
+        r.fail("padded_vocab_size vocab_size", "the padded vocabulary is smaller than the vocabulary")
+
+
+@_rule
+def world(r: Resolution) -> None:
+    """The ranks are a multiple of tensor x pipeline x context parallel size, and at least one of each."""
+    sizes = [r[f"{axis}_parallel_size"] for axis in ("tensor_model", "pipeline_model", "context")]
+    if r.world_size is None or min(sizes) < 1:
+        return
+    model = sizes[0] * sizes[1] * sizes[2]
+    if r.world_size < 1 or r.world_size % model:
+        nearest = max(1, round(r.world_size / model)) * model
+        r.fail("tensor_model_parallel_size pipeline_model_parallel_size",
+               f"{r.world_size} processes are not a multiple of {' x '.join(map(str, sizes))} = {model}; "
+               f"start {nearest}, or change the sizes")
+
+
+@_rule
+def microbatches(r: Resolution) -> None:
+    """Global batch = micro batch x data parallel size x microbatches, also at every size of the ramp-up."""
+    micro, dp = r["micro_batch_size"], r.values.get("data_parallel_size")
+    if not r.positive("micro_batch_size") or not dp or not r.positive("global_batch_size"):
+        return
+    total, number = r["global_batch_size"], r["micro_batch_num"]
+    if total % (micro * dp) == 0 and number is not None and micro * dp * number != total:
+        r.fail("micro_batch_num global_batch_size micro_batch_size",
+               f"{micro} x data parallel size {dp} x {number} microbatches = {micro * dp * number}, not {total}; "
+               "leave out micro_batch_num")
+    ramp = r["rampup_batch_size"]
+    if ramp is None:
+        return
+    if len(ramp) != 3 or min(ramp) <= 0:
+        r.fail("rampup_batch_size", "takes three numbers above zero: start, increment, samples")
+    elif total < ramp[0] or (total - ramp[0]) % ramp[1] or total == ramp[0]:
+        r.fail("rampup_batch_size global_batch_size",
+               f"from {ramp[0]} in steps of {ramp[1]} does not arrive at {total}")
+    elif ramp[0] % (micro * dp) or ramp[1] % (micro * dp):
+        r.fail("rampup_batch_size micro_batch_size",
+               f"start and increment must be multiples of micro batch size {micro} x data parallel size {dp}")
+
+
+@_rule
+def precision(r: Resolution) -> None:
+    """One 16-bit type at most; what is about 16 bits needs it."""
+    if r["bf16"] and r["fp16"]:
+        r.fail("bf16 fp16", "give one of them")
+    for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if r[flag] and r["compute_dtype"] not in (dtype, None) and not (r["bf16"] and r["fp16"]):
+            r.fail(f"{flag} compute_dtype", f"{flag} computes in {dtype}")
+    if r["fp16_lm_cross_entropy"] and not r["fp16"]:
+        r.fail("fp16_lm_cross_entropy", "needs fp16")
+    if r["fp32_residual_connection"] and not (r["fp16"] or r["bf16"]):
+        r.fail("fp32_residual_connection", "needs fp16 or bf16; a float32 model has a float32 residual already")
+    if r["grad_reduce_in_bf16"] and not r["bf16"]:
+        r.fail("grad_reduce_in_bf16", "needs bf16")
+    if r["apply_query_key_layer_scaling"] and r["use_flash_attn"]:
+        r.fail("apply_query_key_layer_scaling use_flash_attn", "the fused kernel cannot scale by layer; give one")
+
+
+@_rule
+def recomputation(r: Resolution) -> None:
+    """Full recomputation has a method and a number of layers; selective has neither."""
+    granularity, method, number = (r[f"recompute_{part}"] for part in ("granularity", "method", "num_layers"))
+    if granularity == "full":
+        if method == "none" or not number:
+            r.fail("recompute_granularity", "full needs recompute_method (uniform or block) and recompute_num_layers")
+        elif r["num_layers"] and number > r["num_layers"]:
+            r.fail("recompute_num_layers num_layers", "there are not so many layers")
+    elif method != "none" or number:
+        named = "recompute_method" if method != "none" else "recompute_num_layers"
+        r.fail(named, f"belongs to recompute_granularity full, which is {granularity}")
+
+
+@_rule
+def run_length(r: Resolution) -> None:
+    """A run counts iterations or samples, not both."""
+    if r.is_given("train_iters") and r["train_samples"] is not None:
+        r.fail("train_iters train_samples", "give one of them")
+    elif r.is_given("train_iters"):
+        _not_with(r, "train_iters", ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"), "samples")
+        if r["rampup_batch_size"] is not None:
+            r.fail("rampup_batch_size train_iters", "a ramp-up needs train_samples instead of train_iters")
+    elif r["train_samples"] is not None:
+        _not_with(r, "train_samples", ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"), "iterations")
+
+
+def _not_with(r: Resolution, unit: str, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if r[name]:
+            r.fail(f"{name} {unit}", f"the run does not count {what}; use the other form of {name}")
+
+
+@_rule
+def learning_rate(r: Resolution) -> None:
+    """min_lr <= lr, one way to give the warm-up, and WSD has a length."""
+    if r["lr"] is not None and r["min_lr"] > r["lr"]:
+        r.fail("min_lr lr", "min_lr must not be above lr")
+    if None not in (r["decoupled_lr"], r["decoupled_min_lr"]) and r["decoupled_min_lr"] > r["decoupled_lr"]:
+        r.fail("decoupled_min_lr decoupled_lr", "decoupled_min_lr must not be above decoupled_lr")
+    if r["lr_warmup_fraction"] and (r["lr_warmup_iters"] or r["lr_warmup_samples"]):
+        r.fail("lr_warmup_fraction " + ("lr_warmup_iters" if r["lr_warmup_iters"] else "lr_warmup_samples"), "give one")
+    decay = r["lr_decay_iters"] or (r["train_iters"] if r["train_samples"] is None else None)
+    if decay and r["lr_warmup_iters"] and r["lr_warmup_iters"] >= decay:
+        r.fail(f"lr_warmup_iters {'lr_decay_iters' if r['lr_decay_iters'] else 'train_iters'}",
+               "the warm-up must be shorter than the decay")
+    samples = r["lr_decay_samples"] or r["train_samples"]
+    if samples and r["lr_warmup_samples"] and r["lr_warmup_samples"] >= samples:
+        r.fail(f"lr_warmup_samples {'lr_decay_samples' if r['lr_decay_samples'] else 'train_samples'}",
+               "the warm-up must be shorter than the decay")
+    if r["lr_decay_style"] == "WSD" and not (r["lr_wsd_decay_iters"] or r["lr_wsd_decay_samples"]):
+        r.fail("lr_decay_style", "WSD needs lr_wsd_decay_iters or lr_wsd_decay_samples")
+    if r["use_checkpoint_opt_param_scheduler"] and r["override_opt_param_scheduler"]:
+        r.fail("use_checkpoint_opt_param_scheduler override_opt_param_scheduler", "give one of them")
+
+
+@_rule
+def weight_decay(r: Resolution) -> None:
+    """A constant weight decay has no start and end; a changing one has both."""
+    start, end = r["start_weight_decay"], r["end_weight_decay"]
+    if r["weight_decay_incr_style"] == "constant":
+        for name, value in (("start_weight_decay", start), ("end_weight_decay", end)):
+            if value is not None and value != r["weight_decay"]:
+                r.fail(f"{name} weight_decay weight_decay_incr_style", "a constant weight decay has one value")
+    elif start is None or end is None:
+        r.fail("weight_decay_incr_style", "needs start_weight_decay and end_weight_decay")
+
+
+@_rule
+def overlap(r: Resolution) -> None:
+    """Overlaps need what they overlap."""
+    if r["overlap_param_gather"] and not r["use_distributed_optimizer"]:
+        r.fail("overlap_param_gather", "needs use_distributed_optimizer")
+    if r["overlap_param_gather"] and not r["overlap_grad_reduce"]:
+        r.fail("overlap_param_gather", "needs overlap_grad_reduce")
+    if r["delay_grad_reduce"] and not r["overlap_grad_reduce"]:
+        r.fail("delay_grad_reduce", "needs overlap_grad_reduce")
+    if not r["wrap_with_ddp"]:
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce", "ddp_bucket_size"):
+            if r[name]:
+                r.fail(f"wrap_with_ddp {name}", f"{name} needs gradient buckets; leave wrap_with_ddp on")
+
+
+@_rule
+def data_sources(r: Resolution) -> None:
+    """Data comes from one place."""
+    split = any(r[f"{part}_data_path"] for part in ("train", "valid", "test"))
+    sources = [name for name in ("data_path", "data_args_path", "mock_data") if r[name]]
+    sources += [f"{part}_data_path" for part in ("train", "valid", "test") if r[f"{part}_data_path"]][: int(split)]
+    if len(sources) > 1:
+        r.fail(" ".join(sources), "give one of them")
+    if split and r.is_given("split"):
+        r.fail("split", "does not apply: training, validation and test data have their own paths")
+
+
+@_rule
+def profiling(r: Resolution) -> None:
+    """The profile ends after it starts."""
+    if r["profile"] and r["profile_step_end"] < r["profile_step_start"]:
+        r.fail("profile_step_end profile_step_start", "the profile ends before it starts")
+
+
+@_rule
+def saving(r: Resolution) -> None:
+    """Where nothing is saved or loaded, say so."""
+    if r["save"] is None and r.is_given("save_interval"):
+        r.note(f"{r.term('save_interval')}: nothing is saved without save")
+    if r["save"] is not None and r["save_interval"] is None:
+        r.note(f"{r.term('save')}: without save_interval one checkpoint is written, at the end")
+    if not r["train_iters"] and not r["train_samples"] and not r["skip_train"]:
+        r.note("neither train_iters nor train_samples is given: there is nothing to train")

@@ -1,0 +1,273 @@
+"""Megatron's derivations, each a named rule: how values follow from other values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parallel_core.config.pipeline_layout_string import parse_layout
+from parallel_core.config.resolution import Resolution
+from parallel_core.config.vocabulary import tokenizer_vocab_size
+from parallel_core.errors import ConfigError
+
+Rule = Callable[[Resolution], None]
+DERIVATIONS: dict[str, Rule] = {}
+
+
+def _rule(function: Rule) -> Rule:
+    DERIVATIONS[function.__name__] = function
+    return function
+
+
+@_rule
+def recompute_activations(r: Resolution) -> None:
+    """`recompute_activations` is `recompute_granularity selective`."""
+    if r["recompute_activations"]:
+        if r["recompute_granularity"] not in (None, "selective"):
+            r.fail("recompute_activations recompute_granularity", "ask for two different things; give one")
+        r.derive("recompute_granularity", "selective", "recompute_activations")
+    r.fill("recompute_granularity", "none", "recompute_activations")
+    if r["recompute_method"] is None:
+        r.values["recompute_method"] = "none"
+
+
+@_rule
+def positions(r: Resolution) -> None:
+    """`use_rotary_position_embeddings` is `position_embedding_type rope`; without rope there is nothing to fuse."""
+    if r["use_rotary_position_embeddings"] and r["position_embedding_type"] != "rope":
+        if r.is_given("position_embedding_type"):
+            r.fail("use_rotary_position_embeddings position_embedding_type", "ask for two kinds of positions")
+        r.derive("position_embedding_type", "rope", "positions")
+    if not r["add_position_embedding"] and r["position_embedding_type"] == "learned_absolute":
+        r.fail("add_position_embedding", "write position_embedding_type none for a model without positions")
+    if r["position_embedding_type"] != "rope" or r["rotary_interleaved"]:
+        if r.is_given("apply_rope_fusion") and r["apply_rope_fusion"]:
+            r.note(f"{r.term('apply_rope_fusion')}: off, it needs rope that is not interleaved")
+        r.derive("apply_rope_fusion", False, "positions")
+    r.fill("rotary_seq_len_interpolation_factor", 1.0, "positions")
+
+
+@_rule
+def activation(r: Resolution) -> None:
+    """The activation flags name one `hidden_act`; GELU is the tanh form where Megatron fuses it with the bias."""
+    named = [flag for flag in ("swiglu", "squared_relu", "openai_gelu") if r[flag]]
+    chosen = r["hidden_act"]
+    if chosen == "silu" and r["gated_linear_unit"]:
+        r.derive("hidden_act", "swiglu", "activation")
+    if len(named) > 1 or (named and chosen not in (None, *named)):
+        r.fail(" ".join([*named, *(["hidden_act"] if chosen else [])]), "ask for several activations; give one")
+    elif named and chosen is None:
+        r.derive("hidden_act", named[0], "activation")
+    elif chosen is None:
+        fused = r["bias_gelu_fusion"] and r["add_bias_linear"]
+        r.derive("hidden_act", "gelu_tanh" if fused else "gelu", "activation")
+    if r["gated_linear_unit"] and r["hidden_act"] != "swiglu":
+        r.fail("gated_linear_unit hidden_act", "swiglu is the gated activation that exists")
+
+
+@_rule
+def biases(r: Resolution) -> None:
+    """`add_bias_linear` gives every linear a bias; `add_qkv_bias` gives one to query, key and value alone."""
+    if r.is_given("add_qkv_bias") and not r["add_qkv_bias"] and r["add_bias_linear"] and r["qkv_has_bias"] is None:
+        r.note(f"{r.term('add_qkv_bias')}: add_bias_linear is on and includes this bias, as in Megatron; "
+               "write qkv_has_bias: false for none")
+    r.fill("qkv_has_bias", bool(r["add_bias_linear"] or r["add_qkv_bias"]), "biases")
+    r.fill("add_dense_bias", bool(r["add_bias_linear"]), "biases")
+
+
+@_rule
+def softmax_type(r: Resolution) -> None:
+    """`apply_query_key_layer_scaling` needs, and therefore sets, `attention_softmax_in_fp32`."""
+    if r["apply_query_key_layer_scaling"] and not r["attention_softmax_in_fp32"]:
+        r.derive("attention_softmax_in_fp32", True, "softmax_type")
+
+
+@_rule
+def sequence_length(r: Resolution) -> None:
+    """`seq_length` and `max_position_embeddings` stand in for each other when one is missing."""
+    if r["max_position_embeddings"] is not None:
+        r.fill("seq_length", r["max_position_embeddings"], "sequence_length")
+    if r["seq_length"] is not None:
+        r.fill("max_position_embeddings", r["seq_length"], "sequence_length")
+
+
+@_rule
+def widths(r: Resolution) -> None:
+    """FFN width 4h, or int(8h/3/64)*64 for swiglu; head size h/heads; key/value heads = heads without groups."""
+    hidden, heads = r["hidden_size"], r["num_attention_heads"]
+    if r.positive("hidden_size"):
+        gated = int(4 * hidden * 2 / 3) // 64 * 64 or 64
+        r.fill("ffn_hidden_size", gated if r["hidden_act"] == "swiglu" else 4 * hidden, "widths")
+    if r.positive("hidden_size") and r.positive("num_attention_heads") and r["kv_channels"] is None:
+        if hidden % heads:
+            r.fail("hidden_size num_attention_heads", f"{hidden} is not a multiple of {heads}; change one of them, "
+                   "or give kv_channels")
+        r.derive("kv_channels", hidden // heads, "widths")
+    if not r["group_query_attention"]:
+        if r.is_given("num_query_groups") and r["num_query_groups"] not in (1, heads):
+            r.note(f"{r.term('num_query_groups')}: not used without group_query_attention, as in Megatron")
+        r.derive("num_query_groups", heads, "widths")
+
+
+@_rule
+def vocabulary(r: Resolution) -> None:
+    """A given `padded_vocab_size` stays; else the tokenizer's size is padded to a multiple of divisor x tp."""
+    if r["padded_vocab_size"] is not None:
+        return
+    size = r["vocab_size"]
+    if size is not None and r["tokenizer_type"] == "NullTokenizer":
+        size += 1  # The null tokenizer's end-of-document token comes after its vocabulary.
+    if size is None:
+        try:
+            size = tokenizer_vocab_size(r.values)
+        except ConfigError as error:
+            r.problems.append(str(error))
+            return
+    if size is None:
+        r.fail("padded_vocab_size", "give padded_vocab_size, vocab_size, or a tokenizer to take it from")
+    elif r.positive("make_vocab_size_divisible_by") and r.positive("tensor_model_parallel_size"):
+        multiple = r["make_vocab_size_divisible_by"] * r["tensor_model_parallel_size"] if r["pad_vocab_size"] else 1
+        r.derive("padded_vocab_size", -(-size // multiple) * multiple, "vocabulary")
+
+
+@_rule
+def precision(r: Resolution) -> None:
+    """`bf16`/`fp16` set both types where they are not given; a 16-bit `compute_dtype` sets its flag."""
+    for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if r[flag]:
+            r.fill("compute_dtype", dtype, "precision")
+            r.fill("params_dtype", dtype, "precision")
+    r.fill("compute_dtype", "float32", "precision")
+    r.fill("params_dtype", "float32", "precision")
+    for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if r["compute_dtype"] == dtype and not r[flag]:
+            r.derive(flag, True, "precision")
+
+
+@_rule
+def gradient_type(r: Resolution) -> None:
+    """With bf16, gradients are summed in float32 unless `grad_reduce_in_bf16`."""
+    if r["bf16"] and not r.is_given("accumulate_allreduce_grads_in_fp32"):
+        r.derive("accumulate_allreduce_grads_in_fp32", not r["grad_reduce_in_bf16"], "gradient_type")
+
+
+@_rule
+def overflow_check(r: Resolution) -> None:
+    """With fp16 and a dynamic loss scale, a NaN is an overflow to be skipped, not an error."""
+    if r["fp16"] and r["loss_scale"] is None and r["check_for_nan_in_loss_and_grad"]:
+        if r.is_given("check_for_nan_in_loss_and_grad"):
+            r.note(f"{r.term('check_for_nan_in_loss_and_grad')}: off, the dynamic loss scale handles overflows")
+        r.derive("check_for_nan_in_loss_and_grad", False, "overflow_check")
+
+
+@_rule
+def sequence_parallel(r: Resolution) -> None:
+    """Without tensor parallelism there is nothing to split the sequence over."""
+    if r["sequence_parallel"] and r["tensor_model_parallel_size"] == 1:
+        r.note(f"{r.term('sequence_parallel')}: off, tensor_model_parallel_size is 1")
+        r.derive("sequence_parallel", False, "sequence_parallel")
+
+
+@_rule
+def flash_attention(r: Resolution) -> None:
+    """`attention_backend` flash or fused is `use_flash_attn`."""
+    if r["attention_backend"] in ("flash", "fused") and not r["use_flash_attn"]:
+        r.derive("use_flash_attn", True, "flash_attention")
+
+
+@_rule
+def virtual_pipeline(r: Resolution) -> None:
+    """Chunks per rank follow from the layout string, the layer list, or layers per chunk."""
+    pp = r["pipeline_model_parallel_size"]
+    if r["pipeline_model_parallel_layout"] is not None and r.positive("pipeline_model_parallel_size"):
+        try:
+            layers = parse_layout(r["pipeline_model_parallel_layout"], pp)
+            if r["num_layer_list"] not in (None, layers):
+                r.fail("pipeline_model_parallel_layout num_layer_list", "places layers twice; give one")
+            r.derive("num_layer_list", layers, "virtual_pipeline")
+        except ConfigError as error:
+            r.fail("pipeline_model_parallel_layout", str(error))
+    layers, per_stage = r["num_layer_list"], r["num_layers_per_virtual_pipeline_stage"]
+    if layers:
+        r.fill("virtual_pipeline_model_parallel_size", len(layers[0]), "virtual_pipeline")
+    elif per_stage and r["virtual_pipeline_model_parallel_size"] is None and r.positive("num_layers"):
+        counted = (r["num_layers"] + r["account_for_embedding_in_pipeline_split"]
+                   + r["account_for_loss_in_pipeline_split"])
+        if per_stage < 1 or not r.positive("pipeline_model_parallel_size") or counted % (pp * per_stage):
+            r.fail("num_layers_per_virtual_pipeline_stage num_layers pipeline_model_parallel_size",
+                   f"{counted} layers are not a whole number of chunks of {per_stage} on each of {pp} ranks")
+        else:
+            r.derive("virtual_pipeline_model_parallel_size", counted // pp // per_stage, "virtual_pipeline")
+    if r["virtual_pipeline_model_parallel_size"] is None:
+        r.values["virtual_pipeline_model_parallel_size"] = 1
+
+
+@_rule
+def batches(r: Resolution) -> None:
+    """Data parallel size, global batch size and number of microbatches follow from each other and the world size."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    if not all(map(r.positive, sizes)):
+        return
+    model = r[sizes[0]] * r[sizes[1]] * r[sizes[2]]
+    micro, total, number = r["micro_batch_size"], r["global_batch_size"], r["micro_batch_num"]
+    if r.world_size is None:
+        known = r.positive("micro_batch_size") and r.positive("global_batch_size") and r.positive("micro_batch_num")
+        r.world_size = model * max(1, total // (micro * number) if known else 1)
+    r.values["world_size"] = r.world_size
+    r.values["data_parallel_size"] = dp = r.world_size // model
+    if not r.positive("micro_batch_size") or dp < 1:
+        return
+    if r.positive("global_batch_size"):
+        if total % (micro * dp):
+            r.fail("global_batch_size micro_batch_size",
+                   f"{total} is not a multiple of micro batch size {micro} x data parallel size {dp} = {micro * dp} "
+                   f"(world size {r.world_size})")
+        r.fill("micro_batch_num", total // (micro * dp), "batches")
+    else:
+        r.fill("micro_batch_num", 1, "batches")
+        r.derive("global_batch_size", micro * dp * r["micro_batch_num"], "batches")
+
+
+@_rule
+def run_length(r: Resolution) -> None:
+    """`train_samples` becomes `train_iters`, walking through the ramp-up; a partial last batch is left out."""
+    if r["train_samples"] is None or r["train_iters"] is not None or not r.positive("global_batch_size"):
+        return
+    samples, full, ramp = r["train_samples"], r["global_batch_size"], r["rampup_batch_size"]
+    consumed = steps = 0
+    if ramp and len(ramp) == 3 and ramp[1] > 0 and full > ramp[0] > 0:
+        start, step, length = ramp
+        growths = (full - start) // step
+        while growths and consumed <= length and consumed <= samples:
+            consumed += min(full, start + int(consumed / (length / growths)) * step)
+            steps += 1
+    r.derive("train_iters", steps + max(0, samples - consumed) // full, "run_length")
+
+
+@_rule
+def schedule(r: Resolution) -> None:
+    """A learning rate that nothing will use may be missing; weight decay is constant unless told otherwise."""
+    if r["betas"] is None:
+        r.derive("betas", (r["adam_beta1"], r["adam_beta2"]), "schedule")
+    elif len(r["betas"]) == 2:
+        for name, value in zip(("adam_beta1", "adam_beta2"), r["betas"]):
+            if r.is_given(name) and r[name] != value:
+                r.fail(f"betas {name}", "disagree; give one")
+            r.derive(name, value, "schedule")
+    if r["weight_decay_incr_style"] == "constant":
+        r.fill("start_weight_decay", r["weight_decay"], "schedule")
+        r.fill("end_weight_decay", r["weight_decay"], "schedule")
+    r.fill("dataloader_type", "single", "schedule")
+    if r["embedding_init_method_std"] is None:
+        r.derive("embedding_init_method_std", r["init_method_std"], "schedule")
+    r.fill("embedding_dtype", r["params_dtype"], "schedule")
+    r.fill("split", "969, 30, 1", "schedule")
+
+
+@_rule
+def pretrained(r: Resolution) -> None:
+    """`pretrained_checkpoint` is loaded as by `finetune` when `load` names nothing."""
+    if r["pretrained_checkpoint"] is not None and r["load"] is None:
+        r.derive("load", r["pretrained_checkpoint"], "pretrained")
+        r.derive("finetune", True, "pretrained")
+    elif r["pretrained_checkpoint"] is not None:
+        r.fail("pretrained_checkpoint load", "both name weights to start from; give one")

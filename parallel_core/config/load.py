@@ -1,0 +1,269 @@
+"""From a command line and a YAML file to the config tree, with every violation at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parallel_core.config import table
+from parallel_core.config.argument import IGNORED, REFUSED
+from parallel_core.config.checks import CHECKS
+from parallel_core.config.derivations import DERIVATIONS
+from parallel_core.config.flags import ExtraArgsProvider, UserArguments, read_flags
+from parallel_core.config.forms import read_forms
+from parallel_core.config.resolution import Resolution
+from parallel_core.config.schema import (
+    AllConfig,
+    DatasetConfig,
+    FlashAttentionConfig,
+    ModelParallelConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
+from parallel_core.config.values import Given, Unreadable, convert
+from parallel_core.config.yaml_tree import read_leaves
+from parallel_core.errors import ConfigError
+from parallel_core.pipeline.layout import stage_layout
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """What a run is told, and how it came to be told so."""
+
+    config: AllConfig
+    notes: list[str]
+    """Ignored arguments with the reason, and derivations worth saying."""
+    provenance: dict[str, str]
+    """Field path -> "file:line", "--flag", "default" or "derived: rule"."""
+    args: argparse.Namespace
+    """Megatron-named values, resolved, with the user's own argument groups."""
+    given: dict[str, Given]
+    """What the user gave, by argument name."""
+    world_size: int
+    """The number of ranks that the batch sizes were resolved for."""
+
+
+def load_config(
+    argv: Sequence[str],
+    *,
+    world_size: int | None = None,
+    extra_args_provider: ExtraArgsProvider | None = None,
+    args_defaults: Mapping[str, object] | None = None,
+) -> LoadedConfig:
+    """Return the configuration that a command line describes.
+
+    Args:
+        argv: `[--config FILE | --yaml-cfg FILE] [--megatron-flag value ...]`; flags override the file.
+        world_size: Ranks of the run; None: as many as the layout needs.
+        extra_args_provider: Adds the user's own argument groups to an argparse parser, as in Megatron.
+        args_defaults: Values for arguments that have none otherwise, as in Megatron.
+
+    Raises:
+        ConfigError: The arguments are unknown, unreadable, contradictory or ask for what is not built; all of it at
+            once, in the user's terms.
+    """
+    user = UserArguments(extra_args_provider)
+    from_flags, files, problems = read_flags(argv, user)
+    from_files: list[Given] = []
+    for file in files:
+        leaves, trouble = read_leaves(file)
+        values, unknown = read_forms(leaves, user.names)
+        problems += trouble + unknown
+        from_files += values
+    if len(files) > 1:
+        problems.append(f"--config: names {len(files)} files, {' and '.join(files)}; give one")
+    return resolve([from_files, from_flags], user, problems, world_size=world_size, args_defaults=args_defaults)
+
+
+def resolve(
+    levels: Sequence[Iterable[Given]],
+    user: UserArguments | None = None,
+    problems: Iterable[str] = (),
+    *,
+    world_size: int | None = None,
+    args_defaults: Mapping[str, object] | None = None,
+) -> LoadedConfig:
+    """Return the configuration of values given in several places; later levels override earlier ones.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    user = user or UserArguments(None)
+    trouble = list(problems)
+    given = _merge(levels, user, trouble)
+    notes: list[str] = []
+    _apply_defaults(given, user, args_defaults or {}, notes, trouble)
+    mine = {name: entry for name, entry in given.items() if name in table.BY_NAME}
+    resolution = run_rules(mine, world_size, trouble, notes)
+    config = build_config(resolution) if not resolution.problems else None
+    if config is not None:
+        try:
+            stage_layout(config.model_config.num_layers, config.parallel_config)
+        except ConfigError as error:
+            resolution.problems.append(f"{resolution.term('num_layers')}: {error}")
+    if config is None or resolution.problems:
+        raise ConfigError(_report(resolution.problems))
+    values = {**user.defaults(), **{name: entry.value for name, entry in given.items()}, **resolution.values}
+    provenance = {path: resolution.source(argument.name) for path, argument in table.DIRECT.items()}
+    return LoadedConfig(
+        config, resolution.notes, provenance, argparse.Namespace(**values), given, resolution.world_size or 1
+    )
+
+
+def _report(problems: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(problems))
+    if len(unique) == 1:
+        return unique[0]
+    return f"{len(unique)} problems in the configuration:\n" + "\n".join(f"  {problem}" for problem in unique)
+
+
+def _merge(levels: Sequence[Iterable[Given]], user: UserArguments, problems: list[str]) -> dict[str, Given]:
+    """Return one typed value per name; two different ones on the same level are a violation."""
+    merged: dict[str, Given] = {}
+    for level in levels:
+        here: dict[str, Given] = {}
+        for entry in level:
+            typed = _typed(entry, user, problems)
+            if typed is None or typed.value is None:
+                continue
+            before = here.get(typed.name)
+            if before is not None and before.value != typed.value:
+                problems.append(f"{before.terms} and {typed.terms}: two values for {typed.name}; give one")
+            here[typed.name] = typed
+        merged.update(here)
+    return merged
+
+
+def _typed(entry: Given, user: UserArguments, problems: list[str]) -> Given | None:
+    argument = table.BY_NAME.get(entry.name)
+    if argument is None:
+        return entry
+    try:
+        return dataclasses.replace(entry, value=convert(argument, entry.value))
+    except Unreadable as error:
+        if argument.status == REFUSED and argument.choices == ():
+            return entry
+        where = entry.written if entry.written.startswith("--") else f"{entry.source}: {entry.written}"
+        problems.append(f"{where} {error}")
+        return None
+
+
+def _apply_defaults(
+    given: dict[str, Given],
+    user: UserArguments,
+    defaults: Mapping[str, object],
+    notes: list[str],
+    problems: list[str],
+) -> None:
+    """Let `args_defaults` and the user parser's defaults fill arguments that have no value, as Megatron does."""
+    for name, value in defaults.items():
+        found = table.find(name)
+        argument = found[0] if found else None
+        if argument is None and name not in user.names:
+            problems.append(f"args_defaults[{name!r}]: unknown argument{table.suggestion(name)}")
+            continue
+        key = argument.name if argument else name
+        present = given[key].value if key in given else argument.default if argument else user.defaults().get(name)
+        if present is not None:
+            notes.append(f"args_defaults[{name!r}]={value!r}: not used, {key} is {present!r}")
+            continue
+        typed = _typed(Given(key, value, "args_defaults", f"args_defaults[{name!r}]", value), user, problems)
+        if typed is not None and typed.value is not None:
+            given[key] = typed
+    for name, value in user.defaults().items():
+        if name in table.BY_NAME and name not in given and value is not None:
+            typed = _typed(Given(name, value, "extra_args_provider", name, value), user, problems)
+            if typed is not None and typed.value is not None:
+                given[name] = typed
+
+
+def run_rules(
+    given: dict[str, Given], world_size: int | None, problems: Iterable[str] = (), notes: Iterable[str] = ()
+) -> Resolution:
+    """Return the state after the rules: values, derivations, notes and problems."""
+    resolution = Resolution(given, world_size, problems=list(problems), notes=list(notes))
+    _sort_out(resolution)
+    for rule in DERIVATIONS.values():
+        rule(resolution)
+    for rule in CHECKS.values():
+        rule(resolution)
+    return resolution
+
+
+def _sort_out(resolution: Resolution) -> None:
+    """Refuse what is not built, feature by feature, and say what is ignored and why."""
+    refused: dict[str, list[str]] = {}
+    for name, entry in resolution.given.items():
+        argument = table.BY_NAME[name]
+        if argument.status == IGNORED and entry.value != argument.default:
+            resolution.note(f"{entry.terms}: ignored; {argument.reason}")
+        if argument.status != REFUSED:
+            continue
+        if asks_for_nothing(name, entry.value):
+            resolution.values[name] = argument.default
+        else:
+            refused.setdefault(argument.reason, []).append(entry.terms)
+    for feature, terms in refused.items():
+        if feature.startswith("removed"):
+            resolution.problems.append(f"{', '.join(terms)}: {feature}")
+        else:
+            resolution.problems.append(f"{', '.join(terms)}: not built: {feature}")
+
+
+def asks_for_nothing(name: str, value: object) -> bool:
+    """Whether `value` of a refused argument is what runs without the feature have anyway."""
+    argument = table.BY_NAME[name]
+    harmless = (argument.default, *argument.harmless, None)
+    return any(_same(value, quiet) for quiet in harmless)
+
+
+def _same(value: object, other: object) -> bool:
+    if isinstance(value, (list, tuple)) or isinstance(other, (list, tuple)):
+        as_list = [list(v) if isinstance(v, (list, tuple)) else v for v in (value, other)]
+        return as_list[0] == as_list[1]
+    return value == other or str(value) == str(other)
+
+
+_SECTION_TYPES: dict[str, Any] = {
+    "model_config": TransformerConfig,
+    "parallel_config": ModelParallelConfig,
+    "training_config": TrainingConfig,
+    "dataset_config": DatasetConfig,
+    "optimizer_config": OptimizerConfig,
+}
+_NESTED_TYPES: dict[str, Any] = {"fa_config": FlashAttentionConfig, "profile": ProfileConfig}
+
+
+def build_config(resolution: Resolution) -> AllConfig:
+    """Return the config tree of resolved values; None means the field's own "derive it" value."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTION_TYPES}
+    nested: dict[tuple[str, str], dict[str, Any]] = {}
+    for path, argument in table.DIRECT.items():
+        value = resolution.values[argument.name]
+        if value is None:
+            continue
+        section, _, rest = path.partition(".")
+        outer, _, inner = rest.partition(".")
+        if inner:
+            nested.setdefault((section, outer), {})[inner] = value
+        else:
+            sections[section][outer] = value
+    for (section, outer), values in nested.items():
+        sections[section][outer] = _NESTED_TYPES[outer](**values)
+    return AllConfig(**{name: kind(**sections[name]) for name, kind in _SECTION_TYPES.items()})
+
+
+def required_world_size(config: AllConfig) -> int:
+    """Return how many ranks `config` needs: tensor x pipeline x context parallel size x data parallel size."""
+    parallel, data = config.parallel_config, config.dataset_config
+    model = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    return model * max(1, data.global_batch_size // (data.batch_size * data.micro_batch_num))

@@ -1,0 +1,148 @@
+"""What a user wrote, and its conversion to the type the table asks for."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import dataclass
+
+from parallel_core.config.argument import Argument
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value from the user, in the user's own terms."""
+
+    name: str
+    """The argument's name in the table, or the user's own for an argument of an extra group."""
+    value: object
+    source: str
+    """Where it stands: file:line, a flag, or the name of a defaults dictionary."""
+    written: str
+    """The key or flag as it was typed."""
+    raw: object = None
+    """The value as it was typed."""
+
+    @property
+    def terms(self) -> str:
+        """The value as the user would recognise it: `--flag value`, or `file:line: key: value`."""
+        if self.written.startswith("--"):
+            return self.written if isinstance(self.raw, bool) else f"{self.written} {_shown(self.raw)}"
+        return f"{self.source}: {self.written}: {_shown(self.raw)}"
+
+
+def _shown(raw: object) -> str:
+    if isinstance(raw, (list, tuple)) and all(isinstance(item, (str, int, float)) for item in raw):
+        return " ".join(map(str, raw))
+    return str(raw).lower() if isinstance(raw, bool) else str(raw)
+
+
+class Unreadable(ValueError):
+    """The value has the wrong type; the text says what would be right."""
+
+
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+
+
+def convert(argument: Argument, raw: object) -> object:
+    """Return `raw` in the argument's type; None stays None, and words such as "1e-5" become numbers.
+
+    Raises:
+        Unreadable: The value is not of that type, is not finite, or is not one of the choices.
+    """
+    if raw is None or (isinstance(raw, str) and raw.strip() in ("None", "null", "~")):
+        return None
+    if argument.is_switch:
+        return _boolean(raw)
+    if argument.kind == "int":
+        return _integer(raw)
+    if argument.kind == "float":
+        return _number(raw)
+    if argument.kind == "layers":
+        return _layers(raw)
+    if argument.kind in ("ints", "floats", "strs"):
+        return _list(argument, raw)
+    return _word(argument, raw)
+
+
+def _boolean(raw: object) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    word = str(raw).strip().lower()
+    if word in _TRUE | _FALSE:
+        return word in _TRUE
+    raise Unreadable(f"is {raw!r}; it takes true or false")
+
+
+def _integer(raw: object) -> int:
+    value = _number(raw, "a whole number")
+    if value != int(value):
+        raise Unreadable(f"is {raw!r}; it takes a whole number")
+    return int(raw) if isinstance(raw, int) else int(value)
+
+
+def _number(raw: object, wanted: str = "a number") -> float:
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        raise Unreadable(f"is {raw!r}; it takes {wanted}")
+    try:
+        value = float(str(raw).replace("_", "") if isinstance(raw, str) else raw)
+    except (ValueError, OverflowError):
+        raise Unreadable(f"is {raw!r}; it takes {wanted}") from None
+    if not math.isfinite(value):
+        raise Unreadable(f"is {raw!r}; it takes a finite number")
+    return value
+
+
+def _literal(raw: object) -> object:
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return ast.literal_eval(raw)
+    except (ValueError, SyntaxError):
+        return [word for word in raw.replace(",", " ").split() if word]
+
+
+def _layers(raw: object) -> tuple[tuple[int, ...], ...]:
+    """Read layers per [pipeline rank][chunk]; a flat list has one chunk per rank."""
+    if isinstance(raw, (list, tuple)) and len(raw) == 1 and isinstance(raw[0], str):
+        raw = raw[0]
+    value = _literal(raw)
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    rows = [row if isinstance(row, (list, tuple)) else [row] for row in value]
+    try:
+        layers = tuple(tuple(_integer(number) for number in row) for row in rows)
+    except Unreadable as error:
+        raise Unreadable(f"{error}, layers of [pipeline rank][chunk] such as [[4,4],[4,3]]") from None
+    if len({len(row) for row in layers}) > 1:
+        raise Unreadable(f"is {raw!r}; every pipeline rank needs the same number of chunks")
+    if any(number < 0 for row in layers for number in row):
+        raise Unreadable(f"is {raw!r}; a number of layers is not negative")
+    return layers
+
+
+def _list(argument: Argument, raw: object) -> tuple[object, ...]:
+    if isinstance(raw, str):
+        value = _literal(raw) if argument.kind != "strs" else raw.split()
+    else:
+        value = raw
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if argument.kind == "ints":
+        return tuple(_integer(item) for item in items)
+    if argument.kind == "floats":
+        return tuple(_number(item) for item in items)
+    return tuple(str(item) for item in items)
+
+
+def _word(argument: Argument, raw: object) -> object:
+    if isinstance(raw, (list, tuple, dict)) and not (len(raw) == 1 and isinstance(raw, (list, tuple))):
+        raise Unreadable(f"is {raw!r}; it takes one word")
+    word = str(raw[0] if isinstance(raw, (list, tuple)) else raw)
+    word = dict(argument.renamed).get(word, word)
+    if argument.choices and word not in argument.choices:
+        by_case = {choice.lower(): choice for choice in argument.choices}
+        if word.lower() not in by_case:
+            raise Unreadable(f"is {raw!r}; it takes {', '.join(argument.choices)}")
+        word = by_case[word.lower()]
+    return word

@@ -1,0 +1,47 @@
+"""The size of a vocabulary that the user did not write down: asked of the tokenizer's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from parallel_core.errors import ConfigError, ParallelCoreError
+
+
+def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
+    """Return the number of tokens of the tokenizer that `values` (Megatron names) describe, or None without one.
+
+    With neither a tokenizer nor data, that is the bundled tokenizer.
+
+    Raises:
+        ConfigError: The tokenizer's files are missing or unreadable; the message names them.
+    """
+    kind = values.get("tokenizer_type")
+    has_data = any(values.get(name) for name in (
+        "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "mock_data"))
+    if kind is None and (has_data or values.get("tokenizer_model")):
+        return None
+    from parallel_core.data.bundled import bundled_tokenizer_model  # Tokenizers load only when one is needed.
+    from parallel_core.data.tokenizer.factory import build_tokenizer
+
+    try:
+        if kind is None:
+            tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=bundled_tokenizer_model())
+        else:
+            tokenizer = build_tokenizer(
+                str(kind),
+                tokenizer_model=_path(values, "tokenizer_model"),
+                vocab_file=_path(values, "vocab_file"),
+                merge_file=_path(values, "merge_file"),
+            )
+    except ConfigError:
+        raise
+    except ParallelCoreError as error:
+        raise ConfigError(
+            f"tokenizer_type={kind}: {error}; give padded_vocab_size to describe the model without its tokenizer"
+        ) from None
+    return tokenizer.vocab_size
+
+
+def _path(values: Mapping[str, object], name: str) -> str | None:
+    value = values.get(name)
+    return None if value is None else str(value)
