@@ -16,6 +16,7 @@ from pathlib import Path
 
 from parallel_core.errors import ConfigError
 from parallel_core.launch.job import Job
+from parallel_core.launch.layout import check_configuration, describe_layout
 from parallel_core.launch.plan import DEFAULT_LOG_DIR, integer, plan_job, prepare_log_dir
 from parallel_core.launch.report import CONFIG_ERROR_STATUS
 
@@ -44,8 +45,6 @@ def _launch(arguments: list[str]) -> int:
     num_ranks = integer(os.environ, "NPROC", 0)
     layout, log_dir = "", DEFAULT_LOG_DIR
     if not plain:
-        from parallel_core.launch.layout import check_configuration, describe_layout
-
         num_ranks, config = check_configuration(list(command[1:]), num_ranks)
         layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
     elif not num_ranks:

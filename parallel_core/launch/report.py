@@ -61,6 +61,11 @@ def read_report(path: Path) -> FailureReport | None:
         return None
 
 
+def is_peer_loss(exc: BaseException) -> bool:
+    """Return whether an error reads like the consequence of another rank's failure."""
+    return isinstance(exc, CommError) or _PEER_LOSS.search(str(exc)) is not None
+
+
 def report_failure(exc: BaseException) -> int:
     """Write the failure report of this rank, print the error to stderr, and return the exit status to end with.
 
@@ -76,7 +81,7 @@ def report_failure(exc: BaseException) -> int:
         message=str(exc),
         traceback=trace,
         exit_status=status,
-        peer_loss=isinstance(exc, CommError) or _PEER_LOSS.search(str(exc)) is not None,
+        peer_loss=is_peer_loss(exc),
     )
     log_dir = os.environ.get(LOG_DIR_VARIABLE)
     if log_dir and os.environ.get("MS_ROLE") == "MS_WORKER":
