@@ -1,0 +1,59 @@
+"""What gradients need after their data parallel reduction: sums over tensor parallel ranks and over tied stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from parallel_core.comm.interface import Group
+from parallel_core.optimizer.data_parallel import DistributedDataParallel
+from parallel_core.optimizer.flat import Flat
+
+
+def finalize_model_grads(
+    ddp: DistributedDataParallel,
+    tp_group: Group,
+    embedding_group: Group,
+    is_partial: Callable[[Parameter], bool],
+    is_shared_embedding: Callable[[Parameter], bool],
+) -> None:
+    """Complete the gradients of one iteration, in Megatron-LM's order.
+
+    Communication: the data parallel reductions; one all-reduce of all partial gradients (norms and row-parallel biases
+    under sequence parallelism) over the tensor parallel group; one of the tied embedding over the first and last stage.
+
+    Args:
+        ddp: buffers of this rank.
+        tp_group: the tensor parallel group.
+        embedding_group: first and last pipeline stage, or a group of one.
+        is_partial: whether a parameter's gradient covers only this rank's part of the sequence or heads.
+        is_shared_embedding: whether a parameter is held by the first and the last stage.
+    """
+    ddp.finish_grad_sync()
+    if tp_group.size > 1:
+        _sum_together(_gradients(ddp, is_partial), tp_group)
+    if embedding_group.size > 1:
+        _sum_together(_gradients(ddp, is_shared_embedding), embedding_group)
+
+
+def _gradients(ddp: DistributedDataParallel, wanted: Callable[[Parameter], bool]) -> list[Flat]:
+    return [
+        buffer.main_grad(index)
+        for buffer in ddp.buffers
+        for index, parameter in enumerate(buffer.parameters)
+        if wanted(parameter)
+    ]
+
+
+def _sum_together(gradients: list[Flat], group: Group) -> None:
+    """Sum gradients over the group in one all-reduce."""
+    if not gradients:
+        return
+    arrays = [gradient.numpy() for gradient in gradients]
+    joined = group.all_reduce_(Tensor(np.concatenate([a.astype(np.float32, copy=False) for a in arrays]))).asnumpy()
+    start = 0
+    for gradient, array in zip(gradients, arrays):
+        gradient.load(joined[start : start + array.size])
+        start += array.size

@@ -1,0 +1,234 @@
+"""Flat 1-D storage that parameters live in and gradients accumulate in: NumPy memory on CPU, a tensor on Ascend.
+
+MindSpore's in-place tensor operations silently do nothing on CPU views, so there the storage is a NumPy array that
+parameters alias. `AscendFlat` has the same methods on device tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, mint
+
+from parallel_core import ops
+
+
+class Flat(Protocol):
+    """A 1-D buffer, or a part of one that shares its memory."""
+
+    def part(self, start: int, end: int) -> Flat:
+        """Return elements [start, end), sharing memory."""
+
+    def tensor(self) -> Tensor:
+        """Return a 1-D tensor that shares memory, for collectives."""
+
+    def bind(self, parameter: Parameter) -> None:
+        """Move the parameter's value here and make it live here."""
+
+    def write_(self, gradient: Tensor) -> None:
+        """Overwrite with a tensor of as many elements."""
+
+    def add_(self, gradient: Tensor) -> None:
+        """Add a tensor of as many elements."""
+
+    def copy_(self, other: Flat) -> None:
+        """Overwrite with another buffer's elements, cast to this one's dtype."""
+
+    def scale_(self, factor: float) -> None:
+        """Multiply every element."""
+
+    def sum_of_squares(self) -> float:
+        """Return the sum of the squared elements; not finite if an element is not."""
+
+    def load(self, values: np.ndarray) -> None:
+        """Overwrite with NumPy values, cast to this buffer's dtype."""
+
+    def numpy(self) -> np.ndarray:
+        """Return the elements; on CPU sharing memory."""
+
+    def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
+        """Do one AdamW update of these master weights; see `ops.adam_`."""
+
+    def sgd_(self, gradient: Flat, momentum_buffer: Flat, **options: Any) -> None:
+        """Do one update of these master weights by SGD with momentum; see `CpuFlat.sgd_`."""
+
+
+class CpuFlat:
+    """A view of a C-contiguous 1-D NumPy array."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    @classmethod
+    def zeros(cls, numel: int, dtype: str) -> CpuFlat:
+        """Return a buffer of zeros; dtype float32, float16 or bfloat16."""
+        kind = Tensor(np.zeros(1, np.float32)).astype(ms.bfloat16).asnumpy().dtype if dtype == "bfloat16" else dtype
+        return cls(np.zeros(numel, kind))
+
+    def part(self, start: int, end: int) -> CpuFlat:
+        """Return elements [start, end), sharing memory."""
+        return CpuFlat(self._array[start:end])
+
+    def tensor(self) -> Tensor:
+        """Return a tensor that shares memory."""
+        return Tensor.from_numpy(self._array)
+
+    def bind(self, parameter: Parameter) -> None:
+        """Move the parameter's value here; from now on either sees writes to the other."""
+        self._array[:] = parameter.asnumpy().reshape(-1)
+        parameter.set_data(Tensor.from_numpy(self._array.reshape(parameter.shape)))
+
+    def write_(self, gradient: Tensor) -> None:
+        """Overwrite with a gradient."""
+        self._array[:] = gradient.asnumpy().reshape(-1)
+
+    def add_(self, gradient: Tensor) -> None:
+        """Add a gradient."""
+        np.add(self._array, gradient.asnumpy().reshape(-1), out=self._array, casting="unsafe")
+
+    def copy_(self, other: Flat) -> None:
+        """Overwrite, casting."""
+        self._array[:] = other.numpy()
+
+    def scale_(self, factor: float) -> None:
+        """Multiply."""
+        if factor != 1.0:
+            np.multiply(self._array, self._array.dtype.type(factor), out=self._array)
+
+    def sum_of_squares(self) -> float:
+        """Return the sum of squares, accumulated in float64."""
+        array = self._array if self._array.dtype == np.float32 else self._array.astype(np.float32)
+        return ops.sum_of_squares(array)
+
+    def load(self, values: np.ndarray) -> None:
+        """Overwrite with NumPy values."""
+        self._array[:] = values
+
+    def numpy(self) -> np.ndarray:
+        """Return the array itself."""
+        return self._array
+
+    def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
+        """Do one AdamW update."""
+        grad = gradient.numpy()
+        if grad.dtype != np.float32:
+            grad = grad.astype(np.float32)
+        ops.adam_(self._array, grad, exp_avg.numpy(), exp_avg_sq.numpy(), **options)
+
+    def sgd_(
+        self,
+        gradient: Flat,
+        momentum_buffer: Flat,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """Do p -= lr * b, with b = momentum * b + grad_scale * g + weight_decay * p."""
+        buffer = momentum_buffer.numpy()
+        buffer *= np.float32(momentum)
+        buffer += gradient.numpy().astype(np.float32) * np.float32(grad_scale)
+        buffer += self._array * np.float32(weight_decay)
+        self._array -= np.float32(lr) * buffer
+
+
+class AscendFlat:
+    """A view of a 1-D device tensor. Not verified: written against the MindSpore 2.10 documentation, never run."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data = data
+
+    @classmethod
+    def zeros(cls, numel: int, dtype: str) -> AscendFlat:
+        """Return a buffer of zeros."""
+        return cls(mint.zeros((numel,), dtype=getattr(ms, dtype)))
+
+    def part(self, start: int, end: int) -> AscendFlat:
+        """Return elements [start, end)."""
+        return AscendFlat(mint.narrow(self._data, 0, start, end - start))
+
+    def tensor(self) -> Tensor:
+        """Return the view."""
+        return self._data
+
+    def bind(self, parameter: Parameter) -> None:
+        """Move the parameter's value here."""
+        self.write_(parameter)
+        parameter.set_data(self._data.view(parameter.shape))
+
+    def write_(self, gradient: Tensor) -> None:
+        """Overwrite with a gradient."""
+        self._data.copy_(gradient.reshape(-1).astype(self._data.dtype))
+
+    def add_(self, gradient: Tensor) -> None:
+        """Add a gradient."""
+        self._data.add_(gradient.reshape(-1).astype(self._data.dtype))
+
+    def copy_(self, other: Flat) -> None:
+        """Overwrite, casting."""
+        self._data.copy_(other.tensor().astype(self._data.dtype))
+
+    def scale_(self, factor: float) -> None:
+        """Multiply."""
+        if factor != 1.0:
+            self._data.mul_(factor)
+
+    def sum_of_squares(self) -> float:
+        """Return the sum of squares."""
+        wide = self._data.astype(ms.float32)
+        return float((wide * wide).sum())
+
+    def load(self, values: np.ndarray) -> None:
+        """Overwrite with NumPy values."""
+        self._data.copy_(Tensor(values).astype(self._data.dtype))
+
+    def numpy(self) -> np.ndarray:
+        """Return a copy of the elements."""
+        return self._data.asnumpy()
+
+    def adam_(
+        self,
+        gradient: Flat,
+        exp_avg: Flat,
+        exp_avg_sq: Flat,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """Do one AdamW update."""
+        (beta1, beta2), g = betas, gradient.tensor().astype(ms.float32) * grad_scale
+        m, v = exp_avg.tensor(), exp_avg_sq.tensor()
+        self._data.mul_(1 - lr * weight_decay)
+        m.mul_(beta1).add_(g * (1 - beta1))
+        v.mul_(beta2).add_(g * g * (1 - beta2))
+        root = mint.sqrt(v) / math.sqrt(1 - beta2**step) + eps
+        self._data.sub_(m / root * (lr / (1 - beta1**step)))
+
+    def sgd_(
+        self,
+        gradient: Flat,
+        momentum_buffer: Flat,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """Do one update by SGD with momentum."""
+        buffer = momentum_buffer.tensor()
+        buffer.mul_(momentum).add_(gradient.tensor().astype(ms.float32) * grad_scale + self._data * weight_decay)
+        self._data.sub_(buffer * lr)
+
+
+def zeros(numel: int, dtype: str) -> Flat:
+    """Return a buffer of zeros on the present device."""
+    kind = AscendFlat if ms.get_context("device_target") == "Ascend" else CpuFlat
+    return kind.zeros(numel, dtype)

@@ -1,0 +1,61 @@
+"""Loss scaling for float16: constant, or Megatron-LM's dynamic scale with hysteresis. Pure Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LossScaler:
+    """A constant scale; overflows do not change it."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def update(self, found_inf: bool) -> None:
+        """Take note of whether this iteration's gradients overflowed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save."""
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state."""
+        self.scale = float(state["scale"])
+
+
+class DynamicLossScaler(LossScaler):
+    """Doubles after `window` iterations without overflow, halves after `hysteresis` iterations with one.
+
+    Args:
+        initial_scale: first scale.
+        min_scale: the scale never falls below this.
+        window: iterations without overflow before it doubles.
+        hysteresis: overflows that it takes to halve; counted down until the scale next doubles.
+    """
+
+    def __init__(self, initial_scale: float, min_scale: float, window: int, hysteresis: int) -> None:
+        super().__init__(initial_scale)
+        self._min_scale, self._window, self._hysteresis = min_scale, window, hysteresis
+        self._clean, self._tolerance = 0, hysteresis
+
+    def update(self, found_inf: bool) -> None:
+        """Take note of whether this iteration's gradients overflowed."""
+        if found_inf:
+            self._clean = 0
+            self._tolerance -= 1
+            if self._tolerance <= 0:
+                self.scale = max(self.scale * 0.5, self._min_scale)
+            return
+        self._clean += 1
+        if self._clean == self._window:
+            self._clean, self._tolerance = 0, self._hysteresis
+            self.scale *= 2.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save."""
+        return {"scale": self.scale, "growth_tracker": self._clean, "hysteresis_tracker": self._tolerance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state."""
+        self.scale = float(state["scale"])
+        self._clean, self._tolerance = int(state["growth_tracker"]), int(state["hysteresis_tracker"])

@@ -1,0 +1,254 @@
+"""The update: unscale, check, clip, Adam or SGD on float32 masters, and back to the parameters.
+
+With the distributed optimizer (ZeRO stage 1, arXiv:1910.02054) each data parallel rank keeps the masters and the state
+of its part of every bucket only, and the updated parameters are gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from parallel_core.comm.interface import Group
+from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
+from parallel_core.optimizer import flat
+from parallel_core.optimizer.data_parallel import DistributedDataParallel
+from parallel_core.optimizer.flat import Flat
+from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
+from parallel_core.optimizer.loss_scaler import DynamicLossScaler, LossScaler
+from parallel_core.optimizer.schedules import OptimizerParamScheduler
+
+if TYPE_CHECKING:
+    from parallel_core.config.schema import OptimizerConfig
+
+STATE_OF = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""Names of the state kept for every master weight, by optimizer_type."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the update needs to know of a parameter.
+
+    Attributes:
+        name: global name.
+        decays: weight decay applies (not to biases and norms).
+        counts: its gradient counts in the global norm on this rank: it is a tensor parallel shard or this is tensor
+            parallel rank 0, and it is no copy of another stage's.
+        is_embedding_or_output: the decoupled learning rate applies.
+    """
+
+    name: str
+    decays: bool
+    counts: bool
+    is_embedding_or_output: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of one parameter whose master this rank keeps.
+
+    Elements [start, end) of the buffer; [state, state + end - start) of the buffer's state; the first one is element
+    `offset` of the parameter.
+    """
+
+    buffer: int
+    parameter: int
+    start: int
+    end: int
+    state: int
+    offset: int
+    traits: Traits
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update reports: whether it was made, and the global gradient norm before clipping (unscaled)."""
+
+    success: bool
+    grad_norm: float
+
+
+class Optimizer:
+    """Updates the parameters of a `DistributedDataParallel`.
+
+    Args:
+        ddp: parameters and reduced gradients.
+        config: optimizer type, its constants, clipping.
+        traits: traits of a parameter.
+        norm_group: ranks over which the squared norms add up: one replica of the model, or with the distributed
+            optimizer the whole world.
+        scaler: the loss scale that the gradients carry.
+        check_for_nan: raise on a gradient that is not finite, unless the loss scale is dynamic.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        config: OptimizerConfig,
+        *,
+        traits: Callable[[Parameter], Traits],
+        norm_group: Group,
+        scaler: LossScaler,
+        check_for_nan: bool = True,
+    ) -> None:
+        if config.optimizer_type not in STATE_OF:
+            raise ConfigError(f"optimizer={config.optimizer_type!r} does not exist; use {' or '.join(STATE_OF)}")
+        self.ddp, self.config, self.scaler, self.step_count = ddp, config, scaler, 0
+        self._norm_group, self._check_for_nan = norm_group, check_for_nan
+        self.segments: list[Segment] = []
+        self._masters: list[Flat | None] = []
+        self.state: list[dict[str, Flat]] = []
+        for number, buffer in enumerate(ddp.buffers):
+            self._add_buffer(number, buffer, traits)
+
+    def _add_buffer(self, number: int, buffer: ParamAndGradBuffer, traits: Callable[[Parameter], Traits]) -> None:
+        length = 0
+        for bucket, where in enumerate(buffer.layout.buckets):
+            own_start, own_end = buffer.owned(where)
+            for slot in buffer.layout.slots:
+                start, end = max(slot.start, own_start), min(slot.end, own_end)
+                if slot.bucket == bucket and start < end:
+                    parameter = traits(buffer.parameters[slot.index])
+                    state = length + start - own_start
+                    self.segments.append(
+                        Segment(number, slot.index, start, end, state, start - slot.start, parameter)
+                    )
+            length += own_end - own_start
+        self.state.append({key: flat.zeros(length, "float32") for key in STATE_OF[self.config.optimizer_type]})
+        if buffer.dtype == "float32":
+            self._masters.append(None)  # the parameters are their own masters
+        else:
+            self._masters.append(flat.zeros(length, "float32"))
+            self._copy_parameters_to_masters(number)
+
+    def _copy_parameters_to_masters(self, number: int) -> None:
+        for segment in self.segments:
+            if segment.buffer == number:
+                self.master(segment).copy_(self.ddp.buffers[number].params.part(segment.start, segment.end))
+
+    def master(self, segment: Segment) -> Flat:
+        """Return the float32 master weights of a segment."""
+        masters = self._masters[segment.buffer]
+        if masters is None:
+            return self.ddp.buffers[segment.buffer].params.part(segment.start, segment.end)
+        return masters.part(segment.state, segment.state + segment.end - segment.start)
+
+    def state_part(self, segment: Segment, key: str) -> Flat:
+        """Return the state `key` of a segment."""
+        return self.state[segment.buffer][key].part(segment.state, segment.state + segment.end - segment.start)
+
+    def reload_masters(self) -> None:
+        """Take the parameters' present values as masters, after they were loaded from elsewhere."""
+        for number, masters in enumerate(self._masters):
+            if masters is not None:
+                self._copy_parameters_to_masters(number)
+
+    def step(self, scheduler: OptimizerParamScheduler, gradient_factor: float = 1.0) -> StepResult:
+        """Make one update with reduced gradients, or none if they overflowed under a dynamic loss scale.
+
+        Args:
+            scheduler: learning rate and weight decay of this update.
+            gradient_factor: factor of all gradients (1 / number of tokens for per-token losses).
+
+        Raises:
+            ParallelCoreError: if a gradient is not finite and that is checked; the parameters are named.
+        """
+        unscale = gradient_factor / self.scaler.scale
+        norm = self._global_norm() * unscale
+        overflow = not math.isfinite(norm)
+        if overflow and not isinstance(self.scaler, DynamicLossScaler) and self._check_for_nan:
+            self._raise_not_finite(norm)
+        if overflow and isinstance(self.scaler, DynamicLossScaler):
+            self.scaler.update(True)
+            return StepResult(False, norm)
+        clip = self.config.clip_grad
+        factor = unscale * min(1.0, clip / (norm + 1e-6)) if clip > 0 else unscale
+        self.step_count += 1
+        for segment in self.segments:
+            self._update(segment, scheduler, factor)
+        self._write_parameters()
+        self.scaler.update(False)
+        return StepResult(True, norm)
+
+    def _update(self, segment: Segment, scheduler: OptimizerParamScheduler, factor: float) -> None:
+        config, traits = self.config, segment.traits
+        gradient = self.ddp.buffers[segment.buffer].grads.part(segment.start, segment.end)
+        decoupled = traits.is_embedding_or_output and config.decoupled_lr > 0
+        lr = scheduler.get_lr(config.decoupled_lr, config.decoupled_min_lr) if decoupled else scheduler.get_lr()
+        weight_decay = scheduler.get_wd() if traits.decays else 0.0
+        if config.optimizer_type == "adam":
+            self.master(segment).adam_(
+                gradient,
+                self.state_part(segment, "exp_avg"),
+                self.state_part(segment, "exp_avg_sq"),
+                step=self.step_count,
+                lr=lr,
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=weight_decay,
+                grad_scale=factor,
+            )
+        else:
+            self.master(segment).sgd_(
+                gradient,
+                self.state_part(segment, "momentum_buffer"),
+                lr=lr,
+                momentum=config.sgd_momentum,
+                weight_decay=weight_decay,
+                grad_scale=factor,
+            )
+
+    def _write_parameters(self) -> None:
+        """Cast the masters back to the parameters and gather them where they are sharded."""
+        for segment in self.segments:
+            if self._masters[segment.buffer] is not None:
+                params = self.ddp.buffers[segment.buffer].params
+                params.part(segment.start, segment.end).copy_(self.master(segment))
+        self.gather_parameters()
+
+    def gather_parameters(self) -> None:
+        """Give every data parallel rank all parameters; with overlap, waiting is left to the next forward pass."""
+        sharded = [buffer for buffer in self.ddp.buffers if buffer.sharded and buffer.group.size > 1]
+        for buffer in sharded:
+            for bucket in reversed(range(len(buffer.layout.buckets))):  # the first layers are needed first
+                buffer.start_gather(bucket)
+        if not self.config.overlap_param_gather:
+            self.ddp.finish_param_gather()
+
+    def _global_norm(self) -> float:
+        squares = sum(
+            self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares()
+            for s in self.segments
+            if s.traits.counts
+        )
+        if self._norm_group.size > 1:
+            squares = float(self._norm_group.all_reduce_(Tensor(np.array([squares], np.float32))).asnumpy()[0])
+        return math.sqrt(squares) if squares >= 0 else math.nan
+
+    def _raise_not_finite(self, norm: float) -> None:
+        names = [
+            s.traits.name
+            for s in self.segments
+            if not math.isfinite(self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares())
+        ]
+        where = bullet_list(dict.fromkeys(names)) if names else "  (on another rank)"
+        raise ParallelCoreError(
+            f"the gradient norm is {norm} after {self.step_count} updates; parameters whose gradient is not finite on "
+            f"this rank:\n{where}\nLower --lr, or use --no-check-for-nan-in-loss-and-grad to go on regardless."
+        )
+
+    def segments_by_parameter(self) -> Iterator[tuple[Parameter, list[Segment]]]:
+        """Yield every parameter with the segments of it that this rank keeps (checkpoints)."""
+        for number, buffer in enumerate(self.ddp.buffers):
+            for index, parameter in enumerate(buffer.parameters):
+                yield parameter, [s for s in self.segments if s.buffer == number and s.parameter == index]
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of this rank's masters and optimizer state."""
+        masters = sum(m.numpy().nbytes for m in self._masters if m is not None)
+        return masters + sum(part.numpy().nbytes for state in self.state for part in state.values())

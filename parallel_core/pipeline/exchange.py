@@ -1,0 +1,44 @@
+"""Point-to-point transfers between neighbouring pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mindspore import Tensor
+
+from parallel_core.comm.interface import Group, Handle
+from parallel_core.pipeline.schedule import Action, Op
+
+_PEER_OFFSET = {Op.SEND_FORWARD: 1, Op.RECV_BACKWARD: 1, Op.SEND_BACKWARD: -1, Op.RECV_FORWARD: -1}
+
+
+class PipelineExchange:
+    """Sends outputs to the next stage and gradients to the previous one, over the pipeline group.
+
+    Args:
+        group: the pipeline group, in stage order.
+        shape: shape of the hidden states between stages, [S, B, H] or [S / tp, B, H].
+        dtype: their dtype.
+    """
+
+    def __init__(self, group: Group, shape: Sequence[int], dtype: Any) -> None:
+        self._group, self._shape, self._dtype = group, tuple(shape), dtype
+        self._sends: list[Handle] = []
+
+    def send(self, action: Action, tensor: Tensor) -> None:
+        """Start sending the tensor; it may not be changed before `finish`."""
+        self._sends.append(self._group.send(tensor, self._peer(action)))
+
+    def receive(self, action: Action) -> Handle:
+        """Announce a tensor."""
+        return self._group.receive(self._shape, self._dtype, self._peer(action))
+
+    def finish(self) -> None:
+        """Wait until every tensor is sent."""
+        for handle in self._sends:
+            handle.wait()
+        self._sends.clear()
+
+    def _peer(self, action: Action) -> int:
+        return (self._group.rank + _PEER_OFFSET[action.op]) % self._group.size

@@ -1,0 +1,136 @@
+"""One model chunk as the pipeline sees it: forward and backward passes of microbatches, several in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from parallel_core.autograd import backward, no_grad
+from parallel_core.errors import ConfigError
+
+LossResult = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
+"""What a loss function returns: sum of the loss, number of tokens, and {name: (sum, number)} to report."""
+
+ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[[Tensor], Any]]]
+"""`forward_step_func(data_iterator, model) -> (output, loss_func)`, as in Megatron-LM."""
+
+
+class PipelineStage:
+    """Runs one chunk's microbatches.
+
+    The objective is the mean over microbatches of each one's mean loss; with `per_token_loss` it is the sum of the
+    loss, and the gradients are divided by the number of tokens afterwards (Megatron's calculate_per_token_loss).
+
+    Args:
+        model: the chunk; if it is not the first stage it has `set_input_tensor`.
+        forward_step_func: Megatron's contract, see `ForwardStep`.
+        data: iterator of this chunk's microbatches, shared with nobody.
+        num_microbatches: microbatches of this rank in an iteration.
+        is_first: this chunk reads no activation.
+        is_last: this chunk's output goes to the loss function.
+        before_forward: called with the microbatch's number before each forward pass (random streams).
+        loss_scale: factor of the gradients.
+        per_token_loss: see above.
+        forward_only: keep nothing for backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        forward_step_func: ForwardStep,
+        data: Iterator[Any],
+        *,
+        num_microbatches: int,
+        is_first: bool,
+        is_last: bool,
+        before_forward: Callable[[int], None],
+        loss_scale: float = 1.0,
+        per_token_loss: bool = False,
+        forward_only: bool = False,
+        before_last_backward: Callable[[], None] | None = None,
+    ) -> None:
+        self._cell = _StageCell(model, forward_step_func, data, is_first, is_last, per_token_loss)
+        self._parameters: Sequence[Parameter] = list(model.trainable_params())
+        self._forward_only, self._before_forward = forward_only, before_forward
+        self._before_last_backward = before_last_backward
+        self._in_flight: dict[int, Tensor] = {}
+        self._is_last = is_last
+        factor = loss_scale if per_token_loss else loss_scale / num_microbatches
+        self._loss_gradient = Tensor(np.float32(factor))
+        self._cell.set_grad(not forward_only)
+
+    @property
+    def reports(self) -> list[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
+        """(number of tokens, {name: (sum, number)}) of every microbatch so far; on the last stage."""
+        return self._cell.reports
+
+    def forward(self, microbatch: int, activation: Tensor | None) -> Tensor:
+        """Return the chunk's output: hidden states, or on the last stage the microbatch's loss."""
+        self._before_forward(microbatch)
+        # Autograd finds a recorded call by its input object, so a stage without an activation gets one of its own.
+        entry = Tensor(np.zeros(1, np.float32)) if activation is None else activation
+        if self._forward_only:
+            with no_grad():
+                return self._cell(entry)
+        output = self._cell(entry)
+        self._in_flight[microbatch] = entry
+        return output
+
+    def backward(self, microbatch: int, grad_output: Tensor | None, is_last: bool) -> Tensor:
+        """Return the gradient for the activation that `forward` was given."""
+        if is_last and self._before_last_backward is not None:
+            self._before_last_backward()
+        entry = self._in_flight.pop(microbatch)
+        gradient = self._loss_gradient if self._is_last else grad_output
+        (grad_input, *_), _ = backward(self._cell, (entry,), self._parameters, gradient)
+        return grad_input
+
+
+class _StageCell(nn.Cell):
+    """forward_step_func and the loss as one Cell, whose only input is the previous stage's activation."""
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        forward_step_func: ForwardStep,
+        data: Iterator[Any],
+        is_first: bool,
+        is_last: bool,
+        per_token_loss: bool,
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self._forward_step_func, self._data = forward_step_func, data
+        self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
+        self.reports: list[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]] = []
+
+    def construct(self, entry: Tensor) -> Tensor:
+        if not self._is_first:
+            self.model.set_input_tensor(entry)
+        output, loss_func = self._forward_step_func(self._data, self.model)
+        if not self._is_last:
+            return output
+        loss_sum, num_tokens, report = _checked_loss(loss_func(output))
+        self.reports.append((num_tokens, report))
+        if self._per_token_loss:
+            return loss_sum
+        return loss_sum / ms.ops.maximum(num_tokens, Tensor(np.float32(1.0)))
+
+
+def _checked_loss(result: Any) -> LossResult:
+    """Return the loss function's result, in Megatron's three-part form whatever form it came in."""
+    if isinstance(result, tuple) and len(result) == 3:
+        loss, tokens, report = result
+        return loss, tokens.astype(ms.float32), report
+    if isinstance(result, tuple) and len(result) == 2:
+        loss, report = result
+        one = Tensor(np.float32(1.0))
+        return loss, one, {name: value if isinstance(value, tuple) else (value, one) for name, value in report.items()}
+    raise ConfigError(
+        "loss_func must return (sum of the loss, number of tokens, {name: (sum, number)}) or "
+        f"(mean loss, {{name: value}}), got {type(result).__name__}"
+    )
