@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from parallel_core.config.load import LoadedConfig, load_config, required_world_size
+from parallel_core.config.megatron_api import (
+    get_args,
+    init_configs_from_args,
+    init_configs_from_yaml,
+    initialize_megatron,
+)
 from parallel_core.config.schema import (
     AllConfig,
     DatasetConfig,
@@ -24,6 +30,10 @@ __all__ = [
     "ProfileConfig",
     "TrainingConfig",
     "TransformerConfig",
+    "get_args",
+    "init_configs_from_args",
+    "init_configs_from_yaml",
+    "initialize_megatron",
     "load_config",
     "required_world_size",
 ]

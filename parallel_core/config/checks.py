@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config.resolution import Resolution
+from parallel_core.config.schema import ModelParallelConfig
+from parallel_core.errors import ConfigError
+from parallel_core.pipeline.layout import stage_layout
 
 Rule = Callable[[Resolution], None]
 CHECKS: dict[str, Rule] = {}
@@ -19,10 +22,11 @@ def _rule(function: Rule) -> Rule:
 def required(r: Resolution) -> None:
     """Sizes that nothing else determines must be given."""
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
-        if r[name] is None:
+        if r[name] is None and name not in r.unreadable:
             flag = f"--{name.replace('_', '-')}"
             r.problems.append(f"{name}: required, and not given; add {name} to the file or {flag} N")
-    if r["lr"] is None and (r["train_iters"] or r["train_samples"]) and not r["skip_train"]:
+    trains = (r["train_iters"] or r["train_samples"]) and not r["skip_train"]
+    if r["lr"] is None and "lr" not in r.unreadable and trains:
         r.problems.append("lr: required to train, and not given; add lr to the file or --lr X")
 
 
@@ -94,6 +98,15 @@ def heads(r: Resolution) -> None:
 
 
 @_rule
+def attention_window(r: Resolution) -> None:
+    """Attention is causal over the whole sample; the fused kernel's window may only say so."""
+    if r["next_tockens"]:
+        r.fail("next_tockens", "must be 0, causal attention; other windows are not built")
+    if r.positive("seq_length") and r["pre_tockens"] < r["seq_length"] - 1:
+        r.fail("pre_tockens seq_length", "is narrower than the sample; attention windows are not built")
+
+
+@_rule
 def tensor_parallel(r: Resolution) -> None:
     """What tensor parallel ranks share must divide: FFN width, vocabulary and, under sequence parallelism, sequence."""
     tp = r["tensor_model_parallel_size"]
@@ -140,6 +153,83 @@ def microbatches(r: Resolution) -> None:
     elif ramp[0] % (micro * dp) or ramp[1] % (micro * dp):
         r.fail("rampup_batch_size micro_batch_size",
                f"start and increment must be multiples of micro batch size {micro} x data parallel size {dp}")
+
+
+@_rule
+def layers(r: Resolution) -> None:
+    """Every layer has a stage, by Megatron's rules; there are chunks only where there are stages."""
+    pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]
+    if not all(map(r.positive, ("num_layers", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"))):
+        return
+    if chunks > 1 and pp == 1:
+        r.fail("virtual_pipeline_model_parallel_size pipeline_model_parallel_size",
+               "several chunks per rank need at least two pipeline stages")
+        return
+    per_stage, listed = r["num_layers_per_virtual_pipeline_stage"], r["num_layer_list"]
+    if listed and per_stage and per_stage != max(map(max, listed)):
+        r.fail("num_layers_per_virtual_pipeline_stage num_layer_list",
+               f"the largest chunk of the list has {max(map(max, listed))} layers")
+    if per_stage and not listed and _counted(r) != per_stage * pp * chunks:
+        r.fail("num_layers_per_virtual_pipeline_stage num_layers virtual_pipeline_model_parallel_size",
+               f"{per_stage} layers x {pp} ranks x {chunks} chunks = {per_stage * pp * chunks}, not {_counted(r)}; "
+               "give num_layer_list for chunks of different sizes")
+        return
+    ends = [name for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers") if r[name]]
+    counted = [f"account_for_{part}_in_pipeline_split" for part in ("embedding", "loss")]
+    if ends and any(r[name] for name in counted):
+        r.fail(" ".join([*ends, *(name for name in counted if r[name])]), "cannot be combined")
+    _place(r, pp, chunks)
+    for name in ("recompute", "select_recompute", "select_comm_recompute"):
+        rows = r[name]
+        if rows and (len(rows), len(rows[0])) != (pp, chunks):
+            r.fail(name, f"needs one row for each of the {pp} pipeline ranks with {chunks} numbers each")
+    if r["noop_layers"] and not all(0 <= layer < r["num_layers"] for layer in r["noop_layers"]):
+        r.fail("noop_layers num_layers", f"layers are numbered from 0 to {r['num_layers'] - 1}")
+
+
+def _counted(r: Resolution) -> int:
+    return int(r["num_layers"] + r["account_for_embedding_in_pipeline_split"] + r["account_for_loss_in_pipeline_split"])
+
+
+def _place(r: Resolution, pp: int, chunks: int) -> None:
+    sizes = ModelParallelConfig(
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=chunks,
+        num_layer_list=r["num_layer_list"] or (),
+        decoder_first_pipeline_num_layers=r["decoder_first_pipeline_num_layers"] or 0,
+        decoder_last_pipeline_num_layers=r["decoder_last_pipeline_num_layers"] or 0,
+        account_for_embedding_in_pipeline_split=r["account_for_embedding_in_pipeline_split"],
+        account_for_loss_in_pipeline_split=r["account_for_loss_in_pipeline_split"],
+        standalone_embedding_stage=r["standalone_embedding_stage"],
+    )
+    try:
+        stage_layout(r["num_layers"], sizes)
+    except ConfigError as error:
+        names = ["num_layers", "num_layer_list"] if r["num_layer_list"] else ["num_layers"]
+        given = [r.term(name) for name in names if r.is_given(name)]
+        r.problems.append(f"{', '.join(given)}: {error}" if given else str(error))
+
+
+@_rule
+def interleaving(r: Resolution) -> None:
+    """Microbatches come in groups that keep every rank of an interleaved pipeline busy."""
+    pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]
+    group, number = r["microbatch_group_size_per_vp_stage"], r["micro_batch_num"]
+    if group is not None and (chunks == 1 or group < pp):
+        r.fail("microbatch_group_size_per_vp_stage",
+               "belongs to several chunks per rank" if chunks == 1 else f"must be at least {pp}, the pipeline's ranks")
+        return
+    if chunks == 1 or pp < 2 or not number:
+        return
+    counts = [number]
+    if r["rampup_batch_size"] and r.positive("micro_batch_size") and r.positive("global_batch_size"):
+        counts.append(number * r["rampup_batch_size"][0] // r["global_batch_size"])
+    for count in counts:
+        size = group or pp
+        if count < size or 0 < count % size < pp:
+            r.fail("virtual_pipeline_model_parallel_size global_batch_size",
+                   f"the interleaved schedule takes microbatches in groups of {size}, at least {pp} in the last; "
+                   f"{count} do not fit, {max(1, round(count / size)) * size} would")
 
 
 @_rule

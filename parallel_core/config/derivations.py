@@ -111,7 +111,7 @@ def widths(r: Resolution) -> None:
 @_rule
 def vocabulary(r: Resolution) -> None:
     """A given `padded_vocab_size` stays; else the tokenizer's size is padded to a multiple of divisor x tp."""
-    if r["padded_vocab_size"] is not None:
+    if r["padded_vocab_size"] is not None or "padded_vocab_size" in r.unreadable:
         return
     size = r["vocab_size"]
     if size is not None and r["tokenizer_type"] == "NullTokenizer":
@@ -223,8 +223,17 @@ def batches(r: Resolution) -> None:
                    f"(world size {r.world_size})")
         r.fill("micro_batch_num", total // (micro * dp), "batches")
     else:
-        r.fill("micro_batch_num", 1, "batches")
+        r.fill("micro_batch_num", _fewest_microbatches(r), "batches")
         r.derive("global_batch_size", micro * dp * r["micro_batch_num"], "batches")
+
+
+def _fewest_microbatches(r: Resolution) -> int:
+    """One microbatch, or with several chunks per rank as many as the interleaved schedule needs."""
+    if r["virtual_pipeline_model_parallel_size"] == 1:
+        return 1
+    number = int(r["microbatch_group_size_per_vp_stage"] or r["pipeline_model_parallel_size"])
+    r.note(f"global_batch_size: not given; {number} microbatches, the fewest that the interleaved schedule takes")
+    return number
 
 
 @_rule

@@ -10,6 +10,7 @@ from typing import Any
 
 from parallel_core.config import table
 from parallel_core.config.argument import IGNORED, REFUSED
+from parallel_core.config.checkpoint_args import MODEL_NAMES, checkpoint_values
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.flags import ExtraArgsProvider, UserArguments, read_flags
@@ -28,7 +29,6 @@ from parallel_core.config.schema import (
 from parallel_core.config.values import Given, Unreadable, convert
 from parallel_core.config.yaml_tree import read_leaves
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.layout import stage_layout
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,17 @@ def resolve(
     """
     user = user or UserArguments(None)
     trouble = list(problems)
+    levels = [list(level) for level in levels]
     given = _merge(levels, user, trouble)
+    named = {entry.name for level in levels for entry in level if entry.value is not None}
     notes: list[str] = []
     _apply_defaults(given, user, args_defaults or {}, notes, trouble)
+    if "use_checkpoint_args" in given and given["use_checkpoint_args"].value:
+        named |= _take_checkpoint_values(given, user, notes, trouble)
     mine = {name: entry for name, entry in given.items() if name in table.BY_NAME}
-    resolution = run_rules(mine, world_size, trouble, notes)
+    resolution = run_rules(mine, world_size, trouble, notes, frozenset(named - set(given)))
     config = build_config(resolution) if not resolution.problems else None
-    if config is not None:
-        try:
-            stage_layout(config.model_config.num_layers, config.parallel_config)
-        except ConfigError as error:
-            resolution.problems.append(f"{resolution.term('num_layers')}: {error}")
-    if config is None or resolution.problems:
+    if config is None:
         raise ConfigError(_report(resolution.problems))
     values = {**user.defaults(), **{name: entry.value for name, entry in given.items()}, **resolution.values}
     provenance = {path: resolution.source(argument.name) for path, argument in table.DIRECT.items()}
@@ -153,6 +152,26 @@ def _typed(entry: Given, user: UserArguments, problems: list[str]) -> Given | No
         return None
 
 
+def _take_checkpoint_values(
+    given: dict[str, Given], user: UserArguments, notes: list[str], problems: list[str]
+) -> set[str]:
+    """Let the checkpoint's arguments stand over the user's, as Megatron does, and say where they differ.
+
+    Returns:
+        The names that a checkpoint which cannot be read would have given.
+    """
+    try:
+        stored = _merge([checkpoint_values(given)], user, problems)
+    except ConfigError as error:
+        problems.append(str(error))
+        return set(MODEL_NAMES.split())
+    for name, entry in stored.items():
+        if name in given and given[name].value != entry.value:
+            notes.append(f"{given[name].terms}: not used, the checkpoint has {name}={entry.value}")
+        given[name] = entry
+    return set()
+
+
 def _apply_defaults(
     given: dict[str, Given],
     user: UserArguments,
@@ -183,15 +202,21 @@ def _apply_defaults(
 
 
 def run_rules(
-    given: dict[str, Given], world_size: int | None, problems: Iterable[str] = (), notes: Iterable[str] = ()
+    given: dict[str, Given],
+    world_size: int | None,
+    problems: Iterable[str] = (),
+    notes: Iterable[str] = (),
+    unreadable: frozenset[str] = frozenset(),
+    *,
+    quiet: bool = False,
 ) -> Resolution:
-    """Return the state after the rules: values, derivations, notes and problems."""
-    resolution = Resolution(given, world_size, problems=list(problems), notes=list(notes))
+    """Return the state after the rules: values, derivations, notes and problems; `quiet` derives without checking."""
+    resolution = Resolution(given, world_size, unreadable, problems=list(problems), notes=list(notes))
     _sort_out(resolution)
     for rule in DERIVATIONS.values():
         rule(resolution)
-    for rule in CHECKS.values():
-        rule(resolution)
+    for check in () if quiet else CHECKS.values():
+        check(resolution)
     return resolution
 
 

@@ -15,6 +15,8 @@ class Resolution:
 
     given: dict[str, Given]
     world_size: int | None = None
+    unreadable: frozenset[str] = frozenset()
+    """Arguments whose value the user gave in a form that cannot be read."""
     values: dict[str, Any] = field(default_factory=dict)
     derived: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
