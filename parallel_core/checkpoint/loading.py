@@ -90,6 +90,11 @@ def load_shards(
     return arrays, report
 
 
+def read_shard(source: TensorSource, key: str, shard: TensorShard) -> np.ndarray:
+    """Return one rank's part of one stored tensor, converted to the shard's dtype and with its vocabulary padding."""
+    return _load_one(source, key, key, shard, LoadReport())
+
+
 def compare_model_config(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Return one line per model setting that differs: `key: saved ..., asked ...`; empty when they agree.
 

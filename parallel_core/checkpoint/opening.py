@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
@@ -11,11 +12,12 @@ from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
 
 
-def open_checkpoint(path: str | Path) -> TensorSource:
+def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> TensorSource:
     """Return a checkpoint as global tensors; the format is recognised by the files in the directory.
 
     Args:
         path: one checkpoint's own directory (see `find_checkpoint`).
+        allow_inert: names of further classes that a Megatron pickle may mention, to be read as inert data.
 
     Raises:
         CheckpointError: it is no checkpoint, or one that cannot be read.
@@ -24,7 +26,7 @@ def open_checkpoint(path: str | Path) -> TensorSource:
     if is_native(path):
         return NativeCheckpoint(path)
     if (path / ".metadata").exists() or (path / "metadata.json").exists():
-        return MegatronDistCheckpoint(path)
+        return MegatronDistCheckpoint(path, allow_inert)
     if any(path.glob("mp_rank_*")):
-        return MegatronTorchCheckpoint(path)
+        return MegatronTorchCheckpoint(path, allow_inert)
     raise CheckpointError(f"{path} is no checkpoint of a known format")

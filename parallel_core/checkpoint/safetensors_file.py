@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,7 +81,7 @@ def header_bytes(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (shape, tag) in entries.items():
-        size = int(np.prod(shape, dtype=np.int64)) * storage_dtype(tag).itemsize
+        size = math.prod(shape) * storage_dtype(tag).itemsize
         header[name] = {"dtype": SAFETENSORS_NAMES[tag], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -96,18 +97,50 @@ class StreamTensor:
     Attributes:
         shape: its shape.
         dtype: its dtype tag.
-        read: returns it, as an array of `shape` in the storage dtype (or any NumPy `bfloat16`).
+        parts: returns its elements in C order, as arrays one after another (in the storage dtype, or any NumPy
+            `bfloat16`), so that a large one need not exist at once.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]
+    parts: Callable[[], Iterable[np.ndarray]]
 
     @classmethod
     def of(cls, array: np.ndarray, dtype: str) -> StreamTensor:
         """Return an array that exists already as a stream tensor."""
         values = as_storage(array, dtype)
-        return cls(tuple(values.shape), dtype, lambda: values)
+        return cls(tuple(values.shape), dtype, lambda: (values,))
+
+    @classmethod
+    def reading(cls, shape: tuple[int, ...], dtype: str, read: Callable[[], np.ndarray]) -> StreamTensor:
+        """Return a tensor that `read` gives whole."""
+        return cls(shape, dtype, lambda: (read(),))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its elements."""
+        return math.prod(self.shape) * storage_dtype(self.dtype).itemsize
+
+    def write_to(self, name: str, write_array: Callable[[np.ndarray], None]) -> None:
+        """Hand the elements to `write_array`, part by part.
+
+        Raises:
+            CheckpointError: the parts are not what was announced; `name` is named.
+        """
+        left = math.prod(self.shape)
+        for part in self.parts():
+            left -= part.size
+            write_array(as_storage(part, self.dtype))
+        if left:
+            raise CheckpointError(
+                f"{name} has {math.prod(self.shape) - left} elements, shape {list(self.shape)} has not"
+            )
+
+    def array(self) -> np.ndarray:
+        """Return the tensor as one array."""
+        parts = [as_storage(part, self.dtype) for part in self.parts()]
+        whole = parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
+        return whole.reshape(self.shape)
 
 
 def write_safetensors(
@@ -128,10 +161,7 @@ def write_safetensors(
         out = ChecksumWriter(handle)
         out.write(header)
         for name, tensor in tensors.items():
-            array = as_storage(tensor.read(), tensor.dtype)
-            if tuple(array.shape) != tensor.shape:
-                raise CheckpointError(f"{name} has shape {list(array.shape)}, {list(tensor.shape)} was announced")
-            out.write_array(array)
+            tensor.write_to(name, out.write_array)
         handle.flush()
         os.fsync(handle.fileno())
     return out.digest(), offsets
@@ -165,7 +195,7 @@ def read_header(path: Path) -> tuple[dict[str, Blob], dict[str, str]]:
 
 
 def _nbytes(blob: Blob) -> int:
-    return int(np.prod(blob.shape, dtype=object)) * blob.itemsize if blob.shape else blob.itemsize
+    return math.prod(blob.shape) * blob.itemsize
 
 
 def _entry(path: Path, base: int, size: int, name: str, spec: dict[str, Any]) -> Blob:

@@ -136,7 +136,7 @@ class CheckpointWriter:
             if self._container == "ckpt":
                 from parallel_core.checkpoint.mindspore_container import write_ckpt
 
-                write_ckpt(path, {name: (tensor.read(), tensor.dtype) for name, tensor in entries.items()})
+                write_ckpt(path, {name: (tensor.array(), tensor.dtype) for name, tensor in entries.items()})
                 digest = file_digest(path)
             else:
                 digest, offsets = write_safetensors(path, entries, {"format": "np", FORMAT_NAME: json.dumps(index)})

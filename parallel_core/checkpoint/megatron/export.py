@@ -1,0 +1,311 @@
+"""How a Megatron run holds this project's tensors: its arguments, and each rank's part of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from parallel_core.checkpoint.loading import VOCABULARY_TENSORS, read_shard
+from parallel_core.checkpoint.megatron.common_state import refuse_unsupported
+from parallel_core.checkpoint.megatron.dist_buckets import ChunkLayouts
+from parallel_core.checkpoint.megatron.names import (
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    canonical_name,
+    num_stacked_parts,
+    tensor_parallel_dim,
+)
+from parallel_core.checkpoint.megatron.pickle_emitter import torch_dtype
+from parallel_core.checkpoint.safetensors_file import StreamTensor
+from parallel_core.checkpoint.shard import TensorShard
+from parallel_core.checkpoint.source import TensorInfo, TensorSource
+from parallel_core.errors import CheckpointError, bullet_list
+
+KINDS = ("exp_avg", "exp_avg_sq")
+_UNEVEN = {
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "pipeline_model_parallel_layout": None,
+}
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "lr": 1e-4,
+    "min_lr": 0.0,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-8,
+    "use_distributed_optimizer": False,
+    "make_vocab_size_divisible_by": 128,
+    "context_parallel_size": 1,
+    "overlap_grad_reduce": False,
+    "ddp_bucket_size": None,
+    "seq_length": None,
+    "tokenizer_type": None,
+    "accumulate_allreduce_grads_in_fp32": True,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: the layout of the Megatron run that will load the checkpoint; None keeps what the source had.
+
+    Attributes:
+        tensor_parallel: tensor parallel size.
+        pipeline_parallel: pipeline stages.
+        virtual_pipeline: model chunks per stage.
+        first_stage_layers: layers of the first stage when stages are uneven.
+        last_stage_layers: layers of the last stage when stages are uneven.
+        distributed_optimizer: whether the run uses `--use-distributed-optimizer`.
+        transformer_engine: whether the run uses `--transformer-impl transformer_engine`.
+        with_optimizer: whether to write optimizer state.
+    """
+
+    tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
+    virtual_pipeline: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    distributed_optimizer: bool | None = None
+    transformer_engine: bool | None = None
+    with_optimizer: bool = True
+
+
+class Export:
+    """A source seen as a Megatron run's ranks hold it.
+
+    Attributes:
+        args: Megatron's arguments, plain.
+        infos: shape (with the target's vocabulary padding) and dtype of every parameter.
+        has_optimizer: whether Adam's moments of all parameters are there and wanted.
+        layouts: which parameters each model chunk has, and where in its flat buffers.
+    """
+
+    def __init__(self, source: TensorSource, target: Target, whole: bool = False) -> None:
+        """Work out the arguments and check that everything can be written.
+
+        Args:
+            source: the checkpoint.
+            target: where to.
+            whole: write whole tensors, whatever the target's tensor parallel size (as `torch_dist` can).
+
+        Raises:
+            CheckpointError: a tensor has no place in Megatron, optimizer state is incomplete, or the layout does not
+                divide the model.
+        """
+        self.source, self.target = source, target
+        self._keys = frozenset(source.keys())
+        names = [key for key in source.keys() if "@" not in key]  # noqa: SIM118 - a method of the protocol
+        foreign = [name for name in names if canonical_name(name) is None]
+        if foreign:
+            raise CheckpointError(
+                f"{source.path}: {len(foreign)} tensors Megatron does not have:\n{bullet_list(foreign)}"
+            )
+        self.has_optimizer = target.with_optimizer and _has_optimizer(source, names)
+        self.args = _target_args(source.common, target, {name: source.info(name) for name in names})
+        refuse_unsupported(self.args, str(source.path))
+        self.tp = 1 if whole else self.args["tensor_model_parallel_size"]
+        self.pp = self.args["pipeline_model_parallel_size"]
+        self.chunks = int(self.args["virtual_pipeline_model_parallel_size"] or 1)
+        self.tied = OUTPUT_LAYER not in names
+        self.gated = bool(self.args.get("swiglu"))
+        rows = self.args["padded_vocab_size"]
+        self.infos = {
+            name: TensorInfo((rows, *info.shape[1:]) if name in VOCABULARY_TENSORS else info.shape, info.dtype)
+            for name, info in ((name, source.info(name)) for name in names)
+        }
+        dtypes = sorted({info.dtype for info in self.infos.values()})
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"{source.path} holds weights of several dtypes ({', '.join(dtypes)}); Megatron has one"
+            )
+        self.layouts = ChunkLayouts(self.infos, self.args)
+        for name in names:  # every cut is tried before anything is written
+            self.shard(name, self.tp - 1)
+
+    def shard(self, name: str, tp: int, kind: str = "", stored: str | None = None) -> TensorShard:
+        """Return a tensor parallel rank's part of a parameter, or of its optimizer state of that kind."""
+        stored = stored or self.stored_name(name)
+        info = self.infos[stored]
+        dtype = "float32" if kind else info.dtype
+        dim = tensor_parallel_dim(name)
+        if dim is None:
+            return TensorShard.full(stored, info.shape, dtype)
+        parts = num_stacked_parts(name, self.gated)
+        return TensorShard.split(stored, info.shape, dtype, dim, tp, self.tp, parts)
+
+    def stored_name(self, name: str) -> str:
+        """Return which parameter fills `name`: the last stage's copy of tied embeddings is the embeddings."""
+        return WORD_EMBEDDINGS if name == OUTPUT_LAYER and self.tied else name
+
+    def read(self, name: str, tp: int, kind: str = "") -> np.ndarray:
+        """Return a rank's local array of a parameter ("" as `kind`), its master, or a moment."""
+        stored = self.stored_name(name)
+        key = f"{stored}@{kind}" if kind else stored
+        if kind == "master" and key not in self._keys:
+            key = stored  # float32 weights are their own masters
+        return read_shard(self.source, key, self.shard(name, tp, kind))
+
+    def tensor(self, name: str, tp: int, kind: str = "") -> StreamTensor:
+        """Return a rank's local tensor, read when it is written."""
+        shard = self.shard(name, tp, kind)
+        return StreamTensor.reading(shard.local_shape, shard.dtype, lambda: self.read(name, tp, kind))
+
+    def namespace(self) -> SimpleNamespace:
+        """Return the arguments as they are pickled."""
+        values = {key: value for key, value in self.args.items() if not _is_class(value)}
+        values["params_dtype"] = torch_dtype(self.params_dtype)
+        return SimpleNamespace(**values)
+
+    @property
+    def params_dtype(self) -> str:
+        """Dtype tag of the weights."""
+        return self.infos[WORD_EMBEDDINGS].dtype
+
+    @property
+    def step(self) -> int:
+        """Adam's step count."""
+        return int(self.source.common.get("adam_step", self.source.common.get("iteration", 0)))
+
+    def param_group(self, decays: bool) -> dict[str, Any]:
+        """Return a torch parameter group, without its parameters."""
+        args = self.args
+        return {
+            "is_expert_parallel": False,
+            "default_config": True,
+            "wd_mult": 1.0 if decays else 0.0,
+            "lr_mult": 1.0,
+            "is_decoupled_lr": False,
+            "max_lr": args["lr"],
+            "min_lr": args["min_lr"],
+            "lr": args["lr"],
+            "betas": (args["adam_beta1"], args["adam_beta2"]),
+            "eps": args["adam_eps"],
+            "weight_decay": args["weight_decay"] if decays else 0.0,
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": None,
+            "decoupled_weight_decay": True,
+            "bias_correction": True,
+            "step": float(self.step),
+        }
+
+    def common_state(self) -> dict[str, Any]:
+        """Return the top-level entries that both formats have."""
+        common = self.source.common
+        state: dict[str, Any] = {
+            "args": self.namespace(),
+            "checkpoint_version": 3.0,
+            "iteration": int(common.get("iteration", 0)),
+            "num_floating_point_operations_so_far": 0.0,
+        }
+        if common.get("opt_param_scheduler"):
+            state["opt_param_scheduler"] = dict(common["opt_param_scheduler"])
+        return state
+
+
+def _has_optimizer(source: TensorSource, names: Iterable[str]) -> bool:
+    keys = set(source.keys())
+    if not any("@" in key for key in keys):
+        return False
+    missing = [f"{name}@{kind}" for name in names for kind in KINDS if f"{name}@{kind}" not in keys]
+    narrow = [name for name in names if source.info(name).dtype != "float32"]
+    missing += [f"{name}@master" for name in narrow if f"{name}@master" not in keys]
+    if missing:
+        raise CheckpointError(f"{source.path}: {len(missing)} optimizer tensors are missing:\n{bullet_list(missing)}")
+    return True
+
+
+def _is_class(value: Any) -> bool:
+    # Enums of Megatron: a loader without Megatron would refuse the file, and Megatron does not read them back.
+    return isinstance(value, Mapping) and set(value) == {"class", "args"}
+
+
+def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    saved = dict(common.get("megatron_args") or {})
+    model = {key: value for key, value in (common.get("model_config") or {}).items() if value is not None}
+    if "num_layers" not in model or "num_attention_heads" not in model:
+        raise CheckpointError(
+            "the checkpoint's `model_config` lacks num_layers or num_attention_heads; without them no "
+            "Megatron checkpoint can be written"
+        )
+    args = {**_TRAINING_DEFAULTS, **_known(common.get("config")), **saved}
+    args.update({key: value for key, value in model.items() if key != "vocab_size" or "vocab_size" not in saved})
+    mesh = {**(common.get("mesh") or {}), **{key: saved[key] for key in saved if key.endswith("parallel_size")}}
+    sizes = {
+        "tensor_model_parallel_size": target.tensor_parallel,
+        "pipeline_model_parallel_size": target.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": target.virtual_pipeline,
+    }
+    kept = all(value is None or value == (mesh.get(key) or 1) for key, value in sizes.items())
+    for key, value in sizes.items():
+        args[key] = int(value or (mesh.get(key) if value is None and (kept or "virtual" not in key) else 1) or 1)
+    if args["virtual_pipeline_model_parallel_size"] == 1:
+        args["virtual_pipeline_model_parallel_size"] = None
+    if not kept or target.first_stage_layers or target.last_stage_layers:
+        args.update(_UNEVEN)
+        args["decoder_first_pipeline_num_layers"] = target.first_stage_layers
+        args["decoder_last_pipeline_num_layers"] = target.last_stage_layers
+    _set_switches(args, common, target, infos)
+    return args
+
+
+def _set_switches(
+    args: dict[str, Any], common: Mapping[str, Any], target: Target, infos: Mapping[str, TensorInfo]
+) -> None:
+    tp = args["tensor_model_parallel_size"]
+    groups = args.get("num_query_groups") or args["num_attention_heads"]
+    if groups % tp:
+        raise CheckpointError(f"num_query_groups={groups} is not a multiple of tensor_model_parallel_size={tp}")
+    args["group_query_attention"] = groups != args["num_attention_heads"]
+    args["data_parallel_size"] = int(args.get("data_parallel_size") or 1)
+    args["world_size"] = tp * args["pipeline_model_parallel_size"] * args["data_parallel_size"]
+    args["transformer_pipeline_model_parallel_size"] = args["pipeline_model_parallel_size"]
+    if target.distributed_optimizer is not None:
+        args["use_distributed_optimizer"] = target.distributed_optimizer
+    if target.transformer_engine is not None:
+        args["transformer_impl"] = "transformer_engine" if target.transformer_engine else "local"
+    args.setdefault("transformer_impl", "local")
+    args["untie_embeddings_and_output_weights"] = OUTPUT_LAYER in infos
+    args["add_position_embedding"] = args.get("position_embedding_type") == "learned_absolute"
+    args["padded_vocab_size"] = _padded_vocab(args, common, infos[WORD_EMBEDDINGS].shape[0])
+    for key in ("consumed_train_samples", "consumed_valid_samples", "iteration"):
+        args[key] = int(common.get(key) or 0)
+    dtype = infos[WORD_EMBEDDINGS].dtype
+    args["bf16"], args["fp16"] = dtype == "bfloat16", dtype == "float16"
+    args["no_save_rng"], args["no_save_optim"] = True, not target.with_optimizer
+
+
+def _padded_vocab(args: Mapping[str, Any], common: Mapping[str, Any], stored: int) -> int:
+    """Return the vocabulary size that Megatron pads to for the target's tensor parallel size."""
+    tp = args["tensor_model_parallel_size"]
+    true_size = (common.get("model_config") or {}).get("vocab_size")
+    if true_size is None:
+        if stored % tp:
+            raise CheckpointError(
+                f"the vocabulary is padded to {stored} rows, which tensor_model_parallel_size={tp} does "
+                "not divide, and its true size is not known"
+            )
+        return stored
+    multiple = int(args["make_vocab_size_divisible_by"] or 1) * tp
+    return -(-int(true_size) // multiple) * multiple
+
+
+def _known(config: Any) -> dict[str, Any]:
+    """Return the training settings this module needs from a nested configuration, wherever in it they are."""
+    found: dict[str, Any] = {}
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if isinstance(value, Mapping):
+                found.update(_known(value))
+            elif key in _TRAINING_DEFAULTS and value is not None:
+                found[key] = value
+    return found

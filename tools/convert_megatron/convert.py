@@ -1,0 +1,176 @@
+"""The conversions: any format to native, and native (or any) to Megatron's two formats."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from parallel_core.checkpoint import CheckpointWriter, open_checkpoint, read_tensor, share_among_replicas
+from parallel_core.checkpoint.layout_files import (
+    TRACKER_NAME,
+    fsync_directory,
+    iteration_dir_name,
+    remove_leftovers,
+    write_durably,
+)
+from parallel_core.checkpoint.megatron.dist_writer import Record, dist_items, write_dist_metadata, write_distcp
+from parallel_core.checkpoint.megatron.export import Export, Target
+from parallel_core.checkpoint.megatron.torch_writer import write_torch_rank
+from parallel_core.checkpoint.safetensors_file import StreamTensor
+from parallel_core.checkpoint.source import TensorSource
+from parallel_core.errors import CheckpointError
+from tools.convert_megatron.progress import ProgressBar, run_jobs
+
+Progress = Callable[[int], None]
+_TOKEN = "convert"
+
+
+def to_native(
+    source: TensorSource,
+    save: Path,
+    *,
+    processes: int = 1,
+    with_optimizer: bool = True,
+    quiet: bool = False,
+    allow_inert: tuple[str, ...] = (),
+) -> Path:
+    """Write a checkpoint in the native format and return its directory.
+
+    Args:
+        source: the opened checkpoint.
+        save: directory of checkpoints to write into.
+        processes: how many processes write; each writes one file.
+        with_optimizer: whether to convert optimizer state.
+        quiet: no progress bar.
+        allow_inert: class names the source was opened with; worker processes open it again.
+
+    Raises:
+        CheckpointError: the iteration is there already, or something cannot be read.
+    """
+    sizes = {key: _nbytes(source, key) for key in source.keys() if with_optimizer or "@" not in key}  # noqa: SIM118
+    iteration = int(source.common.get("iteration", 0))
+    _refuse_existing(save / iteration_dir_name(iteration))
+    writer = CheckpointWriter(save, iteration, 0, processes, token=_TOKEN)
+    bar = ProgressBar(sum(sizes.values()), quiet=quiet)
+    writer.begin()
+    try:
+        jobs = [
+            (source.path, allow_inert, save, iteration, rank, processes, share_among_replicas(sizes, rank, processes))
+            for rank in range(processes)
+        ]
+        manifests = run_jobs(_write_native, jobs, processes, bar)
+        bar.finish()
+        return writer.commit(manifests, source.common)
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _write_native(
+    path: Path,
+    allow_inert: tuple[str, ...],
+    save: Path,
+    iteration: int,
+    rank: int,
+    world_size: int,
+    keys: list[str],
+    progress: Progress,
+) -> dict[str, object]:
+    source = open_checkpoint(path, allow_inert)
+    writer = CheckpointWriter(save, iteration, rank, world_size, token=_TOKEN)
+    return writer.write_stream({key: _whole(source, key, progress) for key in keys})
+
+
+def _whole(source: TensorSource, key: str, progress: Progress) -> StreamTensor:
+    info = source.info(key)
+
+    def parts() -> Iterator[np.ndarray]:
+        array = read_tensor(source, key)
+        yield array
+        progress(array.nbytes)
+
+    return StreamTensor(info.shape, info.dtype, parts)
+
+
+def to_megatron(
+    source: TensorSource,
+    save: Path,
+    target: Target,
+    *,
+    target_format: str = "torch",
+    processes: int = 1,
+    quiet: bool = False,
+    allow_inert: tuple[str, ...] = (),
+) -> Path:
+    """Write a Megatron checkpoint and return its directory.
+
+    Args:
+        source: the opened checkpoint.
+        save: directory of checkpoints to write into.
+        target: layout of the run that will load it.
+        target_format: "torch" or "torch_dist".
+        processes: how many processes write.
+        quiet: no progress bar.
+        allow_inert: class names the source was opened with; worker processes open it again.
+
+    Raises:
+        CheckpointError: the iteration is there already, or the model does not fit the format or the layout.
+    """
+    export = Export(source, target, whole=target_format == "torch_dist")
+    final = save / iteration_dir_name(int(source.common.get("iteration", 0)))
+    _refuse_existing(final)
+    remove_leftovers(save)
+    partial = final.with_name(f"{final.name}.tmp-{_TOKEN}")
+    bar = ProgressBar(
+        sum(_nbytes(source, f"{n}@{k}" if k and k != "master" else n) for n, k in dist_items(export)), quiet=quiet
+    )
+    try:
+        partial.mkdir(parents=True)
+        if target_format == "torch":
+            ranks = [(tp, pp) for pp in range(export.pp) for tp in range(export.tp)]
+            run_jobs(_write_torch, [(source.path, allow_inert, target, partial, *r) for r in ranks], processes, bar)
+        else:
+            jobs = [(source.path, allow_inert, target, partial, part, processes) for part in range(processes)]
+            records = [record for found in run_jobs(_write_dist, jobs, processes, bar) for record in found]
+            write_dist_metadata(partial, export, records)
+        bar.finish()
+        fsync_directory(partial)
+        os.replace(partial, final)
+        write_durably(save / TRACKER_NAME, str(int(source.common.get("iteration", 0))))
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{final} could not be written: {error}") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_torch(
+    path: Path, allow_inert: tuple[str, ...], target: Target, partial: Path, tp: int, pp: int, progress: Progress
+) -> None:
+    write_torch_rank(partial, Export(open_checkpoint(path, allow_inert), target), tp, pp, progress)
+
+
+def _write_dist(
+    path: Path, allow_inert: tuple[str, ...], target: Target, partial: Path, part: int, parts: int, progress: Progress
+) -> list[Record]:
+    export = Export(open_checkpoint(path, allow_inert), target, whole=True)
+    items = dist_items(export)
+    sizes = {f"{name}@{kind}": export.tensor(name, 0, kind).nbytes for name, kind in items}
+    mine = set(share_among_replicas(sizes, part, parts))
+    return write_distcp(partial, export, [i for i in items if f"{i[0]}@{i[1]}" in mine], part, progress)
+
+
+def _nbytes(source: TensorSource, key: str) -> int:
+    info = source.info(key)
+    return StreamTensor(info.shape, info.dtype, tuple).nbytes
+
+
+def _refuse_existing(final: Path) -> None:
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; --save another directory, or remove it")
