@@ -135,10 +135,13 @@ class _GreedyBlend:
         """Step on from `position` until the counts are the guessed ones again; return where that is."""
         counts = guessed_counts[position].astype(np.float64)
         errors = np.empty_like(counts)
+        multiply, subtract, weights = np.multiply, np.subtract, self.weights
+        spent = np.flatnonzero(self.spent)
         while position < len(choices):
-            np.multiply(self.weights, max(float(self.done + position), 1.0), out=errors)
-            np.subtract(errors, counts, out=errors)
-            errors[self.spent] = -np.inf
+            multiply(weights, max(float(self.done + position), 1.0), errors)
+            subtract(errors, counts, errors)
+            if len(spent):
+                errors[spent] = -np.inf
             choice = int(errors.argmax())
             choices[position] = choice
             counts[choice] += 1.0

@@ -140,8 +140,10 @@ class MegatronPretrainingRandomSampler(_Sampler):
         while True:
             epoch, in_epoch = divmod(consumed, self.active_total_samples)
             indices = self._epoch(epoch, in_epoch)
-            usable = len(indices) // self.micro_batch_size * self.micro_batch_size
-            for row in indices[:usable].reshape(-1, self.micro_batch_size):
+            # Megatron's ranks disagree about the end of an unsharded epoch that the ranks do not divide evenly; here all
+            # ranks end it together, after the samples that count as consumed
+            num_batches = (self.active_total_samples - in_epoch) // self.micro_batch_times_data_parallel_size
+            for row in indices[: num_batches * self.micro_batch_size].reshape(-1, self.micro_batch_size):
                 consumed += self.micro_batch_times_data_parallel_size
                 yield row.tolist()
 

@@ -1,0 +1,160 @@
+"""MindRecord files of fixed-length `input_ids`, as PanGu and GPT-2 recipes of MindSpore make and read them.
+
+The only module of this package that imports MindSpore, and only when a file is read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from parallel_core.data.indexed_dataset import (
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    bin_path,
+    idx_path,
+    optimal_dtype,
+)
+from parallel_core.data.tokenizer.base import MegatronTokenizer
+from parallel_core.errors import ConfigError, DataError
+
+_COLUMNS = ("input_ids", "attention_mask", "labels")
+_RECORDS_PER_WRITE = 256
+
+
+def indexed_to_mindrecord(
+    path_prefix: str,
+    output: str,
+    length: int,
+    *,
+    columns: Sequence[str] = ("input_ids",),
+    num_splits: int = 1,
+) -> int:
+    """Write the tokens of `path_prefix`, one document after the other, as records of `length` ids.
+
+    The tokens left over at the end, fewer than `length`, are dropped. A model of sequence length S reads records of
+    S + 1 ids.
+
+    Args:
+        path_prefix: The `.bin/.idx` pair to read.
+        output: MindRecord file to make (and its `.db`); with several splits MindSpore appends a number to the name.
+        length: Ids per record.
+        columns: Of `input_ids`, `attention_mask` (all ones) and `labels` (equal to `input_ids`).
+        num_splits: Number of files.
+
+    Returns:
+        Number of records.
+
+    Raises:
+        ConfigError: A column or a number is wrong.
+        DataError: There are fewer than `length` tokens, or the file exists.
+    """
+    unknown = sorted(set(columns) - set(_COLUMNS))
+    if unknown or "input_ids" not in columns:
+        raise ConfigError(f"columns={list(columns)}: use input_ids and, if wanted, attention_mask and labels.")
+    if length < 2 or num_splits < 1:
+        raise ConfigError(f"length={length} must be 2 or more and num_splits={num_splits} 1 or more.")
+    dataset = IndexedDataset(path_prefix)
+    if dataset.num_tokens < length:
+        raise DataError(f"{path_prefix} has {dataset.num_tokens} tokens, not enough for one record of {length}.")
+    if os.path.exists(output):
+        raise DataError(f"{output} exists; remove it first, MindRecord files are not overwritten.")
+    from mindspore.mindrecord import FileWriter
+
+    writer = FileWriter(output, num_splits)
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in columns}, "lm-schema")
+    num_records = 0
+    try:
+        rows: list[dict[str, np.ndarray]] = []
+        for ids in _fixed_length(dataset, length):
+            rows.append({name: np.ones_like(ids) if name == "attention_mask" else ids for name in columns})
+            num_records += 1
+            if len(rows) == _RECORDS_PER_WRITE:
+                writer.write_raw_data(rows)
+                rows = []
+        if rows:
+            writer.write_raw_data(rows)
+        writer.commit()
+    except BaseException:
+        for leftover in (output, output + ".db"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+        raise
+    return num_records
+
+
+def _fixed_length(dataset: IndexedDataset, length: int) -> Iterator[np.ndarray]:
+    pending = np.empty(0, np.int32)
+    for index in range(len(dataset)):
+        pending = np.concatenate((pending, dataset.get(index)), dtype=np.int32, casting="unsafe")
+        whole = len(pending) // length * length
+        yield from pending[:whole].reshape(-1, length)
+        pending = pending[whole:]
+
+
+def read_mindrecord(files: Sequence[str], column: str = "input_ids") -> Iterator[np.ndarray]:
+    """Yield `column` of every record, in the order of the files.
+
+    Args:
+        files: MindRecord files (with their `.db` beside them).
+        column: A column of integers.
+
+    Raises:
+        DataError: A file cannot be read, or has no such column of integers.
+    """
+    from mindspore.mindrecord import FileReader
+
+    for path in files:
+        if not os.path.isfile(path):
+            raise DataError(f"MindRecord file {path!r} does not exist.")
+        if not os.path.isfile(path + ".db"):
+            raise DataError(f"{path} has no index file {path}.db beside it; MindRecord files come in pairs.")
+        try:
+            reader = FileReader(path, columns=[column])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DataError(f"{path} cannot be read as a MindRecord with column {column!r}: {error}") from error
+        try:
+            for record in reader.get_next():
+                ids = np.asarray(record[column]).reshape(-1)
+                if ids.dtype.kind not in "iu":
+                    raise DataError(f"{path}: column {column!r} holds {ids.dtype}, not token ids.")
+                yield ids
+        finally:
+            reader.close()
+
+
+def mindrecord_to_indexed(
+    files: Sequence[str], path_prefix: str, tokenizer: MegatronTokenizer, column: str = "input_ids"
+) -> tuple[int, int]:
+    """Write the records of MindRecord files as documents of a `.bin/.idx` pair.
+
+    Args:
+        files: MindRecord files, in order.
+        path_prefix: Pair to write.
+        tokenizer: The tokenizer the ids belong to; it decides the stored dtype and which ids are legal.
+        column: A column of token ids.
+
+    Returns:
+        Number of documents and of tokens.
+
+    Raises:
+        DataError: A file cannot be read, there are no records, or an id is outside the vocabulary.
+    """
+    records = tokens = 0
+    with IndexedDatasetBuilder(bin_path(path_prefix), optimal_dtype(tokenizer.vocab_size)) as builder:
+        for ids in read_mindrecord(files, column):
+            if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
+                raise DataError(
+                    f"record {records} has token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())}, outside "
+                    f"the vocabulary of {tokenizer.vocab_size} ids. Give the tokenizer these records were made with."
+                )
+            builder.add_document(ids, [len(ids)])
+            records += 1
+            tokens += len(ids)
+        if not records:
+            raise DataError(f"no records in {', '.join(files)}.")
+        builder.finalize(idx_path(path_prefix))
+    return records, tokens

@@ -1,0 +1,338 @@
+"""Text to `.bin/.idx`: several processes tokenise, one writes; the output depends on neither their number nor speed."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parallel_core.data.indexed_dataset import (
+    IndexedDatasetBuilder,
+    bin_path,
+    idx_path,
+    merge_indexed_datasets,
+    optimal_dtype,
+)
+from parallel_core.data.sentences import split_sentences
+from parallel_core.data.text_input import (
+    InputOptions,
+    RawDocument,
+    find_input_files,
+    parse_document,
+    read_raw_documents,
+)
+from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer
+from parallel_core.errors import ConfigError, DataError, bullet_list
+
+_CHUNK_BYTES = 1 << 18
+_MAX_NAMED = 10
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Arguments of `build_tokenizer`, so that every process makes its own tokenizer."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    vocab_size: int | None = None
+    vocab_extra_ids: int = 0
+
+    def build(self) -> MegatronTokenizer:
+        """Return the tokenizer."""
+        return build_tokenizer(
+            self.tokenizer_type,
+            tokenizer_model=self.tokenizer_model,
+            vocab_file=self.vocab_file,
+            merge_file=self.merge_file,
+            vocab_size=self.vocab_size,
+            vocab_extra_ids=self.vocab_extra_ids,
+        )
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What `preprocess` does; the names are those of Megatron's tool."""
+
+    input: tuple[str, ...]
+    """Files or patterns."""
+    output_prefix: str
+    """Output is `{output_prefix}_{key}_{document|sentence}.bin` and `.idx`."""
+    tokenizer: TokenizerSpec
+    """How text becomes ids."""
+    input_options: InputOptions = field(default_factory=InputOptions)
+    """Fields and format of the input."""
+    append_eod: bool = False
+    """End every document with the end-of-document id."""
+    split_sentences: bool = False
+    """Store each sentence as a sequence of its own."""
+    keep_newlines: bool = False
+    """With `split_sentences`: line ends between sentences are kept."""
+    workers: int = 1
+    """Tokenising processes; 1 tokenises in this process."""
+    partitions: int = 1
+    """Round-robin shares the documents are dealt into and merged from (this sets their order)."""
+    keep_sequential_samples: bool = False
+    """Partitions are runs of documents instead, which leaves the order of the input."""
+    skip_bad_documents: bool = False
+    """Count and name malformed documents and go on; otherwise the first one stops the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "partitions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.keep_newlines and not self.split_sentences:
+            raise ConfigError("keep_newlines needs split_sentences; without it line ends are kept anyway.")
+
+
+@dataclass
+class PreprocessReport:
+    """What a run did."""
+
+    output_prefixes: list[str] = field(default_factory=list)
+    """Path prefixes written, one per field."""
+    documents: int = 0
+    """Documents written."""
+    empty_documents: int = 0
+    """Of these, (document, field) pairs without any token."""
+    tokens: int = 0
+    """Tokens written, all fields."""
+    bytes_read: int = 0
+    """Bytes of (uncompressed) input in documents."""
+    seconds: float = 0.0
+    """Time it took."""
+    bad_documents: int = 0
+    """Malformed documents left out."""
+    bad_examples: list[str] = field(default_factory=list)
+    """The first ten of them, each with file and line."""
+
+
+Progress = Callable[[PreprocessReport], None]
+
+
+@dataclass
+class _Chunk:
+    """What a worker makes of a run of documents."""
+
+    num_bytes: int
+    fields: dict[str, list[tuple[np.ndarray, list[int]]]]
+    """By field: (ids, sequence lengths) of every good document."""
+    bad: list[str]
+
+
+class Encoder:
+    """Turns raw documents into ids, one field at a time.
+
+    Args:
+        options: The run's options.
+    """
+
+    def __init__(self, options: PreprocessOptions) -> None:
+        self._options = options
+        self._tokenizer = options.tokenizer.build()
+        self._dtype = optimal_dtype(self._tokenizer.vocab_size)
+
+    def encode(self, text: str) -> tuple[np.ndarray, list[int]]:
+        """Return the ids of `text` and the lengths of its sequences; both are empty for a text without tokens.
+
+        Raises:
+            DataError: The tokenizer gave an id outside its own vocabulary.
+        """
+        options = self._options
+        sentences = split_sentences(text, options.keep_newlines) if options.split_sentences else [text]
+        ids: list[int] = []
+        lengths: list[int] = []
+        for sentence in sentences:
+            sentence_ids = self._tokenizer.tokenize(sentence)
+            if sentence_ids:
+                ids += sentence_ids
+                lengths.append(len(sentence_ids))
+        if ids and options.append_eod:
+            ids.append(self._tokenizer.eod)
+            lengths[-1] += 1
+        array = np.array(ids, np.int64)
+        vocab_size = self._tokenizer.vocab_size
+        if ids and (int(array.min()) < 0 or int(array.max()) >= vocab_size):
+            wrong = int(array[(array < 0) | (array >= vocab_size)][0])
+            raise DataError(f"token id {wrong} is outside the vocabulary of {vocab_size} ids")
+        return array.astype(self._dtype), lengths
+
+    def encode_chunk(self, raws: Sequence[RawDocument]) -> _Chunk:
+        """Return the ids of `raws` by field, and the messages of those that are malformed."""
+        keys = self._options.input_options.json_keys
+        chunk = _Chunk(sum(len(raw.content) for raw in raws), {key: [] for key in keys}, [])
+        for raw in raws:
+            try:
+                texts = parse_document(raw, keys).texts
+                encoded = [self._encode_named(raw, text) for text in texts.values()]
+            except DataError as error:
+                chunk.bad.append(str(error))
+                if not self._options.skip_bad_documents:
+                    break
+                continue
+            for key, item in zip(texts, encoded):
+                chunk.fields[key].append(item)
+        return chunk
+
+    def _encode_named(self, raw: RawDocument, text: str) -> tuple[np.ndarray, list[int]]:
+        try:
+            return self.encode(text)
+        except DataError as error:
+            raise DataError(f"{raw.path}:{raw.line}: {error}") from error
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(options: PreprocessOptions) -> None:
+    global _worker_encoder
+    _worker_encoder = Encoder(options)
+
+
+def _encode_in_worker(raws: Sequence[RawDocument]) -> _Chunk:
+    if _worker_encoder is None:
+        raise DataError("the worker process was not initialised")
+    return _worker_encoder.encode_chunk(raws)
+
+
+def _chunks(raws: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    chunk: list[RawDocument] = []
+    size = 0
+    for raw in raws:
+        chunk.append(raw)
+        size += len(raw.content)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(chunks: Iterator[list[RawDocument]], options: PreprocessOptions) -> Iterator[_Chunk]:
+    """Yield the encoded chunks in input order; a few per worker are in flight, so memory is bounded."""
+    if options.workers == 1:
+        encoder = Encoder(options)
+        yield from map(encoder.encode_chunk, chunks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, _start_worker, (options,)) as pool:
+        pending: deque[Future[_Chunk]] = deque()
+        try:
+            for chunk in itertools.islice(chunks, 3 * options.workers):
+                pending.append(pool.submit(_encode_in_worker, chunk))
+            while pending:
+                result = pending.popleft().result()
+                for chunk in itertools.islice(chunks, 1):
+                    pending.append(pool.submit(_encode_in_worker, chunk))
+                yield result
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a tokenising process died (killed, or out of memory); no output was written. Use fewer --workers."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Outputs:
+    """The builders of one run: per field, one per partition."""
+
+    def __init__(self, options: PreprocessOptions, dtype: np.dtype) -> None:
+        level = "sentence" if options.split_sentences else "document"
+        self.prefixes = {
+            key: f"{options.output_prefix}_{key}_{level}" for key in options.input_options.json_keys
+        }
+        # runs of documents, merged in order, give the input's order: one part does the same
+        self.num_parts = 1 if options.keep_sequential_samples else options.partitions
+        self.stack = ExitStack()
+        self.builders = {
+            key: [
+                self.stack.enter_context(IndexedDatasetBuilder(bin_path(self._part(prefix, part)), dtype))
+                for part in range(self.num_parts)
+            ]
+            for key, prefix in self.prefixes.items()
+        }
+
+    def _part(self, prefix: str, part: int) -> str:
+        return prefix if self.num_parts == 1 else f"{prefix}.part{part}.{os.getpid()}"
+
+    def add(self, key: str, number: int, ids: np.ndarray, lengths: list[int]) -> None:
+        self.builders[key][number % self.num_parts].add_document(ids, lengths)
+
+    def finalize(self) -> None:
+        for key, prefix in self.prefixes.items():
+            parts = [self._part(prefix, part) for part in range(self.num_parts)]
+            for part, builder in zip(parts, self.builders[key]):
+                builder.finalize(idx_path(part))
+            if self.num_parts > 1:
+                try:
+                    merge_indexed_datasets(parts, prefix)
+                finally:
+                    for part in parts:
+                        os.unlink(bin_path(part))
+                        os.unlink(idx_path(part))
+
+
+def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessReport:
+    """Write the tokens of the input files and return what was done; nothing appears before all is written.
+
+    Args:
+        options: What to read, how to tokenise and where to write.
+        progress: Called after every chunk with the report so far.
+
+    Raises:
+        ConfigError: An option is wrong.
+        DataError: An input cannot be read, holds no documents, or has a malformed one (unless these are skipped).
+    """
+    started = time.perf_counter()
+    files = find_input_files(options.input)
+    dtype = optimal_dtype(options.tokenizer.build().vocab_size)
+    report = PreprocessReport()
+    outputs = _Outputs(options, dtype)
+    report.output_prefixes = list(outputs.prefixes.values())
+    with outputs.stack:
+        raws = read_raw_documents(files, options.input_options)
+        for chunk in _encoded(_chunks(raws), options):
+            _note_bad(chunk, options, report)
+            _write_chunk(chunk, outputs, report)
+            report.seconds = time.perf_counter() - started
+            if progress is not None:
+                progress(report)
+        if report.documents == 0:
+            raise DataError(
+                f"no documents in {', '.join(files[:5])}"
+                + (f" and {len(files) - 5} more files" if len(files) > 5 else "")
+                + (f"; all {report.bad_documents} were malformed:\n" + bullet_list(report.bad_examples)
+                   if report.bad_documents else ": every file is empty. Check --input.")
+            )
+        outputs.finalize()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _note_bad(chunk: _Chunk, options: PreprocessOptions, report: PreprocessReport) -> None:
+    if chunk.bad and not options.skip_bad_documents:
+        raise DataError(f"{chunk.bad[0]}. Correct the line, or go on without such lines with --skip-bad-documents.")
+    report.bad_documents += len(chunk.bad)
+    report.bad_examples += chunk.bad[: max(0, _MAX_NAMED - len(report.bad_examples))]
+
+
+def _write_chunk(chunk: _Chunk, outputs: _Outputs, report: PreprocessReport) -> None:
+    num_documents = 0
+    for key, documents in chunk.fields.items():
+        num_documents = len(documents)
+        for number, (ids, lengths) in enumerate(documents, report.documents):
+            outputs.add(key, number, ids, lengths)
+            report.tokens += len(ids)
+            report.empty_documents += not len(ids)
+    report.documents += num_documents
+    report.bytes_read += chunk.num_bytes
