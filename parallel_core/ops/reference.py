@@ -133,15 +133,17 @@ def _gelu_erf(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + mint.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    # 0.5 (1 + tanh u) = sigmoid(2 u); MindSpore's tanh is off by up to 1e-4 on CPU, its sigmoid by 1e-6.
+    return x * mint.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def _openai_gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + mint.tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x)))
+    return x * mint.sigmoid(2.0 * 0.7978845608028654 * x * (1.0 + 0.044715 * x * x))
 
 
 def _swiglu(x: Tensor) -> Tensor:
-    gate, up = mint.chunk(x, 2, -1)
+    half = x.shape[-1] // 2
+    gate, up = x[..., :half], x[..., half:]
     return gate * mint.sigmoid(gate) * up
 
 

@@ -1,0 +1,193 @@
+// Bias + activation, rotary positions, dropout and bias + dropout + residual.
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+using namespace pc;
+
+// Each activation gives its value and its derivative at x.
+struct GeluErf {
+  static float value(float x) {
+    float e;
+    return x * normal_cdf(x, &e);
+  }
+  static float slope(float x) {
+    float e;
+    const float cdf = normal_cdf(x, &e);
+    return cdf + x * e * 0.39894228f;
+  }
+};
+struct GeluTanh {  // 0.5 (1 + tanh u) = sigmoid(2 u)
+  static float value(float x) { return x * sigmoid(1.59576912f * x * (1.0f + 0.044715f * x * x)); }
+  static float slope(float x) {
+    const float s = sigmoid(1.59576912f * x * (1.0f + 0.044715f * x * x));
+    return s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
+  }
+};
+struct Silu {
+  static float value(float x) { return x * sigmoid(x); }
+  static float slope(float x) {
+    const float s = sigmoid(x);
+    return s + x * s * (1.0f - s);
+  }
+};
+struct Relu {
+  static float value(float x) { return x < 0.0f ? 0.0f : x; }
+  static float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+};
+struct SquaredRelu {
+  static float value(float x) { return x < 0.0f ? 0.0f : x * x; }
+  static float slope(float x) { return x > 0.0f ? 2.0f * x : 0.0f; }
+};
+
+template <class Activation>
+void forward(const float* x, const float* bias, float* y, i64 T, i64 F) {
+  parallel(T * F, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float* row = x + t * F;
+      float* out = y + t * F;
+      if (bias) {
+#pragma omp simd
+        for (i64 f = 0; f < F; ++f) out[f] = Activation::value(row[f] + bias[f]);
+      } else {
+#pragma omp simd
+        for (i64 f = 0; f < F; ++f) out[f] = Activation::value(row[f]);
+      }
+    }
+  });
+}
+
+template <class Activation>
+void backward(const float* dy, const float* x, const float* bias, float* dx, i64 T, i64 F) {
+  parallel(T * F, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float *row = x + t * F, *g = dy + t * F;
+      float* out = dx + t * F;
+      if (bias) {
+#pragma omp simd
+        for (i64 f = 0; f < F; ++f) out[f] = g[f] * Activation::slope(row[f] + bias[f]);
+      } else {
+#pragma omp simd
+        for (i64 f = 0; f < F; ++f) out[f] = g[f] * Activation::slope(row[f]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+// kind: 0 gelu (erf), 1 gelu (tanh), 2 silu, 3 relu, 4 squared relu
+PC_API void pc_activation(const float* x, const float* bias, float* y, i64 T, i64 F, int kind) {
+  switch (kind) {
+    case 0: return forward<GeluErf>(x, bias, y, T, F);
+    case 1: return forward<GeluTanh>(x, bias, y, T, F);
+    case 2: return forward<Silu>(x, bias, y, T, F);
+    case 3: return forward<Relu>(x, bias, y, T, F);
+    default: return forward<SquaredRelu>(x, bias, y, T, F);
+  }
+}
+
+PC_API void pc_activation_grad(const float* dy, const float* x, const float* bias, float* dx, i64 T, i64 F, int kind) {
+  switch (kind) {
+    case 0: return backward<GeluErf>(dy, x, bias, dx, T, F);
+    case 1: return backward<GeluTanh>(dy, x, bias, dx, T, F);
+    case 2: return backward<Silu>(dy, x, bias, dx, T, F);
+    case 3: return backward<Relu>(dy, x, bias, dx, T, F);
+    default: return backward<SquaredRelu>(dy, x, bias, dx, T, F);
+  }
+}
+
+// y [T, F] = silu(gate) * up of x [T, 2 F] (+ bias [2 F])
+PC_API void pc_swiglu(const float* x, const float* bias, float* y, i64 T, i64 F) {
+  const std::vector<float> zeros(bias ? 0 : 2 * F);
+  const float* b = bias ? bias : zeros.data();
+  parallel(2 * T * F, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float* row = x + t * 2 * F;
+      float* out = y + t * F;
+#pragma omp simd
+      for (i64 f = 0; f < F; ++f) out[f] = Silu::value(row[f] + b[f]) * (row[F + f] + b[F + f]);
+    }
+  });
+}
+
+PC_API void pc_swiglu_grad(const float* dy, const float* x, const float* bias, float* dx, i64 T, i64 F) {
+  const std::vector<float> zeros(bias ? 0 : 2 * F);
+  const float* b = bias ? bias : zeros.data();
+  parallel(2 * T * F, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float *row = x + t * 2 * F, *g = dy + t * F;
+      float* out = dx + t * 2 * F;
+#pragma omp simd
+      for (i64 f = 0; f < F; ++f) {
+        const float gate = row[f] + b[f], up = row[F + f] + b[F + f], s = sigmoid(gate);
+        out[f] = g[f] * up * (s + gate * s * (1.0f - s));
+        out[F + f] = g[f] * gate * s;
+      }
+    }
+  });
+}
+
+// Rotates the first R of D dims of x [S, B, N, D] by cos and sin [S, 1 or B, R]; `inverse` applies the transpose.
+PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float* y, i64 S, i64 B, i64 N, i64 D, i64 R,
+                      int per_batch, int interleaved, int inverse) {
+  const i64 half = R / 2, low = interleaved ? 2 : 1, high = interleaved ? 1 : half;
+  parallel(S * B * N * D, [&](int part, int parts) {
+    const Range r = share(S * B, part, parts);
+    for (i64 sb = r.begin; sb < r.end; ++sb) {
+      const i64 angle = (per_batch ? sb : sb / B) * R;
+      const float *c = cos + angle, *s = sin + angle;
+      for (i64 n = 0; n < N; ++n) {
+        const float* in = x + (sb * N + n) * D;
+        float* out = y + (sb * N + n) * D;
+        if (inverse) {
+          for (i64 i = 0; i < half; ++i) {
+            const i64 p = i * low, q = p + high;
+            out[p] = in[p] * c[p] + in[q] * s[q];
+            out[q] = in[q] * c[q] - in[p] * s[p];
+          }
+        } else {
+          for (i64 i = 0; i < half; ++i) {
+            const i64 p = i * low, q = p + high;
+            out[p] = in[p] * c[p] - in[q] * s[p];
+            out[q] = in[q] * c[q] + in[p] * s[q];
+          }
+        }
+        std::memcpy(out + R, in + R, static_cast<size_t>(D - R) * sizeof(float));
+      }
+    }
+  });
+}
+
+// y [T, H] = residual + dropout(x + bias); bias and residual may be null.
+PC_API void pc_bias_dropout_add(const float* x, const float* bias, const float* residual, float* y, i64 T, i64 H,
+                                float rate, u64 seed0, u64 seed1) {
+  const Dropout dropout(rate, seed0, seed1);
+  parallel(T * H, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    std::vector<float> keep((H + 3) / 4 * 4, 1.0f);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float *row = x + t * H, *k = keep.data();
+      float* out = y + t * H;
+      if (rate > 0.0f) dropout.fill(keep.data(), 0, (H + 3) / 4, static_cast<u32>(t), static_cast<u32>(t >> 32), 1);
+      if (bias) {
+#pragma omp simd
+        for (i64 h = 0; h < H; ++h) out[h] = (row[h] + bias[h]) * k[h];
+      } else {
+#pragma omp simd
+        for (i64 h = 0; h < H; ++h) out[h] = row[h] * k[h];
+      }
+      if (residual) {
+        const float* add = residual + t * H;
+#pragma omp simd
+        for (i64 h = 0; h < H; ++h) out[h] += add[h];
+      }
+    }
+  });
+}

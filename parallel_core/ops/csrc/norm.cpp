@@ -1,0 +1,133 @@
+// LayerNorm and RMSNorm over the last dim H of [T, H].
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+using namespace pc;
+
+// Adds dw and db of rows in blocks of 64, so that rounding grows with 64 + T / 64, not T.
+struct ColumnSums {
+  std::vector<float> block, total;
+  i64 H, rows = 0;
+
+  ColumnSums(i64 H, int sums) : block(sums * H), total(sums * H), H(H) {}
+  float* sum(int i) { return block.data() + i * H; }
+  void end_row() {
+    if (++rows % 64 == 0) flush();
+  }
+  void flush() {
+    for (size_t i = 0; i < block.size(); ++i) total[i] += block[i], block[i] = 0.0f;
+  }
+};
+
+// Sums the threads' totals in order into the outputs.
+void combine(const std::vector<std::vector<float>>& totals, float* dw, float* db, i64 H) {
+  for (size_t p = 0; p < totals.size(); ++p) {
+    if (totals[p].empty()) continue;
+    for (i64 h = 0; h < H; ++h) {
+      dw[h] = (p ? dw[h] : 0.0f) + totals[p][h];
+      if (db) db[h] = (p ? db[h] : 0.0f) + totals[p][H + h];
+    }
+  }
+}
+
+}  // namespace
+
+PC_API void pc_layer_norm(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd, i64 T,
+                          i64 H, float eps) {
+  parallel(T * H, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float* row = x + t * H;
+      float* out = y + t * H;
+      float sum = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (i64 h = 0; h < H; ++h) sum += row[h];
+      const float m = sum / static_cast<float>(H);
+#pragma omp simd reduction(+ : square)
+      for (i64 h = 0; h < H; ++h) square += (row[h] - m) * (row[h] - m);
+      const float s = 1.0f / std::sqrt(square / static_cast<float>(H) + eps);
+#pragma omp simd
+      for (i64 h = 0; h < H; ++h) out[h] = (row[h] - m) * s * w[h] + b[h];
+      mean[t] = m;
+      rstd[t] = s;
+    }
+  });
+}
+
+PC_API void pc_layer_norm_grad(const float* dy, const float* x, const float* w, const float* mean, const float* rstd,
+                               float* dx, float* dw, float* db, i64 T, i64 H) {
+  std::vector<std::vector<float>> totals(num_threads);
+  parallel(T * H, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    ColumnSums sums(H, 2);
+    float *dw_block = sums.sum(0), *db_block = sums.sum(1);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float *row = x + t * H, *g = dy + t * H, m = mean[t], s = rstd[t];
+      float a = 0.0f, b = 0.0f;
+#pragma omp simd reduction(+ : a, b)
+      for (i64 h = 0; h < H; ++h) {
+        const float normal = (row[h] - m) * s;
+        a += g[h] * w[h];
+        b += g[h] * w[h] * normal;
+        dw_block[h] += g[h] * normal;
+        db_block[h] += g[h];
+      }
+      a /= static_cast<float>(H);
+      b /= static_cast<float>(H);
+      float* out = dx + t * H;
+#pragma omp simd
+      for (i64 h = 0; h < H; ++h) out[h] = s * (g[h] * w[h] - a - (row[h] - m) * s * b);
+      sums.end_row();
+    }
+    sums.flush();
+    totals[part] = std::move(sums.total);
+  });
+  combine(totals, dw, db, H);
+}
+
+PC_API void pc_rms_norm(const float* x, const float* w, float* y, float* rstd, i64 T, i64 H, float eps) {
+  parallel(T * H, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float* row = x + t * H;
+      float* out = y + t * H;
+      float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+      for (i64 h = 0; h < H; ++h) square += row[h] * row[h];
+      const float s = 1.0f / std::sqrt(square / static_cast<float>(H) + eps);
+#pragma omp simd
+      for (i64 h = 0; h < H; ++h) out[h] = row[h] * s * w[h];
+      rstd[t] = s;
+    }
+  });
+}
+
+PC_API void pc_rms_norm_grad(const float* dy, const float* x, const float* w, const float* rstd, float* dx, float* dw,
+                             i64 T, i64 H) {
+  std::vector<std::vector<float>> totals(num_threads);
+  parallel(T * H, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    ColumnSums sums(H, 1);
+    float* dw_block = sums.sum(0);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float *row = x + t * H, *g = dy + t * H, s = rstd[t];
+      float b = 0.0f;
+#pragma omp simd reduction(+ : b)
+      for (i64 h = 0; h < H; ++h) {
+        b += g[h] * w[h] * row[h];
+        dw_block[h] += g[h] * row[h] * s;
+      }
+      b *= s * s / static_cast<float>(H);
+      float* out = dx + t * H;
+#pragma omp simd
+      for (i64 h = 0; h < H; ++h) out[h] = s * (g[h] * w[h] - row[h] * b);
+      sums.end_row();
+    }
+    sums.flush();
+    totals[part] = std::move(sums.total);
+  });
+  combine(totals, dw, nullptr, H);
+}

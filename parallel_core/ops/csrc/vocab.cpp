@@ -1,0 +1,78 @@
+// Cross entropy over a part of the vocabulary, and the embedding table.
+#include "common.h"
+
+namespace {
+using namespace pc;
+}
+
+PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, float* largest, float* sum_exp,
+                                float* picked, float* total, i64 T, i64 V, i64 first_row) {
+  parallel(T * V, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float* row = logits + t * V;
+      float top = row[0], sum = 0.0f, exps = 0.0f;
+#pragma omp simd reduction(max : top) reduction(+ : sum)
+      for (i64 v = 0; v < V; ++v) {
+        top = row[v] > top ? row[v] : top;
+        sum += row[v];
+      }
+#pragma omp simd reduction(+ : exps)
+      for (i64 v = 0; v < V; ++v) exps += fast_exp(row[v] - top);
+      const i64 at = target[t] - first_row;
+      largest[t] = top;
+      sum_exp[t] = exps;
+      total[t] = sum;
+      picked[t] = at >= 0 && at < V ? row[at] : 0.0f;
+    }
+  });
+}
+
+// `grad` may be `logits`.
+PC_API void pc_vocab_grad_logits(const float* logits, const float* log_sum_exp, const int32_t* target,
+                                 const float* dloss, float* grad, i64 T, i64 V, i64 first_row, float target_weight,
+                                 float uniform_weight) {
+  parallel(T * V, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const float *row = logits + t * V, lse = log_sum_exp[t], d = dloss[t];
+      float* out = grad + t * V;
+#pragma omp simd
+      for (i64 v = 0; v < V; ++v) out[v] = (fast_exp(row[v] - lse) - uniform_weight) * d;
+      const i64 at = target[t] - first_row;
+      if (at >= 0 && at < V) out[at] -= target_weight * d;
+    }
+  });
+}
+
+PC_API void pc_embedding(const int32_t* ids, const float* table, float* out, i64 T, i64 V, i64 H, i64 first_row) {
+  parallel(T * H, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      const i64 row = ids[t] - first_row;
+      const size_t bytes = static_cast<size_t>(H) * sizeof(float);
+      if (row >= 0 && row < V)
+        std::memcpy(out + t * H, table + row * H, bytes);
+      else
+        std::memset(out + t * H, 0, bytes);
+    }
+  });
+}
+
+// Adds row t of dy to row ids[t] of `grad` (set to zero first unless `add`). A thread owns rows of the table and
+// takes the tokens in order, so the result does not depend on the thread count.
+PC_API void pc_embedding_grad(const float* dy, const int32_t* ids, float* grad, i64 T, i64 V, i64 H, i64 first_row,
+                              int add) {
+  parallel((T + V) * H, [&](int part, int parts) {
+    const Range r = share(V, part, parts);
+    if (!add) std::memset(grad + r.begin * H, 0, static_cast<size_t>((r.end - r.begin) * H) * sizeof(float));
+    for (i64 t = 0; t < T; ++t) {
+      const i64 row = ids[t] - first_row;
+      if (row < r.begin || row >= r.end) continue;
+      const float* in = dy + t * H;
+      float* out = grad + row * H;
+#pragma omp simd
+      for (i64 h = 0; h < H; ++h) out[h] += in[h];
+    }
+  });
+}

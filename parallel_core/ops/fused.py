@@ -1,0 +1,322 @@
+"""The compiled kernels that autograd goes through: forward and backward in one C call each."""
+
+from __future__ import annotations
+
+from ctypes import c_int64
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel_core.autograd import Function
+from parallel_core.ops import raw, reference
+
+_WORD = (1 << 64) - 1
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        H = x.shape[-1]
+        T = x.size // H
+        y, mean, rstd = raw.new(x.shape), raw.new((T,)), raw.new((T,))
+        raw.lib.pc_layer_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            y.data_ptr(),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            T,
+            H,
+            eps,
+        )
+        ctx.save_for_backward(x, weight)
+        ctx.moments = mean, rstd
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        mean, rstd = ctx.moments
+        dy = dy.contiguous()
+        H = x.shape[-1]
+        dx, dw, db = raw.new(x.shape), raw.new((H,)), raw.new((H,))
+        raw.lib.pc_layer_norm_grad(
+            dy.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            dx.data_ptr(),
+            dw.data_ptr(),
+            db.data_ptr(),
+            x.size // H,
+            H,
+        )
+        return dx, dw, db, None
+
+
+def layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
+    """See `reference.layer_norm`."""
+    if not raw.native(x, weight_H, bias_H):
+        return reference.layer_norm(x, weight_H, bias_H, eps)
+    return _LayerNorm.apply(x, weight_H, bias_H, eps)
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        H = x.shape[-1]
+        T = x.size // H
+        y, rstd = raw.new(x.shape), raw.new((T,))
+        raw.lib.pc_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), T, H, eps)
+        ctx.save_for_backward(x, weight)
+        ctx.rstd = rstd
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        H = x.shape[-1]
+        dx, dw = raw.new(x.shape), raw.new((H,))
+        raw.lib.pc_rms_norm_grad(
+            dy.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            ctx.rstd.data_ptr(),
+            dx.data_ptr(),
+            dw.data_ptr(),
+            x.size // H,
+            H,
+        )
+        return dx, dw, None
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    if not raw.native(x, weight_H):
+        return reference.rms_norm(x, weight_H, eps)
+    return _RMSNorm.apply(x, weight_H, eps)
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+_KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4}
+
+
+class _Activation(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.bias, ctx.name = bias, name
+        F = x.shape[-1]
+        T = x.size // F
+        if name == "swiglu":
+            y = raw.new((*x.shape[:-1], F // 2))
+            raw.lib.pc_swiglu(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F // 2)
+        else:
+            y = raw.new(x.shape)
+            raw.lib.pc_activation(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F, _KINDS[name])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dy, bias = dy.contiguous(), ctx.bias
+        F = x.shape[-1]
+        T = x.size // F
+        dx = raw.new(x.shape)
+        addresses = dy.data_ptr(), x.data_ptr(), raw.pointer(bias), dx.data_ptr(), T
+        if ctx.name == "swiglu":
+            raw.lib.pc_swiglu_grad(*addresses, F // 2)
+        else:
+            raw.lib.pc_activation_grad(*addresses, F, _KINDS[ctx.name])
+        return dx, None if bias is None else raw.sum_rows(dx, F), None
+
+
+def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """See `reference.activation`."""
+    if not raw.native(x, bias) or (name != "swiglu" and name not in _KINDS):
+        return reference.activation(x, bias, name)
+    return _Activation.apply(x, bias, name)
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+class _Rotary(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.angles = cos.contiguous(), sin.contiguous(), interleaved
+        return _rotate(x, *ctx.angles, inverse=False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotate(dy, *ctx.angles, inverse=True), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: bool) -> Tensor:
+    x = x.contiguous()
+    y = raw.new(x.shape)
+    raw.lib.pc_rotary(
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+        cos.shape[-1],
+        cos.shape[1] > 1,
+        interleaved,
+        inverse,
+    )
+    return y
+
+
+def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """See `reference.rotary`."""
+    if not raw.native(x_SBND, cos, sin):
+        return reference.rotary(x_SBND, cos, sin, interleaved)
+    return _Rotary.apply(x_SBND, cos, sin, interleaved)
+
+
+# ---- dropout and residual -------------------------------------------------------------------------------------------
+class _BiasDropoutAdd(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
+    ) -> Tensor:
+        ctx.has_bias, ctx.has_residual, ctx.rate, ctx.seed = bias is not None, residual is not None, rate, seed
+        return _bias_dropout_add(x, bias, residual, rate, seed)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = _bias_dropout_add(dy, None, None, ctx.rate, ctx.seed) if ctx.rate else dy
+        db = raw.sum_rows(dx, dx.shape[-1]) if ctx.has_bias else None
+        return dx, db, dy if ctx.has_residual else None, None, None
+
+
+def _bias_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
+) -> Tensor:
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    H = x.shape[-1]
+    y = raw.new(x.shape)
+    raw.lib.pc_bias_dropout_add(
+        x.data_ptr(),
+        raw.pointer(bias),
+        raw.pointer(residual),
+        y.data_ptr(),
+        x.size // H,
+        H,
+        rate,
+        seed[0] & _WORD,
+        seed[1] & _WORD,
+    )
+    return y
+
+
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
+    """See `reference.bias_dropout_add`."""
+    if not raw.native(x, bias, residual) or x.shape != residual.shape:
+        return reference.bias_dropout_add(x, bias, residual, rate, seed)
+    return _BiasDropoutAdd.apply(x, bias, residual, rate, seed)
+
+
+def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
+    """See `reference.dropout`; the mask is a function of seed and element, whatever the number of threads."""
+    if rate == 0.0:
+        return x
+    if not raw.native(x):
+        return reference.dropout(x, rate, seed)
+    return _BiasDropoutAdd.apply(x, None, None, rate, seed)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: Tensor | None,
+        scale: float,
+        rate: float,
+        seed: tuple[int, int],
+    ) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        S, B, N, D = query.shape
+        G = key.shape[2]
+        q_strides, k_strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D)
+        strides = (*q_strides, *k_strides, *k_strides)
+        ctx.shape = (c_int64 * 23)(S, B, N, G, D, *strides, *strides)
+        ctx.numbers = scale, rate, seed[0] & _WORD, seed[1] & _WORD
+        ctx.start = start
+        out, ctx.log_sum_exp = raw.new((S, B, N * D)), np.empty((B, N, S), np.float32)
+        raw.lib.pc_attention(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            raw.pointer(start),
+            out.data_ptr(),
+            ctx.log_sum_exp.ctypes.data,
+            ctx.shape,
+            *ctx.numbers,
+        )
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out = ctx.saved_tensors
+        dout = dout.contiguous()
+        dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
+        raw.lib.pc_attention_grad(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            raw.pointer(ctx.start),
+            out.data_ptr(),
+            dout.data_ptr(),
+            ctx.log_sum_exp.ctypes.data,
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            ctx.shape,
+            *ctx.numbers,
+        )
+        return dq, dk, dv, None, None, None, None
+
+
+def causal_attention(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    *,
+    scale: float,
+    softmax_coefficient: float = 1.0,
+    softmax_in_fp32: bool = True,
+    document_start_BS: Tensor | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """See `reference.causal_attention`; nothing of S x S elements is stored, forward or backward."""
+    if not raw.native(query_SBND, key_SBGD, value_SBGD):
+        return reference.causal_attention(
+            query_SBND,
+            key_SBGD,
+            value_SBGD,
+            scale=scale,
+            softmax_coefficient=softmax_coefficient,
+            softmax_in_fp32=softmax_in_fp32,
+            document_start_BS=document_start_BS,
+            dropout_rate=dropout_rate,
+            dropout_seed=dropout_seed,
+        )
+    start = None if document_start_BS is None else raw.int32(document_start_BS)
+    factor = scale * softmax_coefficient
+    return _Attention.apply(query_SBND, key_SBGD, value_SBGD, start, factor, dropout_rate, dropout_seed)

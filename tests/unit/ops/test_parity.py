@@ -1,0 +1,290 @@
+"""Fused C++ kernels against the plain MindSpore reference, forward and backward, over fuzzed shapes."""
+
+from __future__ import annotations
+
+import functools
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from parallel_core import ops
+from parallel_core.ops import reference
+
+ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
+
+TOLERANCE = 1e-6
+# Relative to the largest element. Gradients that sum over all T tokens are allowed sqrt(T) roundings on both sides.
+SUMMED = 4e-6
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 2], ids=["1thread", "2threads"])
+def kernels(request):
+    sentence = ops.use_kernels("auto", num_threads=request.param)
+    if not sentence.startswith("fused"):
+        pytest.skip(sentence)
+    yield
+    ops.use_kernels("local")
+
+
+def array(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def close(got, want, tolerance=TOLERANCE, what="", floor=1e-30):
+    got, want = got.asnumpy(), want.asnumpy()
+    assert got.shape == want.shape and got.dtype == want.dtype
+    scale = max(floor, float(np.abs(want).max()) if want.size else 1.0)
+    assert np.abs(got - want).max(initial=0.0) <= tolerance * scale, f"{what}: {np.abs(got - want).max() / scale:.2e}"
+
+
+def run(function, arrays, weight):
+    """Return the value and the gradients of sum(weight * function(*arrays))."""
+    tensors = [Tensor(a) for a in arrays]
+    value = function(*tensors)
+    loss = ms.grad(lambda *x: (function(*x) * Tensor(weight)).sum(), grad_position=tuple(range(len(arrays))))
+    gradients = loss(*tensors)
+    return value, gradients if isinstance(gradients, tuple) else (gradients,)
+
+
+def compare(fused, plain, arrays, rng, summed=()):
+    """Check value and gradients; `summed` are the arguments whose gradient sums over tokens."""
+    shape = plain(*[Tensor(a) for a in arrays]).shape
+    weight = array(rng, *shape)
+    got, got_gradients = run(fused, arrays, weight)
+    want, want_gradients = run(plain, arrays, weight)
+    close(got, want, what="value")
+    for i, (g, w) in enumerate(zip(got_gradients, want_gradients)):
+        close(g, w, SUMMED if i in summed else TOLERANCE, f"gradient {i}")
+
+
+SHAPES = [(1, 1, 8), (3, 2, 17), (7, 1, 64), (33, 4, 100), (128, 4, 256), (2, 1, 1031)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms(shape):
+    rng = np.random.default_rng(shape[-1])
+    x, w, b = array(rng, *shape) + 0.5, array(rng, shape[-1]), array(rng, shape[-1])
+    compare(
+        lambda *a: ops.layer_norm(*a, 1e-5), lambda *a: reference.layer_norm(*a, 1e-5), [x, w, b], rng, summed=(1, 2)
+    )
+    compare(lambda *a: ops.rms_norm(*a, 1e-5), lambda *a: reference.rms_norm(*a, 1e-5), [x, w], rng, summed=(1,))
+
+
+@pytest.mark.parametrize("name", sorted(ops.ACTIVATIONS))
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_activations(name, with_bias):
+    for seed, (S, B, F) in enumerate([(1, 1, 2), (5, 3, 34), (64, 4, 512)]):
+        rng = np.random.default_rng(seed)
+        arrays = [3 * array(rng, S, B, F)] + ([array(rng, F)] if with_bias else [])
+
+        def call(function, *a):
+            return function(a[0], a[1] if with_bias else None, name)
+
+        compare(
+            lambda *a: call(ops.activation, *a),
+            lambda *a: call(reference.activation, *a),
+            arrays,
+            rng,
+            summed=(1,),
+        )
+
+
+def test_activations_far_from_zero():
+    x = Tensor(np.array([-200.0, -90.0, -20.0, -5.0, -0.0, 0.0, 5.0, 20.0, 90.0, 200.0], np.float32))
+    for name in sorted(set(ops.ACTIVATIONS) - {"swiglu"}):
+        got = ops.activation(x, None, name).asnumpy()
+        np.testing.assert_allclose(got, reference.activation(x, None, name).asnumpy(), rtol=1e-6, atol=1e-6)
+    assert np.isnan(ops.activation(Tensor(np.full(20, np.nan, np.float32)), None, "gelu").asnumpy()).all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_rotary(interleaved, per_batch):
+    for S, B, N, D, R in [(1, 1, 1, 4, 4), (5, 2, 3, 16, 8), (32, 4, 8, 32, 32)]:
+        rng = np.random.default_rng(R)
+        cos, sin = (Tensor(array(rng, S, B if per_batch else 1, 1, R)) for _ in range(2))
+        angles = {"cos": cos, "sin": sin, "interleaved": interleaved}
+        fused, plain = functools.partial(ops.rotary, **angles), functools.partial(reference.rotary, **angles)
+        compare(fused, plain, [array(rng, S, B, N, D)], rng)
+
+
+ATTENTION = [
+    (2, 1, 1, 1, 4),
+    (5, 2, 2, 1, 8),
+    (33, 1, 4, 2, 20),
+    (64, 2, 2, 2, 32),
+    (128, 2, 4, 2, 64),
+    (300, 1, 2, 1, 48),
+    (530, 1, 1, 1, 16),
+]
+
+
+@pytest.mark.parametrize("shape", ATTENTION)
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention(shape, documents):
+    S, B, N, G, D = shape
+    rng = np.random.default_rng(S)
+    start = None
+    if documents:
+        firsts = np.zeros((B, S), np.int32)
+        for b in range(B):
+            for cut in sorted(rng.integers(0, S, 3)):
+                firsts[b, cut:] = cut
+        start = Tensor(firsts)
+    options = {"scale": D**-0.5, "softmax_coefficient": 1.5, "document_start_BS": start}
+    arrays = [array(rng, S, B, N, D), array(rng, S, B, G, D), array(rng, S, B, G, D)]
+    compare(
+        lambda *a: ops.causal_attention(*a, **options),
+        lambda *a: reference.causal_attention(*a, **options),
+        arrays,
+        rng,
+        summed=(0, 1, 2),
+    )
+
+
+def test_attention_with_dropout_is_the_gradient_of_what_it_computes():
+    """Attention is linear in V, and its weights can be read off by V = identity: so dropout masks are visible."""
+    S = D = 48
+    rng = np.random.default_rng(0)
+    query, key = array(rng, S, 1, 1, D), array(rng, S, 1, 1, D)
+    identity = np.eye(S, dtype=np.float32).reshape(S, 1, 1, D)
+
+    def weights(rate, seed=(3, 5)):
+        q, k, v = Tensor(query), Tensor(key), Tensor(identity)
+        out = ops.causal_attention(q, k, v, scale=0.3, dropout_rate=rate, dropout_seed=seed)
+        return out.asnumpy().reshape(S, S)
+
+    plain, dropped = weights(0.0), weights(0.25)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], plain[kept] / 0.75, rtol=2e-6)
+    lower = np.tril(np.ones((S, S), bool))
+    assert 0.15 < 1 - kept[lower].mean() < 0.35
+    np.testing.assert_array_equal(dropped, weights(0.25))
+    assert (weights(0.25, (3, 6)) != dropped).any()
+
+    # The gradients are those of softmax(..) * mask / keep, with the mask that was just read off.
+    mask = Tensor((kept / 0.75).astype(np.float32))
+    causal = Tensor(np.where(lower, 0, -10000).astype(np.float32))
+    value, weight = array(rng, S, 1, 1, D), array(rng, S, 1, D)
+
+    def explicit(q, k, v):
+        q, k, v = (x.reshape(S, D) for x in (q, k, v))
+        probabilities = ms.ops.softmax(ms.ops.matmul(q, k.transpose()) * 0.3 + causal, -1)
+        return ms.ops.matmul(probabilities * mask, v).reshape(S, 1, D)
+
+    def fused(q, k, v):
+        return ops.causal_attention(q, k, v, scale=0.3, dropout_rate=0.25, dropout_seed=(3, 5))
+
+    got, want = (run(f, [query, key, value], weight) for f in (fused, explicit))
+    close(got[0], want[0], 2e-6)
+    for g, w in zip(got[1], want[1]):
+        close(g, w, SUMMED)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_dropout_and_residual(rate):
+    rng = np.random.default_rng(1)
+    x, bias, residual = array(rng, 40, 3, 37), array(rng, 37), array(rng, 40, 3, 37)
+    seed = (7, 1 << 40)
+    ones = ops.dropout(Tensor(np.ones_like(x)), rate, seed).asnumpy()
+    assert set(np.unique(ones)) <= {np.float32(0), np.float32(1 / np.float32(1 - rate))}
+    assert abs((ones == 0).mean() - rate) < 0.03
+    compare(
+        lambda *a: ops.bias_dropout_add(*a, rate, seed),
+        lambda x, b, r: r + (x + b) * Tensor(ones),
+        [x, bias, residual],
+        rng,
+        summed=(1,),
+    )
+    again = ops.dropout(Tensor(np.ones_like(x)), rate, seed).asnumpy()
+    np.testing.assert_array_equal(again, ones)
+
+
+def test_dropout_masks_do_not_depend_on_threads():
+    x = Tensor(np.ones((300, 2, 64), np.float32))
+    ops.use_kernels("auto", num_threads=1)
+    one = ops.dropout(x, 0.3, (1, 2)).asnumpy()
+    ops.use_kernels("auto", num_threads=2)
+    np.testing.assert_array_equal(ops.dropout(x, 0.3, (1, 2)).asnumpy(), one)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (65, 33, 130), (256, 128, 384), (100, 400, 20)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(sizes, with_bias):
+    T, I, O = sizes
+    rng = np.random.default_rng(T)
+    x, w, dy = Tensor(array(rng, T, I)), Tensor(array(rng, O, I)), Tensor(array(rng, T, O))
+    bias = Tensor(array(rng, O)) if with_bias else None
+    close(ops.linear(x, w, bias), reference.linear(x, w, bias))
+    close(ops.linear_grad_input(dy, w), reference.linear_grad_input(dy, w))
+    close(ops.linear_grad_weight(dy, x), reference.linear_grad_weight(dy, x))
+    close(ops.linear_grad_bias(dy), reference.linear_grad_bias(dy), SUMMED)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1), (50, 40, 7), (512, 300, 64)])
+def test_embedding(sizes):
+    T, V, H = sizes
+    rng = np.random.default_rng(V)
+    table, dy = Tensor(array(rng, V, H)), Tensor(array(rng, T, H))
+    first = 11
+    for dtype in (np.int32, np.int64):
+        ids = Tensor(rng.integers(0, V + 2 * first, T).astype(dtype))
+        close(ops.embedding(ids, table, first), reference.embedding(ids, table, first), 0.0)
+        got, want = (f.embedding_grad_table(dy, ids, V, first) for f in (ops, reference))
+        close(got, want, SUMMED)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (17, 33), (64, 1000), (8, 8192)])
+def test_vocabulary(sizes):
+    T, V = sizes
+    rng = np.random.default_rng(V)
+    logits, first = Tensor(5 * array(rng, T, V)), 3
+    target = Tensor(rng.integers(0, V + 2 * first, T).astype(np.int32))
+    statistics = reference.vocab_statistics(logits, target, first)
+    for got, want in zip(ops.vocab_statistics(logits, target, first), statistics):
+        close(got, want, SUMMED)
+    largest, sum_exp, _, _ = statistics
+    log_sum_exp, dloss = largest + ms.mint.log(sum_exp), Tensor(array(rng, T))
+    for smoothing in (0.0, 0.1):
+        arguments = (logits, log_sum_exp, target, first, dloss, 1.0 - smoothing, smoothing / V)
+        # softmax - onehot cancels where the target is likely: errors are relative to dloss, not to what is left.
+        floor = float(np.abs(dloss.asnumpy()).max())
+        close(ops.vocab_grad_logits(*arguments), reference.vocab_grad_logits(*arguments), floor=floor)
+
+
+def test_non_contiguous_inputs():
+    rng = np.random.default_rng(0)
+    x = Tensor(array(rng, 6, 4, 32)).transpose(1, 0, 2)
+    w, b = Tensor(array(rng, 32)), Tensor(array(rng, 32))
+    close(ops.layer_norm(x, w, b, 1e-5), reference.layer_norm(x, w, b, 1e-5))
+    close(ops.activation(x, b, "gelu"), reference.activation(x, b, "gelu"))
+    wide = Tensor(array(rng, 8, 64))[:, 16:48]
+    close(ops.linear(wide, Tensor(array(rng, 5, 32)), None), reference.linear(wide, Tensor(array(rng, 5, 32)), None), 9)
+    m = Tensor(array(rng, 5, 32))
+    close(ops.linear(wide, m, None), reference.linear(wide, m, None))
+
+
+def test_other_dtypes_use_the_reference():
+    rng = np.random.default_rng(0)
+    x, w = Tensor(array(rng, 4, 8).astype(np.float16)), Tensor(array(rng, 8))
+    got = ops.rms_norm(x, w, 1e-5)
+    assert got.dtype == ms.float16
+    close(got, reference.rms_norm(x, w, 1e-5), 0.0)
+
+
+@pytest.mark.parametrize("n", [1, 4097, 200_001])
+def test_flat_buffers(n):
+    rng = np.random.default_rng(n)
+    flat = array(rng, n)
+    exact = float((flat.astype(np.float64) ** 2).sum())
+    assert abs(ops.sum_of_squares(flat) / exact - 1) < 1e-6
+    state = [array(rng, n), array(rng, n), array(rng, n), np.abs(array(rng, n))]
+    got, want = ([a.copy() for a in state] for _ in range(2))
+    for step in (1, 2, 10):
+        options = {"step": step, "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.7}
+        ops.adam_(*got, **options)
+        reference.adam_(*want, **options)
+    for g, w in zip(got, want):
+        np.testing.assert_allclose(g, w, rtol=2e-6, atol=1e-7)
