@@ -122,13 +122,19 @@ def _report(problems: Sequence[str]) -> str:
 
 
 def _merge(levels: Sequence[Iterable[Given]], user: UserArguments, problems: list[str]) -> dict[str, Given]:
-    """Return one typed value per name; two different ones on the same level are a violation."""
+    """Return one typed value per name; two different ones on the same level are a violation.
+
+    A value of None (`null`, or the word None on the command line) takes back what an earlier level gave.
+    """
     merged: dict[str, Given] = {}
     for level in levels:
         here: dict[str, Given] = {}
         for entry in level:
             typed = _typed(entry, user, problems)
-            if typed is None or typed.value is None:
+            if typed is None:
+                continue
+            if typed.value is None:
+                merged.pop(typed.name, None)
                 continue
             before = here.get(typed.name)
             if before is not None and before.value != typed.value:

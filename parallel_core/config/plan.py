@@ -1,0 +1,233 @@
+"""What a layout costs, before anything starts: parameters, memory per rank, FLOPs. Closed formulas, no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel_core.config.schema import AllConfig, TransformerConfig
+from parallel_core.mesh import Mesh
+from parallel_core.pipeline.layout import StageLayout, stage_layout
+from parallel_core.pipeline.schedule import bubble_share
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters of one rank at a pipeline stage, in elements."""
+
+    layers: int
+    embedding: int
+    head: int
+    tied_copy: int
+    """The output layer's copy of a tied embedding; it exists on the last stage when the first is another one."""
+
+    @property
+    def total(self) -> int:
+        """All parameters the rank holds."""
+        return self.layers + self.embedding + self.head + self.tied_copy
+
+
+def layer_parameters(model: TransformerConfig, tp: int = 1) -> int:
+    """Return the parameters that one rank holds of one transformer layer, tensor parallel `tp` ways."""
+    h, head = model.hidden_size, model.kv_channels
+    norm = h * (2 if model.normalization == "LayerNorm" else 1)
+    query = model.num_attention_heads * head
+    qkv = query + 2 * model.num_query_groups * head
+    ffn = model.ffn_hidden_size
+    up = ffn * (2 if model.is_gated else 1)
+    count = norm * (4 if model.use_sandwich_norm else 2)
+    count += (qkv * h + query * h + up * h + ffn * h) // tp
+    count += (qkv // tp if model.qkv_has_bias else 0) + (h if model.out_proj_has_bias else 0)
+    count += (up // tp + h) if model.add_bias_linear else 0
+    if model.qk_layernorm:
+        count += 2 * head * (2 if model.normalization == "LayerNorm" else 1)
+    return count
+
+
+def model_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
+    """Return the parameters of the whole model, a tied embedding counted once."""
+    table = model.vocab_size * model.hidden_size
+    positions = model.max_position_embeddings * model.hidden_size
+    count = table + (positions if model.position_embedding_type == "learned_absolute" else 0)
+    count += model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    count += table if model.untie_embeddings_and_output_weights else 0
+    return count + (model.num_layers - num_noop) * layer_parameters(model)
+
+
+def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> StageParameters:
+    """Return the parameters of each rank at pipeline rank `pp_rank`."""
+    model, tp = config.model_config, config.parallel_config.tensor_model_parallel_size
+    noop = set(config.parallel_config.noop_layers)
+    layers = sum(layer not in noop for chunk in layout.layers[pp_rank] for layer in chunk)
+    table = model.vocab_size // tp * model.hidden_size
+    positions = model.max_position_embeddings * model.hidden_size
+    first, last = pp_rank == 0, pp_rank == layout.num_ranks - 1
+    embedding = table + (positions if model.position_embedding_type == "learned_absolute" else 0) if first else 0
+    head = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1) if last else 0
+    untied = model.untie_embeddings_and_output_weights
+    if last and untied:
+        head += table
+    tied_copy = table if last and not untied and not first else 0
+    return StageParameters(layers * layer_parameters(model, tp), embedding, head, tied_copy)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def rank_memory(config: AllConfig, layout: StageLayout, pp_rank: int, dp: int) -> Memory:
+    """Return the memory of each rank at pipeline rank `pp_rank`.
+
+    Weights in `params_dtype`; gradients in float32 where they are summed in it or the weights are float32; Adam keeps
+    two float32 moments, and a float32 copy of 16-bit weights; the distributed optimizer divides that by the data
+    parallel size. Activations as `layer_activations`, for the microbatches in flight.
+    """
+    model, training = config.model_config, config.training_config
+    count = stage_parameters(config, layout, pp_rank).total
+    width = BYTES[model.params_dtype]
+    wide_gradients = training.accumulate_allreduce_grads_in_fp32 or width == 4
+    optimizer = config.optimizer_config
+    moments = 8 if optimizer.optimizer_type == "adam" else 4 if optimizer.sgd_momentum else 0
+    states = count * (moments + (4 if width == 2 else 0))
+    if training.use_distributed_optimizer:
+        states = -(-states // dp)
+    return Memory(count * width, count * (4 if wide_gradients else 2), states, _activations(config, layout, pp_rank))
+
+
+def in_flight(config: AllConfig, pp_rank: int) -> int:
+    """Return how many (microbatch, chunk) activations a rank holds at most: its warm-up forwards and one more."""
+    parallel, number = config.parallel_config, config.dataset_config.micro_batch_num
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        return min(pp - pp_rank, number)
+    group = parallel.microbatch_group_size_per_virtual_pipeline_stage or pp
+    return min(2 * (pp - pp_rank - 1) + (chunks - 1) * group + 1, number * chunks)
+
+
+def layer_activations(config: AllConfig, recompute: str) -> int:
+    """Return the bytes that one layer keeps of one microbatch for backward.
+
+    With s, b, h, a: sequence, microbatch, width and heads; t: tensor parallel size; all in the compute type except
+    one-byte dropout masks. Kept are the inputs of the norms and of the projections, query, key and value, and of core
+    attention the scores before and after the softmax (a*s per token and head, gone with the fused kernel or selective
+    recomputation). Sequence parallelism divides what tensor parallelism leaves whole.
+
+    Source: Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    tp, width = parallel.tensor_model_parallel_size, BYTES[model.compute_dtype]
+    tokens = model.seq_length * config.dataset_config.batch_size
+    whole = tp if parallel.sequence_parallel else 1
+    if recompute == "full":
+        return tokens * model.hidden_size * width // whole
+    query = model.num_attention_heads * model.kv_channels
+    keys = 2 * model.num_query_groups * model.kv_channels
+    shared = 4 * model.hidden_size * width + (2 * model.hidden_size if model.hidden_dropout_rate else 0)
+    if model.use_sandwich_norm:
+        shared += 2 * model.hidden_size * width
+    split = (2 * query + keys + model.ffn_hidden_size * (3 if model.is_gated else 2)) * width
+    if not model.use_flash_attention and recompute != "selective":
+        scores = 2 * width + (width + 1 if model.attention_dropout_rate else 0)
+        split += model.num_attention_heads * model.seq_length * scores
+    return tokens * (shared // whole + split // tp)
+
+
+def _kept_by_chunk(config: AllConfig, layout: StageLayout, pp_rank: int, chunk: int) -> int:
+    """Return the bytes that one microbatch leaves in one chunk's layers."""
+    model, parallel = config.model_config, config.parallel_config
+    count = len(layout.layers[pp_rank][chunk])
+    plain, selective, full = (layer_activations(config, kind) for kind in ("none", "selective", "full"))
+    if parallel.recompute or parallel.select_recompute:
+        fully = min(count, parallel.recompute[pp_rank][chunk]) if parallel.recompute else 0
+        partly = min(count, parallel.select_recompute[pp_rank][chunk]) if parallel.select_recompute else 0
+        return fully * full + max(0, partly - fully) * selective + (count - max(fully, partly)) * plain
+    if model.recompute_granularity == "selective":
+        return count * selective
+    if model.recompute_granularity == "full" and model.recompute_method == "uniform":
+        return -(-count // model.recompute_num_layers) * full
+    if model.recompute_granularity == "full":
+        fully = min(count, model.recompute_num_layers)
+        return fully * full + (count - fully) * plain
+    return count * plain
+
+
+def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
+    model, data = config.model_config, config.dataset_config
+    chunks = [_kept_by_chunk(config, layout, pp_rank, chunk) for chunk in range(layout.num_chunks)]
+    held = in_flight(config, pp_rank)
+    kept = sum(chunks) * held // layout.num_chunks
+    if model.recompute_granularity == "full" or config.parallel_config.recompute:
+        segment = max(1, model.recompute_num_layers) if model.recompute_method == "uniform" else 1
+        kept += segment * layer_activations(config, "none")  # The segment that backward is computing again.
+    if pp_rank == layout.num_ranks - 1:
+        tp = config.parallel_config.tensor_model_parallel_size
+        kept += model.seq_length * data.batch_size * model.vocab_size // tp * 4  # float32 logits of one microbatch.
+    return kept
+
+
+def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
+    """Return the floating point operations of a training step over `batch_size` samples, forward and backward.
+
+    Source: Megatron-LM core 0.12 `num_floating_point_operations` (causal attention counted half).
+    """
+    model = config.model_config
+    h, seq = model.hidden_size, model.seq_length
+    layers = model.num_layers - len(config.parallel_config.noop_layers)
+    ratio = model.kv_channels * model.num_attention_heads / h
+    gate = 1.5 if model.is_gated else 1.0
+    mlp = 12 * layers * h * model.ffn_hidden_size * gate
+    attention = 12 * layers * h * h * (1 + model.num_query_groups / model.num_attention_heads + seq / h / 2) * ratio
+    return round(batch_size * seq * (mlp + attention + 6 * h * model.vocab_size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout on so many ranks, with its costs."""
+
+    config: AllConfig
+    mesh: Mesh
+    layout: StageLayout
+    bubble: float
+    """Ideal share of a step that ranks idle."""
+    memory: tuple[Memory, ...]
+    """Per pipeline rank."""
+    parameters: tuple[StageParameters, ...]
+    """Per pipeline rank."""
+
+
+def make_plan(config: AllConfig, world_size: int) -> Plan:
+    """Return the plan of `config` on `world_size` ranks.
+
+    Raises:
+        ConfigError: The world size or the layers do not fit the layout.
+    """
+    parallel = config.parallel_config
+    mesh = Mesh.megatron(
+        world_size,
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        context_parallel=parallel.context_parallel_size,
+        pipeline_parallel=parallel.pipeline_model_parallel_size,
+    )
+    layout = stage_layout(config.model_config.num_layers, parallel)
+    stages = range(layout.num_ranks)
+    bubble = bubble_share(layout.num_ranks, layout.num_chunks, config.dataset_config.micro_batch_num)
+    return Plan(
+        config,
+        mesh,
+        layout,
+        bubble,
+        tuple(rank_memory(config, layout, stage, mesh.size("dp")) for stage in stages),
+        tuple(stage_parameters(config, layout, stage) for stage in stages),
+    )
