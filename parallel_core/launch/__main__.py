@@ -43,13 +43,15 @@ def _launch(arguments: list[str]) -> int:
     if not command or command[0].startswith("-"):
         raise ConfigError(_USAGE)
     num_ranks = integer(os.environ, "NPROC", 0)
-    layout, log_dir = "", DEFAULT_LOG_DIR
+    layout, log_dir, timeout_minutes = "", DEFAULT_LOG_DIR, 10.0
     if not plain:
         num_ranks, config = check_configuration(list(command[1:]), num_ranks)
         layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
+        timeout_minutes = config.parallel_config.distributed_timeout_minutes
     elif not num_ranks:
         raise ConfigError("NPROC is not set; with --plain it says how many ranks to start")
-    spec = plan_job(command, num_ranks, Path(os.environ.get("LOG_DIR") or log_dir), os.environ)
+    log_path = Path(os.environ.get("LOG_DIR") or log_dir)
+    spec = plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
     with _log_dir_claimed(spec.log_dir):
         prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)
         ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{layout and f' ({layout})'}"

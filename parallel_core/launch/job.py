@@ -103,6 +103,7 @@ class Job:
         self._failures: dict[int | str, RankFailure] = {}
         self._stop_signal: int | None = None
         self._stopping = False
+        self._ended_well: list[int] = []
 
     def run(self) -> int:
         """Run the job to its end and return the exit status: 0, that of the first failing rank, or 128 + signal."""
@@ -203,6 +204,8 @@ class Job:
     def _note_end(self, role: int | str, status: int) -> None:
         self._statuses[role] = status
         reported = isinstance(role, int) and self._read_report(role)
+        if status == 0 and isinstance(role, int) and not self._stopping:
+            self._ended_well.append(role)
         if status != 0 and not reported:
             self._note_failure(RankFailure(role, time.time(), status))
 
@@ -260,9 +263,10 @@ class Job:
             self._say(f"stopped by {signal.Signals(self._stop_signal).name}; logs: {spec.log_dir}/worker_*.log")
             return 128 + self._stop_signal
         if self._failures:
-            first = first_failure(list(self._failures.values()))
-            print(describe_failures(spec.log_dir, spec.num_ranks, first, self._failures), file=self._err, flush=True)
-            return first.job_status()
+            failures = list(self._failures.values())
+            text = describe_failures(spec.log_dir, spec.num_ranks, failures, self._ended_well)
+            print(text, file=self._err, flush=True)
+            return first_failure(failures).job_status()
         self._say(f"{spec.num_ranks} ranks ended well; logs: {spec.log_dir}/worker_*.log")
         return 0
 

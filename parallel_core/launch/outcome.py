@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,12 @@ from parallel_core.launch.report import FailureReport
 
 _CONSEQUENCE_WINDOW_S = 1.0
 _MESSAGE_LIMIT = 160
+_HINTS = {
+    int(signal.SIGKILL): "; if nobody sent it, look for the out-of-memory killer in dmesg",
+    int(signal.SIGTERM): "; if nobody sent it, MindSpore did, because another rank had gone",
+}
+PEER_TIMEOUT_STATUS = 75
+"""Exit status of a rank whose communication took longer than the time limit (`comm.watchdog.EXIT_CODE`)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,16 @@ class RankFailure:
         """`rank 3`, `scheduler` or `msrun`."""
         return f"rank {self.role}" if isinstance(self.role, int) else self.role
 
+    @property
+    def is_consequence(self) -> bool:
+        """Whether it looks like the end of a rank that lost another one.
+
+        Besides an error that says so: MindSpore sends SIGTERM to the ranks that are left when one has gone.
+        """
+        if self.report is not None:
+            return self.report.peer_loss
+        return self.status in (-signal.SIGTERM, PEER_TIMEOUT_STATUS)
+
     def job_status(self) -> int:
         """Return the exit status for the whole job, never 0."""
         return 128 - self.status if self.status < 0 else self.status or 1
@@ -43,12 +59,13 @@ class RankFailure:
             number = -self.status
             known = number in set(signal.Signals)
             name = f" ({signal.Signals(number).name})" if known else ""
-            hint = "; if nobody sent it, look for the out-of-memory killer in dmesg" if number == signal.SIGKILL else ""
-            return f"killed by signal {number}{name}{hint}"
+            return f"killed by signal {number}{name}{_HINTS.get(number, '')}"
+        if self.status == PEER_TIMEOUT_STATUS:
+            return "gave up waiting for another rank"
         return f"ended with status {self.status}, without an error of its own"
 
 
-def first_failure(failures: list[RankFailure]) -> RankFailure:
+def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
     """Return the failure the others follow from: the earliest.
 
     An error that reads like the loss of a peer gives way to another kind of failure noticed shortly after it, because
@@ -56,18 +73,23 @@ def first_failure(failures: list[RankFailure]) -> RankFailure:
     """
     in_order = sorted(failures, key=lambda failure: failure.time)
     first = in_order[0]
-    if first.report is not None and first.report.peer_loss:
+    if first.is_consequence:
         for other in in_order[1:]:
-            is_consequence = other.report is not None and other.report.peer_loss
-            if not is_consequence and other.time - first.time < _CONSEQUENCE_WINDOW_S:
+            if not other.is_consequence and other.time - first.time < _CONSEQUENCE_WINDOW_S:
                 return other
     return first
 
 
-def describe_failures(
-    log_dir: Path, num_ranks: int, first: RankFailure, failures: Mapping[int | str, RankFailure]
-) -> str:
-    """Return the text the console ends with: the first failure in full, the others in a line each."""
+def describe_failures(log_dir: Path, num_ranks: int, failures: Sequence[RankFailure], ended_well: Sequence[int]) -> str:
+    """Return the text the console ends with: the first failure in full, the others in a line each.
+
+    Args:
+        log_dir: where the ranks log.
+        num_ranks: ranks of the job.
+        failures: one or more.
+        ended_well: the ranks that had ended with status 0 before.
+    """
+    first = first_failure(failures)
     lines = [f"ERROR - {first.name} failed first, of {num_ranks} ranks: {first.summary()}"]
     if first.report is not None and (first.report.traceback or "\n" in first.report.message):
         lines += _indented(first.report.text().splitlines())
@@ -75,7 +97,9 @@ def describe_failures(
         log = log_dir / (f"worker_{first.role}.log" if isinstance(first.role, int) else f"{first.role}.log")
         tail = last_lines(log)
         lines += [f"  the last lines of {log}:", *_indented(tail)] if tail else [f"  {log} is empty"]
-    lines += [f"  {other.name} then: {other.summary()}" for other in failures.values() if other is not first]
+    lines += [f"  {other.name} then: {other.summary()}" for other in failures if other is not first]
+    if ended_well:
+        lines.append(f"  ended before that, with status 0: ranks {', '.join(map(str, ended_well))}")
     lines.append(f"  All ranks were stopped. Logs: {log_dir}/worker_*.log")
     return "\n".join(lines)
 

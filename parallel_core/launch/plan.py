@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import glob
 import importlib.util
+import math
 import os
 import random
 import shutil
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from parallel_core.errors import ConfigError
@@ -21,6 +23,7 @@ _PORTS = range(10000, 32000)
 """Below Linux's range for outgoing connections (32768 up), so that none of those takes the port in between."""
 _OLD_LOGS = ("worker_*.log", "error_rank_*.json", "scheduler.log", "msrun.log", "metrics.jsonl")
 _PER_RANK_LOGS = (("worker", "log"), ("error_rank", "json"))
+_COMM_TIMEOUT_MARGIN_S = 60
 _ASCEND_DEFAULTS = {"HCCL_BUFFSIZE": "200", "HCCL_EXEC_TIMEOUT": "600"}
 
 
@@ -147,27 +150,46 @@ def prepare_log_dir(log_dir: Path, own_ranks: range | None = None) -> None:
         raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
 
 
-def rank_environment(environment: Mapping[str, str], target: str, local_ranks: int, log_dir: Path) -> dict[str, str]:
-    """Return the variables the ranks get on top of `environment`; what the user has set stays."""
-    cores = len(os.sched_getaffinity(0))
+def rank_environment(spec: JobSpec, environment: Mapping[str, str], comm_timeout_s: float) -> dict[str, str]:
+    """Return the variables the ranks of `spec` get on top of `environment`; what the user has set stays."""
+    cores, local_ranks = len(os.sched_getaffinity(0)), len(spec.local_ranks)
+    target = device_target(environment)
     defaults = {
         # One thread per rank and core: more only makes the ranks of one machine wait for each other.
         "OMP_NUM_THREADS": str(max(1, cores // local_ranks)),
         "GLOG_v": "3",
-        **(_ascend_defaults(local_ranks) if target == "Ascend" else {}),
     }
+    if target == "Ascend":
+        defaults |= _ASCEND_DEFAULTS
+        defaults["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, range(local_ranks)))
+    else:
+        # MindSpore's own limit of 30 s would end every rank that waits for a slow one; the package's limit names the
+        # operation, so it comes first.
+        defaults["MS_CPU_COMM_OP_TIMEOUT"] = str(math.ceil(comm_timeout_s) + _COMM_TIMEOUT_MARGIN_S)
+    if spec.num_nodes == 1:
+        # Seconds between attempts to reach the scheduler (3 to 5 by default, to spare it in large clusters).
+        defaults |= {"MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
     chosen = {name: value for name, value in defaults.items() if not environment.get(name)}
-    return {**chosen, "PYTHONUNBUFFERED": "1", "DEVICE_TARGET": target, "LOG_DIR": str(log_dir.resolve())}
+    return {**chosen, "PYTHONUNBUFFERED": "1", "DEVICE_TARGET": target, "LOG_DIR": str(spec.log_dir.resolve())}
 
 
-def _ascend_defaults(local_ranks: int) -> dict[str, str]:
-    return {**_ASCEND_DEFAULTS, "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, range(local_ranks)))}
-
-
-def plan_job(command: tuple[str, ...], num_ranks: int, log_dir: Path, environment: Mapping[str, str]) -> JobSpec:
+def plan_job(
+    command: tuple[str, ...],
+    num_ranks: int,
+    log_dir: Path,
+    environment: Mapping[str, str],
+    comm_timeout_s: float = 600.0,
+) -> JobSpec:
     """Return the job that runs `command` on `num_ranks` ranks and logs to `log_dir`; the rest is in `environment`.
 
     Nothing is started and no file is touched.
+
+    Args:
+        command: the script and its arguments.
+        num_ranks: ranks on all nodes together.
+        log_dir: where the ranks log.
+        environment: the variables that `pretrain_gpt.sh` documents.
+        comm_timeout_s: how long the ranks wait for each other in one operation.
 
     Raises:
         ConfigError: if a variable is wrong, the port is in use, or MindSpore is not installed.
@@ -186,8 +208,7 @@ def plan_job(command: tuple[str, ...], num_ranks: int, log_dir: Path, environmen
         raise ConfigError(f"NODE_RANK={node_rank} does not exist with NNODES={num_nodes}; nodes count from 0")
     if num_nodes > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
         raise ConfigError(f"NNODES={num_nodes} needs MASTER_ADDR and MASTER_PORT, the same on every node")
-    local = num_ranks // num_nodes
-    return JobSpec(
+    spec = JobSpec(
         command=command,
         num_ranks=num_ranks,
         log_dir=log_dir,
@@ -195,7 +216,7 @@ def plan_job(command: tuple[str, ...], num_ranks: int, log_dir: Path, environmen
         master_addr=environment.get("MASTER_ADDR") or "127.0.0.1",
         num_nodes=num_nodes,
         node_rank=node_rank,
-        environment=rank_environment(environment, device_target(environment), local, log_dir),
         cluster_timeout_s=integer(environment, "CLUSTER_TIME_OUT", 300, example=300),
         stop_grace_s=seconds(environment, "STOP_GRACE_S", 5.0),
     )
+    return replace(spec, environment=rank_environment(spec, environment, comm_timeout_s))

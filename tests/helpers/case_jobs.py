@@ -20,8 +20,9 @@ from tests.helpers.rank_main import case_heading, read_records
 START_LIMIT_S = 300.0
 STRAGGLER_GRACE_S = 5.0
 """How long ranks may take to finish a case after one of them failed it."""
-MAX_JOBS = 10
-"""Jobs of one world size in a session; after so many broken ones the rest is not run."""
+_LIMITS = {"STOP_GRACE_S": "1", "MS_CPU_COMM_OP_TIMEOUT": "30"}
+MAX_BROKEN_JOBS = 10
+"""Broken jobs of one world size after which a session does not run the rest of that size."""
 
 
 class CaseFailed(Exception):
@@ -49,7 +50,7 @@ class Job:
         with (directory / "console.txt").open("wb") as console:
             process = subprocess.Popen(
                 [sys.executable, "-m", "parallel_core.launch", "--plain", str(script), str(plan)],
-                env=launcher_environment(directory / "logs", NPROC=str(world_size), STOP_GRACE_S="1"),
+                env=launcher_environment(directory / "logs", NPROC=str(world_size), **_LIMITS),
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -92,8 +93,8 @@ class CaseJobs:
         self._directory = directory
         self._selected: dict[int, list[Case]] = {}
         self._jobs: dict[int, Job] = {}
-        self._started: dict[int, int] = {}
-        self._last_break: dict[int, str] = {}
+        self.broken: dict[int, list[str]] = {}
+        """For each world size, the cases that broke a job."""
 
     def select(self, cases: list[Case]) -> None:
         """Say which cases the session will ask for, in order."""
@@ -121,7 +122,7 @@ class CaseJobs:
             raise CaseFailed(_describe(job, number, failed, unfinished))
         finally:
             if broke:
-                self._last_break[one.world_size] = f"{one.function}[{one.label}]"
+                self.broken.setdefault(one.world_size, []).append(f"{one.function}[{one.label}]")
                 self._jobs.pop(one.world_size).end()
             elif number == len(job.cases) - 1:
                 self._jobs.pop(one.world_size).end()
@@ -135,13 +136,11 @@ class CaseJobs:
     def _job_for(self, one: Case) -> Job:
         size = one.world_size
         if size not in self._jobs:
-            if self._started.get(size, 0) >= MAX_JOBS:
-                raise CaseFailed(
-                    f"not run: {MAX_JOBS} jobs of {size} ranks were broken, last by {self._last_break[size]}"
-                )
-            self._started[size] = self._started.get(size, 0) + 1
+            broken = self.broken.get(size, [])
+            if len(broken) >= MAX_BROKEN_JOBS:
+                raise CaseFailed(f"not run: {len(broken)} jobs of {size} ranks were broken, last by {broken[-1]}")
             todo = self._selected[size][self._selected[size].index(one) :]
-            directory = self._directory / f"{size}_ranks_{self._started[size]}"
+            directory = self._directory / f"{size}_ranks_{len(broken)}"
             self._jobs[size] = Job.start(size, todo, directory)
         return self._jobs[size]
 

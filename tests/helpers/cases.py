@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from tests.helpers.session import session_module
+
 CaseFunction = Callable[..., None]
 
 
@@ -121,10 +123,6 @@ def cases_of(path: Path) -> list[Case]:
 
 def run_case(one: Case, context: CaseContext) -> None:
     """Run a case as this rank, from freshly seeded generators."""
-    import mindspore as ms
-    import numpy as np
-
+    session_module().before_case()
     function = getattr(load_module(one.path), one.function)
-    np.random.seed(0)
-    ms.set_seed(0)
     function(context, **function.case_definition.variants[one.variant])

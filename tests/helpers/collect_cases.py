@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.case_jobs import CaseFailed, CaseJobs
 from tests.helpers.cases import Case, CaseContext, cases_of, run_case
+from tests.helpers.session import session_module
 
 JOBS = pytest.StashKey[CaseJobs]()
 
@@ -36,9 +37,7 @@ class CaseItem(pytest.Item):
         if self.case.world_size > 1:
             self.config.stash[JOBS].run(self.case)
             return
-        from tests.helpers.session import set_up
-
-        set_up(0, 1)
+        session_module().set_up(0, 1)
         directory = self.config.stash[SCRATCH] / f"one_rank_{time.monotonic_ns()}"
         directory.mkdir(parents=True)
         run_case(self.case, CaseContext(0, 1, directory))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPO))
 
 from parallel_core.launch.report import is_peer_loss  # noqa: E402
 from tests.helpers.cases import Case, CaseContext, run_case  # noqa: E402
-from tests.helpers.session import set_up, set_up_scheduler  # noqa: E402
+from tests.helpers.session import session_module  # noqa: E402
 
 
 class Records:
@@ -70,7 +70,7 @@ def may_go_on(outcomes: list[dict]) -> bool:
 
 def main() -> None:
     if os.environ["MS_ROLE"] == "MS_SCHED":
-        set_up_scheduler()
+        session_module().set_up_scheduler()
         return
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     directory = Path(plan["directory"])
@@ -79,7 +79,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     records = Records(directory, rank, world_size)
     records.write(case=-1, event="start")
-    set_up(rank, world_size)
+    session_module().set_up(rank, world_size)
     for number, (path, function, variant) in enumerate(plan["cases"]):
         records.write(case=number, event="start")
         print(f"{case_heading(number)} {function}", flush=True)

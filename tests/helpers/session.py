@@ -1,6 +1,18 @@
-"""What every multi-rank job does once, before its cases run."""
+"""What every multi-rank job does once, before its cases run, and what it does before each of them.
+
+The module named by the environment variable RANK_SESSION takes this one's place.
+"""
 
 from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+
+def session_module() -> ModuleType:
+    """Return the module whose `set_up`, `set_up_scheduler` and `before_case` are in force."""
+    return importlib.import_module(os.environ.get("RANK_SESSION") or __name__)
 
 
 def set_up(rank: int, world_size: int) -> None:
@@ -24,3 +36,12 @@ def set_up_scheduler() -> None:
 
     ms.set_context(device_target="CPU")
     init()
+
+
+def before_case() -> None:
+    """Seed every generator, so that a case does not depend on those before it."""
+    import mindspore as ms
+    import numpy as np
+
+    np.random.seed(0)
+    ms.set_seed(0)
