@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrain a GPT: pretrain_gpt.sh [--config FILE] [--megatron-flag value ...]
 #
-# Without --config it trains configs/gpt_tiny.yaml. Environment, all optional:
+# Without --config it trains configs/gpt_tiny.yaml. The flags: python -m parallel_core.config explain --help
+# Environment, all optional:
 #   NPROC          ranks (default: what the layout needs)
 #   MASTER_PORT    port of msrun's scheduler (default: a free one)
 #   LOG_DIR        where worker_R.log and metrics.jsonl go (default: msrun_log)
@@ -12,7 +13,9 @@
 #   Several nodes: NNODES, NODE_RANK, MASTER_ADDR
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+directory="${BASH_SOURCE[0]%/*}"
+[[ "$directory" == "${BASH_SOURCE[0]}" ]] && directory=.
+here="$(cd "$directory" && pwd)"
 python="${PYTHON:-$(command -v python || command -v python3 || true)}"
 if [[ -z "$python" ]]; then
     echo "no python or python3 on PATH; activate the environment parallel_core is installed in" >&2
@@ -21,7 +24,15 @@ fi
 
 config=(--config "$here/configs/gpt_tiny.yaml")
 for argument in "$@"; do
-    case "$argument" in --config | --config=*) config=() ;; esac
+    case "$argument" in
+        --config | --config=* | --yaml-cfg | --yaml-cfg=*) config=() ;;
+        -h | --help)
+            while IFS= read -r line && [[ "$line" != "set -"* ]]; do
+                [[ "$line" == "# "* ]] && printf '%s\n' "${line#\# }"
+            done < "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+    esac
 done
 
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,85 +1,30 @@
-"""`python -m parallel_core.launch [--plain] SCRIPT args…`: run a script on the ranks its configuration needs.
+"""`python -m parallel_core.launch [--plain] SCRIPT args...`: run a script on the ranks its configuration needs.
 
-The arguments after the script are a training configuration (`--config FILE --megatron-flag value …`), which is
+The arguments after the script are a training configuration (`--config FILE --megatron-flag value ...`), which is
 checked here, before any process exists. With `--plain` they are passed on unread, and `NPROC` must be set.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import signal
+import importlib.util
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-from parallel_core.errors import ConfigError
-from parallel_core.launch.job import Job
-from parallel_core.launch.layout import check_configuration, describe_layout
-from parallel_core.launch.plan import DEFAULT_LOG_DIR, integer, plan_job, prepare_log_dir
-from parallel_core.launch.report import CONFIG_ERROR_STATUS
-
-_USAGE = "usage: python -m parallel_core.launch [--plain] SCRIPT [--config FILE] [--megatron-flag value ...]"
+_NEEDED = {"mindspore": "mindspore", "numpy": "numpy", "yaml": "pyyaml", "sentencepiece": "sentencepiece"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the launcher and return its exit status: 0, 2 for a wrong configuration, or that of the job."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _launch(arguments)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return CONFIG_ERROR_STATUS
-    except BrokenPipeError:
-        # Nobody reads the console any more (`| head`); the job has been ended, and so must be what is left to print.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+def _main() -> int:
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(
+            f"{sys.executable} has no {', no '.join(missing)}; activate the environment parallel_core is installed in, "
+            "or run `pip install -e .` in this one",
+            file=sys.stderr,
+        )
+        return 2
+    from parallel_core.launch.cli import main
 
-
-def _launch(arguments: list[str]) -> int:
-    plain = arguments[:1] == ["--plain"]
-    command = tuple(arguments[1:] if plain else arguments)
-    if not command or command[0].startswith("-"):
-        raise ConfigError(_USAGE)
-    num_ranks = integer(os.environ, "NPROC", 0)
-    layout, log_dir, timeout_minutes = "", DEFAULT_LOG_DIR, 10.0
-    if not plain:
-        num_ranks, config = check_configuration(list(command[1:]), num_ranks)
-        layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
-        timeout_minutes = config.parallel_config.distributed_timeout_minutes
-    elif not num_ranks:
-        raise ConfigError("NPROC is not set; with --plain it says how many ranks to start")
-    log_path = Path(os.environ.get("LOG_DIR") or log_dir)
-    spec = plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
-    with _log_dir_claimed(spec.log_dir):
-        prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)
-        ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{layout and f' ({layout})'}"
-        target = spec.environment["DEVICE_TARGET"]
-        print(f"INFO - starting {ranks} on {target}; logs: {spec.log_dir}/worker_*.log", flush=True)
-        return Job(spec).run()
-
-
-@contextmanager
-def _log_dir_claimed(log_dir: Path) -> Iterator[None]:
-    """Hold `log_dir` for this run, so that a second run cannot remove the logs under the first."""
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(log_dir, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ConfigError(
-            f"LOG_DIR={log_dir} belongs to a run that is still going; give this one another LOG_DIR"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+    return main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import glob
-import importlib.util
 import math
 import os
 import random
 import shutil
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -192,12 +190,8 @@ def plan_job(
         comm_timeout_s: how long the ranks wait for each other in one operation.
 
     Raises:
-        ConfigError: if a variable is wrong, the port is in use, or MindSpore is not installed.
+        ConfigError: if a variable is wrong, the port is in use, or the script does not exist.
     """
-    if importlib.util.find_spec("mindspore") is None:
-        raise ConfigError(
-            f"{sys.executable} has no MindSpore; run `pip install -e .` in this Python, or activate another"
-        )
     if not Path(command[0]).is_file():
         raise ConfigError(f"{command[0]} does not exist; give the path of a training script")
     num_nodes = integer(environment, "NNODES", 1)

@@ -1,6 +1,7 @@
 """Entry point of one rank: `python -m parallel_core.launch.rank SCRIPT args…`, started by the launcher through msrun.
 
-Ties the process to the launcher before anything else is imported, then runs the script as `__main__`.
+Ties the process to the launcher before anything else is imported, then runs the script as `__main__`. msrun starts
+the scheduler by the same command: it serves the ranks here, and the script never sees it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ LAUNCHER_VARIABLE = "PARALLEL_CORE_LAUNCHER_PID"
 
 
 def main() -> None:
-    """Run the script named by the first argument with the arguments after it."""
+    """Run the script named by the first argument with the arguments after it, or serve as the scheduler."""
     die_with(int(os.environ[LAUNCHER_VARIABLE]))
+    if os.environ["MS_ROLE"] == "MS_SCHED":
+        _serve_ranks()
+        return
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     run_as_rank(lambda: runpy.run_path(script, run_name="__main__"))
+
+
+def _serve_ranks() -> None:
+    """Be the scheduler until the ranks have ended."""
+    from mindspore.communication import init
+
+    init("mccl")
 
 
 if __name__ == "__main__":

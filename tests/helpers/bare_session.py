@@ -7,9 +7,5 @@ def set_up(rank: int, world_size: int) -> None:
     """Do nothing."""
 
 
-def set_up_scheduler() -> None:
-    """Serve nobody."""
-
-
 def before_case() -> None:
     """Seed nothing."""

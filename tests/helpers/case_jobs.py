@@ -95,6 +95,8 @@ class CaseJobs:
         self._jobs: dict[int, Job] = {}
         self.broken: dict[int, list[str]] = {}
         """For each world size, the cases that broke a job."""
+        self.unable: dict[int, str] = {}
+        """For each world size whose job did not reach its first case, that case."""
 
     def select(self, cases: list[Case]) -> None:
         """Say which cases the session will ask for, in order."""
@@ -122,7 +124,10 @@ class CaseJobs:
             raise CaseFailed(_describe(job, number, failed, unfinished))
         finally:
             if broke:
-                self.broken.setdefault(one.world_size, []).append(f"{one.function}[{one.label}]")
+                name = f"{one.function}[{one.label}]"
+                self.broken.setdefault(one.world_size, []).append(name)
+                if not any(job.records(0).values()):
+                    self.unable[one.world_size] = name
                 self._jobs.pop(one.world_size).end()
             elif number == len(job.cases) - 1:
                 self._jobs.pop(one.world_size).end()
@@ -137,6 +142,8 @@ class CaseJobs:
         size = one.world_size
         if size not in self._jobs:
             broken = self.broken.get(size, [])
+            if size in self.unable:
+                raise CaseFailed(f"not run: no job of {size} ranks starts; see {self.unable[size]}")
             if len(broken) >= MAX_BROKEN_JOBS:
                 raise CaseFailed(f"not run: {len(broken)} jobs of {size} ranks were broken, last by {broken[-1]}")
             todo = self._selected[size][self._selected[size].index(one) :]

@@ -22,7 +22,8 @@ _FROM_OUTSIDE = ("NPROC", "MASTER_PORT", "LOG_DIR", "DEVICE_TARGET", "OMP_NUM_TH
 def launcher_environment(log_dir: Path, **variables: str) -> dict[str, str]:
     """Return an environment for the launcher that holds nothing of the caller's own job."""
     clean = {name: value for name, value in os.environ.items() if name not in _FROM_OUTSIDE}
-    return {**clean, "PYTHONPATH": str(REPO), "DEVICE_TARGET": "CPU", "LOG_DIR": str(log_dir), **variables}
+    path = os.pathsep.join(filter(None, [str(REPO), clean.get("PYTHONPATH")]))
+    return {**clean, "PYTHONPATH": path, "DEVICE_TARGET": "CPU", "LOG_DIR": str(log_dir), **variables}
 
 
 def start_launcher(log_dir: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:

@@ -69,9 +69,6 @@ def may_go_on(outcomes: list[dict]) -> bool:
 
 
 def main() -> None:
-    if os.environ["MS_ROLE"] == "MS_SCHED":
-        session_module().set_up_scheduler()
-        return
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     directory = Path(plan["directory"])
     rank, world_size = int(os.environ["RANK_ID"]), int(os.environ["MS_WORKER_NUM"])

@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def session_module() -> ModuleType:
-    """Return the module whose `set_up`, `set_up_scheduler` and `before_case` are in force."""
+    """Return the module whose `set_up` and `before_case` are in force."""
     return importlib.import_module(os.environ.get("RANK_SESSION") or __name__)
 
 
@@ -19,7 +19,7 @@ def set_up(rank: int, world_size: int) -> None:
     """Prepare this process as one rank of `world_size`; collective. With one rank nothing is initialised."""
     import mindspore as ms
 
-    # Every host sync of the asynchronous pipeline costs milliseconds on two cores (docs: MindSpore on CPU).
+    # Every host synchronisation of the asynchronous pipeline costs milliseconds on two cores.
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
     if world_size > 1:
         from parallel_core.comm.mindspore_comm import start_communication
@@ -27,15 +27,6 @@ def set_up(rank: int, world_size: int) -> None:
         started = start_communication()
         if started != (rank, world_size):
             raise RuntimeError(f"the backend says rank, size = {started}, the launcher {(rank, world_size)}")
-
-
-def set_up_scheduler() -> None:
-    """Serve the ranks of a job until they have ended."""
-    import mindspore as ms
-    from mindspore.communication import init
-
-    ms.set_context(device_target="CPU")
-    init()
 
 
 def before_case() -> None:

@@ -52,10 +52,11 @@ def test_g_variants(ctx, x): assert x == 1
 """
 
 
-def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     (directory / "conftest.py").write_text("from tests.conftest import *\n")
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "RANK_SESSION": "tests.helpers.bare_session"}
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(directory), *arguments]
+    path = f"{REPO}{os.pathsep}{directory}"
+    environment = {**os.environ, "PYTHONPATH": path, "RANK_SESSION": "tests.helpers.bare_session", **variables}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(directory)]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -128,6 +129,18 @@ def test_a_rank_out_of_step_ends_the_job_and_failing_alike_does_not():
     assert not may_go_on([passed, failed])
     assert not may_go_on([failed, {**failed, "kind": "ValueError"}])
     assert not may_go_on([{**failed, "peer_loss": True}] * 2)
+
+
+def test_a_job_that_does_not_start_is_tried_once(tmp_path):
+    (tmp_path / "cases_two.py").write_text(
+        "from tests.helpers.cases import case\n"
+        "@case(world_size=2)\ndef test_one(ctx): pass\n"
+        "@case(world_size=2)\ndef test_two(ctx): pass\n"
+    )
+    (tmp_path / "broken_session.py").write_text("def set_up(rank, size): 1 / 0\n")
+    report = run_pytest(tmp_path, RANK_SESSION="broken_session").stdout
+    assert "ZeroDivisionError: division by zero" in section(report, "test_one[2 ranks]")
+    assert "not run: no job of 2 ranks starts; see test_one[2 ranks]" in section(report, "test_two[2 ranks]")
 
 
 def test_after_many_broken_jobs_the_rest_is_not_run(tmp_path):

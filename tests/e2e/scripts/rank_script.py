@@ -47,14 +47,15 @@ def act(action: str, rank: int) -> None:
         time.sleep(600)
 
 
-def communicate(rank: int) -> None:
+def communicate() -> None:
     """Sum the ranks' numbers, so that the whole start-up of the backend is exercised."""
     import mindspore as ms
     from mindspore import mint
-    from mindspore.communication import get_group_size, init
+    from mindspore.communication import get_group_size, get_rank, init
 
     ms.set_context(device_target="CPU")
     init()
+    rank = get_rank()
     x = ms.Tensor([float(rank)])
     mint.distributed.all_reduce(x)
     if rank == get_group_size() - 1:
@@ -68,14 +69,10 @@ def main() -> None:
     for action in ACTIONS:
         parser.add_argument(f"--{action}", type=int, nargs="*", default=[])
     arguments = parser.parse_args()
-    if os.environ.get("MS_ROLE") == "MS_SCHED":
-        if arguments.communicate:
-            communicate(-1)
-        return
     rank = int(os.environ.get("RANK_ID", "0"))
     print(f"DEBUG - rank {rank} with {os.environ['OMP_NUM_THREADS']} threads", flush=True)
     if arguments.communicate:
-        communicate(rank)
+        communicate()
     for action in ACTIONS:
         if rank in getattr(arguments, action):
             act(action, rank)
