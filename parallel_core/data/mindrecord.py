@@ -5,8 +5,8 @@ The only module of this package that imports MindSpore, and only when a file is 
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -60,8 +60,9 @@ def indexed_to_mindrecord(
     dataset = IndexedDataset(path_prefix)
     if dataset.num_tokens < length:
         raise DataError(f"{path_prefix} has {dataset.num_tokens} tokens, not enough for one record of {length}.")
-    if os.path.exists(output):
-        raise DataError(f"{output} exists; remove it first, MindRecord files are not overwritten.")
+    existing = _files_of(output)
+    if existing:
+        raise DataError(f"{existing[0]} exists; remove it first, MindRecord files are not overwritten.")
     from mindspore.mindrecord import FileWriter
 
     writer = FileWriter(output, num_splits)
@@ -79,11 +80,18 @@ def indexed_to_mindrecord(
             writer.write_raw_data(rows)
         writer.commit()
     except BaseException:
-        for leftover in (output, output + ".db"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leftover)
+        for leftover in _files_of(output):
+            os.unlink(leftover)
         raise
     return num_records
+
+
+def _files_of(output: str) -> list[str]:
+    """Return the existing files MindSpore names after `output`: itself or with the split's number, and their `.db`."""
+    pattern = re.compile(re.escape(os.path.basename(output)) + r"\d*(\.db)?")
+    folder = os.path.dirname(output) or "."
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in names if pattern.fullmatch(name)]
 
 
 def _fixed_length(dataset: IndexedDataset, length: int) -> Iterator[np.ndarray]:
@@ -113,9 +121,12 @@ def read_mindrecord(files: Sequence[str], column: str = "input_ids") -> Iterator
         if not os.path.isfile(path + ".db"):
             raise DataError(f"{path} has no index file {path}.db beside it; MindRecord files come in pairs.")
         try:
-            reader = FileReader(path, columns=[column])
+            # a list, because a single name would make MindSpore read the sibling files of a split set as well
+            reader = FileReader([path], columns=[column])
         except (RuntimeError, ValueError, OSError) as error:
-            raise DataError(f"{path} cannot be read as a MindRecord with column {column!r}: {error}") from error
+            raise DataError(
+                f"{path} cannot be read as a MindRecord with column {column!r}: {_reason(error)}"
+            ) from error
         try:
             for record in reader.get_next():
                 ids = np.asarray(record[column]).reshape(-1)
@@ -124,6 +135,13 @@ def read_mindrecord(files: Sequence[str], column: str = "input_ids") -> Iterator
                 yield ids
         finally:
             reader.close()
+
+
+def _reason(error: Exception) -> str:
+    """Return MindSpore's own sentence out of its several lines of report."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    marked = [line.removeprefix("[ERROR]").strip() for line in lines if line.startswith("[ERROR]")]
+    return (marked or lines or [type(error).__name__])[0]
 
 
 def mindrecord_to_indexed(

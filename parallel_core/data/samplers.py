@@ -140,8 +140,8 @@ class MegatronPretrainingRandomSampler(_Sampler):
         while True:
             epoch, in_epoch = divmod(consumed, self.active_total_samples)
             indices = self._epoch(epoch, in_epoch)
-            # Megatron's ranks disagree about the end of an unsharded epoch that the ranks do not divide evenly; here all
-            # ranks end it together, after the samples that count as consumed
+            # Megatron's ranks disagree about the end of an unsharded epoch that they do not divide evenly; here all end
+            # it together, after the samples that count as consumed
             num_batches = (self.active_total_samples - in_epoch) // self.micro_batch_times_data_parallel_size
             for row in indices[: num_batches * self.micro_batch_size].reshape(-1, self.micro_batch_size):
                 consumed += self.micro_batch_times_data_parallel_size

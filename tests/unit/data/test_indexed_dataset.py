@@ -111,9 +111,9 @@ def test_nothing_appears_before_finalize(tmp_path):
 
 @pytest.mark.parametrize("value", [-1, 65536])
 def test_an_id_that_does_not_fit_is_refused_not_wrapped(tmp_path, value):
-    with IndexedDatasetBuilder(str(tmp_path / "x.bin"), np.uint16) as builder:
-        with pytest.raises(DataError, match=f"token id {value} does not fit uint16"):
-            builder.add_document([3, value], [2])
+    refusal = pytest.raises(DataError, match=f"token id {value} does not fit uint16")
+    with IndexedDatasetBuilder(str(tmp_path / "x.bin"), np.uint16) as builder, refusal:
+        builder.add_document([3, value], [2])
 
 
 def test_sequences_outside_documents_are_refused(tmp_path):
@@ -125,9 +125,9 @@ def test_sequences_outside_documents_are_refused(tmp_path):
 
 
 def test_lengths_that_do_not_add_up_are_refused(tmp_path):
-    with IndexedDatasetBuilder(str(tmp_path / "x.bin"), np.int32) as builder:
-        with pytest.raises(DataError, match="3 tokens cannot have sequences of lengths"):
-            builder.add_document([1, 2, 3], [2])
+    refusal = pytest.raises(DataError, match="3 tokens cannot have sequences of lengths")
+    with IndexedDatasetBuilder(str(tmp_path / "x.bin"), np.int32) as builder, refusal:
+        builder.add_document([1, 2, 3], [2])
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, "uint16"), (65500, "int32"), (None, "int32")])
