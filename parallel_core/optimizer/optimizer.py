@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter
 
-from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
@@ -80,8 +78,6 @@ class Optimizer:
         ddp: parameters and reduced gradients.
         config: optimizer type, its constants, clipping.
         traits: traits of a parameter.
-        norm_group: ranks over which the squared norms add up: one replica of the model, or with the distributed
-            optimizer the whole world.
         scaler: the loss scale that the gradients carry.
         check_for_nan: raise on a gradient that is not finite, unless the loss scale is dynamic.
     """
@@ -92,14 +88,13 @@ class Optimizer:
         config: OptimizerConfig,
         *,
         traits: Callable[[Parameter], Traits],
-        norm_group: Group,
         scaler: LossScaler,
         check_for_nan: bool = True,
     ) -> None:
         if config.optimizer_type not in STATE_OF:
             raise ConfigError(f"optimizer={config.optimizer_type!r} does not exist; use {' or '.join(STATE_OF)}")
         self.ddp, self.config, self.scaler, self.step_count = ddp, config, scaler, 0
-        self._norm_group, self._check_for_nan = norm_group, check_for_nan
+        self._check_for_nan = check_for_nan
         self.segments: list[Segment] = []
         self._masters: list[Flat | None] = []
         self.state: list[dict[str, Flat]] = []
@@ -148,24 +143,39 @@ class Optimizer:
             if masters is not None:
                 self._copy_parameters_to_masters(number)
 
-    def step(self, scheduler: OptimizerParamScheduler, gradient_factor: float = 1.0) -> StepResult:
+    def local_squares(self) -> float:
+        """Return this rank's share of the squared gradient norm, of gradients as they stand in the buffers.
+
+        Over all ranks of one replica of the model (with the distributed optimizer: of the world) the shares add up to
+        the square of the global norm; a share that is not finite shows an overflow.
+        """
+        return sum(
+            self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares()
+            for s in self.segments
+            if s.traits.counts
+        )
+
+    def step(
+        self, scheduler: OptimizerParamScheduler, squares: float, gradient_factor: float = 1.0
+    ) -> StepResult:
         """Make one update with reduced gradients, or none if they overflowed under a dynamic loss scale.
 
         Args:
             scheduler: learning rate and weight decay of this update.
+            squares: `local_squares` summed over the ranks.
             gradient_factor: factor of all gradients (1 / number of tokens for per-token losses).
 
         Raises:
             ParallelCoreError: if a gradient is not finite and that is checked; the parameters are named.
         """
         unscale = gradient_factor / self.scaler.scale
-        norm = self._global_norm() * unscale
+        norm = math.sqrt(squares) * unscale if squares >= 0 else math.nan
         overflow = not math.isfinite(norm)
-        if overflow and not isinstance(self.scaler, DynamicLossScaler) and self._check_for_nan:
-            self._raise_not_finite(norm)
         if overflow and isinstance(self.scaler, DynamicLossScaler):
             self.scaler.update(True)
             return StepResult(False, norm)
+        if overflow and self._check_for_nan:
+            self._raise_not_finite(norm)
         clip = self.config.clip_grad
         factor = unscale * min(1.0, clip / (norm + 1e-6)) if clip > 0 else unscale
         self.step_count += 1
@@ -219,16 +229,6 @@ class Optimizer:
                 buffer.start_gather(bucket)
         if not self.config.overlap_param_gather:
             self.ddp.finish_param_gather()
-
-    def _global_norm(self) -> float:
-        squares = sum(
-            self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares()
-            for s in self.segments
-            if s.traits.counts
-        )
-        if self._norm_group.size > 1:
-            squares = float(self._norm_group.all_reduce_(Tensor(np.array([squares], np.float32))).asnumpy()[0])
-        return math.sqrt(squares) if squares >= 0 else math.nan
 
     def _raise_not_finite(self, norm: float) -> None:
         names = [

@@ -119,30 +119,47 @@ class OptimizerParamScheduler:
         return self.shape.weight_decay(self.num_samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the definition and the position."""
-        return {"shape": asdict(self.shape), "num_samples": self.num_samples}
+        """Return the definition and the position, under the keys of Megatron-LM's checkpoints."""
+        return {**{key: getattr(self.shape, field) for field, key in _STATE_KEYS.items()}, "num_steps": self.num_samples}
 
     def load_state_dict(self, state: dict[str, Any], *, use_checkpoint: bool = False, override: bool = False) -> None:
         """Take the position of a checkpoint.
 
         Args:
-            state: what `state_dict` returned.
-            use_checkpoint: take its definition too (--use-checkpoint-opt-param-scheduler).
+            state: what `state_dict` returned, or Megatron-LM's (which lacks some keys; those are not compared).
+            use_checkpoint: take its definition too (--use-checkpoint-opt_param-scheduler).
             override: keep this run's definition (--override-opt_param-scheduler).
 
         Raises:
             ConfigError: if neither is set and the definitions differ; every difference is named.
         """
-        saved = ScheduleShape(**state["shape"])
+        saved = {field: state[key] for field, key in _STATE_KEYS.items() if key in state}
+        here = asdict(self.shape)
+        different = [field for field, value in saved.items() if here[field] != value]
         if use_checkpoint:
-            self.shape = saved
-        elif not override:
-            here, there = asdict(self.shape), asdict(saved)
-            different = [f"{key}: checkpoint {there[key]!r}, this run {here[key]!r}" for key in here if here[key] != there[key]]
-            if different:
-                raise ConfigError(
-                    "the schedule differs from the checkpoint's:\n  " + "\n  ".join(different) + "\n"
-                    "use --override-opt_param-scheduler to take this run's, or --use-checkpoint-opt_param-scheduler "
-                    "to take the checkpoint's"
-                )
-        self.num_samples = int(state["num_samples"])
+            self.shape = ScheduleShape(**{**here, **saved})
+        elif different and not override:
+            lines = [f"  {_STATE_KEYS[f]}: checkpoint {saved[f]!r}, this run {here[f]!r}" for f in different]
+            raise ConfigError(
+                "the schedule differs from the checkpoint's:\n" + "\n".join(lines) + "\n"
+                "use --override-opt_param-scheduler to take this run's, or --use-checkpoint-opt_param-scheduler to "
+                "take the checkpoint's"
+            )
+        self.num_samples = int(state["num_steps"])
+
+
+_STATE_KEYS = {
+    "init_lr": "init_lr",
+    "max_lr": "max_lr",
+    "min_lr": "min_lr",
+    "warmup_samples": "lr_warmup_steps",
+    "decay_samples": "lr_decay_steps",
+    "lr_style": "lr_decay_style",
+    "wsd_samples": "wsd_decay_steps",
+    "wsd_style": "lr_wsd_decay_style",
+    "start_wd": "start_wd",
+    "end_wd": "end_wd",
+    "wd_samples": "wd_incr_steps",
+    "wd_style": "wd_incr_style",
+}
+"""Field of `ScheduleShape` -> its key in a checkpoint; Megatron-LM calls samples steps."""

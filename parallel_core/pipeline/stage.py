@@ -28,44 +28,61 @@ class PipelineStage:
     Args:
         model: the chunk; if it is not the first stage it has `set_input_tensor`.
         forward_step_func: Megatron's contract, see `ForwardStep`.
-        data: iterator of this chunk's microbatches, shared with nobody.
-        num_microbatches: microbatches of this rank in an iteration.
         is_first: this chunk reads no activation.
         is_last: this chunk's output goes to the loss function.
-        before_forward: called with the microbatch's number before each forward pass (random streams).
-        loss_scale: factor of the gradients.
         per_token_loss: see above.
-        forward_only: keep nothing for backward.
+        before_forward: called with the microbatch's number before each forward pass (random streams, parameters that
+            are still being gathered).
+        before_last_backward: called before the last backward pass of an iteration (gradient reduction).
     """
 
     def __init__(
         self,
         model: nn.Cell,
         forward_step_func: ForwardStep,
-        data: Iterator[Any],
         *,
-        num_microbatches: int,
         is_first: bool,
         is_last: bool,
-        before_forward: Callable[[int], None],
-        loss_scale: float = 1.0,
         per_token_loss: bool = False,
-        forward_only: bool = False,
-        before_last_backward: Callable[[], None] | None = None,
+        before_forward: Callable[[int], None] = lambda microbatch: None,
+        before_last_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        self._cell = _StageCell(model, forward_step_func, data, is_first, is_last, per_token_loss)
+        self._cell = _StageCell(model, forward_step_func, is_first, is_last, per_token_loss)
         self._parameters: Sequence[Parameter] = list(model.trainable_params())
-        self._forward_only, self._before_forward = forward_only, before_forward
-        self._before_last_backward = before_last_backward
+        self._before_forward, self._before_last_backward = before_forward, before_last_backward
+        self._per_token_loss, self._is_last = per_token_loss, is_last
         self._in_flight: dict[int, Tensor] = {}
-        self._is_last = is_last
-        factor = loss_scale if per_token_loss else loss_scale / num_microbatches
-        self._loss_gradient = Tensor(np.float32(factor))
+        self._forward_only = False
+        self._loss_gradient = Tensor(np.float32(1.0))
+
+    def start_iteration(
+        self,
+        data: Iterator[Any],
+        num_microbatches: int,
+        *,
+        loss_scale: float = 1.0,
+        forward_only: bool = False,
+        non_loss_data: bool = False,
+    ) -> None:
+        """Forget the last iteration.
+
+        Args:
+            data: this chunk's microbatches.
+            num_microbatches: how many of them this rank has in the iteration.
+            loss_scale: factor of the gradients.
+            forward_only: keep nothing for backward.
+            non_loss_data: call `loss_func(output, non_loss_data=True)` and keep what it returns as reports.
+        """
+        self._in_flight.clear()
+        self._cell.reports.clear()
+        self._cell.data, self._cell.non_loss_data = data, non_loss_data
+        self._forward_only = forward_only
         self._cell.set_grad(not forward_only)
+        self._loss_gradient = Tensor(np.float32(loss_scale if self._per_token_loss else loss_scale / num_microbatches))
 
     @property
-    def reports(self) -> list[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
-        """(number of tokens, {name: (sum, number)}) of every microbatch so far; on the last stage."""
+    def reports(self) -> list[Any]:
+        """On the last stage, of every microbatch so far: (number of tokens, {name: (sum, number)}), or its non-loss data."""
         return self._cell.reports
 
     def forward(self, microbatch: int, activation: Tensor | None) -> Tensor:
@@ -82,7 +99,7 @@ class PipelineStage:
 
     def backward(self, microbatch: int, grad_output: Tensor | None, is_last: bool) -> Tensor:
         """Return the gradient for the activation that `forward` was given."""
-        if is_last and self._before_last_backward is not None:
+        if is_last:
             self._before_last_backward()
         entry = self._in_flight.pop(microbatch)
         gradient = self._loss_gradient if self._is_last else grad_output
@@ -94,25 +111,24 @@ class _StageCell(nn.Cell):
     """forward_step_func and the loss as one Cell, whose only input is the previous stage's activation."""
 
     def __init__(
-        self,
-        model: nn.Cell,
-        forward_step_func: ForwardStep,
-        data: Iterator[Any],
-        is_first: bool,
-        is_last: bool,
-        per_token_loss: bool,
+        self, model: nn.Cell, forward_step_func: ForwardStep, is_first: bool, is_last: bool, per_token_loss: bool
     ) -> None:
         super().__init__(auto_prefix=False)
         self.model = model
-        self._forward_step_func, self._data = forward_step_func, data
+        self._forward_step_func = forward_step_func
         self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
-        self.reports: list[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]] = []
+        self.data: Iterator[Any] = iter(())
+        self.non_loss_data = False
+        self.reports: list[Any] = []
 
     def construct(self, entry: Tensor) -> Tensor:
         if not self._is_first:
             self.model.set_input_tensor(entry)
-        output, loss_func = self._forward_step_func(self._data, self.model)
+        output, loss_func = self._forward_step_func(self.data, self.model)
         if not self._is_last:
+            return output
+        if self.non_loss_data:
+            self.reports.append(loss_func(output, non_loss_data=True))
             return output
         loss_sum, num_tokens, report = _checked_loss(loss_func(output))
         self.reports.append((num_tokens, report))

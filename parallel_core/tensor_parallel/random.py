@@ -38,6 +38,10 @@ class RandomStreams:
         self._draws: Counter[str] = Counter()
         self.training = True
 
+    def set_seed(self, seed: int) -> None:
+        """Take another run's seed, when its checkpoint is loaded."""
+        self._seed = seed
+
     def start_microbatch(self, iteration: int, microbatch: int) -> None:
         """Enter the forward pass of a microbatch, counted over all data parallel ranks of the iteration."""
         self._iteration, self._microbatch = iteration, microbatch

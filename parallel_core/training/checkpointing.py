@@ -1,0 +1,300 @@
+"""Between a running model and a checkpoint: which rank holds which part of which tensor, and what else is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter
+
+import parallel_core
+from parallel_core.checkpoint import (
+    AsyncSaver,
+    Box,
+    CheckpointWriter,
+    TensorShard,
+    compare_model_config,
+    find_checkpoint,
+    load_shards,
+    open_checkpoint,
+    share_among_replicas,
+)
+from parallel_core.config.schema import AllConfig, TransformerConfig
+from parallel_core.context import ParallelContext
+from parallel_core.errors import CheckpointError, ParallelCoreError, bullet_list
+from parallel_core.optimizer.optimizer import STATE_OF
+from parallel_core.tensor_parallel.parameter import shard_of
+from parallel_core.training.step import TrainingStep
+
+Shards = dict[str, tuple[TensorShard, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        iteration: iterations completed.
+        consumed_train_samples: training samples seen by all ranks.
+        consumed_valid_samples: validation samples seen by all ranks.
+        data_order: what determined the order of the samples.
+    """
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    data_order: dict[str, Any] | None = None
+
+
+class Checkpointer:
+    """Saves and loads one run.
+
+    Args:
+        config: the run.
+        context: this rank's groups.
+        step: parameters, optimizer, schedule, loss scale.
+        say: prints on rank 0.
+    """
+
+    def __init__(
+        self, config: AllConfig, context: ParallelContext, step: TrainingStep, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._context, self._step, self._say = config, context, step, say
+        self._async = AsyncSaver()
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; collective. With async_save only the copy is made before this returns."""
+        training, context = self._config.training_config, self._context
+        self._step.ddp.finish_param_gather()
+        token = context.world.broadcast_object(f"{platform.node()}-{os.getpid()}")
+        writer = CheckpointWriter(
+            training.output_dir,
+            progress.iteration,
+            context.rank,
+            context.world.size,
+            ckpt_format=training.ckpt_format,
+            ckpt_prefix=training.prefix,
+            token="".join(c if c.isalnum() else "-" for c in str(token)),
+        )
+        self._async.wait()
+        self._everywhere(writer.begin if context.rank == 0 else _nothing)
+        shards = self._shards_to_save()
+        common = self._common(progress)
+        if training.async_save:
+            self._async.start(shards, lambda copies: self._write_alone(writer, copies, common))
+            self._say(f"Saving checkpoint {writer.final_path} in the background")
+            return
+        manifest = self._everywhere(lambda: writer.write_rank_file(shards))
+        manifests = context.world.all_gather_object(manifest)
+        keep = training.keep_checkpoint_max
+        self._everywhere((lambda: writer.commit(manifests, common, keep)) if context.rank == 0 else _nothing)
+        self._say(f"Saved checkpoint {writer.final_path}")
+
+    def finish(self) -> None:
+        """Wait for a save in the background; collective."""
+        self._everywhere(self._async.wait)
+
+    def _write_alone(self, writer: CheckpointWriter, shards: Shards, common: dict[str, Any]) -> None:
+        """Write without communication: rank 0 collects what the others wrote from the directory."""
+        manifest = writer.write_rank_file(shards)
+        if self._context.rank == 0:
+            timeout_s = self._config.parallel_config.distributed_timeout_minutes * 60
+            manifests = writer.collect_manifests(timeout_s) if self._context.world.size > 1 else [manifest]
+            writer.commit(manifests, common, self._config.training_config.keep_checkpoint_max)
+
+    def _everywhere(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on this rank; if it fails on any rank, raise that rank's error on all of them."""
+        result, failure = None, None
+        try:
+            result = action()
+        except ParallelCoreError as error:
+            failure = f"{error}"
+        failures = [text for text in self._context.world.all_gather_object(failure) if text]
+        if failures:
+            raise CheckpointError(failures[0])
+        return result
+
+    def _shards_to_save(self) -> Shards:
+        context, training = self._context, self._config.training_config
+        values: Shards = {}
+        for parameter in self._parameters():
+            spec = shard_of(parameter)
+            if spec.is_copy or (context.tp.rank and not spec.is_sharded):
+                continue
+            shard = tensor_shard(parameter)
+            values[spec.name] = (shard, parameter.asnumpy())
+        mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, context.dp.rank, context.dp.size)
+        out = {key: values[key] for key in mine}
+        if not training.no_save_optim:
+            out.update(self._state_to_save())
+        return out
+
+    def _state_to_save(self) -> Shards:
+        """Return masters and state: with the distributed optimizer this rank's own parts, else its share of all."""
+        context = self._context
+        specs = {shard_of(p).name: shard_of(p) for p in self._parameters()}
+        values = {
+            key: (shard, array)
+            for key, shard, array in self._state_parts()
+            if not specs[shard.name].is_copy and (context.tp.rank == 0 or specs[shard.name].is_sharded)
+        }
+        if self._config.training_config.use_distributed_optimizer:
+            return values
+        mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, context.dp.rank, context.dp.size)
+        return {key: values[key] for key in mine}
+
+    def _state_parts(self) -> list[tuple[str, TensorShard, np.ndarray]]:
+        optimizer, parts = self._step.optimizer, []
+        kinds = STATE_OF[self._config.optimizer_config.optimizer_type]
+        for parameter, segments in optimizer.segments_by_parameter():
+            whole = tensor_shard(parameter).with_dtype("float32")
+            for segment in segments:
+                length = segment.end - segment.start
+                shard = whole if length == parameter.size else whole.flat_range(segment.offset, segment.offset + length)
+                arrays = {kind: optimizer.state_part(segment, kind).numpy() for kind in kinds}
+                if parameter.dtype != ms.float32:
+                    arrays["master"] = optimizer.master(segment).numpy()
+                parts += [(f"{shard.name}@{kind}", shard, a.reshape(shard.local_shape)) for kind, a in arrays.items()]
+        return parts
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for buffer in self._step.ddp.buffers for parameter in buffer.parameters]
+
+    def _common(self, progress: Progress) -> dict[str, Any]:
+        step, training, mesh = self._step, self._config.training_config, self._context.mesh
+        common: dict[str, Any] = {
+            **asdict(progress),
+            "config": self._config.to_dict(),
+            "model_config": megatron_model_config(self._config),
+            "mesh": {
+                "tensor_model_parallel_size": mesh.size("tp"),
+                "pipeline_model_parallel_size": mesh.size("pp"),
+                "virtual_pipeline_model_parallel_size": self._config.parallel_config.virtual_pipeline_model_parallel_size,
+                "data_parallel_size": mesh.size("dp"),
+                "layers": step.model.layout.counts(),
+            },
+            "versions": {
+                "parallel_core": parallel_core.__version__,
+                "mindspore": ms.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            "loss_scaler": step.scaler.state_dict(),
+            "opt_param_scheduler": step.scheduler.state_dict(),
+        }
+        if not training.no_save_optim:
+            common["adam_step"] = step.optimizer.step_count
+        if not training.no_save_rng:
+            kind, keys, position, *_ = np.random.get_state()
+            numpy_state = [str(kind), np.asarray(keys).tolist(), int(position)]
+            common["rng"] = {"seed": training.seed, "numpy": numpy_state}
+        return common
+
+    # ---- loading ----------------------------------------------------------------------------------------------------
+    def load(self) -> Progress:
+        """Load `load_checkpoint` into this layout, and return where the run stands; collective.
+
+        Raises:
+            CheckpointError: if there is none, it is damaged, or it holds another model.
+        """
+        training, context = self._config.training_config, self._context
+        found = self._everywhere(self._find if context.rank == 0 else _nothing)
+        path = Path(context.world.broadcast_object(found))
+        source = self._everywhere(lambda: open_checkpoint(path))
+        self._everywhere(lambda: self._check_model(source.common, path))
+        weights_only = training.finetune or training.no_load_optim
+        wanted = {shard_of(p).name: tensor_shard(p) for p in self._parameters()}
+        state = [] if weights_only else self._state_parts()
+        wanted.update({key: shard for key, shard, _ in state})
+        bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
+        arrays, report = self._everywhere(lambda: load_shards(source, wanted, bfloat16=bfloat16))
+        for parameter in self._parameters():
+            np.copyto(parameter.asnumpy(), arrays[shard_of(parameter).name].reshape(parameter.shape))
+        for key, _, array in state:
+            array[...] = arrays[key]
+        if weights_only:
+            self._step.optimizer.reload_masters()
+        self._say(f"Loaded checkpoint {path} ({source.format}): {report.text()}")
+        return self._take_common(source.common, weights_only)
+
+    def _find(self) -> str:
+        training = self._config.training_config
+        step = training.ckpt_step or None
+        return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._say))
+
+    def _check_model(self, common: dict[str, Any], path: Path) -> None:
+        asked, saved = megatron_model_config(self._config), dict(common.get("model_config", {}))
+        for key in ("vocab_size", "padded_vocab_size"):  # padding depends on the layout; real rows are checked on load
+            asked.pop(key, None)
+            saved.pop(key, None)
+        both = [key for key in asked if saved.get(key) is not None]
+        differences = compare_model_config({key: saved[key] for key in both}, {key: asked[key] for key in both})
+        if differences:
+            raise CheckpointError(f"{path} holds another model:\n{bullet_list(differences, 20)}")
+
+    def _take_common(self, common: dict[str, Any], weights_only: bool) -> Progress:
+        training, step = self._config.training_config, self._step
+        if training.finetune:
+            return Progress()
+        if not weights_only:
+            step.optimizer.step_count = int(common.get("adam_step", common["iteration"]))
+            optimizer = self._config.optimizer_config
+            if common.get("opt_param_scheduler"):
+                step.scheduler.load_state_dict(
+                    common["opt_param_scheduler"],
+                    use_checkpoint=optimizer.use_checkpoint_opt_param_scheduler,
+                    override=optimizer.override_opt_param_scheduler,
+                )
+            if common.get("loss_scaler") and "growth_tracker" in common["loss_scaler"]:
+                step.scaler.load_state_dict(common["loss_scaler"])
+        else:
+            step.scheduler.num_samples = int(common.get("consumed_train_samples", 0))
+        rng = common.get("rng") or {}
+        if not training.no_load_rng and "seed" in rng:
+            step.model.streams.set_seed(int(rng["seed"]))
+            kind, keys, position = rng["numpy"]
+            np.random.set_state((kind, np.array(keys, np.uint32), position))
+        return Progress(
+            int(common["iteration"]),
+            int(common.get("consumed_train_samples", 0)),
+            int(common.get("consumed_valid_samples", 0)),
+            common.get("data_order"),
+        )
+
+
+def tensor_shard(parameter: Parameter) -> TensorShard:
+    """Return a parameter's place in its global tensor, in the checkpoint's terms."""
+    spec = shard_of(parameter)
+    boxes = tuple(
+        Box(tuple((s.start, s.stop) for s in local), tuple((s.start, s.stop) for s in globe))
+        for local, globe in spec.boxes()
+    )
+    return TensorShard(spec.name, spec.global_shape, str(parameter.dtype).lower(), spec.local_shape, boxes)
+
+
+def megatron_model_config(config: AllConfig) -> dict[str, Any]:
+    """Return the settings that decide what the tensors are, by Megatron's argument names."""
+    model: TransformerConfig = config.model_config
+    same = (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+        "max_position_embeddings position_embedding_type rotary_base rotary_percent rotary_interleaved normalization "
+        "norm_epsilon add_bias_linear qk_layernorm untie_embeddings_and_output_weights"
+    )
+    return {
+        **{key: getattr(model, key) for key in same.split()},
+        "padded_vocab_size": model.vocab_size,
+        "vocab_size": config.dataset_config.unpadded_vocab_size or None,
+        "swiglu": model.hidden_act == "swiglu",
+        "add_qkv_bias": model.qkv_has_bias,
+    }
+
+
+def _nothing() -> None:
+    """Do nothing: the other ranks' part of what rank 0 does alone."""

@@ -1,0 +1,148 @@
+"""What a run says: console lines, one JSON object per iteration and per evaluation.
+
+The launcher shows every line that begins with INFO, WARNING or ERROR of any rank; so each is printed by one rank only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, TextIO
+
+from parallel_core.context import ParallelContext
+from parallel_core.launch.report import LOG_DIR_VARIABLE
+from parallel_core.training.step import StepReport
+
+
+class RunLog:
+    """Prints for the ranks whose turn it is.
+
+    Rank 0 tells of start-up and checkpoints; the last pipeline stage's first rank tells of iterations and evaluations,
+    and writes `metrics.jsonl`.
+
+    Args:
+        context: this rank's groups.
+        log_dir: where `metrics.jsonl` goes without a launcher.
+        seq_length: tokens of a sample.
+    """
+
+    def __init__(self, context: ParallelContext, log_dir: str, seq_length: int) -> None:
+        self._tells_start = context.rank == 0
+        self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp.rank == 0
+        self._seq_length = seq_length
+        self._recent: deque[float] = deque(maxlen=20)
+        self._skipped = 0
+        self._metrics: TextIO | None = None
+        folder = Path(os.environ.get(LOG_DIR_VARIABLE) or log_dir)
+        if self._tells_steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def info(self, text: str) -> None:
+        """Print on rank 0."""
+        self._print("INFO", text, self._tells_start)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on rank 0."""
+        self._print("WARNING", text, self._tells_start)
+
+    def step(
+        self,
+        report: StepReport,
+        *,
+        iteration: int,
+        last_iteration: int,
+        epoch: int,
+        consumed_samples: int,
+        samples: int,
+        elapsed_s: float,
+        show: bool,
+    ) -> None:
+        """Write one iteration's metrics, and its line if it is to be shown."""
+        self._recent.append(elapsed_s)
+        self._skipped += report.skipped
+        if not self._tells_steps:
+            return
+        tokens_per_s = samples * self._seq_length / elapsed_s
+        loss = report.losses.get("lm loss", next(iter(report.losses.values()), float("nan")))
+        self._write(
+            {
+                "iteration": iteration,
+                "consumed_samples": consumed_samples,
+                "loss": loss,
+                "grad_norm": report.grad_norm,
+                "lr": report.lr,
+                "weight_decay": report.weight_decay,
+                "loss_scale": report.loss_scale,
+                "skipped": report.skipped,
+                "elapsed_ms": elapsed_s * 1e3,
+                "tokens_per_s": tokens_per_s,
+                **{name: value for name, value in report.losses.items() if name != "lm loss"},
+            }
+        )
+        if show:
+            left = (last_iteration - iteration) * sum(self._recent) / len(self._recent)
+            self._print(
+                "INFO",
+                f"Epoch: {epoch}, Step: {iteration}, Loss: {loss:.10f}, Time: {elapsed_s * 1e3:.2f} ms, "
+                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, Tokens/s: {tokens_per_s:.0f}, "
+                f"Loss scale: {report.loss_scale:g}, Skipped: {self._skipped}, Memory: {peak_memory_mb():.0f} MB, "
+                f"Progress: {iteration}/{last_iteration} ({100 * iteration / last_iteration:.0f}%), "
+                f"Left: {format_duration(left)}",
+                True,
+            )
+
+    def evaluation(self, split: str, iteration: int, losses: dict[str, float], perplexity: float) -> None:
+        """Write and print one evaluation."""
+        if not self._tells_steps:
+            return
+        for name, loss in losses.items():
+            self._write({"iteration": iteration, "split": split, "loss": loss, "ppl": perplexity, "name": name})
+            self._print(
+                "INFO", f"Evaluation: {split}, Step: {iteration}, Loss: {loss:.10f}, PPL: {perplexity:.4f}", True
+            )
+
+    def close(self) -> None:
+        """Flush and close the metrics."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+
+    @staticmethod
+    def _print(level: str, text: str, visible: bool) -> None:
+        if visible:
+            print(f"{level} - {text}", file=sys.stdout, flush=True)
+
+
+def peak_memory_mb() -> float:
+    """Return the largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as 3:05 or 1:03:05."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Stopwatch:
+    """Seconds since it was made or last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

@@ -1,0 +1,62 @@
+"""The facts a run starts with, and the commands it ends with."""
+
+from __future__ import annotations
+
+import os
+
+import mindspore as ms
+
+import parallel_core
+from parallel_core.config.schema import AllConfig
+from parallel_core.context import ParallelContext
+from parallel_core.tensor_parallel.parameter import shard_of
+from parallel_core.training.microbatches import BatchSizes
+from parallel_core.training.step import TrainingStep
+
+
+def describe_run(
+    config: AllConfig, context: ParallelContext, step: TrainingStep, sizes: BatchSizes, iterations: int
+) -> list[str]:
+    """Return the lines that a run begins with; collective (parameters are counted over the pipeline)."""
+    model, parallel, mesh = config.model_config, config.parallel_config, context.mesh
+    here = sum(_elements(p) for buffer in step.ddp.buffers for p in buffer.parameters if not shard_of(p).is_copy)
+    total = sum(context.pp.all_gather_object(here))
+    memory = step.ddp.memory_bytes()
+    layers = " | ".join("+".join(map(str, row)) for row in step.model.layout.counts())
+    return [
+        f"parallel_core {parallel_core.__version__}, MindSpore {ms.__version__} on {ms.get_context('device_target')}, "
+        f"{mesh.world_size} process{'es' if mesh.world_size > 1 else ''}",
+        f"Layout: tensor {mesh.size('tp')}{' + sequence' if parallel.sequence_parallel else ''} x pipeline "
+        f"{mesh.size('pp')} x data {mesh.size('dp')}; layers of each pipeline rank: {layers}",
+        f"Model: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"sequence {model.seq_length}, vocabulary {model.vocab_size}, {total:,} parameters, "
+        f"{model.params_dtype} parameters, {model.compute_dtype} computation",
+        f"Batch: {sizes.global_batch_size} samples = {mesh.size('dp')} x "
+        f"{sizes.num_microbatches(sizes.global_batch_size * iterations)} microbatches of {sizes.micro_batch_size}; "
+        f"{iterations} iterations",
+        f"Memory of rank 0: parameters {memory['parameters'] / 1e6:.1f} MB, gradients "
+        f"{memory['gradients'] / 1e6:.1f} MB, optimizer {step.optimizer.memory_bytes() / 1e6:.1f} MB",
+    ]
+
+
+def next_commands(config: AllConfig, iteration: int, saved: bool) -> list[str]:
+    """Return what to try after the run."""
+    if not saved:
+        return []
+    folder = config.training_config.output_dir
+    more = max(2 * iteration, iteration + 50)
+    launcher = "bash pretrain_gpt.sh" if "MS_ROLE" in os.environ else "python pretrain_gpt.py"
+    return [
+        f"Checkpoints are in {folder}. Next:",
+        f"  {launcher} --load {folder} --train-iters {more} --override-opt_param-scheduler    # train on",
+        f"  {launcher} --load {folder} --train-iters {more} --override-opt_param-scheduler "
+        "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 --no-sequence-parallel    # in another layout",
+        f"  python -m tools.convert_megatron --inspect {folder}    # look inside",
+    ]
+
+
+def _elements(parameter: object) -> int:
+    size = 1
+    for n in shard_of(parameter).global_shape:
+        size *= n
+    return size
