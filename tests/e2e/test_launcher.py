@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from parallel_core.launch.processes import environment_of
-from tests.helpers.launching import REPO, processes_of, run_launcher, start_launcher, wait_until
+from tests.helpers.launching import REPO, launcher_environment, processes_of, run_launcher, start_launcher, wait_until
 
 SCRIPT = str(REPO / "tests/e2e/scripts/rank_script.py")
 
@@ -173,3 +174,52 @@ def test_a_closed_console_ends_the_job(log_dir):
     process.stdout.close()  # as `| head` does
     process.wait()
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+def run_wrapper(directory: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["/bin/bash", str(REPO / "pretrain_gpt.sh"), *arguments]
+    environment = {**launcher_environment(directory / "logs"), "PYTHON": sys.executable, **variables}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_wrapper_checks_the_bundled_configuration_from_any_directory(tmp_path):
+    done = run_wrapper(tmp_path, "--num-layers", "3", "--tensor-model-paralel-size", "2")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "--tensor-model-paralel-size: unknown argument; did you mean --tensor-model-parallel-size?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_wrapper_takes_a_given_configuration_instead_of_the_bundled_one(tmp_path):
+    done = run_wrapper(tmp_path, "--config", "mine.yaml")
+    assert (done.returncode, done.stderr) == (2, "mine.yaml: no such file\n")
+
+
+def test_the_wrapper_says_what_it_reads_from_the_environment(tmp_path):
+    done = run_wrapper(tmp_path, "--help")
+    assert done.returncode == 0
+    assert {"NPROC", "MASTER_PORT", "LOG_DIR", "DEVICE_TARGET", "PYTHON"} <= set(done.stdout.split())
+
+
+def test_the_wrapper_without_a_python_says_so(tmp_path):
+    done = run_wrapper(tmp_path, PYTHON="", PATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (
+        2,
+        "no python or python3 on PATH; activate the environment parallel_core is installed in\n",
+    )
+
+
+def test_a_python_without_the_dependencies_is_named(tmp_path):
+    done = run_wrapper(tmp_path, PYTHON=bare_python(tmp_path))
+    assert done.returncode == 2
+    assert "has no mindspore, no numpy, no pyyaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def bare_python(directory: Path) -> str:
+    """Return a command that runs this Python without its site packages."""
+    script = directory / "bare_python"
+    script.write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')
+    script.chmod(0o755)
+    return str(script)
