@@ -9,7 +9,7 @@ time, never exactness.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from parallel_core.errors import DataError
 
 _FIRST_BLOCK = 64
 _MAX_CELLS = 1 << 20
+_LIST_IS_FASTER_UP_TO = 40
 _MAX_DATASETS = np.iinfo(np.int16).max
 
 
@@ -124,31 +125,57 @@ class _GreedyBlend:
         errors[:, self.spent] = -np.inf
         # a row whose counts are right has the right choice here, whatever was guessed
         wrong = np.flatnonzero(np.argmax(errors, axis=1) != guess)
-        choices, position = guess.copy(), 0
+        choices, guessed, position = guess.copy(), guess.tolist(), 0
         while True:
             next_wrong = np.searchsorted(wrong, position)
             if next_wrong == len(wrong):
                 return choices
-            position = self._repair(choices, counts_before, int(wrong[next_wrong]))
+            start = int(wrong[next_wrong])
+            repaired = self._repaired(guessed, counts_before[start], start)
+            position = start + len(repaired)
+            choices[start:position] = repaired
 
-    def _repair(self, choices: np.ndarray, guessed_counts: np.ndarray, position: int) -> int:
-        """Step on from `position` until the counts are the guessed ones again; return where that is."""
-        counts = guessed_counts[position].astype(np.float64)
-        errors = np.empty_like(counts)
-        multiply, subtract, weights = np.multiply, np.subtract, self.weights
-        spent = np.flatnonzero(self.spent)
-        while position < len(choices):
-            multiply(weights, max(float(self.done + position), 1.0), errors)
-            subtract(errors, counts, errors)
-            if len(spent):
-                errors[spent] = -np.inf
-            choice = int(errors.argmax())
-            choices[position] = choice
-            counts[choice] += 1.0
-            position += 1
-            if counts[choice] == guessed_counts[position, choice] and np.array_equal(counts, guessed_counts[position]):
+    def _repaired(self, guessed: list[int], counts_array: np.ndarray, start: int) -> list[int]:
+        """Step on from `start` until as often as guessed has been chosen of every dataset; return the choices."""
+        active = np.flatnonzero(~self.spent)
+        choose = self._chooser(self.weights[active], counts_array[active].astype(np.float64))
+        numbers = active.tolist()
+        lead: dict[int, int] = {}  # how much oftener than guessed a dataset has been chosen, where it differs
+        choices: list[int] = []
+        for position in range(start, len(guessed)):
+            choice = numbers[choose(max(float(self.done + position), 1.0))]
+            choices.append(choice)
+            for dataset, change in ((choice, 1), (guessed[position], -1)):
+                lead[dataset] = lead.get(dataset, 0) + change
+                if not lead[dataset]:
+                    del lead[dataset]
+            if not lead:
                 break
-        return position
+        return choices
+
+    @staticmethod
+    def _chooser(weights: np.ndarray, counts: np.ndarray) -> Callable[[float], int]:
+        """Return a function of the step that makes the greedy choice and counts it."""
+        if len(weights) > _LIST_IS_FASTER_UP_TO:
+            errors = np.empty_like(weights)
+
+            def choose_with_arrays(step: float) -> int:
+                np.multiply(weights, step, errors)
+                np.subtract(errors, counts, errors)
+                choice = int(errors.argmax())
+                counts[choice] += 1.0
+                return choice
+
+            return choose_with_arrays
+        weight_list, count_list = weights.tolist(), counts.tolist()
+
+        def choose_with_lists(step: float) -> int:
+            values = [weight * step - count for weight, count in zip(weight_list, count_list)]
+            choice = values.index(max(values))
+            count_list[choice] += 1.0
+            return choice
+
+        return choose_with_lists
 
     def _commit(self, choices: np.ndarray) -> None:
         counts = self.counts + np.bincount(choices, minlength=len(self.weights))

@@ -33,6 +33,13 @@ def test_blend_equals_the_definition(parts, size, irrational):
     assert sample_index.tolist() == sample_numbers(dataset_index, len(weights)).tolist()
 
 
+@pytest.mark.parametrize("count", [39, 41, 90])
+def test_blends_of_many_datasets(count):
+    weights = np.sqrt(np.arange(2, count + 2))
+    weights = (weights / weights.sum()).tolist()
+    assert build_blending_indices(weights, 2000)[0].tolist() == stepwise(weights, 2000)
+
+
 def test_a_zero_weight_is_never_chosen_after_all_have_had_a_turn():
     weights = [0.5, 0.0, 0.5]
     assert build_blending_indices(weights, 500)[0].tolist() == stepwise(weights, 500)

@@ -14,8 +14,11 @@ from parallel_core.data import (
     GPTDatasetConfig,
     IndexedDataset,
     IndexedDatasetBuilder,
+    attention_mask_from_document_starts,
     build_blending_indices,
+    build_pretraining_data_loader,
     build_train_valid_test_datasets,
+    train_valid_test_num_samples,
 )
 from parallel_core.data.gpt_dataset import GPTDataset
 from parallel_core.data.tokenizer import NullTokenizer
@@ -149,3 +152,30 @@ def test_blending_helper():
     dataset_index, sample_index = build_blending_indices(expected["weights"], len(expected["dataset_index"]))
     assert np.array_equal(dataset_index, expected["dataset_index"])
     assert np.array_equal(sample_index, expected["dataset_sample_index"])
+
+
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [
+        ("gpt2", {}),
+        ("gpt2_eodmask", {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}),
+    ],
+)
+def test_batches_of_megatrons_training_runs(run, options, corpus, tmp_path):
+    """Iterations of 4 micro-batches of 2, as `pretrain_gpt` itself fed them to the model."""
+    expected = golden("training_batches")
+    sizes = train_valid_test_num_samples(global_batch_size=8, train_iters=20, eval_interval=100000, eval_iters=0)
+    train_config = config(tmp_path, Blend((corpus[0],)), split="100,0,0", **options)
+    dataset = build_train_valid_test_datasets(train_config, sizes)[0]
+    steps = sorted({int(name.split("/")[1]) for name in expected if name.startswith(run + "/")})
+    assert len(steps) == 2
+    for step in steps:
+        with build_pretraining_data_loader(dataset, (step - 1) * 8, micro_batch_size=2) as loader:
+            batches = [next(loader) for _ in range(4)]
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            ours = np.concatenate([batch[name] for batch in batches])
+            assert np.array_equal(ours, expected[f"{run}/{step}/{name}"].reshape(ours.shape)), (step, name)
+        if options:
+            starts = np.concatenate([batch["doc_start"] for batch in batches])
+            masks = attention_mask_from_document_starts(starts)
+            assert np.array_equal(masks, expected[f"{run}/{step}/attention_mask"].reshape(masks.shape))

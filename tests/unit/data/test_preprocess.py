@@ -17,10 +17,9 @@ from parallel_core.data.text_input import InputOptions
 from parallel_core.data.tokenizer import NullTokenizer
 from parallel_core.data.wikitext import wikitext_clean
 from parallel_core.errors import ConfigError, DataError
-
-ROOT = pathlib.Path(__file__).parents[3]
 from tools import merge_datasets, preprocess_data, train_tokenizer
 
+ROOT = pathlib.Path(__file__).parents[3]
 NULL = TokenizerSpec("NullTokenizer", vocab_size=1000)
 SPM = TokenizerSpec("SentencePieceTokenizer", bundled_tokenizer_model())
 
