@@ -226,7 +226,8 @@ class Job:
     def _end_ranks(self, signals: set[signal.Signals]) -> None:
         """Ask the ranks to end, and wait for them as long as the grace allows; a second signal ends the wait."""
         if self._stop_signal is not None:
-            self._say(f"{signal.Signals(self._stop_signal).name}: stopping the ranks")
+            name = signal.Signals(self._stop_signal).name
+            self._say(f"{name}: stopping the ranks; press again to end them at once")
         stop_signal = self._stop_signal
         for pid, role in self._role_of.items():
             if role != SCHEDULER and role not in self._statuses:

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from parallel_core.launch.processes import environment_of
-from tests.helpers.launching import REPO, launcher_environment, processes_of, run_launcher, start_launcher, wait_until
+from tests.helpers.launching import (
+    PATIENCE_S,
+    REPO,
+    launcher_environment,
+    processes_of,
+    run_launcher,
+    start_launcher,
+    wait_until,
+)
 
 SCRIPT = str(REPO / "tests/e2e/scripts/rank_script.py")
 
@@ -109,6 +117,16 @@ def test_a_rank_deaf_to_the_request_is_killed_after_the_grace(log_dir):
     process.communicate()
     assert process.returncode == 130
     assert (log_dir / "saved_1").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_grace(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--stuck", "0", NPROC="1", STOP_GRACE_S="3600")
+    console_when(process, ["INFO - rank 0 waits"])
+    process.send_signal(signal.SIGINT)
+    console_when(process, ["INFO - SIGINT: stopping the ranks; press again to end them at once"])
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
 
 
 def test_a_killed_launcher_takes_its_ranks_with_it(log_dir):

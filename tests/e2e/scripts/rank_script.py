@@ -18,7 +18,7 @@ from pathlib import Path
 from parallel_core.errors import CommError, ConfigError
 from parallel_core.launch.report import run_as_rank
 
-ACTIONS = ("fail", "mistake", "kill", "chatter", "hang", "spawn", "save", "lose_peer", "stuck")
+ACTIONS = ("spawn", "fail", "mistake", "kill", "chatter", "hang", "save", "lose_peer", "stuck")
 
 
 def act(action: str, rank: int) -> None:
