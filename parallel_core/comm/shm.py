@@ -59,7 +59,13 @@ _DTYPES: dict[Any, tuple[int, int, Any]] = {
 }
 _DTYPE_NAMES = ("float32", "float16", "bfloat16", "int32", "int64", "uint8 or bool", "float64")
 _OPS = {"sum": 0, "max": 1, "min": 2}
-_KINDS = ("barrier", "all_reduce(sum)", "all_reduce(max)", "all_reduce(min)", "reduce_scatter", "all_gather", "all_to_all")
+_KINDS = (
+    "barrier",
+    *(f"all_reduce({op})" for op in _OPS),
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+)
 
 SPIN_S = 2e-3
 """How long a waiting rank keeps its core before it sleeps, when every rank has a core of its own."""
@@ -288,7 +294,8 @@ class ShmGroup(Group):
             what += f" of {tuple(x.shape)} {x.dtype}"
         me, peer = self.ranks[self.rank], self.ranks[details[0]] if details[0] >= 0 else "?"
         if status == _TIMEOUT:
-            why = f"did not complete within {self.timeout_s:g} s (--distributed-timeout-minutes), waiting for rank {peer}"
+            limit = f"{self.timeout_s:g} s (--distributed-timeout-minutes)"
+            why = f"did not complete within {limit}, waiting for rank {peer}"
         elif status == _DEAD:
             why = f"failed: global rank {peer} has ended"
         elif status == _MISMATCH:
