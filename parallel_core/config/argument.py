@@ -78,6 +78,7 @@ def build(
     default: object = None,
     *,
     flags: Iterable[str] = (),
+    older_off_flags: Iterable[str] = (),
     **rest: object,
 ) -> Argument:
     """Return a row with its flags: Megatron's where given, else the name with dashes, and `--no-` for switches."""
@@ -93,6 +94,7 @@ def build(
         on = given or on
     if dashed(name) not in on and kind != "off":
         on = (*on, dashed(name))
+    off = (*off, *older_off_flags)
     return Argument(status=status, name=name, kind=kind, default=default, flags=on, off_flags=off, **rest)  # type: ignore[arg-type]
 
 

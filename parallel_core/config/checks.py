@@ -53,10 +53,10 @@ _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1
 def ranges(r: Resolution) -> None:
     """Counts and sizes are above zero, rates are not negative, dropout and decays lie in [0, 1)."""
     for name in _POSITIVE.split():
-        if r[name] is not None and r[name] <= 0:
+        if r[name] is not None and r[name] <= 0 and name not in r.derived:
             r.fail(name, "must be above zero")
     for name in _NOT_NEGATIVE.split():
-        if r[name] is not None and r[name] < 0:
+        if r[name] is not None and r[name] < 0 and name not in r.derived:
             r.fail(name, "must not be negative")
     for name in _SHARES:
         if not 0 <= r[name] < 1:

@@ -110,7 +110,7 @@ def resolve(
     values = {**user.defaults(), **{name: entry.value for name, entry in given.items()}, **resolution.values}
     provenance = {path: resolution.source(argument.name) for path, argument in table.DIRECT.items()}
     return LoadedConfig(
-        config, resolution.notes, provenance, argparse.Namespace(**values), given, resolution.world_size or 1
+        config, list(dict.fromkeys(resolution.notes)), provenance, argparse.Namespace(**values), given, resolution.world_size or 1
     )
 
 
