@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Pretrain a GPT: pretrain_gpt.sh [--config FILE] [--megatron-flag value ...]
 #
-# Without --config it trains configs/gpt_tiny.yaml. The flags: python -m parallel_core.config explain --help
+# Without --config it trains configs/gpt_tiny.yaml. A flag: python -m parallel_core.config explain NAME
 # Environment, all optional:
 #   NPROC          ranks (default: what the layout needs)
 #   MASTER_PORT    port of msrun's scheduler (default: a free one)
 #   LOG_DIR        where worker_R.log and metrics.jsonl go (default: msrun_log)
 #   DEVICE_TARGET  Ascend or CPU (default: Ascend when present)
-#   STOP_GRACE_S   seconds between SIGTERM and SIGKILL when the job is stopped (default: 5)
+#   STOP_GRACE_S   seconds the ranks have to end their iteration and save after Ctrl-C or SIGTERM (default: 15)
 #   PYTHON         the Python to use (default: `python`, else `python3`, of the active environment)
 #   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (600 s), ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
 #   Several nodes: NNODES, NODE_RANK, MASTER_ADDR

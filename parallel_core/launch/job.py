@@ -21,6 +21,8 @@ from parallel_core.launch.report import LOG_DIR_VARIABLE, read_report, report_pa
 
 SCHEDULER = "scheduler"
 _TICK_S = 0.1
+_FAILURE_GRACE_S = 3.0
+"""The same after a failure: no checkpoint can be whole without the rank that is gone, so it is only for clearing up."""
 _KILL_PATIENCE_S = 10.0
 
 
@@ -41,8 +43,8 @@ class JobSpec:
     """Variables set for the ranks on top of this process's own."""
     cluster_timeout_s: int = 300
     """How long the ranks wait for each other at start-up."""
-    stop_grace_s: float = 5.0
-    """How long ranks may go on after SIGTERM (to save) before they are killed."""
+    stop_grace_s: float = 15.0
+    """How long ranks asked to stop may go on, to end the iteration and save, before they are killed."""
 
     @property
     def local_ranks(self) -> range:
@@ -234,7 +236,8 @@ class Job:
                 send(pid, signal.SIGTERM)
         self._stop_signal = None
         self._stopping = True
-        deadline = time.monotonic() + self.spec.stop_grace_s
+        grace = self.spec.stop_grace_s
+        deadline = time.monotonic() + (min(grace, _FAILURE_GRACE_S) if self._failures else grace)
         while self._role_of and not self._all_ranks_ended() and time.monotonic() < deadline:
             self._tick(signals)
             if self._stop_signal is not None:

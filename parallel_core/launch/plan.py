@@ -211,6 +211,6 @@ def plan_job(
         num_nodes=num_nodes,
         node_rank=node_rank,
         cluster_timeout_s=integer(environment, "CLUSTER_TIME_OUT", 300, example=300),
-        stop_grace_s=seconds(environment, "STOP_GRACE_S", 5.0),
+        stop_grace_s=seconds(environment, "STOP_GRACE_S", 15.0),
     )
     return replace(spec, environment=rank_environment(spec, environment, comm_timeout_s))

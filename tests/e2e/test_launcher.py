@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from tests.helpers.launching import (
 )
 
 SCRIPT = str(REPO / "tests/e2e/scripts/rank_script.py")
+TWO_RANKS = ["--pipeline-model-parallel-size", "1", "--num-layers", "1", "--eval-iters", "0"]
 
 
 @pytest.fixture
@@ -233,6 +235,30 @@ def test_a_python_without_the_dependencies_is_named(tmp_path):
     assert done.returncode == 2
     assert "has no mindspore, no numpy, no pyyaml" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_rank_killed_while_training_ends_the_job_and_leaves_its_metrics(log_dir, tmp_path):
+    command = ["/bin/bash", str(REPO / "pretrain_gpt.sh"), *TWO_RANKS, "--train-iters", "100000", "--log-interval", "1"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**launcher_environment(log_dir), "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if line.startswith("INFO - Epoch: 0, Step: 2, Loss: "):
+            (victim,) = [pid for pid in processes_of(log_dir) if _is_worker(environment_of(pid), 1)]
+            os.kill(victim, signal.SIGKILL)
+    console = "".join(read)
+    assert process.wait() == 128 + signal.SIGKILL, console
+    assert read[0].startswith("INFO - starting 2 ranks (tensor 2) on CPU")
+    assert "ERROR - rank 1 failed first, of 2 ranks: killed by signal 9 (SIGKILL)" in console
+    metrics = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["iteration"] for entry in metrics[:2]] == [1, 2]
 
 
 def bare_python(directory: Path) -> str:

@@ -21,7 +21,7 @@ def planned(num_ranks: int = 2, **environment: str):
 
 def test_defaults():
     spec = planned()
-    assert (spec.num_ranks, spec.local_ranks, spec.stop_grace_s) == (2, range(2), 5.0)
+    assert (spec.num_ranks, spec.local_ranks, spec.stop_grace_s) == (2, range(2), 15.0)
     assert spec.environment["DEVICE_TARGET"] == "CPU"
     assert spec.environment["LOG_DIR"] == os.path.abspath("logs")
     assert spec.environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -71,8 +71,8 @@ def test_several_nodes_share_the_ranks():
         ({"MASTER_PORT": "x"}, "MASTER_PORT=x is not an integer; write for example MASTER_PORT=8848"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port; ports go from 1 to 65535"),
         ({"DEVICE_TARGET": "GPU"}, "DEVICE_TARGET=GPU is not a device this package runs on; write Ascend or CPU"),
-        ({"STOP_GRACE_S": "-1"}, "STOP_GRACE_S=-1 is not a number of seconds; write for example STOP_GRACE_S=5"),
-        ({"STOP_GRACE_S": "nan"}, "STOP_GRACE_S=nan is not a number of seconds; write for example STOP_GRACE_S=5"),
+        ({"STOP_GRACE_S": "-1"}, "STOP_GRACE_S=-1 is not a number of seconds; write for example STOP_GRACE_S=15"),
+        ({"STOP_GRACE_S": "nan"}, "STOP_GRACE_S=nan is not a number of seconds; write for example STOP_GRACE_S=15"),
         ({"CLUSTER_TIME_OUT": "0"}, "CLUSTER_TIME_OUT=0 is less than 1; write for example CLUSTER_TIME_OUT=300"),
         ({"NNODES": "3"}, "NPROC=2 is not a multiple of NNODES=3; every node runs as many ranks"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 does not exist with NNODES=2; nodes count from 0"),
