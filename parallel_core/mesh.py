@@ -36,8 +36,8 @@ class Mesh:
         if world_size < 1 or world_size % model:
             raise ConfigError(
                 f"world size {world_size} is not a multiple of tensor_model_parallel_size={tensor_parallel} x "
-                f"context_parallel_size={context_parallel} x pipeline_model_parallel_size={pipeline_parallel} = {model}; "
-                f"start {max(1, round(world_size / model)) * model} processes, or change the sizes"
+                f"context_parallel_size={context_parallel} x pipeline_model_parallel_size={pipeline_parallel} = "
+                f"{model}; start {max(1, round(world_size / model)) * model} processes, or change the sizes"
             )
         return cls(
             (("tp", tensor_parallel), ("cp", context_parallel), ("dp", world_size // model), ("pp", pipeline_parallel))

@@ -70,11 +70,11 @@ class DistributedDataParallel:
         by_dtype: dict[str, list[Parameter]] = {}
         for parameter in chunk.trainable_params():
             by_dtype.setdefault(str(parameter.dtype).lower(), []).append(parameter)
-        size: int | None = self.config.bucket_size or max(DEFAULT_BUCKET_SIZE, 1_000_000 * self.group.size)
-        if not self.config.wrap_with_ddp or (one_bucket and not self.config.bucket_size):
-            size = None
-        elif not self._overlap and not self.config.bucket_size:
-            size = None
+        size: int | None = None
+        if self.config.wrap_with_ddp and self.config.bucket_size:
+            size = self.config.bucket_size
+        elif self._overlap and not one_bucket:
+            size = max(DEFAULT_BUCKET_SIZE, 1_000_000 * self.group.size)
         out = []
         for dtype, parameters in by_dtype.items():
             alone = [i for i, p in enumerate(parameters) if is_shared_embedding(p)]

@@ -7,7 +7,7 @@ parameters alias. `AscendFlat` has the same methods on device tensors.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mindspore as ms
 import numpy as np
@@ -231,4 +231,4 @@ class AscendFlat:
 def zeros(numel: int, dtype: str) -> Flat:
     """Return a buffer of zeros on the present device."""
     kind = AscendFlat if ms.get_context("device_target") == "Ascend" else CpuFlat
-    return kind.zeros(numel, dtype)
+    return cast(Flat, kind.zeros(numel, dtype))

@@ -120,7 +120,8 @@ class OptimizerParamScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the definition and the position, under the keys of Megatron-LM's checkpoints."""
-        return {**{key: getattr(self.shape, field) for field, key in _STATE_KEYS.items()}, "num_steps": self.num_samples}
+        definition = {key: getattr(self.shape, field) for field, key in _STATE_KEYS.items()}
+        return {**definition, "num_steps": self.num_samples}
 
     def load_state_dict(self, state: dict[str, Any], *, use_checkpoint: bool = False, override: bool = False) -> None:
         """Take the position of a checkpoint.

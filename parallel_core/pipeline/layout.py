@@ -113,7 +113,8 @@ def _uneven_ends(num_layers: int, ranks: int, chunks: int, config: ModelParallel
     first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
     middle_ranks = ranks - bool(first) - bool(last)
     middle = num_layers - first - last
-    if middle_ranks < 0 or middle < 0 or (middle_ranks == 0) != (middle == 0) or (middle_ranks and middle % middle_ranks):
+    uneven = middle % middle_ranks if middle_ranks > 0 else middle
+    if middle_ranks < 0 or middle < 0 or uneven or (middle_ranks > 0 and middle == 0):
         raise ConfigError(
             f"num_layers={num_layers} less decoder_first_pipeline_num_layers={first} and "
             f"decoder_last_pipeline_num_layers={last} leaves {middle} layers for {middle_ranks} stages: "
@@ -127,8 +128,8 @@ def _uneven_ends(num_layers: int, ranks: int, chunks: int, config: ModelParallel
     for rank, total in enumerate(totals):
         if total % chunks:
             raise ConfigError(
-                f"pipeline rank {rank} has {total} layers, which virtual_pipeline_model_parallel_size={chunks} does not "
-                f"divide; use a multiple of {chunks}"
+                f"pipeline rank {rank} has {total} layers, which virtual_pipeline_model_parallel_size={chunks} does "
+                f"not divide; use a multiple of {chunks}"
             )
     return [[total // chunks] * chunks for total in totals]
 
@@ -139,7 +140,8 @@ def _checked_list(
     if len(counts) != ranks or any(len(row) != chunks for row in counts):
         raise ConfigError(
             f"num_layer_list={[list(row) for row in counts]} must have one row for each of the "
-            f"pipeline_model_parallel_size={ranks} ranks, each with virtual_pipeline_model_parallel_size={chunks} counts"
+            f"pipeline_model_parallel_size={ranks} ranks, each with virtual_pipeline_model_parallel_size={chunks} "
+            f"counts"
         )
     total = sum(map(sum, counts))
     if total != num_layers or min(map(min, counts)) < 0:

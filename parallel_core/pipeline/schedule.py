@@ -79,7 +79,7 @@ def make_schedule(
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> list[list[Action]]:
-    """Return the compute order of 1F1B: rank r runs P - r - 1 warm-up forwards, then alternates forward and backward."""
+    """Return the compute order of 1F1B: rank r runs P - r - 1 warm-up forwards, then forward and backward in turn."""
     order = [(microbatch, 0) for microbatch in range(num_microbatches)]
     return [_weave(order, order, min(num_ranks - rank - 1, num_microbatches)) for rank in range(num_ranks)]
 
@@ -103,8 +103,8 @@ def interleaved_one_f_one_b(
     if not num_ranks <= group_size <= num_microbatches:
         raise ConfigError(
             f"interleaved 1F1B needs pipeline_model_parallel_size <= "
-            f"microbatch_group_size_per_virtual_pipeline_stage <= number of microbatches, got {num_ranks}, {group_size}, "
-            f"{num_microbatches}; use at least {max(num_ranks, group_size)} microbatches "
+            f"microbatch_group_size_per_virtual_pipeline_stage <= number of microbatches, got {num_ranks}, "
+            f"{group_size}, {num_microbatches}; use at least {max(num_ranks, group_size)} microbatches "
             f"(global_batch_size / micro_batch_size / data parallel size)"
         )
     tail = num_microbatches % group_size

@@ -15,7 +15,7 @@ from parallel_core.errors import ConfigError
 LossResult = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
 """What a loss function returns: sum of the loss, number of tokens, and {name: (sum, number)} to report."""
 
-ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[[Tensor], Any]]]
+ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[..., Any]]]
 """`forward_step_func(data_iterator, model) -> (output, loss_func)`, as in Megatron-LM."""
 
 
@@ -82,7 +82,7 @@ class PipelineStage:
 
     @property
     def reports(self) -> list[Any]:
-        """On the last stage, of every microbatch so far: (number of tokens, {name: (sum, number)}), or its non-loss data."""
+        """Of every microbatch so far on the last stage: (tokens, {name: (sum, number)}), or its non-loss data."""
         return self._cell.reports
 
     def forward(self, microbatch: int, activation: Tensor | None) -> Tensor:

@@ -66,7 +66,8 @@ class ColumnParallelLinear(nn.Cell):
             raise ConfigError(f"{name}: gather_output and sequence_parallel exclude each other; choose one")
         self.tp_group, self.sequence_parallel, self.regather_input = tp_group, sequence_parallel, regather_input
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
-        cut = {"partition_dim": 0, "partition_stride": stride, "rank": tp_group.rank, "size": tp_group.size}
+        cut: dict[str, Any] = {"partition_dim": 0, "partition_stride": stride}
+        cut |= {"rank": tp_group.rank, "size": tp_group.size}
         self.weight: Parameter | None = None
         self.bias: Parameter | None = None
         if not skip_weight_param_allocation:
@@ -143,7 +144,7 @@ class RowParallelLinear(nn.Cell):
             raise ConfigError(f"{name}: sequence_parallel needs input_is_parallel=True")
         self.tp_group, self.sequence_parallel = tp_group, sequence_parallel
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
-        cut = {"rank": tp_group.rank, "size": tp_group.size}
+        cut: dict[str, Any] = {"rank": tp_group.rank, "size": tp_group.size}
         spec = ShardSpec(f"{name}.weight", (output_size, input_size), partition_dim=1, **cut)
         self.weight = make_parameter(spec, init_method, params_dtype)
         self.bias: Parameter | None = None

@@ -176,7 +176,7 @@ class Checkpointer:
             "mesh": {
                 "tensor_model_parallel_size": mesh.size("tp"),
                 "pipeline_model_parallel_size": mesh.size("pp"),
-                "virtual_pipeline_model_parallel_size": self._config.parallel_config.virtual_pipeline_model_parallel_size,
+                "virtual_pipeline_model_parallel_size": step.model.layout.num_chunks,
                 "data_parallel_size": mesh.size("dp"),
                 "layers": step.model.layout.counts(),
             },
@@ -260,7 +260,7 @@ class Checkpointer:
         if not training.no_load_rng and "seed" in rng:
             step.model.streams.set_seed(int(rng["seed"]))
             kind, keys, position = rng["numpy"]
-            np.random.set_state((kind, np.array(keys, np.uint32), position))
+            np.random.set_state((kind, np.array(keys, np.uint32), position, 0, 0.0))
         return Progress(
             int(common["iteration"]),
             int(common.get("consumed_train_samples", 0)),

@@ -88,7 +88,7 @@ class SelfAttention(nn.Cell):
         self.num_groups = config.num_query_groups // size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.streams, self.recompute_core = build.streams, recompute_core
-        common = {
+        common: dict[str, Any] = {
             "tp_group": build.tp_group,
             "sequence_parallel": build.sequence_parallel,
             "params_dtype": config.params_dtype,
@@ -113,7 +113,8 @@ class SelfAttention(nn.Cell):
         )
         self.core_attention = CoreAttention(build, layer_number, name)
         self.rotary = RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
-        self.q_layernorm = self.k_layernorm = None
+        self.q_layernorm: nn.Cell | None = None
+        self.k_layernorm: nn.Cell | None = None
         if config.qk_layernorm:
             self.q_layernorm = make_norm(config, f"{name}.q_layernorm", partial_gradient=True, size=self.head_size)
             self.k_layernorm = make_norm(config, f"{name}.k_layernorm", partial_gradient=True, size=self.head_size)
@@ -143,7 +144,7 @@ class SelfAttention(nn.Cell):
         mixed = mixed.reshape(S, B, G, (per_group + 2) * D)
         query, key, value = _SplitQueryKeyValue.apply(mixed, per_group * D, D)
         query = query.reshape(S, B, G * per_group, D)
-        if self.q_layernorm is not None:
+        if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)

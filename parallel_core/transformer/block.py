@@ -44,7 +44,7 @@ class TransformerBlock(nn.Cell):
                 for i, number in enumerate(layer_numbers)
             ]
         )
-        self.final_layernorm = None
+        self.final_layernorm: nn.Cell | None = None
         if post_layer_norm:
             self.final_layernorm = make_norm(
                 build.config, "decoder.final_layernorm", partial_gradient=build.sequence_parallel

@@ -34,12 +34,12 @@ class BuildContext:
 
     @cached_property
     def compute_dtype(self) -> ms.Type:
-        """dtype of activations and matrix products."""
+        """The dtype of activations and matrix products."""
         return getattr(ms, self.config.compute_dtype)
 
     @cached_property
     def residual_dtype(self) -> ms.Type:
-        """dtype of the residual stream, which is also what pipeline stages send."""
+        """The dtype of the residual stream, which is also what pipeline stages send."""
         return ms.float32 if self.config.fp32_residual_connection else self.compute_dtype
 
     def init(self, name: str) -> InitMethod:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
 from parallel_core.errors import ConfigError
@@ -42,7 +42,8 @@ class LanguageModelEmbedding(nn.Cell):
                 partial_gradient=build.sequence_parallel,
                 is_embedding_or_output=True,
             )
-            self.position_embeddings = make_parameter(spec, build.embedding_init(spec.name), config.embedding_init_dtype)
+            init = build.embedding_init(spec.name)
+            self.position_embeddings = make_parameter(spec, init, config.embedding_init_dtype)
 
     def construct(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
         """Return the embeddings, [S, B, H] or [S / tp, B, H], in the residual stream's dtype.
@@ -53,18 +54,21 @@ class LanguageModelEmbedding(nn.Cell):
         """
         hidden = self.word_embeddings(tokens_BS.transpose(1, 0)).astype(self.residual_dtype)
         if self.position_embeddings is not None:
-            hidden = hidden + self._positions(tokens_BS.shape[1], position_ids_BS).astype(self.residual_dtype)
+            positions = self._positions(self.position_embeddings, tokens_BS.shape[1], position_ids_BS)
+            hidden = hidden + positions.astype(self.residual_dtype)
         rate = self.dropout_rate if self.streams.training else 0.0
         if rate:
             hidden = ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut))
         return hidden
 
-    def _positions(self, length: int, position_ids_BS: Tensor | None) -> Tensor:
-        table = self.position_embeddings
+    def _positions(self, table: Parameter, length: int, position_ids_BS: Tensor | None) -> Tensor:
         if length > table.shape[0]:
-            raise ConfigError(f"a sequence of {length} tokens needs max_position_embeddings >= {length}, not {table.shape[0]}")
-        first, count = (self.tp_group.rank * (length // self.tp_group.size), length // self.tp_group.size) if self.cut else (0, length)
-        if position_ids_BS is None:
-            return table[first : first + count].expand_dims(1)
-        ids_SB = position_ids_BS.transpose(1, 0)
-        return embedding_lookup(local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB, table)
+            raise ConfigError(
+                f"a sequence of {length} tokens needs max_position_embeddings >= {length}, not {table.shape[0]}"
+            )
+        if position_ids_BS is not None:
+            ids_SB = position_ids_BS.transpose(1, 0)
+            return embedding_lookup(local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB, table)
+        count = length // self.tp_group.size if self.cut else length
+        first = self.tp_group.rank * count if self.cut else 0
+        return table[first : first + count].expand_dims(1)

@@ -51,7 +51,7 @@ class GPTModel(nn.Cell):
         self.embedding = LanguageModelEmbedding(build) if pre_process else None
         numbers = range(config.num_layers) if layer_numbers is None else layer_numbers
         self.decoder = TransformerBlock(build, numbers, post_layer_norm=post_process, plan=plan)
-        self.output_layer = None
+        self.output_layer: ColumnParallelLinear | None = None
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -64,10 +64,10 @@ class GPTModel(nn.Cell):
                 name="output_layer",
                 skip_weight_param_allocation=tied,
             )
-            if not tied:
+            if self.output_layer.weight is not None:
                 self._mark_output(self.output_layer.weight)
         self.tied_weight = self._tied_copy(build) if tied and post_process and not pre_process else None
-        if tied and pre_process and not post_process:
+        if tied and self.embedding is not None and not post_process:
             weight = self.embedding.word_embeddings.weight
             weight.shard = ShardSpec(**{**vars(weight.shard), "shared_embedding": True})
 
@@ -77,11 +77,11 @@ class GPTModel(nn.Cell):
 
     def shared_embedding_or_output_weight(self) -> Parameter | None:
         """Return the output layer's [V / tp, H] weight: the embedding's when they are tied; None without either."""
-        if not self.config.untie_embeddings_and_output_weights:
-            if self.tied_weight is not None:
-                return self.tied_weight
-            return self.embedding.word_embeddings.weight if self.pre_process else None
-        return self.output_layer.weight if self.post_process else None
+        if self.config.untie_embeddings_and_output_weights:
+            return None if self.output_layer is None else self.output_layer.weight
+        if self.tied_weight is not None or self.embedding is None:
+            return self.tied_weight
+        return self.embedding.word_embeddings.weight
 
     def construct(
         self,
@@ -114,7 +114,7 @@ class GPTModel(nn.Cell):
             )
         hidden = self._stage_input(tokens, position_ids)
         hidden = self.decoder(hidden, attention_mask)
-        if not self.post_process:
+        if self.output_layer is None:
             return hidden
         logits, _ = self.output_layer(hidden.astype(self.compute_dtype), self._output_weight())
         if labels is None:
@@ -124,7 +124,7 @@ class GPTModel(nn.Cell):
         return self._loss(logits, labels)
 
     def _stage_input(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
-        if self.pre_process:
+        if self.embedding is not None:
             return self.embedding(tokens, position_ids)
         hidden, self._input_tensor = self._input_tensor, None
         if hidden is None:

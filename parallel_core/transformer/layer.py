@@ -50,7 +50,8 @@ class TransformerLayer(nn.Cell):
         )
         self.pre_mlp_layernorm = make_norm(config, f"{name}.pre_mlp_layernorm", partial_gradient=partial)
         self.mlp = MLP(build, f"{name}.mlp", regather_input=regather_input)
-        self.post_attention_layernorm = self.post_mlp_layernorm = None
+        self.post_attention_layernorm: nn.Cell | None = None
+        self.post_mlp_layernorm: nn.Cell | None = None
         if config.use_sandwich_norm:
             self.post_attention_layernorm = make_norm(
                 config, f"{name}.post_attention_layernorm", partial_gradient=partial, scale=config.attn_post_norm_scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mindspore import Tensor, nn
 
 from parallel_core import ops
@@ -23,7 +25,7 @@ class MLP(nn.Cell):
         config = build.config
         self.hidden_act = config.hidden_act
         parts = 2 if config.is_gated else 1
-        common = {
+        common: dict[str, Any] = {
             "tp_group": build.tp_group,
             "sequence_parallel": build.sequence_parallel,
             "params_dtype": config.params_dtype,
