@@ -10,7 +10,7 @@
 #   STOP_GRACE_S   seconds the ranks have to end their iteration and save after Ctrl-C or SIGTERM (default: 15)
 #   PYTHON         the Python to use (default: `python`, else `python3`, of the active environment)
 #   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (600 s), ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
-#   Several nodes: NNODES, NODE_RANK, MASTER_ADDR
+#   Several nodes (unverified): NNODES, NODE_RANK, and on all of them the same MASTER_ADDR and MASTER_PORT
 set -euo pipefail
 
 directory="${BASH_SOURCE[0]%/*}"

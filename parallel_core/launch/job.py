@@ -28,7 +28,7 @@ _KILL_PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Everything needed to start one job on this node."""
+    """Everything needed to start one job on this node (several nodes: unverified)."""
 
     command: tuple[str, ...]
     """The training script and its arguments."""

@@ -43,7 +43,7 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def die_with(launcher: int, patience_s: float = 60.0) -> None:
+def die_with(launcher: int, patience_s: float = 300.0) -> None:
     """Tie this process to `launcher`: wait until it is the parent (msrun in between has ended), then `die_with_parent`.
 
     Ends the process when another one became the parent, which means that the launcher is gone.
