@@ -66,7 +66,10 @@ def sample_numbers(dataset_index: np.ndarray, num_datasets: int) -> np.ndarray:
 
 
 class _GreedyBlend:
-    """One greedy run; `available` (or None) limits how often each dataset may be chosen."""
+    """One greedy run; `available` (or None) limits how often each dataset may be chosen.
+
+    With weights proportional to what is available the limits bind only through rounding, at the end of long blends.
+    """
 
     def __init__(self, weights: np.ndarray, size: int, available: np.ndarray | None) -> None:
         if len(weights) > _MAX_DATASETS:

@@ -168,15 +168,13 @@ class GPTDataset:
         Raises:
             DataError: A token id is outside the vocabulary.
         """
-        text, num_real = self._text(index)
+        text = self._text(index)
         config = self.config
         pad = config.pad_token_id
         if self._extra:
             tokens, labels = text[:-1].copy(), text[1:].copy()
-            num_real_labels = num_real - 1
         else:
             tokens, labels = text.copy(), np.append(text[1:], np.int32(pad))
-            num_real_labels = min(num_real, len(text)) - 1
         eod = config.tokenizer.eod
         needs_starts = config.reset_attention_mask or config.reset_position_ids
         starts = document_starts(tokens, eod) if needs_starts else None
@@ -188,7 +186,6 @@ class GPTDataset:
             starts=starts,
         )
         padding = labels == pad
-        padding[num_real_labels:] = True
         loss_mask[padding] = 0.0
         labels[padding] = 0
         tokens[tokens == pad] = 0
@@ -206,7 +203,8 @@ class GPTDataset:
         first, last = int(self.sample_index[row, 0]), int(self.sample_index[row + 1, 0])
         return np.asarray(self.document_index[first : last + 1], dtype=np.int64)
 
-    def _text(self, index: int) -> tuple[np.ndarray, int]:
+    def _text(self, index: int) -> np.ndarray:
+        """Return the tokens of a sample, padded at the end when there are too few, int32."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         row = int(self.shuffle_index[index])
@@ -220,12 +218,10 @@ class GPTDataset:
             parts += [self.dataset.get(int(documents[position])) for position in range(first + 1, last)]
             parts.append(self.dataset.get(int(documents[last]), 0, last_offset + self._extra))
         wanted = self.config.sequence_length + self._extra
-        num_real = sum(map(len, parts))
-        if num_real < wanted:
-            parts.append(np.full(wanted - num_real, self.config.pad_token_id, np.int32))
         text = np.concatenate(parts, dtype=np.int32, casting="unsafe")
-        self._check_vocabulary(text[:num_real], index)
-        return text, num_real
+        self._check_vocabulary(text, index)
+        padding = np.full(max(0, wanted - len(text)), self.config.pad_token_id, np.int32)
+        return np.concatenate((text, padding))
 
     def _check_vocabulary(self, text: np.ndarray, index: int) -> None:
         vocab_size = self.config.tokenizer.vocab_size

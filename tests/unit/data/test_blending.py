@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_core.data.blending import build_blending_indices, build_exhaustive_blending_indices, sample_numbers
+from parallel_core.data.blending import (
+    _GreedyBlend,
+    build_blending_indices,
+    build_exhaustive_blending_indices,
+    sample_numbers,
+)
 from parallel_core.errors import DataError
 
 
@@ -53,6 +58,16 @@ def test_exhaustive_blend_takes_every_sample_once(sizes):
     assert dataset_index.tolist() == stepwise([size / max(total, 1) for size in sizes], total, sizes)
     for dataset, size in enumerate(sizes):
         assert sample_index[dataset_index == dataset].tolist() == list(range(size))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 300)), min_size=1, max_size=6))
+def test_a_used_up_dataset_is_not_chosen_again(parts):
+    weights = np.array([weight for weight, _ in parts], float)
+    weights = (weights / weights.sum()).tolist()
+    available = [count for _, count in parts]
+    chosen = _GreedyBlend(np.array(weights), sum(available), np.array(available, np.int64)).run()
+    assert chosen.tolist() == stepwise(weights, sum(available), available)
 
 
 def test_too_many_datasets_for_int16_are_refused():

@@ -60,6 +60,8 @@ def test_split_matrix():
 def test_sizes_of_a_blend_round_up_twice():
     assert sizes_per_dataset([0.3, 0.7], (400, None, 0)) == [(120, None, 0), (280, None, 0)]
     assert sizes_per_dataset([0.3, 0.7], (400, None, 0), 0.005) == [(121, None, 0), (282, None, 0)]
+    # 10.1 becomes 11, and 11.055 becomes 12; rounding once would give 11
+    assert sizes_per_dataset([0.101], (100, 0, 0), 0.005) == [(12, 0, 0)]
 
 
 def test_arguments_name_the_data_in_one_way(tmp_path):

@@ -214,6 +214,8 @@ def test_a_damaged_cache_is_built_again(pair, tmp_path, harm):
         files["description.txt"].unlink()
     dataset = train(config)
     assert dataset.built_anew_on_cache_miss and np.array_equal(dataset.shuffle_index, expected.shuffle_index)
+    assert not train(config).built_anew_on_cache_miss
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
 
 
 def test_data_made_again_under_the_same_name_is_noticed(tmp_path):

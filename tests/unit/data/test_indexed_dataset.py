@@ -95,6 +95,16 @@ def test_merge_keeps_order_and_document_bounds(tmp_path):
     assert merged.document_indices.tolist() == [0, 1, 2, 4, 5, 6]
 
 
+def test_merge_reads_sequences_where_the_index_says_they_are(tmp_path):
+    prefix = write_pair(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    damage(tmp_path / "a.idx", 42, struct.pack("<2q", 12, 0))  # the two sequences lie in the other order
+    (tmp_path / "a.bin").write_bytes(np.array([3, 4, 5, 1, 2], np.int32).tobytes())
+    merge_indexed_datasets([prefix], str(tmp_path / "merged"))
+    merged = IndexedDataset(str(tmp_path / "merged"))
+    assert [merged[index].tolist() for index in range(2)] == [[1, 2], [3, 4, 5]]
+    assert (tmp_path / "merged.bin").read_bytes() == np.arange(1, 6, dtype=np.int32).tobytes()
+
+
 def test_merge_refuses_another_dtype(tmp_path):
     first, second = write_pair(tmp_path / "a", [[1]]), write_pair(tmp_path / "b", [[1]], np.uint16)
     with pytest.raises(DataError, match="it stores uint16, the output int32"):

@@ -83,7 +83,7 @@ def test_epochs_are_the_fewest_that_suffice(tokens, num_samples, seq, extra):
         assert num_samples - ((epochs - 1) * tokens - extra) // seq < int(0.8 * per_epoch)
 
 
-@pytest.mark.parametrize(("num_samples", "separate"), [(260, True), (279, False)])
+@pytest.mark.parametrize(("num_samples", "separate"), [(277, True), (278, False)])
 def test_separate_final_epoch_threshold(num_samples, separate):
     # 1000 tokens of 10: 99 samples an epoch, int(0.8 * 99) = 79; two epochs hold 199 whole samples
     plan = plan_epochs(1000, num_samples, 10)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from parallel_core.data import build_tokenizer, bundled_tokenizer_model, vocab_size_with_padding
 from parallel_core.data.tokenizer import TOKENIZER_TYPES
+from parallel_core.data.tokenizer.gpt2_bpe import _word_pattern
 from parallel_core.errors import ConfigError, DataError
 
 BPE = pathlib.Path(__file__).parents[2] / "golden" / "data" / "bpe"
@@ -32,6 +33,11 @@ def test_gpt2_bpe_equals_the_tokenizers_library(text, ids):
     tokenizer = gpt2()
     assert tokenizer.tokenize(text) == ids
     assert tokenizer.detokenize(ids) == text
+
+
+def test_gpt2_words_follow_unicodes_white_space_not_pythons():
+    words = _word_pattern().findall("a\x1c\x1d b\u3000\u3000c ½٣x_")
+    assert words == ["a", "\x1c\x1d", " b", "\u3000", "\u3000", "c", " ½٣", "x", "_"]
 
 
 @settings(max_examples=100, deadline=None)
