@@ -6,8 +6,10 @@ from parallel_core.ops.select import selectable, use_kernels
 
 activation = selectable(reference.activation)
 adam_ = selectable(reference.adam_)
+add_ = selectable(reference.add_)
 bias_dropout_add = selectable(reference.bias_dropout_add)
 causal_attention = selectable(reference.causal_attention)
+causal_attention_packed = selectable(reference.causal_attention_packed)
 dropout = selectable(reference.dropout)
 embedding = selectable(reference.embedding)
 embedding_grad_table = selectable(reference.embedding_grad_table)
@@ -18,6 +20,8 @@ linear_grad_input = selectable(reference.linear_grad_input)
 linear_grad_weight = selectable(reference.linear_grad_weight)
 rms_norm = selectable(reference.rms_norm)
 rotary = selectable(reference.rotary)
+rotary_packed = selectable(reference.rotary_packed)
+split_last_dim = selectable(reference.split_last_dim)
 sum_of_squares = selectable(reference.sum_of_squares)
 vocab_grad_logits = selectable(reference.vocab_grad_logits)
 vocab_statistics = selectable(reference.vocab_statistics)
@@ -26,9 +30,11 @@ __all__ = [
     "ACTIVATIONS",
     "activation",
     "adam_",
+    "add_",
     "attention_mask",
     "bias_dropout_add",
     "causal_attention",
+    "causal_attention_packed",
     "dropout",
     "embedding",
     "embedding_grad_table",
@@ -39,6 +45,8 @@ __all__ = [
     "linear_grad_weight",
     "rms_norm",
     "rotary",
+    "rotary_packed",
+    "split_last_dim",
     "sum_of_squares",
     "use_kernels",
     "vocab_grad_logits",

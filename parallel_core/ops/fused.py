@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64
 from typing import Any
 
-import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
@@ -149,28 +147,35 @@ def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
 # ---- positions ------------------------------------------------------------------------------------------------------
 class _Rotary(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.angles = cos.contiguous(), sin.contiguous(), interleaved
-        return _rotate(x, *ctx.angles, inverse=False)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, head_size: int) -> Tensor:
+        ctx.options = cos.contiguous(), sin.contiguous(), interleaved, head_size
+        return _rotate(x, *ctx.options, inverse=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotate(dy, *ctx.angles, inverse=True), None, None, None
+        return _rotate(dy, *ctx.options, inverse=True), None, None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, head_size: int, *, inverse: bool) -> Tensor:
+    """Rotate every head of [S, B, N, D]; or of [S, B, G, X] with `head_size` D < X all but the last of each group."""
     x = x.contiguous()
     y = raw.new(x.shape)
+    S, B, heads, width = x.shape
+    period = width // head_size
     raw.lib.pc_rotary(
         x.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
         y.data_ptr(),
-        *x.shape,
+        S,
+        B,
+        heads * period,
+        head_size,
         cos.shape[-1],
         cos.shape[1] > 1,
         interleaved,
         inverse,
+        period if period > 1 else 0,
     )
     return y
 
@@ -179,7 +184,47 @@ def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     """See `reference.rotary`."""
     if not raw.native(x_SBND, cos, sin):
         return reference.rotary(x_SBND, cos, sin, interleaved)
-    return _Rotary.apply(x_SBND, cos, sin, interleaved)
+    return _Rotary.apply(x_SBND, cos, sin, interleaved, x_SBND.shape[-1])
+
+
+def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """See `reference.rotary_packed`."""
+    if not raw.native(mixed_SBGX, cos, sin):
+        return reference.rotary_packed(mixed_SBGX, head_size, cos, sin, interleaved)
+    return _Rotary.apply(mixed_SBGX, cos, sin, interleaved, head_size)
+
+
+# ---- splitting ------------------------------------------------------------------------------------------------------
+class _SplitLastDim(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.shape = x.shape
+        parts = tuple(raw.new((*x.shape[:-1], width)) for width in widths)
+        _copy_parts(x.contiguous(), parts, into_parts=True)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx = raw.new(ctx.shape)
+        _copy_parts(dx, tuple(g.contiguous() for g in gradients), into_parts=False)
+        return dx, None
+
+
+def _copy_parts(whole: Tensor, parts: tuple[Tensor, ...], *, into_parts: bool) -> None:
+    stride = whole.shape[-1]
+    rows, start = whole.size // stride, whole.data_ptr()
+    for part in parts:
+        width = part.shape[-1]
+        if into_parts:
+            raw.lib.pc_copy_rows(start, stride, part.data_ptr(), width, width, rows)
+        else:
+            raw.lib.pc_copy_rows(part.data_ptr(), width, start, stride, width, rows)
+        start += 4 * width
+
+
+def split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """See `reference.split_last_dim`."""
+    return _SplitLastDim.apply(x, widths) if raw.native(x) else reference.split_last_dim(x, widths)
 
 
 # ---- dropout and residual -------------------------------------------------------------------------------------------
@@ -233,90 +278,3 @@ def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     if not raw.native(x):
         return reference.dropout(x, rate, seed)
     return _BiasDropoutAdd.apply(x, None, None, rate, seed)
-
-
-# ---- attention ------------------------------------------------------------------------------------------------------
-class _Attention(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        start: Tensor | None,
-        scale: float,
-        rate: float,
-        seed: tuple[int, int],
-    ) -> Tensor:
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        S, B, N, D = query.shape
-        G = key.shape[2]
-        q_strides, k_strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D)
-        strides = (*q_strides, *k_strides, *k_strides)
-        ctx.shape = (c_int64 * 23)(S, B, N, G, D, *strides, *strides)
-        ctx.numbers = scale, rate, seed[0] & _WORD, seed[1] & _WORD
-        ctx.start = start
-        out, ctx.log_sum_exp = raw.new((S, B, N * D)), np.empty((B, N, S), np.float32)
-        raw.lib.pc_attention(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            raw.pointer(start),
-            out.data_ptr(),
-            ctx.log_sum_exp.ctypes.data,
-            ctx.shape,
-            *ctx.numbers,
-        )
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
-        dout = dout.contiguous()
-        dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
-        raw.lib.pc_attention_grad(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            raw.pointer(ctx.start),
-            out.data_ptr(),
-            dout.data_ptr(),
-            ctx.log_sum_exp.ctypes.data,
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            ctx.shape,
-            *ctx.numbers,
-        )
-        return dq, dk, dv, None, None, None, None
-
-
-def causal_attention(
-    query_SBND: Tensor,
-    key_SBGD: Tensor,
-    value_SBGD: Tensor,
-    *,
-    scale: float,
-    softmax_coefficient: float = 1.0,
-    softmax_in_fp32: bool = True,
-    document_start_BS: Tensor | None = None,
-    dropout_rate: float = 0.0,
-    dropout_seed: tuple[int, int] = (0, 0),
-) -> Tensor:
-    """See `reference.causal_attention`; nothing of S x S elements is stored, forward or backward."""
-    if not raw.native(query_SBND, key_SBGD, value_SBGD):
-        return reference.causal_attention(
-            query_SBND,
-            key_SBGD,
-            value_SBGD,
-            scale=scale,
-            softmax_coefficient=softmax_coefficient,
-            softmax_in_fp32=softmax_in_fp32,
-            document_start_BS=document_start_BS,
-            dropout_rate=dropout_rate,
-            dropout_seed=dropout_seed,
-        )
-    start = None if document_start_BS is None else raw.int32(document_start_BS)
-    factor = scale * softmax_coefficient
-    return _Attention.apply(query_SBND, key_SBGD, value_SBGD, start, factor, dropout_rate, dropout_seed)

@@ -164,6 +164,14 @@ def sum_of_squares(flat: np.ndarray) -> float:
     return lib.pc_sum_of_squares(flat.ctypes.data, flat.size)
 
 
+def add_(into: np.ndarray, values: np.ndarray) -> None:
+    """See `reference.add_`."""
+    if not _flat(into, values):
+        reference.add_(into, values)
+        return
+    lib.pc_add(into.ctypes.data, values.ctypes.data, into.size)
+
+
 def adam_(
     param: np.ndarray,
     grad: np.ndarray,

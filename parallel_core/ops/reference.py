@@ -11,10 +11,14 @@ V local vocabulary, T tokens (S * B).
 from __future__ import annotations
 
 import math
+from itertools import accumulate
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
+
+from parallel_core.autograd import Function
 
 _MASKED_SCORE = -10000.0
 """What Megatron writes over the scores of masked positions; exp of it is exactly 0 in float32."""
@@ -185,6 +189,14 @@ def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     return mint.cat((y, x_SBND[..., width:]), -1) if width < full else y
 
 
+def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return the packed queries, keys and values (see `causal_attention_packed`), queries and keys rotated."""
+    S, B, G, X = mixed_SBGX.shape
+    turning, value = split_last_dim(mixed_SBGX, (X - head_size, head_size))
+    turned = rotary(turning.reshape(S, B, -1, head_size), cos, sin, interleaved)
+    return mint.cat((turned.reshape(S, B, G, X - head_size), value), -1)
+
+
 # ---- attention ------------------------------------------------------------------------------------------------------
 def causal_attention(
     query_SBND: Tensor,
@@ -231,6 +243,37 @@ def causal_attention(
     return context.reshape(B * G, N // G, S, D).transpose(2, 0, 1, 3).reshape(S, B, N * D)
 
 
+def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
+    """Return `causal_attention` of queries, keys and values that stand together as a projection leaves them.
+
+    Args:
+        mixed_SBGX: for each key/value head its query heads, its key, its value: X = (N / G + 2) * D.
+        head_size: D.
+        options: those of `causal_attention`.
+    """
+    S, B, G, X = mixed_SBGX.shape
+    query, key, value = split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
+    return causal_attention(query.reshape(S, B, -1, head_size), key, value, **options)
+
+
+def split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return contiguous parts of `x` with the given widths of the last dim, which they fill."""
+    return _SplitLastDim.apply(x, widths)
+
+
+class _SplitLastDim(Function):
+    """MindSpore's own split has a wrong gradient when a part's gradient is a transposed view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ends = (0, *accumulate(widths))
+        return tuple(x[..., a:b].contiguous() for a, b in zip(ends, ends[1:]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return mint.cat(tuple(g.contiguous() for g in gradients), -1), None
+
+
 def attention_mask(S: int, document_start_BS: Tensor | None) -> Tensor:
     """Return the bool mask, True where a position may not look: [1, 1, S, S], or [B, 1, S, S] with documents."""
     causal = Tensor(np.triu(np.ones((S, S), bool), 1)[None, None])
@@ -263,6 +306,11 @@ def sum_of_squares(flat: np.ndarray) -> float:
     return float(
         sum(float(np.dot(part, part)) for part in (flat[i : i + block] for i in range(0, flat.size, block)))
     )
+
+
+def add_(into: np.ndarray, values: np.ndarray) -> None:
+    """Add 1-D `values` to 1-D float32 `into`, in place."""
+    np.add(into, values, out=into, casting="unsafe")
 
 
 def adam_(

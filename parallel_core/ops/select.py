@@ -19,6 +19,7 @@ ENVIRONMENT = "PARALLEL_CORE_KERNELS"
 
 _RAW = (
     "adam_",
+    "add_",
     "embedding",
     "embedding_grad_table",
     "linear",
@@ -29,7 +30,17 @@ _RAW = (
     "vocab_grad_logits",
     "vocab_statistics",
 )
-_FUSED = ("activation", "bias_dropout_add", "causal_attention", "dropout", "layer_norm", "rms_norm", "rotary")
+_FUSED = (
+    "activation",
+    "bias_dropout_add",
+    "dropout",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "rotary_packed",
+    "split_last_dim",
+)
+_ATTENTION = ("causal_attention", "causal_attention_packed")
 _NEED_GEMM = {"linear", "linear_grad_input", "linear_grad_weight"}
 
 _active: dict[str, Callable[..., Any]] = {}
@@ -70,7 +81,7 @@ def use_kernels(mode: str = "auto", num_threads: int | None = None) -> str:
 
 def _start_fused(num_threads: int | None) -> str:
     """Activate the fused kernels and return "", or return why they cannot be used."""
-    from parallel_core.ops import build, fused, library, raw
+    from parallel_core.ops import build, fused, fused_attention, library, raw
 
     if ms.get_context("device_target") != "CPU":
         return f"the fused C++ kernels are for CPU, not {ms.get_context('device_target')}"
@@ -80,7 +91,7 @@ def _start_fused(num_threads: int | None) -> str:
         raw.lib, has_gemm = library.start(num_threads or library.default_threads())
     except build.BuildError as error:
         return str(error)
-    for module, names in ((raw, _RAW), (fused, _FUSED)):
+    for module, names in ((raw, _RAW), (fused, _FUSED), (fused_attention, _ATTENTION)):
         for name in names:
             if has_gemm or name not in _NEED_GEMM:
                 _active[name] = getattr(module, name)

@@ -135,8 +135,9 @@ PC_API void pc_swiglu_grad(const float* dy, const float* x, const float* bias, f
 }
 
 // Rotates the first R of D dims of x [S, B, N, D] by cos and sin [S, 1 or B, R]; `inverse` applies the transpose.
+// Of every `period` heads the last is copied as it is (the values among packed queries, keys and values); 0: of none.
 PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float* y, i64 S, i64 B, i64 N, i64 D, i64 R,
-                      int per_batch, int interleaved, int inverse) {
+                      int per_batch, int interleaved, int inverse, i64 period) {
   const i64 half = R / 2, low = interleaved ? 2 : 1, high = interleaved ? 1 : half;
   parallel(S * B * N * D, [&](int part, int parts) {
     const Range r = share(S * B, part, parts);
@@ -146,6 +147,10 @@ PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float*
       for (i64 n = 0; n < N; ++n) {
         const float* in = x + (sb * N + n) * D;
         float* out = y + (sb * N + n) * D;
+        if (period && n % period == period - 1) {
+          std::memcpy(out, in, static_cast<size_t>(D) * sizeof(float));
+          continue;
+        }
         if (inverse) {
           for (i64 i = 0; i < half; ++i) {
             const i64 p = i * low, q = p + high;
@@ -189,5 +194,14 @@ PC_API void pc_bias_dropout_add(const float* x, const float* bias, const float* 
         for (i64 h = 0; h < H; ++h) out[h] += add[h];
       }
     }
+  });
+}
+
+// to[i * to_stride ...] = from[i * from_stride ...], `width` elements for each of `rows` rows.
+PC_API void pc_copy_rows(const float* from, i64 from_stride, float* to, i64 to_stride, i64 width, i64 rows) {
+  parallel(rows * width, [&](int part, int parts) {
+    const Range r = share(rows, part, parts);
+    for (i64 i = r.begin; i < r.end; ++i)
+      std::memcpy(to + i * to_stride, from + i * from_stride, static_cast<size_t>(width) * sizeof(float));
   });
 }

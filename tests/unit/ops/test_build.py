@@ -106,9 +106,10 @@ def test_the_choice_of_the_user(monkeypatch):
 def test_every_fused_kernel_has_a_reference_of_the_same_signature():
     import inspect
 
-    from parallel_core.ops import fused, raw
+    from parallel_core.ops import fused, fused_attention, raw
 
-    for module, names in ((raw, select._RAW), (fused, select._FUSED)):
+    groups = ((raw, select._RAW), (fused, select._FUSED), (fused_attention, select._ATTENTION))
+    for module, names in groups:
         for name in names:
             want, got = (list(inspect.signature(getattr(m, name)).parameters) for m in (reference, module))
             assert got == want, name

@@ -144,6 +144,49 @@ def test_attention(shape, documents):
     )
 
 
+@pytest.mark.parametrize("shape", [(5, 2, 2, 1, 8), (40, 1, 4, 2, 20), (70, 2, 6, 2, 16)])
+def test_packed_attention(shape):
+    S, B, N, G, D = shape
+    rng = np.random.default_rng(S)
+    mixed = array(rng, S, B, G, (N // G + 2) * D)
+    options = {"head_size": D, "scale": D**-0.5}
+    fused = functools.partial(ops.causal_attention_packed, **options)
+    plain = functools.partial(reference.causal_attention_packed, **options)
+    compare(fused, plain, [mixed], rng, summed=(0,))
+    for interleaved in (False, True):
+        cos, sin = (Tensor(array(rng, S, 1, 1, D // 2 // 2 * 2)) for _ in range(2))
+        angles = {"head_size": D, "cos": cos, "sin": sin, "interleaved": interleaved}
+        fused = functools.partial(ops.rotary_packed, **angles)
+        compare(fused, functools.partial(reference.rotary_packed, **angles), [mixed], rng)
+
+
+def test_packed_attention_is_attention():
+    """The reference of packed attention, too, agrees with queries, keys and values taken apart by NumPy."""
+    rng = np.random.default_rng(0)
+    S, B, G, per_group, D = 9, 2, 2, 3, 8
+    mixed = array(rng, S, B, G, per_group + 2, D)
+    query, key, value = mixed[:, :, :, :per_group], mixed[:, :, :, per_group], mixed[:, :, :, per_group + 1]
+    parts = [Tensor(np.ascontiguousarray(a).reshape(S, B, -1, D)) for a in (query, key, value)]
+    want = reference.causal_attention(*parts, scale=0.3)
+    for function in (ops.causal_attention_packed, reference.causal_attention_packed):
+        close(function(Tensor(mixed.reshape(S, B, G, -1)), D, scale=0.3), want)
+
+
+def test_split_last_dim():
+    rng = np.random.default_rng(2)
+    x, widths = array(rng, 7, 3, 12), (4, 6, 2)
+
+    def rejoined(function, x):
+        a, b, c = function(x, widths)
+        return ms.mint.cat((c * 3.0, a, b * 2.0), -1)
+
+    compare(functools.partial(rejoined, ops.split_last_dim), lambda x: rejoined(np_split, x), [x], rng)
+
+
+def np_split(x, widths):
+    return [x[..., 0:4], x[..., 4:10], x[..., 10:12]]
+
+
 def test_attention_with_dropout_is_the_gradient_of_what_it_computes():
     """Attention is linear in V, and its weights can be read off by V = identity: so dropout masks are visible."""
     S = D = 48
