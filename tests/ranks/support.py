@@ -1,0 +1,251 @@
+"""What the multi-rank cases share: groups by rank, tiny models, data by sample number, and whole tensors from shards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from parallel_core.comm.interface import Group, SoloGroup
+from parallel_core.config.schema import (
+    AllConfig,
+    DatasetConfig,
+    ModelParallelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
+from parallel_core.context import ParallelContext, group_factory
+from parallel_core.mesh import Mesh
+from parallel_core.optimizer.schedules import OptimizerParamScheduler
+from parallel_core.tensor_parallel.parameter import shard_of
+from parallel_core.training.model import ModelStage, get_model
+from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
+from parallel_core.training.step import StepReport, TrainingStep, default_forward_step, get_batch
+from parallel_core.transformer import GPTModel
+from tests.helpers.cases import CaseContext
+
+Model = dict[str, Any]
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+@functools.cache
+def _factory(rank: int, world_size: int) -> Callable[[str, list[int]], Group]:
+    return group_factory("auto", 60.0, rank, world_size)
+
+
+@functools.cache
+def _group(rank: int, world_size: int, ranks: tuple[int, ...]) -> Group:
+    if len(ranks) == 1:
+        return SoloGroup("solo", rank)
+    label = "world" if len(ranks) == world_size else "ranks-" + "-".join(map(str, ranks))
+    return _factory(rank, world_size)(label, list(ranks))
+
+
+def world_group(ctx: CaseContext) -> Group:
+    """Return the group of all ranks."""
+    return _group(ctx.rank, ctx.world_size, tuple(range(ctx.world_size)))
+
+
+@functools.cache
+def parallel_context(rank: int, world_size: int, tp: int = 1, pp: int = 1) -> ParallelContext:
+    """Return what `ParallelContext.create` makes, with groups that are made once for all cases of a job."""
+    mesh = Mesh.megatron(world_size, tensor_parallel=tp, pipeline_parallel=pp)
+    if world_size == 1:
+        return ParallelContext.solo()
+    world = _group(rank, world_size, tuple(range(world_size)))
+    axes = {"tp": ("tp",), "dp": ("dp",), "pp": ("pp",), "model": ("tp", "pp")}
+    groups = {name: _group(rank, world_size, tuple(mesh.group_of(rank, *which))) for name, which in axes.items()}
+    stages = mesh.group_of(rank, "pp")
+    ends = tuple(dict.fromkeys((stages[0], stages[-1])))
+    embedding = _group(rank, world_size, ends) if rank in ends else SoloGroup("embedding", rank)
+    return ParallelContext(mesh, rank, world, **groups, embedding=embedding)
+
+
+# ---- a tiny run -----------------------------------------------------------------------------------------------------
+TINY: Model = {
+    "num_layers": 4,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "vocab_size": 32,
+    "seq_length": 8,
+    "ffn_hidden_size": 24,
+    "attention_dropout_rate": 0.0,
+    "hidden_dropout_rate": 0.0,
+    "init_method_std": 0.2,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A run small enough to do several of in one case: sections of the configuration that differ from the defaults."""
+
+    model: Model = field(default_factory=dict)
+    parallel: Model = field(default_factory=dict)
+    training: Model = field(default_factory=dict)
+    optimizer: Model = field(default_factory=dict)
+    data: Model = field(default_factory=dict)
+
+    def with_(self, **sections: Model) -> Tiny:
+        """Return this run with further settings."""
+        return Tiny(**{name: {**getattr(self, name), **sections.get(name, {})} for name in vars(self)})
+
+    def config(self) -> AllConfig:
+        """Return the configuration."""
+        return AllConfig(
+            model_config=TransformerConfig(**{**TINY, **self.model}),
+            parallel_config=ModelParallelConfig(**self.parallel),
+            training_config=TrainingConfig(**{"training_iters": 8, **self.training}),
+            dataset_config=DatasetConfig(**{"batch_size": 2, "global_batch_size": 8, **self.data}),
+            optimizer_config=OptimizerConfig(**{"learning_rate": 1e-2, "lr_decay_style": "cosine", **self.optimizer}),
+        )
+
+
+class SampleSource:
+    """Microbatches whose content depends on the iteration and the sample's number alone, not on the layout."""
+
+    def __init__(self, config: AllConfig, context: ParallelContext, num_microbatches: int, iteration: int) -> None:
+        model, size = config.model_config, config.dataset_config.batch_size
+        self._batches = []
+        for microbatch in range(num_microbatches):
+            number = microbatch * context.dp.size + context.dp.rank
+            rng = np.random.default_rng([iteration, number])
+            ids = rng.integers(0, model.vocab_size, (size, model.seq_length + 1)).astype(np.int32)
+            mask = (rng.random((size, model.seq_length)) < 0.8).astype(np.float32)
+            mask[0, 0] = 1.0
+            starts = None
+            if config.dataset_config.reset_attention_mask:
+                cuts = rng.integers(0, model.seq_length, size)
+                place = np.arange(model.seq_length)
+                starts = np.where(place >= cuts[:, None], cuts[:, None], 0).astype(np.int32)
+            self._batches.append(
+                {
+                    "tokens": Tensor(ids[:, :-1].copy()),
+                    "labels": Tensor(ids[:, 1:].copy()),
+                    "loss_mask": Tensor(mask),
+                    "position_ids": None,
+                    "attention_mask": None if starts is None else Tensor(starts),
+                }
+            )
+
+    def iterator(self, chunk: int) -> Iterator[dict[str, Tensor | None]]:
+        """Return the microbatches, for one model chunk."""
+        return iter(self._batches)
+
+
+def provide_model(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
+    """Build a GPT model's chunk, as pretrain_gpt.py does."""
+    return GPTModel(
+        stage.build, stage.layer_numbers, pre_process=pre_process, post_process=post_process, plan=stage.plan
+    )
+
+
+class TinyRun:
+    """A training run on this rank, one iteration at a time."""
+
+    def __init__(self, tiny: Tiny, context: ParallelContext, provider: Callable[..., nn.Cell] = provide_model) -> None:
+        self.config, self.context = tiny.config(), context
+        self.sizes = batch_sizes(self.config, context.dp.size)
+        iterations = self.config.training_config.training_iters
+        scheduler = OptimizerParamScheduler(schedule_shape(self.config, self.sizes, iterations))
+        model = get_model(provider, self.config, context)
+        forward_step = default_forward_step(get_batch)
+        self.step = TrainingStep(self.config, context, model, forward_step, scheduler, loss_scaler(self.config))
+        self.iteration = 0
+
+    def train(self, iterations: int = 1) -> list[StepReport]:
+        """Run iterations."""
+        reports = []
+        for _ in range(iterations):
+            self.iteration += 1
+            count = self.sizes.num_microbatches(0)
+            data: Any = SampleSource(self.config, self.context, count, self.iteration)
+            samples = self.sizes.global_batch_size
+            reports.append(self.step.train(data, self.iteration, count, samples, stop=False))
+        return reports
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the losses of one global batch."""
+        count = self.sizes.num_microbatches(0)
+        data: Any = SampleSource(self.config, self.context, count, 1000)
+        return self.step.evaluate(data, self.iteration, count, 1)
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Return the whole model's parameters; collective."""
+        self.step.ddp.finish_param_gather()
+        parts = []
+        for buffer in self.step.ddp.buffers:
+            for parameter in buffer.parameters:
+                spec = shard_of(parameter)
+                values = parameter.astype(ms.float32).asnumpy()
+                parts += [(spec.name, spec.global_shape, box, values[local].copy()) for local, box in spec.boxes()]
+        return assemble(self.context.world.all_gather_object(parts))
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Return the whole model's gradients as the last update found them (before unscaling); collective."""
+        return self._from_segments(lambda s: self.step.ddp.buffers[s.buffer].grads.part(s.start, s.end).numpy())
+
+    def moments(self, key: str) -> dict[str, np.ndarray]:
+        """Return the whole model's optimizer state `key`; collective."""
+        return self._from_segments(lambda s: self.step.optimizer.state_part(s, key).numpy())
+
+    def _from_segments(self, value: Callable[[Any], np.ndarray]) -> dict[str, np.ndarray]:
+        parts = []
+        for parameter, segments in self.step.optimizer.segments_by_parameter():
+            spec = shard_of(parameter)
+            local = np.full(parameter.size, np.nan, np.float32)
+            for one in segments:
+                local[one.offset : one.offset + one.end - one.start] = value(one)
+            local = local.reshape(spec.local_shape)
+            parts += [(spec.name, spec.global_shape, box, local[here].copy()) for here, box in spec.boxes()]
+        return assemble(self.context.world.all_gather_object(parts))
+
+
+def assemble(parts_of_ranks: list[list[tuple[str, tuple[int, ...], Any, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Join the ranks' parts to whole tensors; where several ranks hold an element they must agree to the bit.
+
+    NaN says that a rank does not hold an element.
+    """
+    whole: dict[str, np.ndarray] = {}
+    for rank, parts in enumerate(parts_of_ranks):
+        for name, shape, box, values in parts:
+            target = whole.setdefault(name, np.full(shape, np.nan, np.float32))[box]
+            both = ~np.isnan(target) & ~np.isnan(values)
+            np.testing.assert_array_equal(values[both], target[both], err_msg=f"{name}: rank {rank} and an earlier one")
+            np.copyto(target, values, where=~np.isnan(values))
+    for name, values in whole.items():
+        assert not np.isnan(values).any(), f"{name}: no rank holds some of its elements"
+    return whole
+
+
+def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float) -> None:
+    """Compare dictionaries of tensors, each within `rtol` of its largest element."""
+    assert sorted(got) == sorted(want)
+    for name, values in want.items():
+        scale = float(np.abs(values).max()) or 1.0
+        np.testing.assert_allclose(got[name], values, rtol=0, atol=rtol * scale, err_msg=name)
+
+
+def from_rank_0(ctx: CaseContext, compute: Callable[[], Any]) -> Any:
+    """Return what rank 0 computed, on every rank."""
+    if ctx.world_size == 1:
+        return compute()
+    return world_group(ctx).broadcast_object(compute() if ctx.rank == 0 else None)
+
+
+@contextmanager
+def kernels(mode: str) -> Iterator[None]:
+    """Use these kernels inside the block, and plain MindSpore operators after it."""
+    from parallel_core import ops
+
+    ops.use_kernels(mode)
+    try:
+        yield
+    finally:
+        ops.use_kernels("local")
