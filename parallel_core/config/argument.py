@@ -119,9 +119,8 @@ def parse_rows(text: str, status: str, **rest: object) -> tuple[Argument, ...]:
         name, _, kind = head.partition(" ")
         values = [ast.literal_eval(value) for value in tail.split(" | ")] if tail else [kind == "off"]
         default = values[0] if tail or kind in SWITCHES else None
-        rows.append(
-            build(status, name, kind or "str", default, flags=flags, harmless=tuple(values[1:]), **rest)
-        )
+        row = build(status, name, kind or "str", default, flags=flags, harmless=tuple(values[1:]), **rest)  # type: ignore[arg-type]
+        rows.append(row)
     return tuple(rows)
 
 

@@ -40,8 +40,6 @@ POSITIONS: tuple[Argument, ...] = (
            choices=("learned_absolute", "rope", "none")),
     mapped("use_rotary_position_embeddings", "flag", False, "model_config.position_embedding_type",
            "the older spelling of position_embedding_type rope", direct=False, aliases=("use_rotary_embedding",)),
-    mapped("add_position_embedding", "off", True, "model_config.position_embedding_type",
-           "off: no learned table; only together with rope", direct=False, flags=("--no-position-embedding",)),
     mapped("rotary_base", "float", 10000.0, "model_config.rotary_base", "base of the rotary frequencies"),
     mapped("rotary_percent", "float", 1.0, "model_config.rotary_percent", "share of a head's channels that rotates"),
     mapped("rotary_interleaved", "flag", False, "model_config.rotary_interleaved",

@@ -19,6 +19,7 @@ OTHER_ROWS: tuple[Argument, ...] = (
            harmless=("ulysses_cp_algo", "hybrid_cp_algo")),
     _field("ulysses_degree_in_cp", "int", 1, "context parallelism", origin=_SPEED),
     _field("expert_model_parallel_size", "int", 1, "mixture of experts"),
+    *ignored_rows("rope has no learned table anyway", "add_position_embedding off --no-position-embedding"),
     *refused_rows("removed from Megatron-LM; write micro_batch_size", "batch_size int"),
     *refused_rows("removed from Megatron-LM; write lr_warmup_fraction or lr_warmup_iters", "warmup int"),
     *refused_rows("removed from Megatron-LM; write tensor_model_parallel_size", "model_parallel_size int"),

@@ -266,15 +266,13 @@ def recomputation(r: Resolution) -> None:
 
 @_rule
 def run_length(r: Resolution) -> None:
-    """A run counts iterations or samples, not both."""
-    if r.is_given("train_iters") and r["train_samples"] is not None:
-        r.fail("train_iters train_samples", "give one of them")
-    elif r.is_given("train_iters"):
+    """A run counts iterations or samples, and so do its schedules."""
+    if r["train_samples"] is not None:
+        _not_with(r, "train_samples", ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"), "iterations")
+    elif r["train_iters"] is not None:
         _not_with(r, "train_iters", ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"), "samples")
         if r["rampup_batch_size"] is not None:
             r.fail("rampup_batch_size train_iters", "a ramp-up needs train_samples instead of train_iters")
-    elif r["train_samples"] is not None:
-        _not_with(r, "train_samples", ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"), "iterations")
 
 
 def _not_with(r: Resolution, unit: str, names: tuple[str, ...], what: str) -> None:

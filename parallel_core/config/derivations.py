@@ -239,7 +239,7 @@ def _fewest_microbatches(r: Resolution) -> int:
 @_rule
 def run_length(r: Resolution) -> None:
     """`train_samples` becomes `train_iters`, walking through the ramp-up; a partial last batch is left out."""
-    if r["train_samples"] is None or r["train_iters"] is not None or not r.positive("global_batch_size"):
+    if r["train_samples"] is None or not r.positive("global_batch_size"):
         return
     samples, full, ramp = r["train_samples"], r["global_batch_size"], r["rampup_batch_size"]
     consumed = steps = 0
@@ -249,7 +249,11 @@ def run_length(r: Resolution) -> None:
         while growths and consumed <= length and consumed <= samples:
             consumed += min(full, start + int(consumed / (length / growths)) * step)
             steps += 1
-    r.derive("train_iters", steps + max(0, samples - consumed) // full, "run_length")
+    steps += max(0, samples - consumed) // full
+    if r["train_iters"] not in (None, steps):
+        r.fail("train_iters train_samples", f"give one of them; {samples} samples are {steps} iterations")
+        return
+    r.derive("train_iters", steps, "run_length")
 
 
 @_rule

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from parallel_core.config import table
-from parallel_core.config.argument import LISTS, Argument
-from parallel_core.config.forms import NESTED
+from parallel_core.config.argument import LISTS
+from parallel_core.config.forms import NESTED, says_nothing
 from parallel_core.config.load import LoadedConfig, build_config, required_world_size, run_rules
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.values import Given
@@ -20,7 +20,7 @@ Arguments = dict[str, Any]
 _ALWAYS = (
     "num_layers", "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings",
     "padded_vocab_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size",
-    "global_batch_size",
+    "global_batch_size", "lr",
 )
 
 
@@ -92,28 +92,23 @@ def _shortest(arguments: Arguments, config: AllConfig, world_size: int) -> Argum
     """Leave out what other arguments imply, latest first."""
     for name in [name for name in reversed(arguments) if name not in _ALWAYS]:
         without = {other: value for other, value in arguments.items() if other != name}
-        if not _differences(without, config, world_size):
+        if not _differences(without, config, world_size, quiet=False):
             arguments = without
     return {name: _written(value) for name, value in arguments.items()}
 
 
-def _differences(arguments: Arguments, config: AllConfig, world_size: int) -> list[str]:
+def _differences(arguments: Arguments, config: AllConfig, world_size: int, quiet: bool = True) -> list[str]:
+    """Return the fields of `config` that `arguments` do not lead to, or what is wrong with the arguments."""
     given = {
         name: Given(name, value, "config", name, value)
         for name, value in arguments.items()
-        if not _is_unset(table.BY_NAME[name], value)
+        if not (table.BY_NAME[name].direct and says_nothing(table.BY_NAME[name].fields[0], value))
     }
-    resolved = build_config(run_rules(given, world_size, quiet=True))
+    resolution = run_rules(given, world_size, quiet=quiet)
+    if resolution.problems and not quiet:
+        return resolution.problems
+    resolved = build_config(resolution)
     return [path for path in table.DIRECT if field_value(resolved, path) != field_value(config, path)]
-
-
-def _is_unset(argument: Argument, value: object) -> bool:
-    """Whether a field's value is its own word for "not given", which the argument says by being absent."""
-    if argument.default is not None or isinstance(value, bool):
-        return False
-    return value in (0, -1, "", "none", ()) or (
-        value == 1 and argument.name == "virtual_pipeline_model_parallel_size"
-    )
 
 
 def _written(value: object) -> object:

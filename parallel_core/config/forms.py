@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from parallel_core.config import table
+from parallel_core.config.schema import DEFAULTS
 from parallel_core.config.values import Given
 from parallel_core.config.yaml_tree import Leaf
 
@@ -121,7 +122,6 @@ _SECTION_NAMES: dict[str, str] = {
     "training_config.profile": "profile",
     "parallel_config.recompute": "recompute",
 }
-_UNSET: tuple[object, ...] = (0, 0.0, -1, -1.0, "", "none", [], ())
 
 
 def read_forms(leaves: Iterable[Leaf], user_names: Iterable[str] = ()) -> tuple[list[Given], list[str]]:
@@ -176,11 +176,19 @@ def _section(dotted: str, last: str, value: object) -> _Values | None:
         return {_SECTION_NAMES[dotted]: value}
     direct = table.DIRECT.get(dotted)
     if direct is not None:
-        unset = direct.default is None and isinstance(value, (int, float, str, list)) and not isinstance(value, bool)
-        if unset and (value in _UNSET or (value == 1 and last == "virtual_pipeline_model_parallel_size")):
-            return {}
-        return {direct.name: value}
+        return {} if says_nothing(dotted, value) else {direct.name: value}
     return {last: value} if table.find(last) else None
+
+
+_NOTHING: tuple[object, ...] = (0, -1, 1, "", "none", ())
+
+
+def says_nothing(path: str, value: object) -> bool:
+    """Whether a field's value is its own word for "derive it" or "none", which its argument says by being absent."""
+    if isinstance(value, bool) or table.DIRECT[path].default is not None:
+        return False
+    value = tuple(value) if isinstance(value, list) else value
+    return value in _NOTHING and value == DEFAULTS.get(path)
 
 
 def _unknown(leaf: Leaf, user: set[str]) -> str:

@@ -95,23 +95,23 @@ def resolve(
     """
     user = user or UserArguments(None)
     trouble = list(problems)
-    levels = [list(level) for level in levels]
-    given = _merge(levels, user, trouble)
-    named = {entry.name for level in levels for entry in level if entry.value is not None}
     notes: list[str] = []
-    _apply_defaults(given, user, args_defaults or {}, notes, trouble)
+    given, unreadable = _merge(levels, user, trouble, notes)
+    defaults = _default_values(given, user, args_defaults or {}, notes, trouble)
+    filled, unread = _merge([defaults], user, trouble, notes)
+    given.update(filled)
+    unreadable |= unread
     if "use_checkpoint_args" in given and given["use_checkpoint_args"].value:
-        named |= _take_checkpoint_values(given, user, notes, trouble)
+        unreadable |= _take_checkpoint_values(given, user, notes, trouble)
     mine = {name: entry for name, entry in given.items() if name in table.BY_NAME}
-    resolution = run_rules(mine, world_size, trouble, notes, frozenset(named - set(given)))
+    resolution = run_rules(mine, world_size, trouble, notes, frozenset(unreadable))
     config = build_config(resolution) if not resolution.problems else None
     if config is None:
         raise ConfigError(_report(resolution.problems))
     values = {**user.defaults(), **{name: entry.value for name, entry in given.items()}, **resolution.values}
     provenance = {path: resolution.source(argument.name) for path, argument in table.DIRECT.items()}
-    return LoadedConfig(
-        config, list(dict.fromkeys(resolution.notes)), provenance, argparse.Namespace(**values), given, resolution.world_size or 1
-    )
+    said = list(dict.fromkeys(resolution.notes))
+    return LoadedConfig(config, said, provenance, argparse.Namespace(**values), given, resolution.world_size or 1)
 
 
 def _report(problems: Sequence[str]) -> str:
@@ -121,41 +121,51 @@ def _report(problems: Sequence[str]) -> str:
     return f"{len(unique)} problems in the configuration:\n" + "\n".join(f"  {problem}" for problem in unique)
 
 
-def _merge(levels: Sequence[Iterable[Given]], user: UserArguments, problems: list[str]) -> dict[str, Given]:
-    """Return one typed value per name; two different ones on the same level are a violation.
+def _merge(
+    levels: Sequence[Iterable[Given]],
+    user: UserArguments,
+    problems: list[str],
+    notes: list[str],
+) -> tuple[dict[str, Given], set[str]]:
+    """Return one typed value per name, and the names whose values cannot be read.
 
-    A value of None (`null`, or the word None on the command line) takes back what an earlier level gave.
+    Later levels win. Within a file two different values for one argument are a violation; on the command line the last
+    one counts, as for Megatron. None (`null`, or that word on the command line) takes back what came before.
     """
     merged: dict[str, Given] = {}
+    unreadable: set[str] = set()
     for level in levels:
         here: dict[str, Given] = {}
         for entry in level:
-            typed = _typed(entry, user, problems)
-            if typed is None:
+            try:
+                typed = _typed(entry)
+            except Unreadable as error:
+                where = entry.written if entry.written.startswith("--") else f"{entry.source}: {entry.written}"
+                problems.append(f"{where} {error}")
+                unreadable.add(entry.name)
                 continue
-            if typed.value is None:
-                merged.pop(typed.name, None)
-                continue
-            before = here.get(typed.name)
+            before = here.get(entry.name)
             if before is not None and before.value != typed.value:
-                problems.append(f"{before.terms} and {typed.terms}: two values for {typed.name}; give one")
+                if typed.written.startswith("--"):
+                    notes.append(f"{before.terms}: not used, {typed.terms} comes after it")
+                else:
+                    problems.append(f"{before.terms} and {typed.terms}: two values for {typed.name}; give one")
             here[typed.name] = typed
         merged.update(here)
-    return merged
+    return {name: entry for name, entry in merged.items() if entry.value is not None}, unreadable - set(merged)
 
 
-def _typed(entry: Given, user: UserArguments, problems: list[str]) -> Given | None:
+def _typed(entry: Given) -> Given:
+    """Return `entry` with its value in the argument's type; refused arguments keep a word they cannot read."""
     argument = table.BY_NAME.get(entry.name)
     if argument is None:
         return entry
     try:
         return dataclasses.replace(entry, value=convert(argument, entry.value))
-    except Unreadable as error:
-        if argument.status == REFUSED and argument.choices == ():
+    except Unreadable:
+        if argument.status == REFUSED:
             return entry
-        where = entry.written if entry.written.startswith("--") else f"{entry.source}: {entry.written}"
-        problems.append(f"{where} {error}")
-        return None
+        raise
 
 
 def _take_checkpoint_values(
@@ -167,7 +177,7 @@ def _take_checkpoint_values(
         The names that a checkpoint which cannot be read would have given.
     """
     try:
-        stored = _merge([checkpoint_values(given)], user, problems)
+        stored, _ = _merge([checkpoint_values(given)], user, problems, notes)
     except ConfigError as error:
         problems.append(str(error))
         return set(MODEL_NAMES.split())
@@ -178,14 +188,15 @@ def _take_checkpoint_values(
     return set()
 
 
-def _apply_defaults(
-    given: dict[str, Given],
+def _default_values(
+    given: Mapping[str, Given],
     user: UserArguments,
     defaults: Mapping[str, object],
     notes: list[str],
     problems: list[str],
-) -> None:
-    """Let `args_defaults` and the user parser's defaults fill arguments that have no value, as Megatron does."""
+) -> list[Given]:
+    """Return what `args_defaults` and the user parser's defaults give to arguments without a value, as in Megatron."""
+    filled: dict[str, Given] = {}
     for name, value in defaults.items():
         found = table.find(name)
         argument = found[0] if found else None
@@ -197,14 +208,11 @@ def _apply_defaults(
         if present is not None:
             notes.append(f"args_defaults[{name!r}]={value!r}: not used, {key} is {present!r}")
             continue
-        typed = _typed(Given(key, value, "args_defaults", f"args_defaults[{name!r}]", value), user, problems)
-        if typed is not None and typed.value is not None:
-            given[key] = typed
+        filled[key] = Given(key, value, "args_defaults", f"args_defaults[{name!r}]", value)
     for name, value in user.defaults().items():
-        if name in table.BY_NAME and name not in given and value is not None:
-            typed = _typed(Given(name, value, "extra_args_provider", name, value), user, problems)
-            if typed is not None and typed.value is not None:
-                given[name] = typed
+        if name in table.BY_NAME and name not in given and name not in filled and value is not None:
+            filled[name] = Given(name, value, "extra_args_provider", name, value)
+    return list(filled.values())
 
 
 def run_rules(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallel_core.config.table import BY_NAME, TABLE
+from parallel_core.config.table import TABLE
 from parallel_core.config.values import Given
+
+_WHEN_ABSENT: dict[str, Any] = {argument.name: argument.value_when_absent for argument in TABLE}
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Resolution:
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.values = {argument.name: argument.value_when_absent for argument in TABLE}
+        self.values = dict(_WHEN_ABSENT)
         self.values.update({name: entry.value for name, entry in self.given.items()})
 
     def __getitem__(self, name: str) -> Any:
@@ -77,8 +79,3 @@ class Resolution:
 def _plain(value: object) -> str:
     nested = isinstance(value, tuple) and value and isinstance(value[0], tuple)
     return str([list(row) for row in value]) if nested else str(value)  # type: ignore[attr-defined]
-
-
-def help_of(name: str) -> str:
-    """Return what the argument `name` does."""
-    return BY_NAME[name].help

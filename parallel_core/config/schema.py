@@ -349,3 +349,19 @@ class AllConfig:
     def to_dict(self) -> dict[str, dict[str, object]]:
         """Return the tree as plain nested dictionaries, ready for JSON or YAML."""
         return dataclasses.asdict(self)
+
+
+def _defaults(kind: type, prefix: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for item in dataclasses.fields(kind):
+        if item.default is not dataclasses.MISSING:
+            found[prefix + item.name] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            found.update(_defaults(item.default_factory, f"{prefix}{item.name}."))  # type: ignore[arg-type]
+        elif item.name == "model_config":
+            found.update(_defaults(TransformerConfig, "model_config."))
+    return found
+
+
+DEFAULTS: dict[str, object] = _defaults(AllConfig, "")
+"""Field path -> the value it has when nothing is said."""

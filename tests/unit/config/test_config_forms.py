@@ -188,7 +188,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
         from_text(tmp_path, FLAT + "num_experts: 8\nclip_grads: 1\nweight_decay: -1\n", "--hidden-size", "65")
     text = str(error.value)
     for part in ("4 problems", "num_experts: 8: not built: mixture of experts", "did you mean clip_grad?",
-                 "weight_decay: -1: must not be negative", "--hidden-size 65", ":5: num_attention_heads: 4"):
+                 "weight_decay: -1: must not be negative", "--hidden-size 65", ":4: num_attention_heads: 4"):
         assert part in text
 
 

@@ -1,0 +1,101 @@
+"""Every mapped argument, set to something else than its default, changes the configuration it names."""
+
+from __future__ import annotations
+
+import pytest
+from config_helpers import load
+
+from parallel_core.config import table
+from parallel_core.config.argument import MAPPED, Argument
+from parallel_core.config.dump import field_value
+
+PIPE = "--num-layers 8 --pipeline-model-parallel-size 2 --global-batch-size 8"
+VPP = PIPE + " --num-layers-per-virtual-pipeline-stage 2"
+DIST = "--use-distributed-optimizer --overlap-grad-reduce"
+SAMPLES = "--train-samples 100"
+
+# argument -> (what else must be there, the words that set it); the others are set by their kind.
+SPECIAL: dict[str, tuple[str, str]] = {
+    "num_layers": ("", "6"), "hidden_size": ("", "128"), "num_attention_heads": ("", "8"), "seq_length": ("", "64"),
+    "num_query_groups": ("--group-query-attention", "2"), "max_position_embeddings": ("", "99"),
+    "padded_vocab_size": ("", "512"), "vocab_size": ("", "200"), "position_embedding_type": ("", "rope"),
+    "make_vocab_size_divisible_by": ("", "7"), "pad_vocab_size": ("--padded-vocab-size null --vocab-size 200", ""),
+    "rotary_percent": ("", "0.5"), "normalization": ("", "RMSNorm"), "hidden_act": ("", "relu"),
+    "gated_linear_unit": ("--hidden-act silu", ""), "add_qkv_bias": ("--disable-bias-linear", ""),
+    "qkv_has_bias": ("--disable-bias-linear", ""), "add_dense_bias": ("--disable-bias-linear", ""),
+    "params_dtype": ("", "bf16"), "compute_dtype": ("", "bf16"), "embedding_dtype": ("", "fp16"),
+    "fp16_lm_cross_entropy": ("--fp16", ""), "fp32_residual_connection": ("--bf16", ""),
+    "transformer_impl": ("", "local"), "attention_backend": ("", "flash"), "shape_order": ("", "BNSD"),
+    "apply_rope_fusion": ("--position-embedding-type rope", ""), "recompute_granularity": ("", "selective"),
+    "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
+    "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),
+    "pre_tockens": ("", "100"), "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
+    "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),
+    "microbatch_group_size_per_vp_stage": (VPP, "4"), "sequence_parallel": ("--tensor-model-parallel-size 2", ""),
+    "num_layer_list": (PIPE, "[5,3]"), "pipeline_model_parallel_layout": (PIPE, "Et*5|tttL"),
+    "decoder_first_pipeline_num_layers": (PIPE, "3"), "decoder_last_pipeline_num_layers": (PIPE, "3"),
+    "account_for_embedding_in_pipeline_split": (PIPE.replace("8", "7", 1), ""),
+    "account_for_loss_in_pipeline_split": (PIPE.replace("8", "7", 1), ""),
+    "noop_layers": ("", "1 3"),
+    "standalone_embedding_stage": (PIPE, ""),
+    "recompute": (PIPE, "[2,1]"), "select_recompute": (PIPE, "[2,1]"), "select_comm_recompute": (PIPE, "[2,1]"),
+    "distributed_backend": ("", "shm"), "overlap_param_gather": (DIST, ""), "delay_grad_reduce": (DIST, ""),
+    "grad_reduce_in_bf16": ("--bf16", ""), "wrap_with_ddp": ("", ""), "train_samples": ("", "100"),
+    "profile_level": ("", "level1"), "profile_framework": ("", "time"), "optimizer": ("", "sgd"),
+    "betas": ("", "0.5 0.6"), "adam_beta1": ("", "0.5"), "adam_beta2": ("", "0.6"), "sgd_momentum": ("", "0.5"),
+    "start_weight_decay": ("--weight-decay-incr-style linear --end-weight-decay 0.5", "0.25"),
+    "end_weight_decay": ("--weight-decay-incr-style linear --start-weight-decay 0.5", "0.75"),
+    "weight_decay_incr_style": ("--start-weight-decay 0.01 --end-weight-decay 0.01", "cosine"),
+    "lr_decay_style": ("", "cosine"), "lr_wsd_decay_style": ("", "linear"), "lr_decay_samples": (SAMPLES, "50"),
+    "lr_wsd_decay_samples": (SAMPLES, "50"), "lr_warmup_samples": (SAMPLES, "50"), "lr_warmup_iters": ("", "3"),
+    "global_batch_size": ("", "8"), "rampup_batch_size": (SAMPLES + " --global-batch-size 8", "4 4 10"),
+    "dataloader_type": ("", "cyclic"), "split": ("", "90,5,5"), "lr": ("", "0.5"), "min_lr": ("", "1e-4"),
+    "lr_warmup_init": ("", "1e-5"), "lr_warmup_fraction": ("", "0.25"), "hidden_dropout": ("", "0.25"),
+    "attention_dropout": ("", "0.25"), "label_smoothing": ("", "0.25"), "decoupled_min_lr": ("", "1e-5"),
+    "profile_aicore_metrics": ("", "1"), "profile_step_end": ("", "20"), "profile_step_start": ("", "5"),
+    "next_tockens": ("", ""), "ckpt_format": ("", ""), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
+}
+# What the run without the argument has, where the context alone is not a legal run.
+WITHOUT = {
+    "recompute_method": "--recompute-granularity full --recompute-num-layers 1 --recompute-method uniform",
+    "recompute_num_layers": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    "account_for_embedding_in_pipeline_split": PIPE, "account_for_loss_in_pipeline_split": PIPE,
+    "start_weight_decay": "", "end_weight_decay": "",
+}
+# Arguments with one legal value, and those that say where arguments are read from: tested on their own.
+ELSEWHERE = {"next_tockens", "ckpt_format", "yaml_cfg", "use_checkpoint_args", "use_mp_args_from_checkpoint_args",
+             "use_tokenizer_model_from_checkpoint_args"}
+ROWS = [argument for argument in table.TABLE if argument.status == MAPPED and argument.name not in ELSEWHERE]
+
+
+def setting(argument: Argument) -> list[str]:
+    if argument.is_switch:
+        on = argument.default is not True and argument.name != "qkv_has_bias"
+        return [argument.flags[0] if on or argument.default is None else argument.off_flags[0]]
+    _, words = SPECIAL.get(argument.name, ("", ""))
+    if words:
+        return [argument.flags[0], *words.split()]
+    default = {"int": "7", "float": "0.125"}.get(argument.kind, "word")
+    return [argument.flags[0], default]
+
+
+def variation(words: list[str]):
+    names = {w[2:].replace("-", "_") for w in words if w.startswith("--")}
+    return load(*words, without=tuple(names | ({"train_iters"} if "train_samples" in names else set())))
+
+
+@pytest.mark.parametrize("argument", ROWS, ids=lambda argument: argument.name)
+def test_mapped_argument_changes_its_fields(argument):
+    context = SPECIAL.get(argument.name, ("", ""))[0]
+    if argument.name == "make_vocab_size_divisible_by":
+        context = "--padded-vocab-size null --vocab-size 200"
+    base = variation(WITHOUT.get(argument.name, context).split())
+    changed = variation([*context.split(), *setting(argument)])
+    differing = [f for f in argument.fields if field_value(base.config, f) != field_value(changed.config, f)]
+    assert differing, f"{words} changes none of {argument.fields}"
+    if argument.direct:
+        assert argument.fields[0] in differing
+
+
+def test_the_rest_is_named():
+    assert {a.name for a in table.TABLE if a.status == MAPPED} - {a.name for a in ROWS} == ELSEWHERE

@@ -1,0 +1,123 @@
+"""The plan's numbers against models counted by hand and by Megatron's own weights, and its speed at scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from config_helpers import ROOT, load
+
+from parallel_core.config import load_config
+from parallel_core.config.plan import (
+    in_flight,
+    make_plan,
+    model_parameters,
+    num_floating_point_operations,
+    rank_memory,
+)
+from parallel_core.config.plan_text import plan_text
+from parallel_core.pipeline.layout import stage_layout
+from parallel_core.pipeline.schedule import make_schedule, peak_in_flight
+
+LLAMA = ["--normalization", "RMSNorm", "--position-embedding-type", "rope", "--swiglu", "--ffn-hidden-size", "176", "--disable-bias-linear", "--group-query-attention", "--num-query-groups", "2", "--untie-embeddings-and-output-weights"]
+
+
+def test_parameters_of_gpt2_by_hand():
+    config = load_config(["--config", str(ROOT / "configs" / "gpt2_124m.yaml")]).config
+    layer = 12 * 768 * 768 + (4 + 9) * 768  # two norms of 2h; biases 3h + h + 4h + h
+    assert model_parameters(config.model_config) == 50304 * 768 + 1024 * 768 + 12 * layer + 2 * 768
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt2", []), ("llama", LLAMA)])
+def test_parameters_of_megatrons_own_models(name, words):
+    file = ROOT / "tests" / "golden" / "checkpoint" / name / "params_0010.npz"
+    if not file.exists():
+        pytest.skip(f"{file.name} of {name} is not in this checkout")
+    arrays = np.load(file)
+    assert model_parameters(load(*words).config.model_config) == sum(arrays[key].size for key in arrays.files)
+
+
+@pytest.mark.parametrize("words", [[], LLAMA, ["--use-sandwich-norm", "--qk-layernorm"]])
+@pytest.mark.parametrize("layout", ["2 1", "1 2", "2 2", "2 4"])
+def test_stages_add_up_to_the_model(words, layout):
+    tp, pp = layout.split()
+    config = load(*words, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp,
+                  "--sequence-parallel").config
+    plan = make_plan(config, int(tp) * int(pp))
+    model = config.model_config
+    held = int(tp) * sum(stage.total - stage.tied_copy for stage in plan.parameters)
+    h, norm = model.hidden_size, model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    per_layer = norm * (4 if model.use_sandwich_norm else 2) + (2 * h if model.add_bias_linear else 0)
+    per_layer += 4 * model.kv_channels if model.qk_layernorm else 0
+    positions = model.max_position_embeddings * h if model.position_embedding_type == "learned_absolute" else 0
+    repeated = (int(tp) - 1) * (model.num_layers * per_layer + norm + positions)  # what every tensor rank holds
+    assert held == model_parameters(model) + repeated
+
+
+def test_operations_by_hand():
+    config = load(*LLAMA).config
+    layers, h, ffn, seq, vocab, batch = 4, 64, 176, 32, 256, 8
+    projections = h * h + 2 * h * 32 + h * h  # query, key and value of 2 groups of 16, output
+    scores = seq * h  # causal: half of 2 * s * h
+    forward = 2 * (layers * (projections + 3 * h * ffn + scores) + h * vocab)
+    assert num_floating_point_operations(config, batch) == 3 * batch * seq * forward
+
+
+@pytest.mark.parametrize("words", [
+    "", "--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2",
+    "--pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 2",
+])
+@pytest.mark.parametrize("number", [4, 8, 16])
+def test_activations_in_flight_are_the_schedules(words, number):
+    config = load(*words.split(), "--num-layers", "8", "--global-batch-size", str(2 * number),
+                  without=("num_layers",)).config
+    parallel = config.parallel_config
+    steps = make_schedule(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size, number)
+    for rank, actions in enumerate(steps):
+        assert in_flight(config, rank) == peak_in_flight(actions)
+
+
+def test_memory_by_hand():
+    words = ["--bf16", "--attention-dropout", "0", "--hidden-dropout", "0", "--use-flash-attn", "--use-distributed-optimizer"]
+    config = load(*words, "--global-batch-size", "8", world_size=4).config
+    memory = rank_memory(config, stage_layout(4, config.parallel_config), 0, dp=4)
+    count = model_parameters(config.model_config)
+    assert memory.weights == 2 * count and memory.gradients == 4 * count and memory.optimizer == 12 * count // 4
+    tokens, h = 2 * 32, 64
+    kept = 2 * (4 * h + 2 * h + 2 * h + 2 * 4 * h)  # bytes per token and layer
+    assert memory.activations == 4 * tokens * kept + tokens * 256 * 4
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+def smaller(*pair):
+    (less, more) = (rank_memory(c, stage_layout(c.model_config.num_layers, c.parallel_config), 0, 2) for c in pair)
+    return less.activations < more.activations
+
+
+def test_what_saves_memory_saves_it_in_the_plan():
+    plain = load("--global-batch-size", "8").config
+    selective = load("--global-batch-size", "8", "--recompute-activations").config
+    full = load("--global-batch-size", "8", "--recompute-granularity", "full", "--recompute-method", "uniform",
+                "--recompute-num-layers", "1").config
+    assert smaller(full, selective) and smaller(selective, plain)
+    tp = ["--tensor-model-parallel-size", "2", "--global-batch-size", "8"]
+    assert smaller(load(*tp).config, plain) and smaller(load(*tp, "--sequence-parallel").config, load(*tp).config)
+
+
+def test_text_of_a_small_plan():
+    loaded = load("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--global-batch-size", "8",
+                  world_size=8)
+    text = plan_text(make_plan(loaded.config, 8))
+    for part in ("ranks: 8 = tp 2 x cp 1 x dp 2 x pp 2", "layers per pipeline rank: 2, 2", "[embedding, 0-1]",
+                 "[2-3, norm, head, loss]", "1F1B, 2 microbatches", "F1.0"):
+        assert part in text
+    assert "      5 |    1 |    0 |    0 |    1" in text  # rank 5: second of its tensor group, second stage
+
+
+def test_ten_thousand_ranks():
+    words = ["--config", str(ROOT / "configs" / "pangu_38b.yaml"), "--global-batch-size", "10240"]
+    loaded = load_config(words, world_size=10240)
+    text = plan_text(make_plan(loaded.config, 10240))
+    assert "ranks: 10240 = tp 8 x cp 1 x dp 320 x pp 4" in text and len(text.splitlines()) < 40
+    assert "layers per pipeline rank: 16, 16, 16, 14" in text and "interleaved 1F1B, 4 chunks per rank" in text
+    everything = plan_text(make_plan(loaded.config, 10240), every_rank=True)
+    assert len(everything.splitlines()) > 10240

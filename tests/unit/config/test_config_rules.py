@@ -1,0 +1,258 @@
+"""Each named rule: what it derives or accepts, and what it refuses, in the user's terms."""
+
+from __future__ import annotations
+
+import pytest
+from config_helpers import load, problems
+
+from parallel_core.config.checks import CHECKS
+from parallel_core.config.derivations import DERIVATIONS
+from parallel_core.config.dump import field_value
+from parallel_core.config.pipeline_layout_string import parse_layout
+from parallel_core.errors import ConfigError
+
+M, P, T, D, O = (f"{name}_config." for name in ("model", "parallel", "training", "dataset", "optimizer"))
+PP4 = ["--num-layers", "8", "--pipeline-model-parallel-size", "4", "--global-batch-size", "16"]
+VPP = ["--num-layers", "8", "--pipeline-model-parallel-size", "2", "--global-batch-size", "8"]
+GIVEN = "--num-layers-per-virtual-pipeline-stage"
+
+# rule, flags, {field: value}
+DERIVED = [
+    ("recompute_activations", "--recompute-activations", {M + "recompute_granularity": "selective"}),
+    ("recompute_activations", "", {M + "recompute_granularity": "none"}),
+    ("positions", "--use-rotary-position-embeddings", {M + "position_embedding_type": "rope"}),
+    ("positions", "--position-embedding-type rope --no-position-embedding", {M + "apply_rope_fusion": True}),
+    ("positions", "", {M + "position_embedding_type": "learned_absolute", M + "apply_rope_fusion": False}),
+    ("positions", "--position-embedding-type rope --rotary-interleaved", {M + "apply_rope_fusion": False}),
+    ("activation", "", {M + "hidden_act": "gelu_tanh"}),
+    ("activation", "--no-bias-gelu-fusion", {M + "hidden_act": "gelu"}),
+    ("activation", "--disable-bias-linear", {M + "hidden_act": "gelu"}),
+    ("activation", "--swiglu", {M + "hidden_act": "swiglu"}),
+    ("activation", "--squared-relu", {M + "hidden_act": "squared_relu"}),
+    ("activation", "--openai-gelu", {M + "hidden_act": "openai_gelu"}),
+    ("activation", "--hidden-act silu --gated-linear-unit", {M + "hidden_act": "swiglu"}),
+    ("activation", "--hidden-act relu", {M + "hidden_act": "relu"}),
+    ("biases", "", {M + "qkv_has_bias": True, M + "out_proj_has_bias": True, M + "add_bias_linear": True}),
+    ("biases", "--disable-bias-linear", {M + "qkv_has_bias": False, M + "out_proj_has_bias": False}),
+    ("biases", "--disable-bias-linear --add-qkv-bias", {M + "qkv_has_bias": True, M + "out_proj_has_bias": False}),
+    ("biases", "--no-qkv-has-bias --no-add-dense-bias", {M + "qkv_has_bias": False, M + "add_bias_linear": True}),
+    ("softmax_type", "--apply-query-key-layer-scaling", {M + "attention_softmax_in_fp32": True}),
+    ("softmax_type", "", {M + "attention_softmax_in_fp32": False}),
+    ("sequence_length", "--max-position-embeddings 64", {M + "max_position_embeddings": 64, M + "seq_length": 32}),
+    ("sequence_length", "", {M + "max_position_embeddings": 32}),
+    ("widths", "", {M + "ffn_hidden_size": 256, M + "kv_channels": 16, M + "num_query_groups": 4}),
+    ("widths", "--swiglu", {M + "ffn_hidden_size": 128}),
+    ("widths", "--swiglu --hidden-size 4096", {M + "ffn_hidden_size": 10880}),
+    ("widths", "--ffn-hidden-size 100 --kv-channels 24", {M + "ffn_hidden_size": 100, M + "kv_channels": 24}),
+    ("widths", "--group-query-attention", {M + "num_query_groups": 1}),
+    ("widths", "--group-query-attention --num-query-groups 2", {M + "num_query_groups": 2}),
+    ("vocabulary", "--padded-vocab-size 1000 --vocab-size 999", {M + "vocab_size": 1000}),
+    ("vocabulary", "--padded-vocab-size null --vocab-size 50257", {M + "vocab_size": 50304}),
+    ("vocabulary", "--padded-vocab-size null --vocab-size 50257 --tensor-model-parallel-size 4",
+     {M + "vocab_size": 50688, D + "unpadded_vocab_size": 50257}),
+    ("vocabulary", "--padded-vocab-size null --vocab-size 100 --make-vocab-size-divisible-by 8", {M + "vocab_size": 104}),
+    ("vocabulary", "--padded-vocab-size null --vocab-size 101 --no-pad-vocab-size", {M + "vocab_size": 101}),
+    ("vocabulary", "--padded-vocab-size null --vocab-size 255 --tokenizer-type NullTokenizer", {M + "vocab_size": 256}),
+    ("vocabulary", "--padded-vocab-size null --vocab-size 256 --tokenizer-type NullTokenizer", {M + "vocab_size": 384}),
+    ("precision", "", {M + "params_dtype": "float32", M + "compute_dtype": "float32", T + "bf16": False}),
+    ("precision", "--bf16", {M + "params_dtype": "bfloat16", M + "compute_dtype": "bfloat16", T + "bf16": True}),
+    ("precision", "--bf16 --params-dtype fp32", {M + "params_dtype": "float32", M + "compute_dtype": "bfloat16"}),
+    ("precision", "--compute-dtype torch.bfloat16", {M + "params_dtype": "float32", T + "bf16": True}),
+    ("precision", "--fp16", {M + "compute_dtype": "float16", T + "fp16": True, M + "embedding_init_dtype": "float16"}),
+    ("gradient_type", "--bf16", {T + "accumulate_allreduce_grads_in_fp32": True}),
+    ("gradient_type", "--bf16 --grad-reduce-in-bf16", {T + "accumulate_allreduce_grads_in_fp32": False}),
+    ("gradient_type", "--fp16", {T + "accumulate_allreduce_grads_in_fp32": False}),
+    ("overflow_check", "--fp16", {T + "check_for_nan_in_loss_and_grad": False}),
+    ("overflow_check", "--fp16 --loss-scale 0.5", {T + "check_for_nan_in_loss_and_grad": True, T + "loss_scale": 0.5}),
+    ("sequence_parallel", "--sequence-parallel", {P + "sequence_parallel": False}),
+    ("sequence_parallel", "--sequence-parallel --tensor-model-parallel-size 2", {P + "sequence_parallel": True}),
+    ("flash_attention", "--attention-backend flash", {M + "use_flash_attention": True}),
+    ("flash_attention", "--attention-backend unfused", {M + "use_flash_attention": False}),
+    ("virtual_pipeline", " ".join([*VPP, GIVEN, "2"]), {P + "virtual_pipeline_model_parallel_size": 2}),
+    ("virtual_pipeline", " ".join([*VPP, "--num-virtual-stages-per-pipeline-rank", "4"]),
+     {P + "virtual_pipeline_model_parallel_size": 4}),
+    ("virtual_pipeline", " ".join([*VPP, "--num-layer-list", "[[3,1],[2,2]]"]),
+     {P + "virtual_pipeline_model_parallel_size": 2, P + "num_layer_list": ((3, 1), (2, 2))}),
+    ("virtual_pipeline", " ".join([*VPP, "--num-layer-list", "5,3"]), {P + "num_layer_list": ((5,), (3,))}),
+    ("virtual_pipeline", " ".join([*VPP, "--pipeline-model-parallel-layout", "Ett|ttt|t|ttL"]),
+     {P + "num_layer_list": ((2, 1), (3, 2)), P + "virtual_pipeline_model_parallel_size": 2}),
+    ("virtual_pipeline", "", {P + "virtual_pipeline_model_parallel_size": 1}),
+    ("batches", "", {D + "global_batch_size": 2, D + "micro_batch_num": 1}),
+    ("batches", "--global-batch-size 8", {D + "micro_batch_num": 4}),
+    ("batches", "--micro-batch-num 3", {D + "global_batch_size": 6}),
+    ("run_length", "--train-iters null --train-samples 101", {T + "training_iters": 50, T + "train_samples": 101}),
+    # 4 (start) to 8 in one step of 4 over 10 samples: 4, 4, 4 (12 > 10 consumed), then 88/8 = 11 more.
+    ("run_length", "--train-iters null --train-samples 100 --global-batch-size 8 --rampup-batch-size 4 4 10",
+     {T + "training_iters": 14}),
+    ("schedule", "--weight-decay 0.1", {O + "start_weight_decay": 0.1, O + "end_weight_decay": 0.1}),
+    ("schedule", "--betas 0.8 0.9", {O + "betas": (0.8, 0.9)}),
+    ("schedule", "--adam-beta2 0.95 --init-method-std 0.01", {O + "betas": (0.9, 0.95), M + "embedding_init_std": 0.01}),
+    ("schedule", "", {D + "split": "969, 30, 1", D + "dataloader_type": "single"}),
+    ("pretrained", "--pretrained-checkpoint x", {T + "load_checkpoint": "x", T + "finetune": True}),
+    ("pretrained", "--load x", {T + "load_checkpoint": "x", T + "finetune": False}),
+]
+
+
+def replaced(words):
+    """The base's values that `words` give another value, train_iters by train_samples."""
+    names = {w[2:].replace("-", "_") for w in words if w.startswith("--") and not w.startswith("--no-")}
+    return tuple(names | ({"train_iters"} if "train_samples" in names and "--train-iters" in words else set()))
+
+
+@pytest.mark.parametrize(("rule", "flags", "expected"), DERIVED)
+def test_derived(rule, flags, expected):
+    assert rule in DERIVATIONS
+    config = load(*flags.split(), without=replaced(flags.split())).config
+    assert {path: field_value(config, path) for path in expected} == expected
+
+
+def test_every_derivation_has_a_case():
+    assert {rule for rule, _, _ in DERIVED} == set(DERIVATIONS)
+
+
+# rule, flags, what the message says
+REFUSED = [
+    ("recompute_activations", "--recompute-activations --recompute-granularity full", "ask for two different things"),
+    ("positions", "--use-rotary-position-embeddings --position-embedding-type none", "two kinds of positions"),
+    ("positions", "--no-position-embedding", "--no-position-embedding: write position_embedding_type none"),
+    ("activation", "--swiglu --squared-relu", "--swiglu, --squared-relu: ask for several activations"),
+    ("activation", "--swiglu --hidden-act gelu", "--swiglu, --hidden-act gelu: ask for several"),
+    ("activation", "--gated-linear-unit", "swiglu is the gated activation that exists"),
+    ("widths", "--hidden-size 66", "--hidden-size 66, --num-attention-heads 4: 66 is not a multiple of 4"),
+    ("vocabulary", "--padded-vocab-size null --mock-data", "give padded_vocab_size, vocab_size, or a tokenizer"),
+    ("vocabulary", "--padded-vocab-size null --tokenizer-type GPT2BPETokenizer", "needs --vocab-file and --merge-file"),
+    ("vocabulary", "--padded-vocab-size null --tokenizer-type Llama2Tokenizer --tokenizer-model nowhere.model",
+     "give padded_vocab_size to describe the model without its tokenizer"),
+    ("virtual_pipeline", " ".join([*VPP, GIVEN, "3"]), "8 layers are not a whole number of chunks of 3 on each of 2"),
+    ("virtual_pipeline", " ".join([*VPP, "--pipeline-model-parallel-layout", "Ett|t"]), "L once, at the end"),
+    ("batches", "--global-batch-size 7", "--global-batch-size 7, --micro-batch-size 2: 7 is not a multiple of micro"),
+    ("schedule", "--betas 0.8 0.9 --adam-beta1 0.7", "--betas 0.8 0.9, --adam-beta1 0.7: disagree"),
+    ("pretrained", "--pretrained-checkpoint x --load y", "both name weights to start from"),
+    ("required", "--num-layers null", "num_layers: required, and not given; add num_layers to the file or --num-layers"),
+    ("required", "--lr null", "lr: required to train"),
+    ("required", "--micro-batch-size null", "--micro-batch-size N"),
+    ("ranges", "--hidden-size 0", "--hidden-size 0: must be above zero"),
+    ("ranges", "--hidden-dropout 1.0", "--hidden-dropout 1.0: must be at least 0 and below 1"),
+    ("ranges", "--weight-decay -1", "--weight-decay -1: must not be negative"),
+    ("ranges", "--rotary-percent 0", "--rotary-percent 0: must be above 0 and at most 1"),
+    ("ranges", "--lr-warmup-fraction 1.5", "must be from 0 to 1"),
+    ("ranges", "--betas 0.9", "takes two numbers"),
+    ("ranges", "--profile-aicore-metrics 7", "must be from -1 to 6"),
+    ("positions", "--max-position-embeddings 16", "there must be a position for every token"),
+    ("positions", "--position-embedding-type rope --rotary-percent 0.2", "rotates 3 channels of each head"),
+    ("heads", "--tensor-model-parallel-size 8", "--num-attention-heads 4, --tensor-model-parallel-size 8: 4 is not"),
+    ("heads", "--group-query-attention --num-query-groups 3", "heads must be a multiple of groups"),
+    ("heads", "--group-query-attention --tensor-model-parallel-size 2", "1 is not a multiple of 2"),
+    ("attention_window", "--pre-tockens 8", "--pre-tockens 8, --seq-length 32: is narrower than the sample"),
+    ("attention_window", "--next-tockens 1", "must be 0, causal attention"),
+    ("tensor_parallel", "--padded-vocab-size 255 --tensor-model-parallel-size 2", "255 is not a multiple of 2"),
+    ("tensor_parallel", "--ffn-hidden-size 33 --tensor-model-parallel-size 2", "33 is not a multiple of 2"),
+    ("tensor_parallel", "--seq-length 31 --tensor-model-parallel-size 2 --sequence-parallel", "31 is not a multiple"),
+    ("tensor_parallel", "--vocab-size 300", "the padded vocabulary is smaller than the vocabulary"),
+    ("microbatches", "--global-batch-size 8 --micro-batch-num 3", "3 microbatches = 6, not 8; leave out micro_batch_num"),
+    ("microbatches", "--global-batch-size 8 --rampup-batch-size 3 2 10", "does not arrive at 8"),
+    ("microbatches", "--global-batch-size 8 --rampup-batch-size 1 1 10", "multiples of micro batch size 2"),
+    ("microbatches", "--global-batch-size 8 --rampup-batch-size 4 4", "takes three numbers above zero"),
+    ("layers", "--pipeline-model-parallel-size 3", "Use 3 or 6 layers, or give num_layer_list"),
+    ("layers", "--virtual-pipeline-model-parallel-size 2", "several chunks per rank need at least two pipeline stages"),
+    ("layers", " ".join([*PP4, "--num-layer-list", "1,2,2,2"]), "adds up to 7, not num_layers=8"),
+    ("layers", " ".join([*VPP, GIVEN, "2", "--virtual-pipeline-model-parallel-size", "4"]), "2 layers x 2 ranks x 4"),
+    ("layers", " ".join([*VPP, GIVEN, "1", "--num-layer-list", "[[2,2],[2,2]]"]), "largest chunk of the list has 2"),
+    ("layers", " ".join([*PP4, "--decoder-first-pipeline-num-layers", "1",
+                         "--account-for-loss-in-pipeline-split"]), "cannot be combined"),
+    ("layers", " ".join([*PP4, "--decoder-first-pipeline-num-layers", "1"]), "leaves 7 layers for 3 stages"),
+    ("layers", " ".join([*PP4, "--recompute", "[1,1]"]), "needs one row for each of the 4 pipeline ranks"),
+    ("layers", "--noop-layers 4", "layers are numbered from 0 to 3"),
+    ("interleaving", " ".join([*VPP, GIVEN, "2", "--global-batch-size", "6"]), "3 do not fit"),
+    ("interleaving", " ".join([*VPP, "--microbatch-group-size-per-virtual-pipeline-stage", "2"]), "belongs to several"),
+    ("interleaving", " ".join([*VPP, GIVEN, "2", "--microbatch-group-size-per-virtual-pipeline-stage", "1"]),
+     "must be at least 2"),
+    ("precision", "--bf16 --fp16", "--bf16, --fp16: give one of them"),
+    ("precision", "--bf16 --compute-dtype float32", "bf16 computes in bfloat16"),
+    ("precision", "--fp16-lm-cross-entropy", "--fp16-lm-cross-entropy: needs fp16"),
+    ("precision", "--fp32-residual-connection", "needs fp16 or bf16"),
+    ("precision", "--grad-reduce-in-bf16", "needs bf16"),
+    ("precision", "--apply-query-key-layer-scaling --use-flash-attn", "cannot scale by layer"),
+    ("recomputation", "--recompute-granularity full", "full needs recompute_method (uniform or block)"),
+    ("recomputation", "--recompute-granularity selective --recompute-method block", "belongs to recompute_granularity"),
+    ("recomputation", "--recompute-num-layers 1", "belongs to recompute_granularity full, which is none"),
+    ("recomputation", "--recompute-granularity full --recompute-method block --recompute-num-layers 5",
+     "there are not so many layers"),
+    ("run_length", "--train-samples 100", "--train-iters 10, --train-samples 100: give one of them"),
+    ("run_length", "--lr-decay-samples 5", "the run does not count samples"),
+    ("run_length", "--train-iters null --train-samples 100 --lr-warmup-iters 5", "does not count iterations"),
+    ("run_length", "--global-batch-size 8 --rampup-batch-size 4 4 10", "needs train_samples instead of train_iters"),
+    ("learning_rate", "--min-lr 1", "--min-lr 1, --lr 1e-3: min_lr must not be above lr"),
+    ("learning_rate", "--decoupled-lr 1 --decoupled-min-lr 2", "must not be above decoupled_lr"),
+    ("learning_rate", "--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "--lr-warmup-fraction 0.1, --lr-warmup-iters 2"),
+    ("learning_rate", "--lr-warmup-iters 10", "the warm-up must be shorter than the decay"),
+    ("learning_rate", "--train-iters null --train-samples 9 --lr-warmup-samples 9", "must be shorter than the decay"),
+    ("learning_rate", "--lr-decay-style WSD", "WSD needs lr_wsd_decay_iters"),
+    ("learning_rate", "--use-checkpoint-opt_param-scheduler --override-opt-param-scheduler", "give one of them"),
+    ("weight_decay", "--start-weight-decay 0.5", "a constant weight decay has one value"),
+    ("weight_decay", "--weight-decay-incr-style linear --start-weight-decay 0", "needs start_weight_decay and end"),
+    ("overlap", "--overlap-param-gather", "--overlap-param-gather: needs use_distributed_optimizer"),
+    ("overlap", "--overlap-param-gather --use-distributed-optimizer", "needs overlap_grad_reduce"),
+    ("overlap", "--delay-grad-reduce", "--delay-grad-reduce: needs overlap_grad_reduce"),
+    ("overlap", "--no-wrap-with-ddp --overlap-grad-reduce", "overlap_grad_reduce needs gradient buckets"),
+    ("data_sources", "--data-path a --mock-data", "--data-path a, --mock-data: give one of them"),
+    ("data_sources", "--data-path a --train-data-path b", "give one of them"),
+    ("data_sources", "--train-data-path b --split 1,1,1", "does not apply"),
+    ("profiling", "--profile --profile-step-start 5 --profile-step-end 4", "the profile ends before it starts"),
+]
+
+
+@pytest.mark.parametrize(("rule", "flags", "message"), REFUSED)
+def test_refused(rule, flags, message):
+    assert rule in CHECKS or rule in DERIVATIONS
+    words = flags.split()
+    assert message in problems(*words, without=replaced(words))
+
+
+def test_every_check_has_a_case():
+    named = {rule for rule, _, _ in REFUSED} | {"world", "saving"}
+    assert set(CHECKS) <= named
+
+
+def test_world():
+    assert load("--tensor-model-parallel-size", "2", world_size=6).args.data_parallel_size == 3
+    text = problems("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", world_size=6)
+    assert "6 processes are not a multiple of 2 x 2 x 1 = 4; start 8" in text
+    assert "start 4" in problems("--tensor-model-parallel-size", "4", world_size=0)
+
+
+def test_batches_follow_the_world_size():
+    config = load("--global-batch-size", "24", world_size=4).config
+    assert config.dataset_config.micro_batch_num == 3
+    assert "16 is not a multiple of micro batch size 2 x data parallel size 3 = 6 (world size 3)" in problems(
+        "--global-batch-size", "16", world_size=3)
+    assert load("--global-batch-size", "24", "--micro-batch-num", "3").world_size == 4
+
+
+def test_saving_says_what_happens():
+    assert "nothing is saved without save" in " ".join(load("--save-interval", "5").notes)
+    assert "one checkpoint is written, at the end" in " ".join(load("--save", "x").notes)
+    assert "nothing to train" in " ".join(load(without=("lr", "train_iters")).notes)
+    assert not load("--save", "x", "--save-interval", "5").notes
+
+
+def test_explicit_qkv_bias_off_is_explained():
+    (note,) = load("--no-add-qkv-bias").notes
+    assert "write qkv_has_bias: false" in note
+
+
+@pytest.mark.parametrize(("text", "ranks", "layers"), [
+    ("Et*3|(tt|)*29,L", 31, ((3,), *[(2,)] * 29, (0,))),
+    ("Et|t|t|tL", 2, ((1, 1), (1, 1))), ("E|(t|)*3,L", 5, ((0,), (1,), (1,), (1,), (0,))),
+])
+def test_layout_strings(text, ranks, layers):
+    assert parse_layout(text, ranks) == layers
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("Ettm|tL", "multi-token"), ("Etx|tL", "has x"), ("Et|t|tL", "3 stages, not a multiple"), ("E(t|tL", "unclosed"),
+    ("t|EtL", "E once"),
+])
+def test_bad_layout_strings(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_layout(text, 2)
