@@ -34,6 +34,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "pcs_open": ([I, I, I, P, c_double], c_void_p),
     "pcs_close": ([P], None),
     "pcs_failure": ([P, P], None),
+    "pcs_waited": ([P], c_double),
     "pcs_barrier": ([P, c_double], c_int),
     "pcs_all_reduce": ([P, P, L, I, I, I, c_double], c_int),
     "pcs_reduce_scatter": ([P, P, P, L, L, I, I, c_double], c_int),
@@ -46,7 +47,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 _TIMEOUT, _DEAD, _MISMATCH = 1, 2, 3
 
-# MindSpore dtype -> (code in shm.cpp, bytes of an element, NumPy dtype or None)
+# MindSpore dtype -> (code in shm_reduce.h, bytes of an element, NumPy dtype or None)
 _DTYPES: dict[Any, tuple[int, int, Any]] = {
     ms.float32: (0, 4, np.float32),
     ms.float16: (1, 2, np.float16),
@@ -67,7 +68,7 @@ _KINDS = (
     "all_to_all",
 )
 
-SPIN_S = 2e-3
+SPIN_S = 2e-4
 """How long a waiting rank keeps its core before it sleeps, when every rank has a core of its own."""
 CROWDED_SPIN_S = 2e-5
 """The same when ranks share cores."""
@@ -116,6 +117,11 @@ class ShmGroup(Group):
         if not self._group:
             raise CommError(f"group {name}: the shared memory cannot be mapped")
         self._inboxes: dict[int, deque[_Receive]] = {}
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this rank has spent waiting for the others in this group's operations."""
+        return float(self._lib.pcs_waited(self._group))
 
     # ---- creation ---------------------------------------------------------------------------------------------------
     def subgroup(self, name: str, ranks: Sequence[int]) -> ShmGroup:
