@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
 from mindspore import Tensor, nn
 
 from parallel_core import ops
@@ -84,10 +85,17 @@ class _LocalEmbedding(Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
         ctx.first_row, ctx.num_rows, ctx.dtype = first_row, weight.shape[0], weight.dtype
         ctx.save_for_backward(ids)
-        return ops.embedding(ids.reshape(-1), weight, first_row).reshape(*ids.shape, weight.shape[1])
+        rows = ops.embedding(ids.reshape(-1), _widened(weight), first_row).astype(weight.dtype)
+        return rows.reshape(*ids.shape, weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        dw = ops.embedding_grad_table(dy.reshape(-1, dy.shape[-1]), ids.reshape(-1), ctx.num_rows, ctx.first_row)
+        dy_TH = _widened(dy).reshape(-1, dy.shape[-1])
+        dw = ops.embedding_grad_table(dy_TH, ids.reshape(-1), ctx.num_rows, ctx.first_row)
         return None, dw.astype(ctx.dtype), None
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return a bfloat16 tensor as float32, which is exact: the CPU has neither gather nor segment sum for bfloat16."""
+    return x.astype(ms.float32) if x.dtype == ms.bfloat16 else x

@@ -40,7 +40,6 @@ class LanguageModelEmbedding(nn.Cell):
                 f"{name}.position_embeddings.weight",
                 (config.max_position_embeddings, config.hidden_size),
                 partial_gradient=build.sequence_parallel,
-                is_embedding_or_output=True,
             )
             init = build.embedding_init(spec.name)
             self.position_embeddings = make_parameter(spec, init, config.embedding_init_dtype)
@@ -71,4 +70,5 @@ class LanguageModelEmbedding(nn.Cell):
             return embedding_lookup(local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB, table)
         count = length // self.tp_group.size if self.cut else length
         first = self.tp_group.rank * count if self.cut else 0
-        return table[first : first + count].expand_dims(1)
+        # Cast before the slice: the CPU has no gradient of a bfloat16 slice.
+        return table.astype(self.residual_dtype)[first : first + count].expand_dims(1)
