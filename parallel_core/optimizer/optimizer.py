@@ -158,7 +158,7 @@ class Optimizer:
     def step(
         self, scheduler: OptimizerParamScheduler, squares: float, gradient_factor: float = 1.0
     ) -> StepResult:
-        """Make one update with reduced gradients, or none if they overflowed under a dynamic loss scale.
+        """Make one update with reduced gradients, or none if they are not finite.
 
         Args:
             scheduler: learning rate and weight decay of this update.
@@ -166,16 +166,17 @@ class Optimizer:
             gradient_factor: factor of all gradients (1 / number of tokens for per-token losses).
 
         Raises:
-            ParallelCoreError: if a gradient is not finite and that is checked; the parameters are named.
+            ParallelCoreError: if a gradient is not finite, that is checked and no dynamic loss scale is there to react;
+                the parameters are named.
         """
         unscale = gradient_factor / self.scaler.scale
         norm = math.sqrt(squares) * unscale if squares >= 0 else math.nan
         overflow = not math.isfinite(norm)
-        if overflow and isinstance(self.scaler, DynamicLossScaler):
+        if overflow:
+            if self._check_for_nan and not isinstance(self.scaler, DynamicLossScaler):
+                self._raise_not_finite(norm)
             self.scaler.update(True)
             return StepResult(False, norm)
-        if overflow and self._check_for_nan:
-            self._raise_not_finite(norm)
         clip = self.config.clip_grad
         factor = unscale * min(1.0, clip / (norm + 1e-6)) if clip > 0 else unscale
         self.step_count += 1
@@ -239,7 +240,7 @@ class Optimizer:
         where = bullet_list(dict.fromkeys(names)) if names else "  (on another rank)"
         raise ParallelCoreError(
             f"the gradient norm is {norm} after {self.step_count} updates; parameters whose gradient is not finite on "
-            f"this rank:\n{where}\nLower --lr, or use --no-check-for-nan-in-loss-and-grad to go on regardless."
+            f"this rank:\n{where}\nLower --lr, or use --no-check-for-nan-in-loss-and-grad to skip such updates."
         )
 
     def segments_by_parameter(self) -> Iterator[tuple[Parameter, list[Segment]]]:
