@@ -234,7 +234,8 @@ class OptimizerConfig:
     lr_warmup_init: float = 0.0
     decoupled_lr: float = 0.0
     """Learning rate of the embedding and the output layer; 0: learning_rate."""
-    decoupled_min_lr: float = 0.0
+    decoupled_min_lr: float = -1.0
+    """-1: min_lr."""
     use_checkpoint_opt_param_scheduler: bool = False
     override_opt_param_scheduler: bool = False
     overlap_param_gather: bool = False
@@ -244,6 +245,7 @@ class OptimizerConfig:
             self,
             start_weight_decay=self.weight_decay if self.start_weight_decay < 0 else self.start_weight_decay,
             end_weight_decay=self.weight_decay if self.end_weight_decay < 0 else self.end_weight_decay,
+            decoupled_min_lr=self.min_lr if self.decoupled_min_lr < 0 else self.decoupled_min_lr,
         )
 
 
