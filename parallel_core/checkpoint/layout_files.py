@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -36,6 +38,12 @@ def list_iterations(root: Path) -> dict[int, Path]:
         if match and path.is_dir() and int(match[1]) not in found:  # sorted: the plain name comes before `.replaced`
             found[int(match[1])] = path
     return found
+
+
+def sealed_checksums(lines: Sequence[str]) -> str:
+    """Return the text of `checksums.txt`: a line per file, and a last one with the checksum of those before it."""
+    text = "".join(f"{line}\n" for line in lines)
+    return f"{text}{zlib.crc32(text.encode()):08x} {len(text)} {CHECKSUMS_NAME}\n"
 
 
 def fsync_directory(path: Path) -> None:

@@ -17,6 +17,7 @@ from parallel_core.checkpoint.layout_files import (
     TRACKER_NAME,
     iteration_dir_name,
     list_iterations,
+    sealed_checksums,
 )
 from parallel_core.checkpoint.mindspore_container import CkptBlob
 from parallel_core.checkpoint.safetensors_file import FileDigest, file_digest
@@ -252,13 +253,14 @@ def _natural(key: str, numbers: list[Any]) -> tuple[int, ...]:
 def _read_checksums(path: Path) -> dict[str, FileDigest]:
     file = path / CHECKSUMS_NAME
     try:
-        lines = file.read_text(encoding="ascii").splitlines(keepends=True)
+        text = file.read_bytes().decode("ascii")
+        lines = text.split("\n")[:-2]
+        if not lines or text != sealed_checksums(lines):
+            raise ValueError("its own checksum does not match")
         listed = {}
         for line in lines:
-            crc, size, name = line.removesuffix("\n").split(" ", 2)
-            if not line.endswith("\n") or len(crc) != 8 or _plain_name(file, name) in listed:
-                raise ValueError(line.strip()[:60])
-            listed[name] = FileDigest(int(size), crc)
+            crc, size, name = line.split(" ", 2)
+            listed[_plain_name(file, name)] = FileDigest(int(size), crc)
     except OSError as error:
         raise CheckpointError(f"{file} is missing or unreadable ({error.strerror})") from None
     except ValueError as error:

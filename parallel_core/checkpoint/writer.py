@@ -36,6 +36,7 @@ from parallel_core.checkpoint.layout_files import (
     list_iterations,
     remove_checkpoint,
     remove_leftovers,
+    sealed_checksums,
     write_durably,
 )
 from parallel_core.checkpoint.safetensors_file import StreamTensor, file_digest, write_safetensors
@@ -266,7 +267,7 @@ class CheckpointWriter:
         digest = file_digest(self.partial_path / INDEX_NAME)
         lines = [f"{digest.crc32} {digest.bytes} {INDEX_NAME}"]
         lines += [f"{spec['crc32']} {spec['bytes']} {name}" for name, spec in index["files"].items()]
-        write_durably(self.partial_path / CHECKSUMS_NAME, "\n".join(lines) + "\n")
+        write_durably(self.partial_path / CHECKSUMS_NAME, sealed_checksums(lines))
 
     def _publish(self) -> None:
         replaced = self.final_path.with_name(self.final_path.name + ".replaced")

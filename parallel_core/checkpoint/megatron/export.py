@@ -245,12 +245,13 @@ def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, 
         "pipeline_model_parallel_size": target.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": target.virtual_pipeline,
     }
-    kept = all(value is None or value == (mesh.get(key) or 1) for key, value in sizes.items())
+    uneven = target.first_stage_layers is not None or target.last_stage_layers is not None
+    kept = not uneven and all(value is None or value == (mesh.get(key) or 1) for key, value in sizes.items())
     for key, value in sizes.items():
         args[key] = int(value or (mesh.get(key) if value is None and (kept or "virtual" not in key) else 1) or 1)
     if args["virtual_pipeline_model_parallel_size"] == 1:
         args["virtual_pipeline_model_parallel_size"] = None
-    if not kept or target.first_stage_layers or target.last_stage_layers:
+    if not kept:
         args.update(_UNEVEN)
         args["decoder_first_pipeline_num_layers"] = target.first_stage_layers
         args["decoder_last_pipeline_num_layers"] = target.last_stage_layers
