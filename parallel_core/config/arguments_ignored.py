@@ -331,7 +331,7 @@ IGNORED_ROWS: tuple[Argument, ...] = (
         """,
     ),
     *ignored_rows(
-        "a signal ends the run at once; save_interval bounds what is lost",
+        "SIGTERM and SIGINT always end the run after a checkpoint",
         """
         exit_signal_handler flag
         exit_signal = 'SIGTERM'

@@ -51,7 +51,8 @@ def convert(argument: Argument, raw: object) -> object:
     Raises:
         Unreadable: The value is not of that type, is not finite, or is not one of the choices.
     """
-    if raw is None or (isinstance(raw, str) and raw.strip() in ("None", "null", "~")):
+    word = raw[0] if isinstance(raw, list) and len(raw) == 1 else raw
+    if word is None or (isinstance(word, str) and word.strip() in ("None", "null", "~")):
         return None
     if argument.is_switch:
         return _boolean(raw)

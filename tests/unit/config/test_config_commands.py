@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from config_helpers import GOLDEN, ROOT
@@ -55,7 +56,8 @@ def test_explain(capsys):
 
 
 def test_diff(capsys, tmp_path):
-    (tmp_path / "b.yaml").write_text(open(TINY).read().replace("hidden_size: 128", "hidden_size: 256"))
+    wider = Path(TINY).read_text().replace("hidden_size: 128", "hidden_size: 256")
+    (tmp_path / "b.yaml").write_text(wider)
     _, out, _ = run(capsys, "diff", TINY, str(tmp_path / "b.yaml"))
     assert [line.split(":")[0] for line in out.splitlines()] == [
         "model_config.ffn_hidden_size", "model_config.hidden_size", "model_config.kv_channels"]

@@ -53,7 +53,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "lr_warmup_init": ("", "1e-5"), "lr_warmup_fraction": ("", "0.25"), "hidden_dropout": ("", "0.25"),
     "attention_dropout": ("", "0.25"), "label_smoothing": ("", "0.25"), "decoupled_min_lr": ("", "1e-5"),
     "profile_aicore_metrics": ("", "1"), "profile_step_end": ("", "20"), "profile_step_start": ("", "5"),
-    "next_tockens": ("", ""), "ckpt_format": ("", ""), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
+    "ckpt_format": ("", "ckpt"), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
 }
 # What the run without the argument has, where the context alone is not a legal run.
 WITHOUT = {
@@ -63,7 +63,7 @@ WITHOUT = {
     "start_weight_decay": "", "end_weight_decay": "",
 }
 # Arguments with one legal value, and those that say where arguments are read from: tested on their own.
-ELSEWHERE = {"next_tockens", "ckpt_format", "yaml_cfg", "use_checkpoint_args", "use_mp_args_from_checkpoint_args",
+ELSEWHERE = {"next_tockens", "yaml_cfg", "use_checkpoint_args", "use_mp_args_from_checkpoint_args",
              "use_tokenizer_model_from_checkpoint_args"}
 ROWS = [argument for argument in table.TABLE if argument.status == MAPPED and argument.name not in ELSEWHERE]
 
@@ -92,7 +92,7 @@ def test_mapped_argument_changes_its_fields(argument):
     base = variation(WITHOUT.get(argument.name, context).split())
     changed = variation([*context.split(), *setting(argument)])
     differing = [f for f in argument.fields if field_value(base.config, f) != field_value(changed.config, f)]
-    assert differing, f"{words} changes none of {argument.fields}"
+    assert differing, f"{setting(argument)} changes none of {argument.fields}"
     if argument.direct:
         assert argument.fields[0] in differing
 

@@ -75,7 +75,8 @@ def test_a_namespace_of_megatrons_own(tmp_path):
 
     args = argparse.Namespace(
         num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, encoder_seq_length=32,
-        max_position_embeddings=32, padded_vocab_size=256, micro_batch_size=2, global_batch_size=8, lr=1e-3, train_iters=10,
+        max_position_embeddings=32, padded_vocab_size=256, micro_batch_size=2, global_batch_size=8, lr=1e-3,
+        train_iters=10,
         bf16=True, fp16=False, params_dtype=Dtype(), add_bias_linear=True, add_qkv_bias=True, swiglu=False,
         num_query_groups=1, start_weight_decay=0.01, end_weight_decay=0.01, world_size=2, data_parallel_size=2, rank=0,
         consumed_train_samples=0, cp_comm_type=["p2p"], num_experts=None, ffn_hidden_size=256, kv_channels=16,

@@ -18,7 +18,11 @@ from parallel_core.config.plan_text import plan_text
 from parallel_core.pipeline.layout import stage_layout
 from parallel_core.pipeline.schedule import make_schedule, peak_in_flight
 
-LLAMA = ["--normalization", "RMSNorm", "--position-embedding-type", "rope", "--swiglu", "--ffn-hidden-size", "176", "--disable-bias-linear", "--group-query-attention", "--num-query-groups", "2", "--untie-embeddings-and-output-weights"]
+LLAMA = [
+    "--normalization", "RMSNorm", "--position-embedding-type", "rope", "--swiglu", "--ffn-hidden-size", "176",
+    "--disable-bias-linear", "--group-query-attention", "--num-query-groups", "2",
+    "--untie-embeddings-and-output-weights",
+]
 
 
 def test_parameters_of_gpt2_by_hand():
@@ -77,7 +81,8 @@ def test_activations_in_flight_are_the_schedules(words, number):
 
 
 def test_memory_by_hand():
-    words = ["--bf16", "--attention-dropout", "0", "--hidden-dropout", "0", "--use-flash-attn", "--use-distributed-optimizer"]
+    words = ["--bf16", "--attention-dropout", "0", "--hidden-dropout", "0", "--use-flash-attn",
+             "--use-distributed-optimizer"]
     config = load(*words, "--global-batch-size", "8", world_size=4).config
     memory = rank_memory(config, stage_layout(4, config.parallel_config), 0, dp=4)
     count = model_parameters(config.model_config)
@@ -104,8 +109,8 @@ def test_what_saves_memory_saves_it_in_the_plan():
 
 
 def test_text_of_a_small_plan():
-    loaded = load("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--global-batch-size", "8",
-                  world_size=8)
+    loaded = load("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
+                  "--global-batch-size", "8", world_size=8)
     text = plan_text(make_plan(loaded.config, 8))
     for part in ("ranks: 8 = tp 2 x cp 1 x dp 2 x pp 2", "layers per pipeline rank: 2, 2", "[embedding, 0-1]",
                  "[2-3, norm, head, loss]", "1F1B, 2 microbatches", "F1.0"):

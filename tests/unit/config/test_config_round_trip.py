@@ -33,7 +33,8 @@ def model(draw, tp: int) -> list[str]:
                                    ["--no-qkv-has-bias"], ["--disable-bias-linear", "--add-dense-bias"]]))
     words += draw(st.sampled_from([[], ["--use-rotary-position-embeddings", "--rotary-base", "5e5"],
                                    ["--position-embedding-type", "none"],
-                                   ["--position-embedding-type", "rope", "--rotary-percent", "0.5", "--no-rope-fusion"]]))
+                                   ["--position-embedding-type", "rope", "--rotary-percent", "0.5",
+                                    "--no-rope-fusion"]]))
     words += draw(st.sampled_from([[], ["--bf16"], ["--fp16"], ["--compute-dtype", "bfloat16"],
                                    ["--bf16", "--params-dtype", "fp32", "--fp32-residual-connection"],
                                    ["--fp16", "--loss-scale", "128", "--fp16-lm-cross-entropy"]]))
@@ -85,7 +86,8 @@ def run(draw) -> list[str]:
         "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]]))
     words += draw(st.sampled_from([[], ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.1",
                                         "--end-weight-decay", "0.2"]]))
-    words += draw(st.sampled_from([[], ["--data-path", "a b"], ["--data-path", "0.3", "a", "0.7", "b"], ["--mock-data"]]))
+    words += draw(st.sampled_from([[], ["--data-path", "a b"], ["--data-path", "0.3", "a", "0.7", "b"],
+                                   ["--mock-data"]]))
     maybe(draw, words, "--weight-decay", RATES)
     maybe(draw, words, "--adam-beta2", st.sampled_from(["0.95", "0.99"]))
     maybe(draw, words, "--clip-grad", st.sampled_from(["0.0", "0.5"]))

@@ -1,0 +1,61 @@
+"""Every field of the configuration is read by the program, not only filled in."""
+
+from __future__ import annotations
+
+import ast
+
+from config_helpers import ROOT
+from test_table_coverage import all_fields
+
+# Fields that do their work within the configuration, through the values that its rules make of them.
+WITHIN_THE_CONFIG = {
+    "model_config.group_query_attention": "num_query_groups",
+    "dataset_config.make_vocab_size_divisible_by": "vocab_size",
+    "parallel_config.num_layers_per_virtual_pipeline_stage": "virtual_pipeline_model_parallel_size",
+    "training_config.bf16": "compute_dtype and params_dtype",
+    "training_config.fp16": "compute_dtype and params_dtype",
+    # Refused unless they ask for nothing.
+    "parallel_config.context_parallel_algo": "context_parallel_size",
+    "parallel_config.ulysses_degree_in_cp": "context_parallel_size",
+    "parallel_config.expert_model_parallel_size": "refused above 1",
+    # Checked to be the causal attention that the model computes.
+    "model_config.fa_config.pre_tokens": "the attention_window rule",
+    "model_config.fa_config.next_tokens": "the attention_window rule",
+}
+_PROFILE = """enabled save_path step_start step_end level with_stack memory framework communication parallel_strategy
+    aicore_metrics l2_cache hbm_ddr pcie data_process data_simplification op_time offline_analyse
+    dynamic_profiler_config_path"""
+# Fields that nothing reads: arguments that are accepted and do nothing. The set is to be empty.
+UNREAD = {
+    "dataset_config.eos_token_id",
+    "model_config.apply_rope_fusion",
+    "model_config.apply_swiglu_fusion",
+    "model_config.fa_config.input_layout",
+    "model_config.transformer_impl",
+    "model_config.use_flash_attention",
+    "training_config.data_parallel_random_init",
+    "training_config.deterministic_mode",
+    "training_config.enable_mem_align",
+    "training_config.exit_on_missing_checkpoint",
+    "training_config.log_throughput",
+    *(f"training_config.profile.{name}" for name in _PROFILE.split()),
+}
+
+
+def names_read() -> set[str]:
+    """Attribute names that the code outside parallel_core/config loads."""
+    found: set[str] = set()
+    for file in [*(ROOT / "parallel_core").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "pretrain_gpt.py"]:
+        if (ROOT / "parallel_core" / "config") in file.parents:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+    return found
+
+
+def test_every_field_is_read():
+    read = names_read()
+    unread = {path for path in all_fields() if path.split(".")[-1] not in read}
+    assert unread - set(WITHIN_THE_CONFIG) - UNREAD == set(), "fields that nothing reads"
+    assert UNREAD - unread == set(), "these are read now: take them out of UNREAD"
