@@ -61,8 +61,8 @@ def _counts(args: Mapping[str, Any], stages: int, chunks: int) -> list[int]:
 def _divide(count: int, parts: int, num_layers: int) -> int:
     if count < 0 or count % parts:
         raise CheckpointError(
-            f"num_layers={num_layers} cannot be split: {count} layers (counting embedding and loss where they count) do "
-            f"not divide over {parts} stages or chunks; use sizes that divide"
+            f"num_layers={num_layers} cannot be split: {count} layers (embedding and loss included where they count) "
+            f"do not divide over {parts} stages or chunks; use sizes that divide"
         )
     return count // parts
 

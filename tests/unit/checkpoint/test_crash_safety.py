@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from crash_saver import SHAPE, save, save_until_killed, shards_of
 
 from parallel_core.checkpoint import (
     AsyncSaver,
@@ -29,22 +28,6 @@ from parallel_core.checkpoint import (
 from parallel_core.checkpoint import writer as writer_module
 from parallel_core.errors import CheckpointError
 
-REPO = Path(__file__).resolve().parents[3]
-SHAPE = (64, 32)
-
-
-def shards_of(value, rank, world_size):
-    name = "w"
-    shard = TensorShard.split(name, SHAPE, "float32", 0, rank, world_size)
-    return {name: (shard, np.full(shard.local_shape, value, np.float32))}
-
-
-def save(root, iteration, world_size=2, keep=0, **options):
-    writers = [CheckpointWriter(root, iteration, rank, world_size, **options) for rank in range(world_size)]
-    writers[0].begin()
-    manifests = [w.write_rank_file(shards_of(iteration, w.rank, world_size)) for w in writers]
-    return writers[0].commit(manifests, {"step": iteration}, keep)
-
 
 def newest(root, **options):
     notes = []
@@ -54,39 +37,28 @@ def newest(root, **options):
     return int(path.name[5:12]), notes
 
 
-SAVER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_crash_safety as t
-root, start = Path(sys.argv[1]), int(sys.argv[2])
-for iteration in range(start, start + 10_000):
-    t.save(root, max(1, iteration // 2), keep=2)   # every iteration twice: replacing one is a crash point too
-    print(max(1, iteration // 2), flush=True)
-"""
-
-
 def test_kill_at_random_moments_leaves_a_loadable_latest(tmp_path):
     """50 kills at random moments of a process that saves in a loop; after each, the latest announced save is there."""
-    code = SAVER.format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crash_saver"])
     rng = random.Random(7)
-    start, announced = 2, 0
+    start, announced = 1, 0
     for _ in range(50):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), str(start)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        first = process.stdout.readline()  # imports are done and one save is complete
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=save_until_killed, args=(tmp_path, start, sender))
+        process.start()
+        sender.close()
+        announced = max(announced, receiver.recv())  # the process is up and one save is complete
         time.sleep(rng.random() * 0.06)
-        process.send_signal(signal.SIGKILL)
-        lines = [first, *process.stdout.read().splitlines()]
-        process.wait()
-        announced = max(announced, *(int(line) for line in lines if line.strip()))
+        process.kill()
+        process.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                announced = max(announced, receiver.recv())
         iteration, _ = newest(tmp_path)
         assert announced <= iteration <= announced + 1
-        start = iteration * 2
-    # one more save cleans up everything the kills left
-    save(tmp_path, iteration + 1, keep=2)
+        start = iteration
+    save(tmp_path, iteration + 1, keep=2)  # cleans up everything the kills left
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names[-1] == "latest_checkpointed_iteration.txt" and len(names) == 3
 
@@ -217,6 +189,8 @@ def test_every_damage_to_every_file_is_found_and_named(tmp_path, ckpt_format):
     cases += [(name, "flip", bit) for name in files for bit in rng.sample(range((path / name).stat().st_size * 8), 40)]
     cases += [(a, "swap", b) for i, a in enumerate(files) for b in files[i + 1 :]]
     for name, kind, detail in cases:
+        if kind == "swap" and (path / name).read_bytes() == (path / detail).read_bytes():
+            continue  # `.ckpt` files know no slices, so equal values make equal files
         victim = path / name
         backup = {other: (path / other).read_bytes() for other in files}
         if kind == "flip":
