@@ -53,6 +53,8 @@ def inner_backward(
     Gradient hooks do not fire here: the outer backward pass fires them with what this one contributes.
     """
     global _inner_backwards
+    # Cut off from their history: an input that is a view of a Function's output gets a gradient of zero otherwise.
+    inputs = tuple(ms.ops.stop_gradient(x) if isinstance(x, Tensor) else x for x in inputs)
     _inner_backwards += 1
     try:
         return _GRAD_OF_INPUTS_AND_PARAMETERS(function, ParameterTuple(parameters))(*inputs, grad_output)
