@@ -17,14 +17,23 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE_FOLDERS = ("ops/csrc", "comm/csrc")
 """Folders of C++ sources, relative to the package."""
 
-BASE_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fopenmp-simd",
+    "-pthread",
+)
 COMPILE_LIMIT_S = 300.0
 
 
@@ -103,7 +112,7 @@ def _fingerprint(compiler: str) -> str:
             digest.update(file.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
     mindspore = importlib.metadata.version("mindspore")
-    for part in (version, repr(BASE_FLAGS).encode(), mindspore.encode(), platform.machine().encode(), _cpu_flags()):
+    for part in (version, repr(FLAGS).encode(), mindspore.encode(), platform.machine().encode(), _cpu_flags()):
         digest.update(part)
     return digest.hexdigest()[:20]
 
@@ -134,23 +143,15 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        # Without OpenMP the kernels still work, on one thread.
-        for openmp in (("-fopenmp",), ("-Wno-unknown-pragmas",)):
-            try:
-                built = _compile_and_link(compiler, [*BASE_FLAGS, *openmp], Path(scratch))
-            except BuildError:
-                if openmp == ("-fopenmp",):
-                    continue
-                raise
-            os.replace(built, library)  # atomic: a reader sees the whole library or none
-            return
+        built = _compile_and_link(compiler, Path(scratch))
+        os.replace(built, library)  # atomic: a reader sees the whole library or none
 
 
-def _compile_and_link(compiler: str, flags: Sequence[str], scratch: Path) -> Path:
+def _compile_and_link(compiler: str, scratch: Path) -> Path:
     """Compile the sources, all at once, and link them."""
     running = []
     for i, source in enumerate(sources()):
-        command = [compiler, *flags, "-c", str(source), "-o", str(scratch / f"{i}.o")]
+        command = [compiler, *FLAGS, "-c", str(source), "-o", str(scratch / f"{i}.o")]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         running.append((source.name, process))
     failure = ""
@@ -167,7 +168,7 @@ def _compile_and_link(compiler: str, flags: Sequence[str], scratch: Path) -> Pat
     built = scratch / "kernels.so"
     objects = [str(scratch / f"{i}.o") for i in range(len(running))]
     link = subprocess.run(
-        [compiler, *flags, "-shared", *objects, "-o", str(built)],
+        [compiler, *FLAGS, "-shared", *objects, "-o", str(built)],
         capture_output=True,
         text=True,
         check=False,

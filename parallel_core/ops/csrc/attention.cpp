@@ -146,7 +146,7 @@ struct Attention {
                           lse + (b * n.N + head) * n.S);
           }
       }
-    });
+    }, kPieces);
   }
 
   // One tile of weights P and score gradients dS; p enters with the scores, ds with dO V^T.
@@ -229,7 +229,7 @@ struct Attention {
           std::copy(dvp + s * Dp, dvp + s * Dp + D, dv + dvs.at(s, b, g));
         }
       }
-    });
+    }, kPieces);
   }
 };
 

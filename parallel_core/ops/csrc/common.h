@@ -16,17 +16,24 @@ using u64 = uint64_t;
 
 extern int num_threads;
 
-// Runs body(part, parts) for every part; parts == 1 when there is too little work to share.
+// Calls body(context, part, parts) once for every part, on this thread and on the pool's workers, and returns when all
+// are done. Parts are claimed one by one: a worker that is off its core holds nobody up but by the part it is on.
+void run_parts(void (*body)(const void* context, int part, int parts), const void* context, int parts);
+
+// Runs body(part, parts) for every part: `pieces` for each thread, or one part in all when there is too little work to
+// share. What a part covers depends on the number of threads only, never on who runs it.
 template <class Body>
-void parallel(i64 elements, Body body) {
-  const int parts = elements < 16384 ? 1 : num_threads;
-  if (parts <= 1) {
+void parallel(i64 elements, Body body, int pieces = 1) {
+  const int parts = elements < 65536 || num_threads == 1 ? 1 : num_threads * pieces;
+  if (parts == 1) {
     body(0, 1);
     return;
   }
-#pragma omp parallel for schedule(static, 1) num_threads(parts)
-  for (int part = 0; part < parts; ++part) body(part, parts);
+  run_parts([](const void* context, int part, int all) { (*static_cast<const Body*>(context))(part, all); }, &body,
+            parts);
 }
+
+constexpr int kPieces = 4;  // pieces per thread where smaller ones cost nothing
 
 struct Range {
   i64 begin, end;

@@ -57,7 +57,7 @@ void forward(const float* x, const float* bias, float* y, i64 T, i64 F) {
         for (i64 f = 0; f < F; ++f) out[f] = Activation::value(row[f]);
       }
     }
-  });
+  }, kPieces);
 }
 
 template <class Activation>
@@ -75,7 +75,7 @@ void backward(const float* dy, const float* x, const float* bias, float* dx, i64
         for (i64 f = 0; f < F; ++f) out[f] = g[f] * Activation::slope(row[f]);
       }
     }
-  });
+  }, kPieces);
 }
 
 }  // namespace
@@ -113,7 +113,7 @@ PC_API void pc_swiglu(const float* x, const float* bias, float* y, i64 T, i64 F)
 #pragma omp simd
       for (i64 f = 0; f < F; ++f) out[f] = Silu::value(row[f] + b[f]) * (row[F + f] + b[F + f]);
     }
-  });
+  }, kPieces);
 }
 
 PC_API void pc_swiglu_grad(const float* dy, const float* x, const float* bias, float* dx, i64 T, i64 F) {
@@ -131,7 +131,7 @@ PC_API void pc_swiglu_grad(const float* dy, const float* x, const float* bias, f
         out[F + f] = g[f] * gate * s;
       }
     }
-  });
+  }, kPieces);
 }
 
 // Rotates the first R of D dims of x [S, B, N, D] by cos and sin [S, 1 or B, R]; `inverse` applies the transpose.
@@ -167,7 +167,7 @@ PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float*
         std::memcpy(out + R, in + R, static_cast<size_t>(D - R) * sizeof(float));
       }
     }
-  });
+  }, kPieces);
 }
 
 // y [T, H] = residual + dropout(x + bias); bias and residual may be null.
@@ -194,7 +194,7 @@ PC_API void pc_bias_dropout_add(const float* x, const float* bias, const float* 
         for (i64 h = 0; h < H; ++h) out[h] += add[h];
       }
     }
-  });
+  }, kPieces);
 }
 
 // to[i * to_stride ...] = from[i * from_stride ...], `width` elements for each of `rows` rows.
@@ -203,5 +203,5 @@ PC_API void pc_copy_rows(const float* from, i64 from_stride, float* to, i64 to_s
     const Range r = share(rows, part, parts);
     for (i64 i = r.begin; i < r.end; ++i)
       std::memcpy(to + i * to_stride, from + i * from_stride, static_cast<size_t>(width) * sizeof(float));
-  });
+  }, kPieces);
 }

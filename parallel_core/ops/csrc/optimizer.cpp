@@ -21,7 +21,7 @@ PC_API void pc_adam(float* param, const float* grad, float* exp_avg, float* exp_
       exp_avg_sq[i] = v;
       param[i] = param[i] * decay - step_size * m / (std::sqrt(v) * inverse_root_correction + eps);
     }
-  });
+  }, kPieces);
 }
 
 // Blocks of 4096 are summed in float32, the blocks in float64 in order: the same bits for every thread count.
@@ -38,7 +38,7 @@ PC_API double pc_sum_of_squares(const float* x, i64 n) {
       for (i64 i = b * kBlock; i < end; ++i) sum += x[i] * x[i];
       sums[b] = sum;
     }
-  });
+  }, kPieces);
   double total = 0.0;
   for (double s : sums) total += s;
   return total;
@@ -50,5 +50,5 @@ PC_API void pc_add(float* into, const float* from, i64 n) {
     const Range r = share(n, part, parts);
 #pragma omp simd
     for (i64 i = r.begin; i < r.end; ++i) into[i] += from[i];
-  });
+  }, kPieces);
 }

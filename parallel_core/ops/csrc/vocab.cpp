@@ -25,7 +25,7 @@ PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, floa
       total[t] = sum;
       picked[t] = at >= 0 && at < V ? row[at] : 0.0f;
     }
-  });
+  }, kPieces);
 }
 
 // `grad` may be `logits`.
@@ -42,7 +42,7 @@ PC_API void pc_vocab_grad_logits(const float* logits, const float* log_sum_exp, 
       const i64 at = target[t] - first_row;
       if (at >= 0 && at < V) out[at] -= target_weight * d;
     }
-  });
+  }, kPieces);
 }
 
 PC_API void pc_embedding(const int32_t* ids, const float* table, float* out, i64 T, i64 V, i64 H, i64 first_row) {
@@ -56,7 +56,7 @@ PC_API void pc_embedding(const int32_t* ids, const float* table, float* out, i64
       else
         std::memset(out + t * H, 0, bytes);
     }
-  });
+  }, kPieces);
 }
 
 // Adds row t of dy to row ids[t] of `grad` (set to zero first unless `add`). A thread owns rows of the table and
@@ -74,5 +74,5 @@ PC_API void pc_embedding_grad(const float* dy, const int32_t* ids, float* grad, 
 #pragma omp simd
       for (i64 h = 0; h < H; ++h) out[h] += in[h];
     }
-  });
+  }, kPieces);
 }

@@ -1,0 +1,287 @@
+"""Tokens per second of a training step, ours and Megatron-LM's in alternation, for sizes A and B and several layouts.
+
+python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp2,dp2dist] [--rounds 2] [--json FILE]
+                           [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--profile]
+
+The peer is a script that trains megatron.core's GPTModel on gloo, run by a Python that has torch and megatron-core; it
+takes --tp --pp --vpp --sp --dist-opt --hidden --layers --heads --seq --vocab --mbs --num-microbatches --iters --warmup
+--lr --quiet --out FILE and writes {"curve": [{"ms": milliseconds of a step}, ...]}. Without it only ours is measured.
+Both train the same model, batch and number of processes; a step is forward, backward, reduction and update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+WARM_UP = 2
+PARTS = ("matmul", "other kernels", "communication", "idle", "python and MindSpore")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch."""
+
+    hidden: int
+    seq: int
+    mbs: int
+    layers: int = 4
+    heads: int = 8
+    vocab: int = 8192
+    microbatches: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step over all ranks."""
+        return self.seq * self.mbs * self.microbatches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Flags of both programs for one way to spread the model."""
+
+    ours: tuple[str, ...] = ()
+    peer: tuple[str, ...] = ()
+    ranks: int = 2
+    stages: int = 1
+    chunks: int = 1
+    replicas: int = 1
+
+
+SIZES = {"A": Size(256, 128, 4), "B": Size(512, 256, 2)}
+_TP, _PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+LAYOUTS = {
+    "tp1": Layout(ranks=1),
+    "tp2": Layout(_TP, ("--tp", "2")),
+    "tp2sp": Layout((*_TP, "--sequence-parallel"), ("--tp", "2", "--sp")),
+    "pp2": Layout(_PP, ("--pp", "2"), stages=2),
+    "pp2vpp2": Layout(
+        (*_PP, "--num-layers-per-virtual-pipeline-stage", "1"), ("--pp", "2", "--vpp", "2"), stages=2, chunks=2
+    ),
+    "dp2": Layout(replicas=2),
+    "dp2dist": Layout(("--use-distributed-optimizer",), ("--dist-opt",), replicas=2),
+}
+
+
+def our_command(size: Size, layout: Layout, steps: int) -> list[str]:
+    flags = {
+        "--num-layers": size.layers,
+        "--hidden-size": size.hidden,
+        "--num-attention-heads": size.heads,
+        "--seq-length": size.seq,
+        "--max-position-embeddings": size.seq,
+        "--micro-batch-size": size.mbs,
+        "--global-batch-size": size.mbs * size.microbatches,
+        "--tokenizer-type": "NullTokenizer",
+        "--vocab-size": size.vocab - 1,
+        "--make-vocab-size-divisible-by": 1,
+        "--position-embedding-type": "learned_absolute",
+        "--normalization": "LayerNorm",
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
+        "--train-iters": steps,
+        "--lr": 1e-4,
+        "--eval-iters": 0,
+        "--log-interval": 1,
+    }
+    words = [word for key, value in flags.items() for word in (key, str(value))]
+    script = str(REPO / "benchmarks" / "train_rank.py")
+    start = [sys.executable] if layout.ranks == 1 else [sys.executable, "-m", "parallel_core.launch", "--plain"]
+    return [*start, script, "--mock-data", *words, *layout.ours]
+
+
+def peer_command(python: str, script: str, size: Size, layout: Layout, steps: int, out: Path) -> list[str]:
+    torchrun = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(layout.ranks)]
+    flags: dict[str, Any] = {
+        "--hidden": size.hidden,
+        "--layers": size.layers,
+        "--heads": size.heads,
+        "--seq": size.seq,
+        "--vocab": size.vocab,
+        "--mbs": size.mbs,
+        "--num-microbatches": size.microbatches // layout.replicas,
+        "--iters": steps,
+        "--warmup": 2,
+        "--lr": 1e-4,
+        "--out": out,
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    return [*torchrun, "--master-port", str(free_port()), script, *words, "--quiet", *layout.peer]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class MemoryWatch:
+    """Largest resident memory of a process and its descendants, read while they run."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._stop = pid, threading.Event()
+        self.peaks: dict[int, int] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.2):
+            for pid in self._family():
+                try:
+                    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                except OSError:
+                    continue
+                peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+                self.peaks[pid] = max(peak, self.peaks.get(pid, 0))
+
+    def _family(self) -> list[int]:
+        family, queue = [], [self._pid]
+        while queue:
+            pid = queue.pop()
+            family.append(pid)
+            for task in Path(f"/proc/{pid}/task").glob("*/children"):
+                try:
+                    queue += [int(word) for word in task.read_text().split()]
+                except OSError:
+                    continue
+        return family
+
+    def megabytes(self, ranks: int) -> float:
+        """Stop, and return the peak of the largest `ranks` processes' mean."""
+        self._stop.set()
+        self._thread.join()
+        return sum(sorted(self.peaks.values(), reverse=True)[:ranks]) / ranks / 1024
+
+
+def run(command: list[str], ranks: int, folder: str, **environment: str) -> float:
+    """Run a job to its end and return the peak memory of a rank in MB."""
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    variables = {**os.environ, "OMP_NUM_THREADS": threads, **environment}
+    log = Path(folder) / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=variables, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+        watch = MemoryWatch(process.pid)
+        status = process.wait(timeout=3600)
+    peak = watch.megabytes(ranks)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    return peak
+
+
+def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"NPROC": str(layout.ranks), "LOG_DIR": f"{folder}/logs", "DEVICE_TARGET": "CPU"}
+        environment |= {"PYTHONPATH": str(REPO), "BENCH_OUT": folder, "PARALLEL_CORE_KERNELS": kernels}
+        if profile:
+            environment["BENCH_PROFILE"] = "1"
+        peak = run(our_command(size, layout, steps), layout.ranks, folder, **environment)
+        ranks = [json.loads(Path(folder, f"ours_{r}.json").read_text()) for r in range(layout.ranks)]
+    rows = [rank["steps"][WARM_UP:] for rank in ranks]
+    # The slowest rank's clock is the step's.
+    milliseconds = [max(row[i]["step"] for row in rows) * 1e3 for i in range(len(rows[0]))]
+    total = sum(row["step"] for rank in rows for row in rank)
+    shares = {part: sum(row[part] for rank in rows for row in rank) / total for part in PARTS}
+    first = ranks[0]
+    return {"ms": milliseconds, "peak_mb": peak, "shares": shares, "kernels": first["kernels"], "top": first["top"]}
+
+
+def run_peer(python: str, script: str, size: Size, layout: Layout, steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        threads = str(max(1, (os.cpu_count() or 1) // layout.ranks))
+        command = peer_command(python, script, size, layout, steps, out)
+        peak = run(command, layout.ranks, folder, ORACLE_THREADS=threads)
+        return {"ms": [row["ms"] for row in json.loads(out.read_text())["curve"]][WARM_UP:], "peak_mb": peak}
+
+
+def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run ours and the peer in alternation; return medians over all measured steps."""
+    size, layout = SIZES[size_name], LAYOUTS[name]
+    ours: list[dict[str, Any]] = []
+    peer: list[dict[str, Any]] = []
+    for _ in range(arguments.rounds):
+        ours.append(run_ours(size, layout, arguments.steps, arguments.kernels, arguments.profile))
+        if arguments.peer_python:
+            peer.append(run_peer(arguments.peer_python, arguments.peer_script, size, layout, arguments.steps))
+    milliseconds = statistics.median(ms for one in ours for ms in one["ms"])
+    result: dict[str, Any] = {
+        "size": size_name,
+        "layout": name,
+        "ms": milliseconds,
+        "tokens_per_s": size.tokens / milliseconds * 1e3,
+        "peak_mb": max(one["peak_mb"] for one in ours),
+        "shares": {part: statistics.mean(one["shares"][part] for one in ours) for part in PARTS},
+        "kernels": ours[0]["kernels"],
+        "top": ours[0]["top"],
+    }
+    if layout.stages > 1:
+        work = size.microbatches * layout.chunks
+        result["ideal_bubble"] = (layout.stages - 1) / (work + layout.stages - 1)
+    if peer:
+        peer_ms = statistics.median(ms for one in peer for ms in one["ms"])
+        result |= {"peer_ms": peer_ms, "peer_tokens_per_s": size.tokens / peer_ms * 1e3}
+        result |= {"ratio": peer_ms / milliseconds, "peer_peak_mb": max(one["peak_mb"] for one in peer)}
+    return result
+
+
+HEADING = (
+    f"{'size':4} {'layout':8} {'ours t/s':>9} {'peer t/s':>9} {'ratio':>6} {'matmul':>7} {'kernel':>7} {'comm':>6} "
+    f"{'idle':>6} {'python':>7} {'ideal':>6} {'MB':>6} {'peer MB':>8}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a table row; idle is the measured bubble, ideal the schedule's."""
+    shares = [f"{100 * row['shares'][part]:.1f}%" for part in PARTS]
+    ideal = f"{100 * row['ideal_bubble']:.0f}%" if "ideal_bubble" in row else ""
+    peer = f"{row['peer_tokens_per_s']:9.0f} {row['ratio']:6.2f}" if "ratio" in row else f"{'':9} {'':6}"
+    return (
+        f"{row['size']:4} {row['layout']:8} {row['tokens_per_s']:9.0f} {peer} {shares[0]:>7} {shares[1]:>7} "
+        f"{shares[2]:>6} {shares[3]:>6} {shares[4]:>7} {ideal:>6} {row['peak_mb']:6.0f} "
+        f"{row.get('peer_peak_mb', float('nan')):8.0f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="A,B")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10, help=f"of each run; the first {WARM_UP} do not count")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "local"])
+    parser.add_argument("--profile", action="store_true", help="name the ten most expensive functions (slows the run)")
+    parser.add_argument("--peer-python", default=os.environ.get("PEER_PYTHON"))
+    parser.add_argument("--peer-script", default=os.environ.get("PEER_SCRIPT"))
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    if bool(arguments.peer_python) != bool(arguments.peer_script):
+        parser.error("--peer-python and --peer-script (or PEER_PYTHON and PEER_SCRIPT) go together")
+    if arguments.steps < WARM_UP + 5:
+        parser.error(f"--steps must be at least {WARM_UP + 5}: medians are over five steps or more")
+    print(HEADING, flush=True)
+    rows = []
+    for size in arguments.sizes.split(","):
+        for layout in arguments.layouts.split(","):
+            row = measure(layout, size, arguments)
+            rows.append(row)
+            print(line(row), flush=True)
+            for entry in row["top"]:
+                print(f"     {entry['ms per step']:9.2f} ms {entry['calls per step']:8.1f} x  {entry['operator']}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""One rank of benchmarks/train.py: pretrain_gpt.py with a clock on every step, kernel and transfer.
+
+The result of rank R goes to $BENCH_OUT/ours_R.json. With BENCH_PROFILE=1 rank 0 also profiles the steps after the
+second and lists the ten functions (operators among them) that take longest.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import os
+import pstats
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import mindspore as ms  # noqa: E402
+
+import pretrain_gpt  # noqa: E402
+from parallel_core import ops  # noqa: E402
+from parallel_core.comm import shm  # noqa: E402
+from parallel_core.launch.report import run_as_rank  # noqa: E402
+from parallel_core.ops import build, library  # noqa: E402
+from parallel_core.training.step import TrainingStep  # noqa: E402
+
+MATMULS = ("pc_linear", "pc_linear_grad_input", "pc_linear_grad_weight")
+WARM_UP = 2
+
+
+class Clocked:
+    """A library whose functions add their seconds to `seconds`."""
+
+    def __init__(self, loaded: Any, seconds: Counter[str]) -> None:
+        self._loaded, self._seconds = loaded, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        function, seconds = getattr(self._loaded, name), self._seconds
+
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*arguments)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        setattr(self, name, call)
+        return call
+
+
+class Recorder:
+    """Times the steps of this rank and says what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.groups: list[shm.ShmGroup] = []
+        self.rows: list[dict[str, float]] = []
+        self.profile = cProfile.Profile() if os.environ.get("BENCH_PROFILE") else None
+        self.rank = int(os.environ.get("RANK_ID", "0"))
+
+    def install(self) -> None:
+        """Put clocks on the kernels, the collectives and the step."""
+        try:
+            library._loaded = Clocked(library.load(), self.seconds)  # type: ignore[assignment]
+            shm._library = Clocked(shm.library(), self.seconds)  # type: ignore[assignment]
+        except build.BuildError as error:
+            print(f"no compiled kernels: {error}", file=sys.stderr)
+        create, train, recorder = shm.ShmGroup.__init__, TrainingStep.train, self
+
+        def creating(group: shm.ShmGroup, *arguments: Any, **options: Any) -> None:
+            create(group, *arguments, **options)
+            recorder.groups.append(group)
+
+        def training(step: TrainingStep, *arguments: Any) -> Any:
+            return recorder.step(lambda: train(step, *arguments))
+
+        shm.ShmGroup.__init__, TrainingStep.train = creating, training  # type: ignore[method-assign]
+
+    def step(self, run: Any) -> Any:
+        """Run one step."""
+        before, waited = self.seconds.copy(), self._waited()
+        if self.profile is not None and len(self.rows) >= WARM_UP:
+            self.profile.enable()
+        start = time.perf_counter()
+        result = run()
+        total = time.perf_counter() - start
+        if self.profile is not None:
+            self.profile.disable()
+        spent = self.seconds - before
+        matmul = sum(spent[name] for name in MATMULS)
+        transfer = sum(s for name, s in spent.items() if name.startswith("pcs_") and name != "pcs_waited")
+        idle = self._waited() - waited
+        kernels = sum(s for name, s in spent.items() if name.startswith("pc_")) - matmul
+        row = {"step": total, "matmul": matmul, "other kernels": kernels}
+        row |= {"communication": max(0.0, transfer - idle), "idle": idle}
+        row["python and MindSpore"] = total - matmul - kernels - max(transfer, idle)
+        self.rows.append(row)
+        return result
+
+    def _waited(self) -> float:
+        return sum(group.waited_s for group in self.groups)
+
+    def write(self, folder: str) -> None:
+        """Write what was recorded."""
+        top: list[dict[str, Any]] = []
+        if self.profile is not None:
+            stats = pstats.Stats(self.profile).stats  # type: ignore[attr-defined]
+            by_time = sorted(stats.items(), key=lambda item: -item[1][2])[:10]
+            steps = max(1, len(self.rows) - WARM_UP)
+            for (file, line, name), (_, calls, own, _, _) in by_time:
+                where = name if file == "~" else f"{Path(file).name}:{line} {name}"
+                top.append({"operator": where, "calls per step": calls / steps, "ms per step": own / steps * 1e3})
+        result = {"rank": self.rank, "steps": self.rows, "kernels": ops.use_kernels(), "top": top}
+        Path(folder, f"ours_{self.rank}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def main() -> None:
+    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
+    recorder = Recorder()
+    recorder.install()
+    ops.use_kernels()
+    pretrain_gpt.main()
+    recorder.write(os.environ["BENCH_OUT"])
+
+
+if __name__ == "__main__":
+    run_as_rank(main)
