@@ -243,9 +243,8 @@ def _sort_out(resolution: Resolution) -> None:
             resolution.note(f"{entry.terms}: ignored; {argument.reason}")
         if argument.status != REFUSED:
             continue
-        if asks_for_nothing(name, entry.value):
-            resolution.values[name] = argument.default
-        else:
+        resolution.values[name] = argument.default
+        if not asks_for_nothing(name, entry.value):
             refused.setdefault(argument.reason, []).append(entry.terms)
     for feature, terms in refused.items():
         if feature.startswith("removed"):

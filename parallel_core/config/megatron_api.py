@@ -97,8 +97,9 @@ def configs_from_args(args: argparse.Namespace | Mapping[str, object]) -> Loaded
             value = not value
         if value != argument.default:
             given.append(Given(argument.name, value, "args", name, value))
-    size = int(world_size) if isinstance(world_size, (int, float)) else world_size_of_job()
-    return resolve([given], UserArguments(None), world_size=size)
+    if world_size is not None and (not isinstance(world_size, int) or isinstance(world_size, bool)):
+        raise ConfigError(f"args.world_size is {world_size!r}; it takes the number of processes")
+    return resolve([given], UserArguments(None), world_size=world_size or world_size_of_job())
 
 
 _RUN_TIME = ("rank", "local_rank", "data_parallel_size", "consumed_train_samples", "consumed_valid_samples")

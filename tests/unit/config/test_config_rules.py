@@ -39,6 +39,7 @@ DERIVED = [
     ("softmax_type", "--apply-query-key-layer-scaling", {M + "attention_softmax_in_fp32": True}),
     ("softmax_type", "", {M + "attention_softmax_in_fp32": False}),
     ("sequence_length", "--max-position-embeddings 64", {M + "max_position_embeddings": 64, M + "seq_length": 32}),
+    ("sequence_length", "--seq-length null --max-position-embeddings 48", {M + "seq_length": 48}),
     ("sequence_length", "", {M + "max_position_embeddings": 32}),
     ("widths", "", {M + "ffn_hidden_size": 256, M + "kv_channels": 16, M + "num_query_groups": 4}),
     ("widths", "--swiglu", {M + "ffn_hidden_size": 128}),
