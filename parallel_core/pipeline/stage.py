@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, no_grad
-from parallel_core.errors import ConfigError
+from parallel_core.errors import ConfigError, ParallelCoreError
 
 LossResult = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
 """What a loss function returns: sum of the loss, number of tokens, and {name: (sum, number)} to report."""
@@ -50,7 +50,7 @@ class PipelineStage:
         self._cell = _StageCell(model, forward_step_func, is_first, is_last, per_token_loss)
         self._parameters: Sequence[Parameter] = list(model.trainable_params())
         self._before_forward, self._before_last_backward = before_forward, before_last_backward
-        self._per_token_loss, self._is_last = per_token_loss, is_last
+        self._per_token_loss, self._is_first, self._is_last = per_token_loss, is_first, is_last
         self._in_flight: dict[int, Tensor] = {}
         self._forward_only = False
         self._loss_gradient = Tensor(np.float32(1.0))
@@ -87,6 +87,11 @@ class PipelineStage:
 
     def forward(self, microbatch: int, activation: Tensor | None) -> Tensor:
         """Return the chunk's output: hidden states, or on the last stage the microbatch's loss."""
+        if (activation is None) != self._is_first or microbatch in self._in_flight:
+            raise ParallelCoreError(
+                f"pipeline: the forward pass of microbatch {microbatch} "
+                + ("runs twice" if microbatch in self._in_flight else "lacks its activation, or has one to spare")
+            )
         self._before_forward(microbatch)
         # Autograd finds a recorded call by its input object, so a stage without an activation gets one of its own.
         entry = Tensor(np.zeros(1, np.float32)) if activation is None else activation
@@ -99,6 +104,11 @@ class PipelineStage:
 
     def backward(self, microbatch: int, grad_output: Tensor | None, is_last: bool) -> Tensor:
         """Return the gradient for the activation that `forward` was given."""
+        if (grad_output is None) != self._is_last or microbatch not in self._in_flight:
+            raise ParallelCoreError(
+                f"pipeline: the backward pass of microbatch {microbatch} "
+                + ("lacks its forward pass" if microbatch not in self._in_flight else "lacks its gradient")
+            )
         if is_last:
             self._before_last_backward()
         entry = self._in_flight.pop(microbatch)

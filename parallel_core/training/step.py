@@ -18,6 +18,7 @@ from parallel_core.optimizer.finalize import finalize_model_grads
 from parallel_core.optimizer.loss_scaler import LossScaler
 from parallel_core.optimizer.optimizer import Optimizer
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
+from parallel_core.pipeline.check import check_schedule
 from parallel_core.pipeline.exchange import PipelineExchange
 from parallel_core.pipeline.executor import run_steps
 from parallel_core.pipeline.schedule import Step, make_schedule
@@ -180,7 +181,9 @@ class TrainingStep:
     ) -> None:
         key = (num_microbatches, forward_only)
         if key not in self._schedules:
-            self._schedules[key] = self.schedule(num_microbatches, forward_only)[self.context.pp.rank]
+            steps = self.schedule(num_microbatches, forward_only)
+            check_schedule(steps, self.model.layout.num_chunks, num_microbatches, forward_only=forward_only)
+            self._schedules[key] = steps[self.context.pp.rank]
         for chunk, stage in enumerate(self._stages):
             stage.start_iteration(
                 data.iterator(chunk),

@@ -422,6 +422,7 @@ def test_parameters_of_16_bits_give_gradients_of_their_dtype(ctx: CaseContext, d
     common: Any = {"tp_group": group, "init_method": init_method_normal(1.0, seed=7), "params_dtype": dtype}
     column = tp.ColumnParallelLinear(IN, OUT, **common)
     table = tp.VocabParallelEmbedding(VOCAB, IN, **common)
+    column.weight.name, column.bias.name, table.weight.name = "column.weight", "column.bias", "table.weight"
     kind = getattr(ms, dtype)
     cell = Call(column, lambda own, ids: output(own, table(ids).astype(ms.float32)))
     ids = Tensor(np.arange(S * B, dtype=np.int32).reshape(S, B))

@@ -1,4 +1,4 @@
-"""What the multi-rank cases share: groups by rank, tiny models, data by sample number, and whole tensors from shards."""
+"""What the multi-rank cases share: groups, tiny models, data by sample number, and whole tensors from shards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from parallel_core import ops
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import (
     AllConfig,
@@ -151,6 +152,7 @@ class TinyRun:
 
     def __init__(self, tiny: Tiny, context: ParallelContext, provider: Callable[..., nn.Cell] = provide_model) -> None:
         self.config, self.context = tiny.config(), context
+        ops.use_kernels(self.config.model_config.transformer_impl)
         self.sizes = batch_sizes(self.config, context.dp.size)
         iterations = self.config.training_config.training_iters
         scheduler = OptimizerParamScheduler(schedule_shape(self.config, self.sizes, iterations))
@@ -242,8 +244,6 @@ def from_rank_0(ctx: CaseContext, compute: Callable[[], Any]) -> Any:
 @contextmanager
 def kernels(mode: str) -> Iterator[None]:
     """Use these kernels inside the block, and plain MindSpore operators after it."""
-    from parallel_core import ops
-
     ops.use_kernels(mode)
     try:
         yield

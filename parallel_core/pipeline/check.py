@@ -1,0 +1,145 @@
+"""Proves that a schedule is complete and cannot deadlock, by running it without processes. Pure Python."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from parallel_core.errors import ParallelCoreError, bullet_list
+from parallel_core.pipeline.schedule import Action, Op, Step
+
+_SENDS = {Op.SEND_FORWARD: 1, Op.SEND_BACKWARD: -1}
+_ARRIVES_AS = {Op.SEND_FORWARD: Op.RECV_FORWARD, Op.SEND_BACKWARD: Op.RECV_BACKWARD}
+_SENT_AFTER = {Op.FORWARD: Op.SEND_FORWARD, Op.BACKWARD: Op.SEND_BACKWARD}
+_NEEDS = {Op.FORWARD: Op.RECV_FORWARD, Op.BACKWARD: Op.RECV_BACKWARD}
+
+
+def check_schedule(
+    steps: Sequence[Sequence[Step]], num_chunks: int, num_microbatches: int, *, forward_only: bool = False
+) -> None:
+    """Return if every rank's steps do all the work once, in an order that works, and all transfers meet.
+
+    Args:
+        steps: the steps of every rank.
+        num_chunks: model chunks per rank.
+        num_microbatches: microbatches of each chunk.
+        forward_only: there are no backward passes.
+
+    Raises:
+        ParallelCoreError: if an action is missing, done twice or out of order, or ranks would wait for each other
+            for ever; every finding is named, up to ten.
+    """
+    findings = [
+        f"rank {rank}: {finding}"
+        for rank, own in enumerate(steps)
+        for finding in (
+            *_compute_findings(own, num_chunks, num_microbatches, forward_only),
+            *_transfer_findings(own, rank, len(steps), num_chunks),
+        )
+    ]
+    findings += list(_pairing_findings(steps))
+    findings += [] if findings else list(_deadlock_findings(steps))
+    if findings:
+        raise ParallelCoreError("the pipeline schedule is wrong:\n" + bullet_list(findings))
+
+
+def _compute_findings(
+    steps: Sequence[Step], num_chunks: int, num_microbatches: int, forward_only: bool
+) -> Iterator[str]:
+    done = [step.compute for step in steps if step.compute is not None]
+    ops = (Op.FORWARD,) if forward_only else (Op.FORWARD, Op.BACKWARD)
+    wanted = {Action(op, m, c) for op in ops for m in range(num_microbatches) for c in range(num_chunks)}
+    counts = Counter(done)
+    yield from (f"{action} is missing" for action in sorted(wanted - set(done), key=str))
+    yield from (f"{action} does not belong here" for action in sorted(set(done) - wanted, key=str))
+    yield from (f"{action} is done {count} times" for action, count in counts.items() if count > 1)
+    place = {action: i for i, action in enumerate(done)}
+    for action, i in place.items():
+        if action.op is Op.BACKWARD and place.get(action._replace(op=Op.FORWARD), len(done)) > i:
+            yield f"{action} comes before {action._replace(op=Op.FORWARD)}"
+    for chunk in range(num_chunks):
+        order = [a.microbatch for a in done if a.op is Op.FORWARD and a.chunk == chunk]
+        if order != sorted(order):
+            yield f"chunk {chunk} runs microbatches {order} forward; its data comes in order"
+
+
+def _transfer_findings(steps: Sequence[Step], rank: int, num_ranks: int, num_chunks: int) -> Iterator[str]:
+    """Every result is sent in its own step, and every input is received before the step that needs it."""
+    last = num_ranks * num_chunks - 1
+    received: Counter[Action] = Counter()
+    for step in steps:
+        sent = [action for action in step.exchange if action.op in _SENDS]
+        expected: list[Action] = []
+        if step.compute is not None:
+            op, microbatch, chunk = step.compute
+            stage, forward = chunk * num_ranks + rank, op is Op.FORWARD
+            needed = Action(_NEEDS[op], microbatch, chunk)
+            if num_ranks > 1 and stage != (0 if forward else last):
+                if not received[needed]:
+                    yield f"{step.compute} runs before {needed}"
+                received[needed] -= 1
+            if num_ranks > 1 and stage != (last if forward else 0):
+                expected = [Action(_SENT_AFTER[op], microbatch, chunk)]
+        if sent != expected:
+            yield f"after {step.compute} it sends {_names(sent)} instead of {_names(expected)}"
+        received.update(action for action in step.exchange if action.op not in _SENDS)
+    yield from (f"{action} is received and never used" for action, count in received.items() if count > 0)
+
+
+def _pairing_findings(steps: Sequence[Sequence[Step]]) -> Iterator[str]:
+    """What one rank sends another is what that one receives from it, in the same order."""
+    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    received: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for rank, own in enumerate(steps):
+        for action in (action for step in own for action in step.exchange):
+            if action.op in _SENDS:
+                peer, arriving = _arrival(rank, action, len(steps))
+                sent[rank, peer].append(arriving)
+            else:
+                received[_source(rank, action, len(steps)), rank].append(action)
+    for pair in sorted({*sent, *received}):
+        if sent[pair] != received[pair]:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(sent[pair], received[pair])) if a != b),
+                min(len(sent[pair]), len(received[pair])),
+            )
+            yield (
+                f"rank {pair[0]} to rank {pair[1]}, message {place}: sent as {_at(sent[pair], place)}, "
+                f"received as {_at(received[pair], place)}"
+            )
+
+
+def _deadlock_findings(steps: Sequence[Sequence[Step]]) -> Iterator[str]:
+    """Run all transfers as if a send blocked until its receive."""
+    queues = [[action for step in own for action in step.exchange] for own in steps]
+    places = [0] * len(steps)
+    moved = True
+    while moved:
+        moved = False
+        for rank, queue in enumerate(queues):
+            if places[rank] == len(queue) or queue[places[rank]].op not in _SENDS:
+                continue
+            peer, arriving = _arrival(rank, queue[places[rank]], len(steps))
+            if places[peer] < len(queues[peer]) and queues[peer][places[peer]] == arriving:
+                places[rank], places[peer], moved = places[rank] + 1, places[peer] + 1, True
+    for rank, queue in enumerate(queues):
+        if places[rank] < len(queue):
+            yield f"rank {rank} waits for ever in {queue[places[rank]]}"
+
+
+def _arrival(rank: int, send: Action, num_ranks: int) -> tuple[int, Action]:
+    """Return the rank that a send goes to, and the receive it becomes there."""
+    stage = send.chunk * num_ranks + rank + _SENDS[send.op]
+    return stage % num_ranks, Action(_ARRIVES_AS[send.op], send.microbatch, stage // num_ranks)
+
+
+def _source(rank: int, receive: Action, num_ranks: int) -> int:
+    return (rank + (-1 if receive.op is Op.RECV_FORWARD else 1)) % num_ranks
+
+
+def _at(actions: Sequence[Action], place: int) -> str:
+    return str(actions[place]) if place < len(actions) else "nothing"
+
+
+def _names(actions: Sequence[Action]) -> str:
+    return ", ".join(map(str, actions)) or "nothing"
