@@ -17,7 +17,8 @@ NAMES = st.sampled_from([argument.name for argument in table.TABLE] + list(table
 MAPPED = st.sampled_from([argument.name for argument in table.TABLE if argument.fields])
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=6),
-    st.sampled_from(["rope", "full", "block", "selective", "bf16", "float16", "WSD", "1e-5", "[[1]]", "null", "4", "0", "-1"]),
+    st.sampled_from(["rope", "full", "block", "selective", "bf16", "float16", "WSD", "null", "4", "0", "-1", "1e-5",
+                     "[[1]]"]),
 )
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.lists(st.lists(SCALARS, max_size=2), max_size=2),
                    st.dictionaries(st.text(max_size=3), SCALARS, max_size=2))

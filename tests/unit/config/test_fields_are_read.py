@@ -31,7 +31,6 @@ UNREAD = {
     "model_config.apply_rope_fusion",
     "model_config.apply_swiglu_fusion",
     "model_config.fa_config.input_layout",
-    "model_config.transformer_impl",
     "model_config.use_flash_attention",
     "training_config.data_parallel_random_init",
     "training_config.deterministic_mode",
