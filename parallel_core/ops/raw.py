@@ -43,9 +43,10 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     if not native(x_TI, weight_OI, bias_O):
         return reference.linear(x_TI, weight_OI, bias_O)
     x, weight = x_TI.contiguous(), weight_OI.contiguous()
-    (T, I), O = x.shape, weight.shape[0]
-    y = new((T, O))
-    lib.pc_linear(x.data_ptr(), weight.data_ptr(), pointer(bias_O), y.data_ptr(), T, I, O)
+    *tokens, I = x.shape
+    O = weight.shape[0]
+    y = new((*tokens, O))
+    lib.pc_linear(x.data_ptr(), weight.data_ptr(), pointer(bias_O), y.data_ptr(), math.prod(tokens), I, O)
     return y
 
 
@@ -54,9 +55,10 @@ def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     if not native(dy_TO, weight_OI):
         return reference.linear_grad_input(dy_TO, weight_OI)
     dy, weight = dy_TO.contiguous(), weight_OI.contiguous()
-    (T, O), I = dy.shape, weight.shape[1]
-    dx = new((T, I))
-    lib.pc_linear_grad_input(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), T, I, O)
+    *tokens, O = dy.shape
+    I = weight.shape[1]
+    dx = new((*tokens, I))
+    lib.pc_linear_grad_input(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), math.prod(tokens), I, O)
     return dx
 
 
@@ -65,15 +67,16 @@ def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     if not native(dy_TO, x_TI):
         return reference.linear_grad_weight(dy_TO, x_TI)
     dy, x = dy_TO.contiguous(), x_TI.contiguous()
-    (T, O), I = dy.shape, x.shape[1]
+    *tokens, O = dy.shape
+    I = x.shape[-1]
     dw = new((O, I))
-    lib.pc_linear_grad_weight(dy.data_ptr(), x.data_ptr(), dw.data_ptr(), T, I, O, 0)
+    lib.pc_linear_grad_weight(dy.data_ptr(), x.data_ptr(), dw.data_ptr(), math.prod(tokens), I, O, 0)
     return dw
 
 
 def linear_grad_bias(dy_TO: Tensor) -> Tensor:
     """See `reference.linear_grad_bias`."""
-    return sum_rows(dy_TO, dy_TO.shape[1]) if native(dy_TO) else reference.linear_grad_bias(dy_TO)
+    return sum_rows(dy_TO, dy_TO.shape[-1]) if native(dy_TO) else reference.linear_grad_bias(dy_TO)
 
 
 def sum_rows(x: Tensor, width: int) -> Tensor:

@@ -31,25 +31,31 @@ _bmm_nt = ops.BatchMatMul(transpose_b=True)
 
 
 # ---- linear (no autograd) -------------------------------------------------------------------------------------------
+# Leading dims are free: x_TI stands for [.., I], and T for their product.
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Return x @ weight^T + bias, [T, O]; no autograd."""
-    y = _matmul_nt(x_TI, weight_OI)
-    return y if bias_O is None else y + bias_O
+    """Return x @ weight^T + bias, [.., O]; no autograd."""
+    y = _matmul_nt(_rows(x_TI), weight_OI)
+    y = y if bias_O is None else y + bias_O
+    return y.reshape(*x_TI.shape[:-1], weight_OI.shape[0])
 
 
 def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    """Return the gradient of `linear` for x, [T, I]; no autograd."""
-    return _matmul_nn(dy_TO, weight_OI)
+    """Return the gradient of `linear` for x, [.., I]; no autograd."""
+    return _matmul_nn(_rows(dy_TO), weight_OI).reshape(*dy_TO.shape[:-1], weight_OI.shape[1])
 
 
 def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     """Return the gradient of `linear` for the weight, [O, I]; no autograd."""
-    return _matmul_tn(dy_TO, x_TI)
+    return _matmul_tn(_rows(dy_TO), _rows(x_TI))
 
 
 def linear_grad_bias(dy_TO: Tensor) -> Tensor:
     """Return the gradient of `linear` for the bias, [O]; no autograd."""
-    return dy_TO.sum(0)
+    return _rows(dy_TO).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 # ---- embedding (no autograd) ----------------------------------------------------------------------------------------

@@ -266,6 +266,17 @@ def test_linear(sizes, with_bias):
     close(ops.linear_grad_bias(dy), reference.linear_grad_bias(dy), SUMMED)
 
 
+def test_linear_keeps_leading_dims():
+    rng = np.random.default_rng(4)
+    x, w, dy = Tensor(array(rng, 3, 5, 8)), Tensor(array(rng, 6, 8)), Tensor(array(rng, 3, 5, 6))
+    close(ops.linear(x, w, None), reference.linear(x, w, None))
+    close(ops.linear_grad_input(dy, w), reference.linear_grad_input(dy, w))
+    close(ops.linear_grad_weight(dy, x), reference.linear_grad_weight(dy, x))
+    close(ops.linear_grad_bias(dy), reference.linear_grad_bias(dy))
+    want = np.einsum("abo,abi->oi", dy.asnumpy(), x.asnumpy())
+    np.testing.assert_allclose(reference.linear_grad_weight(dy, x).asnumpy(), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(1, 3, 1), (50, 40, 7), (512, 300, 64)])
 def test_embedding(sizes):
     T, V, H = sizes
