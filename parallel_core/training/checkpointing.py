@@ -213,6 +213,11 @@ class Checkpointer:
         wanted = {shard_of(p).name: tensor_shard(p) for p in self._parameters()}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for key, shard, _ in state})
+        if state and not any("@" in key for key in source.keys()):  # noqa: SIM118 - a method of TensorSource
+            raise CheckpointError(
+                f"{path} holds weights but no optimizer state; add --no-load-optim to go on with fresh state, or "
+                "--finetune to start a new run from these weights"
+            )
         bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
         arrays, report = self._everywhere(lambda: load_shards(source, wanted, bfloat16=bfloat16))
         for parameter in self._parameters():
