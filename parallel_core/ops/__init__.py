@@ -1,7 +1,7 @@
 """Kernels. `reference` specifies each one in plain MindSpore; `use_kernels` selects the fastest that works here."""
 
 from parallel_core.ops import reference
-from parallel_core.ops.reference import ACTIVATIONS, attention_mask
+from parallel_core.ops.reference import ACTIVATIONS, attention_mask, cast
 from parallel_core.ops.select import selectable, use_kernels
 
 activation = selectable(reference.activation)
@@ -33,6 +33,7 @@ __all__ = [
     "add_",
     "attention_mask",
     "bias_dropout_add",
+    "cast",
     "causal_attention",
     "causal_attention_packed",
     "dropout",
