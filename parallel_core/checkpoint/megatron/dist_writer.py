@@ -30,8 +30,11 @@ Record = tuple[str, tuple[int, ...] | None, str, int, int]
 
 def dist_items(export: Export) -> list[tuple[str, str]]:
     """Return everything to write, as (parameter name, kind), with "" as the kind of the parameter itself."""
-    kinds = ("", "master", *KINDS) if export.has_optimizer else ("",)
-    return [(name, kind) for name in export.infos for kind in kinds]
+    if not export.has_optimizer:
+        return [(name, "") for name in export.infos]
+    # A float32 model has masters only where the distributed optimizer keeps its own copy of the weights.
+    masters = export.params_dtype != "float32" or export.args["use_distributed_optimizer"]
+    return [(name, kind) for name in export.infos for kind in ("", *(("master",) if masters else ()), *KINDS)]
 
 
 def write_distcp(
@@ -105,7 +108,9 @@ def _place(export: Export, name: str, kind: str) -> tuple[str, tuple[int, ...], 
     match = LAYER_PATTERN.fullmatch(key)
     if match:
         key, offset, shape = f"decoder.layers.{match[2]}", (int(match[1]), *offset), (1, *shape)
-    return (f"optimizer.state.{'param' if kind == 'master' else kind}.{key}" if kind else key), offset, shape
+    if kind == "master":
+        kind = "param" if export.args["use_distributed_optimizer"] else "fp32_param"
+    return (f"optimizer.state.{kind}.{key}" if kind else key), offset, shape
 
 
 def _objects(export: Export) -> Iterator[tuple[str, Any]]:
@@ -119,17 +124,22 @@ def _objects(export: Export) -> Iterator[tuple[str, Any]]:
 
 def _common(export: Export) -> dict[str, Any]:
     state = export.common_state()
-    state["content_metadata"] = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    if export.has_optimizer:
-        groups = [export.param_group(decays) for decays in (True, False)]
-        state["optimizer"] = {
-            "param_state_sharding_type": "fully_reshardable",
-            "optimizer": {"param_groups": groups},
-        }
+    distributed = bool(export.args["use_distributed_optimizer"])
+    state["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if distributed:
+        state["content_metadata"]["distrib_optim_sharding_type"] = "fully_reshardable"
+    if not export.has_optimizer:
+        return state
+    inner: dict[str, Any] = {"param_groups": [export.param_group(decays) for decays in (True, False)]}
+    if not distributed:
+        inner["state"] = {"common_step": export.step_tensor()}
+    plain = not distributed and export.params_dtype == "float32"
+    state["optimizer"] = inner if plain else {"optimizer": inner}
+    if distributed:
+        state["optimizer"]["param_state_sharding_type"] = "fully_reshardable"
+    scaler = export.grad_scaler()
+    if scaler is not None:
+        state["optimizer"]["grad_scaler"] = scaler
     return state
 
 

@@ -172,6 +172,18 @@ class Export:
         """Adam's step count."""
         return int(self.source.common.get("adam_step", self.source.common.get("iteration", 0)))
 
+    def step_tensor(self) -> StreamTensor:
+        """Return Adam's step count as torch's optimizers hold it: a float32 tensor without dims."""
+        return StreamTensor.of(np.array(self.step, np.float32), "float32")
+
+    def grad_scaler(self) -> dict[str, Any] | None:
+        """Return the dynamic loss scaler's state as Megatron saves it; None for models that have none."""
+        scaler = self.source.common.get("loss_scaler")
+        if self.params_dtype != "float16" or not scaler or "scale" not in scaler:
+            return None
+        scale = StreamTensor.of(np.array([scaler["scale"]], np.float32), "float32")
+        return {**{key: int(value) for key, value in scaler.items() if key != "scale"}, "scale": scale}
+
     def param_group(self, decays: bool) -> dict[str, Any]:
         """Return a torch parameter group, without its parameters."""
         args = self.args

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.megatron.export import KINDS, Export
 from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout
 from parallel_core.checkpoint.megatron.names import has_weight_decay, layer_of, te_fused_name, with_layer_offset
@@ -53,7 +52,7 @@ def write_torch_rank(path: Path, export: Export, tp: int, pp: int, progress: Cal
             if distributed
             else _plain_optimizer(export, tp, groups, progress)
         )
-        scaler = _grad_scaler(export)
+        scaler = export.grad_scaler()
         if scaler is not None:
             state["optimizer"]["grad_scaler"] = scaler
         if distributed:
@@ -126,7 +125,7 @@ def _plain_optimizer(
     for decays, names in groups:
         start = len(states)
         for name in names:
-            step = StreamTensor.of(np.array(export.step, storage_dtype("float32")), "float32")
+            step = export.step_tensor()
             moments = {kind: _tracked(export.tensor(name, tp, kind), progress) for kind in KINDS}
             states[len(states)] = {"step": step, **moments}
         param_groups.append({**export.param_group(decays), "params": list(range(start, len(states)))})
@@ -135,14 +134,6 @@ def _plain_optimizer(
     if export.params_dtype == "float32":
         return inner
     return {"optimizer": inner, "fp32_from_fp16_params": masters}
-
-
-def _grad_scaler(export: Export) -> dict[str, Any] | None:
-    scaler = export.source.common.get("loss_scaler")
-    if export.params_dtype != "float16" or not scaler or "scale" not in scaler:
-        return None
-    scale = StreamTensor.of(np.array([scaler["scale"]], np.float32), "float32")
-    return {**{key: int(value) for key, value in scaler.items() if key != "scale"}, "scale": scale}
 
 
 def _flat_buffers(export: Export, tp: int, pp: int, progress: Callable[[int], None]) -> dict[Any, Any]:
