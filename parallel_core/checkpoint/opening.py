@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from parallel_core.checkpoint.huggingface import HuggingFaceCheckpoint, is_hugging_face
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.native import NativeCheckpoint, is_native
@@ -29,4 +30,6 @@ def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> Tensor
         return MegatronDistCheckpoint(path, allow_inert)
     if any(path.glob("mp_rank_*")):
         return MegatronTorchCheckpoint(path, allow_inert)
+    if is_hugging_face(path):
+        return HuggingFaceCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")

@@ -81,6 +81,10 @@ class Blob:
         picked = self.crop([(index, index + 1), *((0, n) for n in self.shape[1:])])
         return Blob(self.path, picked.offset, self.dtype, self.shape[1:], self.strides[1:])
 
+    def transposed(self) -> Blob:
+        """Return a matrix with rows and columns exchanged."""
+        return Blob(self.path, self.offset, self.dtype, self.shape[::-1], self.strides[::-1])
+
     def every(self, step: int) -> Blob:
         """Return rows 0, `step`, 2 `step`, ... of this array."""
         rows = -(-self.shape[0] // step)

@@ -11,7 +11,7 @@ from parallel_core.checkpoint import TensorSource, find_checkpoint, open_checkpo
 from parallel_core.checkpoint.megatron.export import Target
 from parallel_core.errors import CheckpointError, ParallelCoreError
 from tools.convert_megatron.comparison import compare
-from tools.convert_megatron.convert import to_megatron, to_native
+from tools.convert_megatron.convert import to_hugging_face, to_megatron, to_native
 from tools.convert_megatron.inspection import describe
 
 _EPILOG = """examples:
@@ -118,7 +118,7 @@ def _convert(args: argparse.Namespace) -> int:
         path = to_megatron(source, args.save, _target(args), target_format=args.target_format, **how)
         print("random number generator states are not carried over: load it with --no-load-rng", file=sys.stderr)
     else:
-        raise CheckpointError("--to hf")
+        path = to_hugging_face(source, args.save, quiet=args.quiet)
     print(path)
     return 0
 

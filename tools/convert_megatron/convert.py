@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel_core.checkpoint import CheckpointWriter, open_checkpoint, read_tensor, share_among_replicas
+from parallel_core.checkpoint.huggingface import write_hugging_face
 from parallel_core.checkpoint.layout_files import (
     TRACKER_NAME,
     fsync_directory,
@@ -164,6 +165,33 @@ def _write_dist(
     sizes = {f"{name}@{kind}": export.tensor(name, 0, kind).nbytes for name, kind in items}
     mine = set(share_among_replicas(sizes, part, parts))
     return write_distcp(partial, export, [i for i in items if f"{i[0]}@{i[1]}" in mine], part, progress)
+
+
+def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) -> Path:
+    """Write the parameters as a Hugging Face directory and return it.
+
+    Args:
+        source: the opened checkpoint.
+        save: the directory; it must not exist.
+        quiet: no progress bar.
+
+    Raises:
+        CheckpointError: the directory exists already, or the model is of no kind that Hugging Face format is known for.
+    """
+    _refuse_existing(save)
+    partial = save.with_name(f"{save.name}.tmp-{_TOKEN}")
+    bar = ProgressBar(sum(_nbytes(source, key) for key in source.keys() if "@" not in key), quiet=quiet)  # noqa: SIM118
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_hugging_face(source, partial, bar.add)
+        bar.finish()
+        os.replace(partial, save)
+    except OSError as error:
+        raise CheckpointError(f"{save} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return save
 
 
 def _nbytes(source: TensorSource, key: str) -> int:

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 warnings.filterwarnings("ignore")
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000), CUDA_DEVICE_MAX_CONNECTIONS="1")
+os.environ.update(
+    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000), CUDA_DEVICE_MAX_CONNECTIONS="1"
+)
 
 import torch  # noqa: E402
 
