@@ -18,6 +18,11 @@ def _rule(function: Rule) -> Rule:
     return function
 
 
+def _not_a_multiple(value: int, of: int) -> str:
+    below, above = value // of * of, (value // of + 1) * of
+    return f"{value} is not a multiple of {of}; write {f'{below} or {above}' if below else above}"
+
+
 @_rule
 def required(r: Resolution) -> None:
     """Sizes that nothing else determines must be given."""
@@ -91,10 +96,9 @@ def heads(r: Resolution) -> None:
     if r["num_attention_heads"] % r["num_query_groups"]:
         r.fail("num_attention_heads num_query_groups", "heads must be a multiple of groups")
     if r["num_attention_heads"] % tp:
-        r.fail("num_attention_heads tensor_model_parallel_size",
-               f"{r['num_attention_heads']} is not a multiple of {tp}")
+        r.fail("num_attention_heads tensor_model_parallel_size", _not_a_multiple(r["num_attention_heads"], tp))
     elif r["num_query_groups"] % tp and r["group_query_attention"]:
-        r.fail("num_query_groups tensor_model_parallel_size", f"{r['num_query_groups']} is not a multiple of {tp}")
+        r.fail("num_query_groups tensor_model_parallel_size", _not_a_multiple(r["num_query_groups"], tp))
 
 
 @_rule
@@ -112,7 +116,7 @@ def tensor_parallel(r: Resolution) -> None:
     tp = r["tensor_model_parallel_size"]
     for name in ("ffn_hidden_size", "padded_vocab_size", *(["seq_length"] if r["sequence_parallel"] else [])):
         if r.positive(name) and r.positive("tensor_model_parallel_size") and r[name] % tp:
-            r.fail(f"{name} tensor_model_parallel_size", f"{r[name]} is not a multiple of {tp}")
+            r.fail(f"{name} tensor_model_parallel_size", _not_a_multiple(r[name], tp))
     if r["vocab_size"] and r["padded_vocab_size"] and r["padded_vocab_size"] < r["vocab_size"]:
         r.fail("padded_vocab_size vocab_size", "the padded vocabulary is smaller than the vocabulary")
 

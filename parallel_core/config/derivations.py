@@ -161,10 +161,18 @@ def overflow_check(r: Resolution) -> None:
 
 @_rule
 def sequence_parallel(r: Resolution) -> None:
-    """Without tensor parallelism there is nothing to split the sequence over."""
-    if r["sequence_parallel"] and r["tensor_model_parallel_size"] == 1:
+    """Off where the tensor parallel size is given as 1, as in Megatron-LM; a size that is not given was forgotten."""
+    if not r["sequence_parallel"] or r["tensor_model_parallel_size"] != 1:
+        return
+    if r.is_given("tensor_model_parallel_size"):
         r.note(f"{r.term('sequence_parallel')}: off, tensor_model_parallel_size is 1")
-        r.derive("sequence_parallel", False, "sequence_parallel")
+    else:
+        r.fail(
+            "sequence_parallel tensor_model_parallel_size",
+            "splits the sequence over tensor parallel ranks, and there is one; add --tensor-model-parallel-size 2, or "
+            "leave it out",
+        )
+    r.derive("sequence_parallel", False, "sequence_parallel")
 
 
 @_rule
