@@ -50,11 +50,11 @@ class RankFailure:
         """Return the exit status for the whole job, never 0."""
         return 128 - self.status if self.status < 0 else self.status or 1
 
-    def summary(self) -> str:
-        """Return how it ended, on one line."""
+    def summary(self, limit: int | None = _MESSAGE_LIMIT) -> str:
+        """Return how it ended, on one line; of an error's first line `limit` characters (None: all)."""
         if self.report is not None:
             message = self.report.message.strip().splitlines() or [""]
-            return f"{self.report.kind}: {message[0][:_MESSAGE_LIMIT]}"
+            return f"{self.report.kind}: {message[0][:limit]}"
         if self.status < 0:
             number = -self.status
             known = number in set(signal.Signals)
@@ -90,7 +90,7 @@ def describe_failures(log_dir: Path, num_ranks: int, failures: Sequence[RankFail
         ended_well: the ranks that had ended with status 0 before.
     """
     first = first_failure(failures)
-    lines = [f"ERROR - {first.name} failed first, of {num_ranks} ranks: {first.summary()}"]
+    lines = [f"ERROR - {first.name} failed first, of {num_ranks} ranks: {first.summary(limit=None)}"]
     if first.report is not None and (first.report.traceback or "\n" in first.report.message):
         lines += _indented(first.report.text().splitlines())
     elif first.report is None:
