@@ -46,19 +46,20 @@ def is_hugging_face(path: Path) -> bool:
     return (path / "config.json").exists() and any(path.glob("*.safetensors"))
 
 
-def _qkv_parts(config: Mapping[str, Any], q: Callable[[int], Part]) -> list[Part]:
+def _qkv_parts(config: Mapping[str, Any], query: Part, key: Part, value: Part) -> list[Part]:
     """Return the parts of a group-interleaved qkv: per group its query heads, its key, its value.
 
     Args:
         config: model settings.
-        q: gives (which of q, k, v) as a part without rows.
+        query: where their query rows begin.
+        key: where their key rows begin.
+        value: where their value rows begin.
     """
     size, groups = config["kv_channels"], config["num_query_groups"]
     queries = config["num_attention_heads"] // groups * size
     parts, at = [], 0
     for group in range(groups):
-        for which, rows in ((0, queries), (1, size), (2, size)):
-            base = q(which)
+        for base, rows in ((query, queries), (key, size), (value, size)):
             parts.append(Part(base.name, at, base.theirs + group * rows, rows, base.transpose))
             at += rows
     return parts
@@ -83,9 +84,7 @@ def _llama_parts(config: Mapping[str, Any]) -> dict[str, Part | list[Part]]:
         table[f"{ours}.pre_mlp_layernorm.weight"] = Part(f"{theirs}.post_attention_layernorm.weight")
         for kind in ("weight", "bias"):
             names = [f"{theirs}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
-            table[f"{ours}.self_attention.linear_qkv.{kind}"] = _qkv_parts(
-                config, lambda n, names=names: Part(names[n])
-            )
+            table[f"{ours}.self_attention.linear_qkv.{kind}"] = _qkv_parts(config, *map(Part, names))
             table[f"{ours}.self_attention.linear_proj.{kind}"] = Part(f"{theirs}.self_attn.o_proj.{kind}")
             table[f"{ours}.mlp.linear_fc1.{kind}"] = [
                 Part(f"{theirs}.mlp.gate_proj.{kind}", 0, 0, ffn),
@@ -110,7 +109,7 @@ def _gpt2_parts(config: Mapping[str, Any]) -> dict[str, Part | list[Part]]:
             table[f"{ours}.input_layernorm.{kind}"] = Part(f"{theirs}.ln_1.{kind}")
             table[f"{ours}.pre_mlp_layernorm.{kind}"] = Part(f"{theirs}.ln_2.{kind}")
             table[f"{ours}.self_attention.linear_qkv.{kind}"] = _qkv_parts(
-                config, lambda n, qkv=qkv, turned=turned: Part(qkv, theirs=n * hidden, transpose=turned)
+                config, *(Part(qkv, theirs=n * hidden, transpose=turned) for n in range(3))
             )
             table[f"{ours}.self_attention.linear_proj.{kind}"] = Part(f"{theirs}.attn.c_proj.{kind}", transpose=turned)
             table[f"{ours}.mlp.linear_fc1.{kind}"] = Part(f"{theirs}.mlp.c_fc.{kind}", transpose=turned)
@@ -141,9 +140,8 @@ class HuggingFaceCheckpoint(PieceSource):
                 used |= {part.name for part in parts}
                 tensors[name] = _assembled(path, name, parts, blobs)
         left = [name for name in sorted(set(blobs) - used) if not _IGNORED.fullmatch(name)]
-        needed = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
-        layers = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(config["num_layers"])]
-        missing = [name for name in (*needed, *layers) if name not in tensors]
+        needed = [name for name in _parts(model_type, config) if name.endswith(".weight")]
+        missing = [name for name in needed if name not in tensors and not (tied and name == "output_layer.weight")]
         if left or missing:
             raise CheckpointError(
                 f"{path}: {len(left)} tensors of no known place, {len(missing)} missing:\n"

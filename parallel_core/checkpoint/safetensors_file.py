@@ -66,7 +66,7 @@ class ChecksumWriter:
 def file_digest(path: Path) -> FileDigest:
     """Return size and checksum of a file, read in blocks."""
     crc, size = 0, 0
-    buffer = bytearray(_CHUNK_BYTES)
+    buffer = bytearray(1 << 20)
     with path.open("rb", buffering=0) as handle:
         while count := handle.readinto(buffer):
             crc = zlib.crc32(memoryview(buffer)[:count], crc)
