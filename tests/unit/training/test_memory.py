@@ -1,0 +1,167 @@
+"""Memory: the meter, the closed formulas against real runs, and what recomputation saves."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from parallel_core.config.plan import Memory, layer_activations, rank_memory
+from parallel_core.context import ParallelContext
+from parallel_core.errors import ConfigError
+from parallel_core.training.memory import StageMemory, compare, layout_flags, main, memory_table
+from parallel_core.training.memory_meter import MemoryMeter, _accessed_pool_bytes
+from tests.helpers.session import session_module
+from tests.ranks.support import Tiny, TinyRun, kernels
+
+MIB = 2**20
+# Attention scores outweigh everything else, as in a real model with long sequences: 1 MiB for each microbatch.
+MODEL = {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "seq_length": 128, "vocab_size": 64,
+         "transformer_impl": "local"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    session_module().set_up(0, 1)
+    with kernels("local"):
+        yield
+
+
+def run_of(num_layers: int, model: dict, num_microbatches: int = 1) -> TinyRun:
+    data = {"batch_size": 4, "global_batch_size": 4 * num_microbatches, "micro_batch_num": num_microbatches}
+    tiny = Tiny(model={**MODEL, "num_layers": num_layers, **model}, data=data)
+    return TinyRun(tiny, ParallelContext.solo())
+
+
+def peak_of(run: TinyRun) -> int:
+    run.train(2)
+    meter = MemoryMeter()
+    meter.start()
+    run.train(1)
+    return meter.stop()
+
+
+def test_the_meter_counts_pool_tensors_and_arrays_at_their_peak():
+    x = Tensor(np.ones((256, 1024), np.float32))  # 1 MiB
+    _ = x + 1
+    meter = MemoryMeter()
+    for held in (0, 8):
+        meter.start()
+        tensors = [x + i for i in range(held)]
+        arrays = [np.ones((256, 1024), np.float32) for _ in range(held // 2)]
+        del tensors, arrays
+        for i in range(20):  # freed at once, so it counts once
+            _ = x + i
+        peak = meter.stop() / MIB
+        assert held * 1.5 <= peak <= held * 1.5 + 4, peak
+
+
+def test_the_pool_is_the_large_anonymous_mappings():
+    smaps = (
+        "7f0000000000-7f0040401000 rw-p 00000000 00:00 0\nRss:  9 kB\nReferenced:      12 kB\nVmFlags: rd wr\n"
+        "7f1000000000-7f1000401000 rw-p 00000000 00:00 0 \nReferenced:      100 kB\n"
+        "7f2000000000-7f2040401000 rw-s 00000000 00:01 7  /dev/shm/x\nReferenced:      1000 kB\n"
+        "7f3000000000-7f3080000000 rw-p 00000000 00:00 0 \nReferenced:      4 kB\n"
+    )
+    assert _accessed_pool_bytes(smaps) == 16 * 1024
+
+
+def test_recomputation_lowers_the_peak_as_it_promises():
+    """What a layer keeps is the difference of 12 and 4 layers: the temporaries of running operators cancel."""
+    peak, kept, formula = {}, {}, {}
+    for name, model in (("none", {}), ("selective", SELECTIVE), ("full", FULL)):
+        small, large = run_of(4, model), run_of(12, model)
+        gradients = large.step.ddp.memory_bytes()["gradients"] - small.step.ddp.memory_bytes()["gradients"]
+        peak[name] = peak_of(large)
+        kept[name] = (peak[name] - peak_of(small) - gradients) / 8
+        formula[name] = layer_activations(large.config, name)
+    # The formula counts what a method has to keep; MindSpore's own operators keep some of it twice. A layer recomputed
+    # in full keeps 0.1 MiB, less than the allocator's scatter.
+    assert formula["none"] < kept["none"] < 1.4 * formula["none"]
+    assert 0.8 * formula["selective"] < kept["selective"] < 1.6 * formula["selective"]
+    assert kept["full"] < 2 * formula["full"] < 0.1 * formula["none"]
+    assert 4 * peak["full"] < 1.2 * peak["none"]
+    assert peak["selective"] < 0.7 * peak["none"]
+
+
+def test_block_recomputation_frees_the_first_layers_only():
+    none, two, all_four = (
+        peak_of(run_of(4, model))
+        for model in (
+            {},
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 4},
+        )
+    )
+    assert all_four < two < none
+    assert none - two > MIB
+
+
+def test_microbatches_one_after_the_other_cost_no_more_than_one():
+    one, four = peak_of(run_of(4, {})), peak_of(run_of(4, {}, num_microbatches=4))
+    assert four < 1.25 * one
+
+
+def test_parameters_gradients_and_optimizer_are_the_formula_exactly():
+    run = run_of(3, {"position_embedding_type": "rope", "untie_embeddings_and_output_weights": True})
+    run.train(1)
+    formula = rank_memory(run.config, run.step.model.layout, 0, 1)
+    assert run.step.ddp.memory_bytes() == {"parameters": formula.weights, "gradients": formula.gradients}
+    assert run.step.optimizer.memory_bytes() == formula.optimizer
+
+
+FLAGS = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 5 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer
+    --vocab-size 63 --make-vocab-size-divisible-by 64 --transformer-impl local
+"""
+
+
+def test_a_job_of_two_ranks_holds_half_of_the_optimizer_state_each():
+    (row,) = compare("dp2+distopt", FLAGS.split())
+    assert (row.layout, row.pp_rank, row.in_flight) == ("dp2+distopt", 0, 1)
+    padding = 64 * 4 * 2  # the distributed optimizer aligns parameters in their bucket
+    for name in ("weights", "gradients", "optimizer"):
+        formula, measured = getattr(row.formula, name), getattr(row.measured, name)
+        assert 0 <= measured - formula <= padding * 2 * 20, name
+    assert row.measured.optimizer == row.measured.weights  # two moments, shared by two ranks
+    assert row.measured.activations > row.formula.activations / 2
+
+
+def test_layouts_by_word():
+    flags, ranks = layout_flags("tp2+sp+pp4+vpp2+dp3+distopt+full")
+    assert ranks == 24
+    words = " ".join(flags)
+    assert "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4" in words
+    assert "--virtual-pipeline-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer" in words
+    assert words.endswith("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+    assert layout_flags("single")[1] == 1
+    with pytest.raises(ConfigError, match=r"'tp2\+zero3' has the word 'zero3'; use single, tpN"):
+        layout_flags("tp2+zero3")
+
+
+def test_table():
+    rows = [StageMemory("tp2", 0, 3, Memory(MIB, 2 * MIB, 3 * MIB, 4 * MIB), Memory(MIB, MIB, MIB, 10 * MIB))]
+    assert memory_table(rows).splitlines() == [
+        "MiB per rank: closed formula / measured",
+        "layout | stage | in flight |     weights |   gradients |   optimizer |  activations",
+        "-------+-------+-----------+-------------+-------------+-------------+-------------",
+        "tp2    |     0 |         3 | 1.00 / 1.00 | 2.00 / 1.00 | 3.00 / 1.00 | 4.00 / 10.00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--layouts"], "--layouts needs a value"),
+        (["--layouts", "tp0"], "has the word 'tp0'"),
+        (["--layouts", "single", "--num-layer", "2"], "num-layer"),
+    ],
+)
+def test_mistakes_start_nothing(capsys, argv, message):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert ms.get_context("device_target") == "CPU"
