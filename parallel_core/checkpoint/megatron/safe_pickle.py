@@ -57,6 +57,8 @@ _FORBIDDEN_OPCODES = frozenset(
     ["EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"]
 )
 
+MAX_DEPTH = 200
+
 
 class Symbol(str):
     """The name of something torch has, such as `torch.bfloat16`; compares and prints as that name."""
@@ -282,12 +284,51 @@ def safe_loads(
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Refuse instructions torch never writes, and memo numbers that would make the C unpickler allocate freely."""
+    """Refuse, before anything is built, what would make the C unpickler or Python itself misbehave.
+
+    Those are instructions torch never writes, memo numbers that allocate without limit, and nesting so deep that
+    hashing the result would overflow the C stack. Depths follow the stack as `pickletools` describes it.
+    """
+    stack: list[int | None] = []  # depth of each value; None is a mark
+    memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in _FORBIDDEN_OPCODES:
-            raise pickle.UnpicklingError(f"instruction {opcode.name}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
-            raise pickle.UnpicklingError(f"memo number {argument}")
+        name = opcode.name
+        if name in _FORBIDDEN_OPCODES:
+            raise pickle.UnpicklingError(f"instruction {name}")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if name == "MEMOIZE" else int(argument or 0)
+            if number > len(data):
+                raise pickle.UnpicklingError(f"memo number {number}")
+            memo[number] = stack[-1] or 0
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument or 0)])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif opcode.stack_before or opcode.stack_after:
+            _follow(opcode, stack)
+
+
+def _follow(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
+    """Do to the stack of depths what an instruction does to the stack of values."""
+    if opcode.name == "MARK":
+        stack.append(None)
+        return
+    taken: list[int] = []
+    if pickletools.markobject in opcode.stack_before:
+        while (depth := stack.pop()) is not None:
+            taken.append(depth)
+        above = 0 if opcode.stack_before[0] is pickletools.markobject else 1
+    else:
+        taken = [stack.pop() or 0 for _ in opcode.stack_before]
+        above = 1 if opcode.name in ("APPEND", "SETITEM") else 0
+        if above:
+            stack.append(taken.pop())
+    inner = max(taken, default=-1) + 1
+    if above:  # something is put into a container, which stays where it is
+        inner = max(inner, stack.pop() or 0)
+    if inner > MAX_DEPTH:
+        raise pickle.UnpicklingError(f"values nested more than {MAX_DEPTH} deep")
+    stack.extend(inner for _ in opcode.stack_after)
 
 
 def _settle(value: Any) -> Any:
