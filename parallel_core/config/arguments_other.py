@@ -7,10 +7,9 @@ from parallel_core.config.argument import REFUSED, Argument, build, ignored_rows
 _SPEED = "MindSpeed-Core-MS"
 
 
-def _field(name: str, kind: str, default: object, feature: str, **rest: object) -> Argument:
-    return build(
-        REFUSED, name, kind, default, fields=(f"parallel_config.{name}",), direct=True, reason=feature, **rest  # type: ignore[arg-type]
-    )
+def _field(name: str, kind: str, default: object, feature: str, field: str = "", **rest: object) -> Argument:
+    fields = (field or f"parallel_config.{name}",)
+    return build(REFUSED, name, kind, default, fields=fields, direct=True, reason=feature, **rest)  # type: ignore[arg-type]
 
 
 OTHER_ROWS: tuple[Argument, ...] = (
@@ -19,6 +18,10 @@ OTHER_ROWS: tuple[Argument, ...] = (
            harmless=("ulysses_cp_algo", "hybrid_cp_algo")),
     _field("ulysses_degree_in_cp", "int", 1, "context parallelism", origin=_SPEED),
     _field("expert_model_parallel_size", "int", 1, "mixture of experts"),
+    _field("next_tockens", "int", 0, "attention to later positions", "model_config.fa_config.next_tokens",
+           origin=_SPEED, aliases=("next_tokens",)),
+    *ignored_rows("a checkpoint that is named and missing is always an error", "exit_on_missing_checkpoint flag"),
+    *ignored_rows("replicas start equal, and each draws its own dropout anyway", "data_parallel_random_init flag"),
     *ignored_rows("rope has no learned table anyway", "add_position_embedding off --no-position-embedding"),
     *refused_rows("removed from Megatron-LM; write micro_batch_size", "batch_size int"),
     *refused_rows("removed from Megatron-LM; write lr_warmup_fraction or lr_warmup_iters", "warmup int"),

@@ -223,9 +223,8 @@ REFUSED_MODEL_ROWS: tuple[Argument, ...] = (
         """,
     ),
     *refused_rows(
-        "attention windows as an argument of its own; pre_tockens and next_tockens set one",
+        "attention windows in some layers only",
         """
-        window_size
         window_attn_skip_freq
         """,
     ),

@@ -27,9 +27,7 @@ RUN: tuple[Argument, ...] = (
     mapped("print_schedule", "toggle", False, "training_config.print_schedule",
            "print the pipeline schedule at start-up", origin=_OWN),
     mapped("deterministic_mode", "flag", False, "training_config.deterministic_mode",
-           "kernels that give the same bits on every run"),
-    mapped("data_parallel_random_init", "flag", False, "training_config.data_parallel_random_init",
-           "data parallel ranks draw their own dropout"),
+           "kernels that give the same bits on every run; those of the CPU always do"),
 )
 
 NUMBERS: tuple[Argument, ...] = (
@@ -78,8 +76,6 @@ CHECKPOINTS: tuple[Argument, ...] = (
     mapped("no_load_rng", "flag", None, "training_config.no_load_rng", "do not load the random state"),
     mapped("no_save_optim", "flag", None, "training_config.no_save_optim", "do not save the optimizer state"),
     mapped("no_save_rng", "flag", None, "training_config.no_save_rng", "do not save the random state"),
-    mapped("exit_on_missing_checkpoint", "flag", False, "training_config.exit_on_missing_checkpoint",
-           "a missing checkpoint is an error, not a start from scratch"),
     mapped("new_dataset", "toggle", False, "training_config.new_dataset",
            "start the data from its beginning after a resume", origin=_SPEED),
 )
@@ -88,7 +84,7 @@ _PROFILE = "training_config.profile."
 PROFILE: tuple[Argument, ...] = (
     mapped("profile", "flag", False, _PROFILE + "enabled", "record a profile"),
     mapped("profile_step_start", "int", 10, _PROFILE + "step_start", "first recorded step"),
-    mapped("profile_step_end", "int", 12, _PROFILE + "step_end", "step at which recording stops"),
+    mapped("profile_step_end", "int", 12, _PROFILE + "step_end", "last recorded step"),
     mapped("profile_save_path", "str", None, _PROFILE + "save_path", "where profiles go", origin=_SPEED),
     mapped("profile_level", "str", "level0", _PROFILE + "level", "detail of the profile", origin=_SPEED,
            choices=("level0", "level1", "level2"), renamed=(("0", "level0"), ("1", "level1"), ("2", "level2"))),
@@ -97,12 +93,12 @@ PROFILE: tuple[Argument, ...] = (
            aliases=("profile_with_memory",)),
     mapped("profile_framework", "str", "all", _PROFILE + "framework", "host activities recorded", origin=_SPEED,
            choices=("all", "time", "none"), renamed=(("null", "none"),)),
-    mapped("profile_communication", "toggle", False, _PROFILE + "communication", "record communication",
-           origin=_SPEED),
+    mapped("profile_communication", "toggle", False, _PROFILE + "communication",
+           "communication operators in detail: level0 becomes level1", origin=_SPEED),
     mapped("profile_parallel_strategy", "toggle", False, _PROFILE + "parallel_strategy",
            "record the parallel strategy", origin=_SPEED),
-    mapped("profile_aicore_metrics", "int", 0, _PROFILE + "aicore_metrics", "AI core metric set, -1 to 6",
-           origin=_SPEED),
+    mapped("profile_aicore_metrics", "int", 0, _PROFILE + "aicore_metrics",
+           "AI core metric set, -1 to 6; from level1 on", origin=_SPEED),
     mapped("profile_l2_cache", "toggle", False, _PROFILE + "l2_cache", "record the L2 cache", origin=_SPEED),
     mapped("profile_hbm_ddr", "toggle", False, _PROFILE + "hbm_ddr", "record HBM and DDR bandwidth", origin=_SPEED),
     mapped("profile_pcie", "toggle", False, _PROFILE + "pcie", "record PCIe bandwidth", origin=_SPEED),
@@ -110,11 +106,12 @@ PROFILE: tuple[Argument, ...] = (
            origin=_SPEED),
     mapped("profile_data_simplification", "toggle", True, _PROFILE + "data_simplification",
            "drop intermediate files", origin=_SPEED),
-    mapped("profile_op_time", "toggle", True, _PROFILE + "op_time", "record operator times", origin=_SPEED),
+    mapped("profile_op_time", "toggle", True, _PROFILE + "op_time", "record operator times of the device",
+           origin=_SPEED),
     mapped("profile_offline_analyse", "toggle", False, _PROFILE + "offline_analyse",
-           "analyse after the run", origin=_SPEED),
+           "keep the raw records, to be analysed later", origin=_SPEED),
     mapped("profile_dynamic_profiler_config_path", "str", None, _PROFILE + "dynamic_profiler_config_path",
-           "configuration of MindSpore's dynamic profiler", origin=_SPEED),
+           "directory of profiler_config.json, for MindSpore's dynamic profiler", origin=_SPEED),
 )
 
 _O = "optimizer_config."

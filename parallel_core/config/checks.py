@@ -49,7 +49,7 @@ _NOT_NEGATIVE = """
     lr_warmup_iters lr_warmup_samples lr_warmup_init lr_decay_iters lr_decay_samples lr_wsd_decay_iters
     lr_wsd_decay_samples decoupled_lr decoupled_min_lr weight_decay start_weight_decay end_weight_decay clip_grad
     loss_scale num_workers init_method_std embedding_init_method_std recompute_num_layers ckpt_step
-    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens next_tockens
+    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens
 """
 _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "sgd_momentum")
 
@@ -103,11 +103,14 @@ def heads(r: Resolution) -> None:
 
 @_rule
 def attention_window(r: Resolution) -> None:
-    """Attention is causal over the whole sample; the fused kernel's window may only say so."""
-    if r["next_tockens"]:
-        r.fail("next_tockens", "must be 0, causal attention; other windows are not built")
-    if r.positive("seq_length") and r["pre_tockens"] < r["seq_length"] - 1:
-        r.fail("pre_tockens seq_length", "is narrower than the sample; attention windows are not built")
+    """An attention window has two numbers, positions before and after its own that a query sees; none come after."""
+    window = r["window_size"]
+    if window is None:
+        return
+    if len(window) != 2 or window[0] < -1:
+        r.fail("window_size", "takes two numbers: positions before (-1: all) and after its own that a query sees")
+    elif window[1] not in (0, -1) or (window[1] == -1 and window[0] != -1):
+        r.fail("window_size", "the second number must be 0, causal attention")
 
 
 @_rule

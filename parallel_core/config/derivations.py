@@ -183,6 +183,18 @@ def flash_attention(r: Resolution) -> None:
 
 
 @_rule
+def attention_window(r: Resolution) -> None:
+    """`window_size (W, 0)` is `pre_tockens W`; W = -1 is no window."""
+    window = r["window_size"]
+    if window is None or len(window) != 2:
+        return
+    if r.is_given("pre_tockens") and window[0] not in (-1, r["pre_tockens"]):
+        r.fail("window_size pre_tockens", "give two windows; write one of them")
+    elif window[0] >= 0:
+        r.derive("pre_tockens", window[0], "attention_window")
+
+
+@_rule
 def virtual_pipeline(r: Resolution) -> None:
     """Chunks per rank follow from the layout string, the layer list, or layers per chunk."""
     pp = r["pipeline_model_parallel_size"]

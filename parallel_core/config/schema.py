@@ -22,9 +22,9 @@ class FlashAttentionConfig:
     """Window and tensor layout of the fused attention kernel (Ascend `flash_attention_score`)."""
 
     pre_tokens: int = 2**31 - 1
-    """How many positions before its own a query sees."""
+    """How many positions before its own a query sees, whichever kernel computes it."""
     next_tokens: int = 0
-    """How many positions after its own a query sees; 0 is causal."""
+    """How many positions after its own a query sees: 0, causal."""
     input_layout: str = "SBH"
     """Order of the tensor axes handed to the kernel: SBH or BNSD."""
 
@@ -192,7 +192,7 @@ class DatasetConfig:
     eos_token_id: int = -1
     """End-of-document token; -1: the tokenizer's."""
     pad_token_id: int = -1
-    """Padding token; -1: none."""
+    """Padding token, left out of the loss; -1: the tokenizer's, where it has one of its own."""
     tokenizer_type: str = ""
     tokenizer_model: str = ""
     vocab_file: str = ""
@@ -255,13 +255,18 @@ class ProfileConfig:
 
     enabled: bool = False
     save_path: str = ""
+    """Empty: `profile` under output_dir, or under the log directory without one."""
     step_start: int = 10
+    """First recorded step."""
     step_end: int = 12
+    """Last recorded step."""
     level: str = "level0"
     with_stack: bool = False
     memory: bool = False
     framework: str = "all"
+    """Host activities: all, time (without memory) or none."""
     communication: bool = False
+    """Communication operators in detail: raises level0 to level1."""
     parallel_strategy: bool = False
     aicore_metrics: int = 0
     l2_cache: bool = False
@@ -270,8 +275,11 @@ class ProfileConfig:
     data_process: bool = False
     data_simplification: bool = True
     op_time: bool = True
+    """Operator times of the device."""
     offline_analyse: bool = False
+    """Keep the raw records, to be analysed later."""
     dynamic_profiler_config_path: str = ""
+    """Directory whose profiler_config.json starts and stops profiles while the run goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +314,7 @@ class TrainingConfig:
     bucket_size: int = 0
     """Elements in one gradient bucket; 0: max(40e6, 1e6 x data parallel size) with overlap, else one bucket."""
     enable_mem_align: bool = True
+    """With the distributed optimizer, parameters start at 512-byte boundaries; off: at every 64th element."""
     overlap_grad_reduce: bool = False
     delay_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
@@ -323,18 +332,18 @@ class TrainingConfig:
     async_save: bool = False
     crc_check: bool = True
     resume_training: bool = True
+    """Go on with the loaded run; off: take its weights, as finetune."""
     finetune: bool = False
     no_load_optim: bool = False
     no_load_rng: bool = False
     no_save_optim: bool = False
     no_save_rng: bool = False
-    exit_on_missing_checkpoint: bool = True
     new_dataset: bool = False
     log_dir: str = "msrun_log"
     log_throughput: bool = False
+    """Report TFLOP/s of each device, by the model's formula."""
     print_schedule: bool = False
     deterministic_mode: bool = True
-    data_parallel_random_init: bool = False
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 

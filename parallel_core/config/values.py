@@ -124,6 +124,8 @@ def _layers(raw: object) -> tuple[tuple[int, ...], ...]:
 
 
 def _list(argument: Argument, raw: object) -> tuple[object, ...]:
+    if argument.kind != "strs" and isinstance(raw, (list, tuple)) and len(raw) == 1:
+        raw = raw[0]  # one word, which may hold a list: "(8,0)"
     if isinstance(raw, str):
         value = _literal(raw) if argument.kind != "strs" else raw.split()
     else:

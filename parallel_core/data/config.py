@@ -142,6 +142,10 @@ class GPTDatasetConfig:
     """Draw one token more than `sequence_length` so that the last label is a real token."""
     allow_ambiguous_pad_tokens: bool = False
     """Take the tokenizer's pad id as padding even where it is the end-of-document id too."""
+    eos_token_id: int | None = None
+    """Id that ends a document; the tokenizer's when None."""
+    padding_id: int | None = None
+    """Id that counts as padding; the tokenizer's when None."""
 
     def __post_init__(self) -> None:
         sources = [name for name in ("mock", "blend", "blend_per_split") if getattr(self, name)]
@@ -172,10 +176,17 @@ class GPTDatasetConfig:
         return None if self.blend_per_split else split_matrix(parse_and_normalize_split(self.split_or_default))
 
     @property
+    def eod_token_id(self) -> int:
+        """Id that ends a document."""
+        return self.tokenizer.eod if self.eos_token_id is None else self.eos_token_id
+
+    @property
     def pad_token_id(self) -> int:
         """Id that counts as padding wherever it appears; -1 (no id at all) when the tokenizer has none of its own."""
+        if self.padding_id is not None:
+            return self.padding_id
         pad = self.tokenizer.pad
-        if pad is None or (pad == self.tokenizer.eod and not self.allow_ambiguous_pad_tokens):
+        if pad is None or (pad == self.eod_token_id and not self.allow_ambiguous_pad_tokens):
             return -1
         return pad
 

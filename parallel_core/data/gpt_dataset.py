@@ -175,7 +175,7 @@ class GPTDataset:
             tokens, labels = text[:-1].copy(), text[1:].copy()
         else:
             tokens, labels = text.copy(), np.append(text[1:], np.int32(pad))
-        eod = config.tokenizer.eod
+        eod = config.eod_token_id
         needs_starts = config.reset_attention_mask or config.reset_position_ids
         starts = document_starts(tokens, eod) if needs_starts else None
         loss_mask, position_ids = loss_mask_and_positions(

@@ -2,7 +2,8 @@
 
 Source: Megatron-LM's DDP buffers: parameters in reverse order, because the last layers' gradients come first. With the
 distributed optimizer every parameter starts at a multiple of 64 elements and every bucket's length is a multiple of
-lcm(dp, 128), so that each data parallel rank owns an equal, aligned part of each bucket.
+lcm(dp, 128), so that each data parallel rank owns an equal, aligned part of each bucket. With memory alignment, as in
+MindSpeed, parameters and those parts start at 512-byte boundaries instead, which Ascend's collectives like.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
+MEMORY_ALIGNMENT_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def layout_buffer(
     shards: int = 1,
     align: bool = False,
     alone: Sequence[int] = (),
+    memory_alignment: int = 0,
 ) -> BufferLayout:
     """Lay parameters out in reverse order.
 
@@ -65,10 +68,14 @@ def layout_buffer(
         align: pad for the distributed optimizer (see the module's docstring).
         alone: indices of parameters that get a bucket of their own (with `align`): shared embeddings, so that the
             stages that hold one shard it alike.
+        memory_alignment: with `align`, elements that parameters and shards start at a multiple of; 0: Megatron's
+            alignment.
     """
     slots: list[ParameterSlot] = []
     buckets: list[BucketRange] = []
     multiple = math.lcm(shards, BUCKET_ALIGNMENT) if align else 1
+    if align and memory_alignment:
+        multiple = shards * memory_alignment
     start = position = used = 0
 
     def close() -> None:
@@ -82,7 +89,7 @@ def layout_buffer(
         if single and position > start:
             close()
         if align:
-            position = _round_up(position, PARAMETER_ALIGNMENT)
+            position = _round_up(position, memory_alignment or PARAMETER_ALIGNMENT)
         slots.append(ParameterSlot(index, position, position + numels[index], len(buckets)))
         position += numels[index]
         used = position

@@ -90,6 +90,7 @@ class DistributedDataParallel:
                     alone=alone,
                     average_after=self.config.average_in_collective,
                     gradient_scale=1.0 if self.config.calculate_per_token_loss else 1.0 / self.group.size,
+                    memory_aligned=self.config.enable_mem_align,
                 )
             )
         return out

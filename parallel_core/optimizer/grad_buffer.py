@@ -9,7 +9,13 @@ from mindspore import Parameter, Tensor
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ParallelCoreError, bullet_list
 from parallel_core.optimizer import flat
-from parallel_core.optimizer.bucket_layout import BucketRange, BufferLayout, ParameterSlot, layout_buffer
+from parallel_core.optimizer.bucket_layout import (
+    MEMORY_ALIGNMENT_BYTES,
+    BucketRange,
+    BufferLayout,
+    ParameterSlot,
+    layout_buffer,
+)
 from parallel_core.optimizer.flat import Flat
 
 
@@ -27,6 +33,7 @@ class ParamAndGradBuffer:
         alone: see `layout_buffer`.
         average_after: sum first and divide then (Megatron's average_in_collective), not the other way round.
         gradient_scale: factor of the summed gradients (1 / dp, or 1 for per-token losses).
+        memory_aligned: with `sharded`, parameters, gradients and shards start at 512-byte boundaries.
     """
 
     def __init__(
@@ -42,11 +49,18 @@ class ParamAndGradBuffer:
         alone: Sequence[int],
         average_after: bool,
         gradient_scale: float,
+        memory_aligned: bool = False,
     ) -> None:
         self.parameters, self.names, self.dtype = list(parameters), list(names), dtype
         self.group, self.sharded = group, sharded
+        narrowest = min(flat.zeros(1, kind).numpy().itemsize for kind in (dtype, grad_dtype))
         self.layout: BufferLayout = layout_buffer(
-            [p.size for p in parameters], bucket_size=bucket_size, shards=group.size, align=sharded, alone=alone
+            [p.size for p in parameters],
+            bucket_size=bucket_size,
+            shards=group.size,
+            align=sharded,
+            alone=alone,
+            memory_alignment=MEMORY_ALIGNMENT_BYTES // narrowest if memory_aligned else 0,
         )
         self._scale_before = 1.0 if average_after else gradient_scale
         self._scale_after = gradient_scale if average_after else 1.0

@@ -69,6 +69,8 @@ def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
+        eos_token_id=None if data.eos_token_id < 0 else data.eos_token_id,
+        padding_id=None if data.pad_token_id < 0 else data.pad_token_id,
     )
 
 

@@ -28,6 +28,7 @@ from parallel_core.checkpoint import (
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.context import ParallelContext
 from parallel_core.errors import CheckpointError, ParallelCoreError, bullet_list
+from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.optimizer import STATE_OF
 from parallel_core.tensor_parallel.parameter import shard_of
 from parallel_core.training.step import TrainingStep
@@ -141,8 +142,8 @@ class Checkpointer:
         context = self._context
         specs = {shard_of(p).name: shard_of(p) for p in self._parameters()}
         values = {
-            key: (shard, array)
-            for key, shard, array in self._state_parts()
+            key: (shard, part.numpy().reshape(shard.local_shape))
+            for key, shard, part in self._state_parts()
             if not specs[shard.name].is_copy and (context.tp.rank == 0 or specs[shard.name].is_sharded)
         }
         if self._config.training_config.use_distributed_optimizer:
@@ -150,7 +151,8 @@ class Checkpointer:
         mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, context.dp.rank, context.dp.size)
         return {key: values[key] for key in mine}
 
-    def _state_parts(self) -> list[tuple[str, TensorShard, np.ndarray]]:
+    def _state_parts(self) -> list[tuple[str, TensorShard, Flat]]:
+        """Return key, place in the global tensor and storage of all masters and state that this rank keeps."""
         optimizer, parts = self._step.optimizer, []
         kinds = STATE_OF[self._config.optimizer_config.optimizer_type]
         for parameter, segments in optimizer.segments_by_parameter():
@@ -158,10 +160,10 @@ class Checkpointer:
             for segment in segments:
                 length = segment.end - segment.start
                 shard = whole if length == parameter.size else whole.flat_range(segment.offset, segment.offset + length)
-                arrays = {kind: optimizer.state_part(segment, kind).numpy() for kind in kinds}
+                stored = {kind: optimizer.state_part(segment, kind) for kind in kinds}
                 if parameter.dtype != ms.float32:
-                    arrays["master"] = optimizer.master(segment).numpy()
-                parts += [(f"{shard.name}@{kind}", shard, a.reshape(shard.local_shape)) for kind, a in arrays.items()]
+                    stored["master"] = optimizer.master(segment)
+                parts += [(f"{shard.name}@{kind}", shard, part) for kind, part in stored.items()]
         return parts
 
     def _parameters(self) -> list[Parameter]:
@@ -209,7 +211,7 @@ class Checkpointer:
         path = Path(context.world.broadcast_object(found))
         source = self._everywhere(lambda: open_checkpoint(path))
         self._everywhere(lambda: self._check_model(source.common, path))
-        weights_only = training.finetune or training.no_load_optim
+        weights_only = self._starts_anew or training.no_load_optim
         wanted = {shard_of(p).name: tensor_shard(p) for p in self._parameters()}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for key, shard, _ in state})
@@ -220,14 +222,22 @@ class Checkpointer:
             )
         bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
         arrays, report = self._everywhere(lambda: load_shards(source, wanted, bfloat16=bfloat16))
-        for parameter in self._parameters():
-            np.copyto(parameter.asnumpy(), arrays[shard_of(parameter).name].reshape(parameter.shape))
-        for key, _, array in state:
-            array[...] = arrays[key]
+        for buffer in self._step.ddp.buffers:
+            for slot in buffer.layout.slots:
+                values = arrays[shard_of(buffer.parameters[slot.index]).name]
+                buffer.params.part(slot.start, slot.end).load(values.reshape(-1))
+        for key, _, part in state:
+            part.load(arrays[key].reshape(-1))
         if weights_only:
             self._step.optimizer.reload_masters()
         self._say(f"Loaded checkpoint {path} ({source.format}): {report.text()}")
         return self._take_common(source.common, weights_only)
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Whether a checkpoint gives its weights to a new run."""
+        training = self._config.training_config
+        return training.finetune or not training.resume_training
 
     def _find(self) -> str:
         training = self._config.training_config
@@ -246,7 +256,7 @@ class Checkpointer:
 
     def _take_common(self, common: dict[str, Any], weights_only: bool) -> Progress:
         training, step = self._config.training_config, self._step
-        if training.finetune:
+        if self._starts_anew:
             return Progress()
         if not weights_only:
             step.optimizer.step_count = int(common.get("adam_step", common["iteration"]))

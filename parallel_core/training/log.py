@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,16 +30,19 @@ class RunLog:
         context: this rank's groups.
         log_dir: where `metrics.jsonl` goes without a launcher.
         seq_length: tokens of a sample.
+        flops: floating point operations of a step over so many samples, to report TFLOP/s; None: do not.
     """
 
-    def __init__(self, context: ParallelContext, log_dir: str, seq_length: int) -> None:
+    def __init__(
+        self, context: ParallelContext, log_dir: str, seq_length: int, flops: Callable[[int], float] | None = None
+    ) -> None:
         self._tells_start = context.rank == 0
         self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp.rank == 0
-        self._seq_length = seq_length
+        self._seq_length, self._flops, self._devices = seq_length, flops, context.world.size
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = 0
         self._metrics: TextIO | None = None
-        folder = Path(os.environ.get(LOG_DIR_VARIABLE) or log_dir)
+        folder = log_folder(log_dir)
         if self._tells_steps:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -69,6 +73,11 @@ class RunLog:
         if not self._tells_steps:
             return
         tokens_per_s = samples * self._seq_length / elapsed_s
+        rates = {"tokens_per_s": tokens_per_s}
+        rate_text = f"Tokens/s: {tokens_per_s:.0f}"
+        if self._flops is not None:
+            rates["tflops_per_device"] = self._flops(samples) / elapsed_s / self._devices / 1e12
+            rate_text += f", TFLOP/s per device: {rates['tflops_per_device']:.4g}"
         loss = report.losses.get("lm loss", next(iter(report.losses.values()), float("nan")))
         self._write(
             {
@@ -81,7 +90,7 @@ class RunLog:
                 "loss_scale": report.loss_scale,
                 "skipped": report.skipped,
                 "elapsed_ms": elapsed_s * 1e3,
-                "tokens_per_s": tokens_per_s,
+                **rates,
                 **{name: value for name, value in report.losses.items() if name != "lm loss"},
             }
         )
@@ -90,7 +99,7 @@ class RunLog:
             self._print(
                 "INFO",
                 f"Epoch: {epoch}, Step: {iteration}, Loss: {loss:.10f}, Time: {elapsed_s * 1e3:.2f} ms, "
-                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, Tokens/s: {tokens_per_s:.0f}, "
+                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, {rate_text}, "
                 f"Loss scale: {report.loss_scale:g}, Skipped: {self._skipped}, Memory: {peak_memory_mb():.0f} MB, "
                 f"Progress: {iteration}/{last_iteration} ({100 * iteration / last_iteration:.0f}%), "
                 f"Left: {format_duration(left)}",
@@ -121,6 +130,11 @@ class RunLog:
     def _print(level: str, text: str, visible: bool) -> None:
         if visible:
             print(f"{level} - {text}", file=sys.stdout, flush=True)
+
+
+def log_folder(log_dir: str) -> Path:
+    """Return where a run's files of text go: the launcher's directory, or `log_dir` without one."""
+    return Path(os.environ.get(LOG_DIR_VARIABLE) or log_dir)
 
 
 def peak_memory_mb() -> float:

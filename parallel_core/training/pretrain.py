@@ -7,9 +7,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import mindspore as ms
+
+from parallel_core import ops
+from parallel_core.config.dump import resolved_yaml, sections_yaml
 from parallel_core.config.load import load_config
+from parallel_core.config.plan import num_floating_point_operations
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data import data_order_fingerprint, describe_data_order, explain_data_order_change
@@ -20,8 +27,9 @@ from parallel_core.pipeline.schedule import format_steps
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
-from parallel_core.training.log import RunLog, Stopwatch
+from parallel_core.training.log import RunLog, Stopwatch, log_folder
 from parallel_core.training.model import ModelProvider, get_model
+from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.runtime import start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 from parallel_core.training.step import StepReport, TrainingStep, default_forward_step, get_batch
@@ -72,6 +80,7 @@ def pretrain(
         raise ConfigError("give forward_step_func or get_batch_func: a forward step gets its batches itself")
     rank, world_size = start_runtime()
     notes: list[str] = []
+    resolved = ""
     if all_config is None:
         loaded = load_config(
             sys.argv[1:] if argv is None else argv,
@@ -79,7 +88,11 @@ def pretrain(
             extra_args_provider=extra_args_provider,
             args_defaults=args_defaults,
         )
-        all_config, notes = loaded.config, loaded.notes
+        all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
+    if rank == 0:
+        save_configuration(all_config, resolved or sections_yaml(all_config))
+    if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
+        ms.set_deterministic(True)  # MindSpore takes it once
     config, changed = supported_precision(all_config)
     context = start_context(config, rank, world_size)
     run = _Run(
@@ -93,6 +106,21 @@ def pretrain(
     run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)
     run.train()
     context.destroy()
+
+
+def save_configuration(config: AllConfig, text: str) -> None:
+    """Write the resolved configuration as config.yaml beside the logs and beside the checkpoints.
+
+    Raises:
+        ConfigError: if one of the directories cannot be written.
+    """
+    training = config.training_config
+    for folder in [log_folder(training.log_dir), *([Path(training.output_dir)] if training.output_dir else [])]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"the configuration cannot be written to {folder}: {error.strerror or error}") from None
 
 
 class _Run:
@@ -110,7 +138,10 @@ class _Run:
         self.config, self.context = config, context
         self.sizes = batch_sizes(config, context.dp.size)
         self.iterations = train_iterations(config, self.sizes)
-        self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length)
+        flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
+        self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops)
+        self.profiler = StepProfiler(config.training_config, context.rank)
+        kernels = ops.use_kernels(config.model_config.transformer_impl)
         self._process_non_loss_data = process_non_loss_data_func
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
@@ -118,6 +149,7 @@ class _Run:
         self.checkpointer = Checkpointer(config, context, self.step, self.log.info)
         for line in describe_run(config, context, self.step, self.sizes, self.iterations):
             self.log.info(line)
+        self.log.info(f"Kernels: {kernels}")
         for note in notes:
             self.log.warn(note)
         if config.training_config.print_schedule:
@@ -125,7 +157,7 @@ class _Run:
             for line in table.splitlines():
                 self.log.info(line)
         self.progress = Progress()
-        if config.training_config.load_checkpoint and config.training_config.resume_training:
+        if config.training_config.load_checkpoint:
             self.progress = self.checkpointer.load()
         self._interrupted = False
         self._saved_at = -1
@@ -203,7 +235,9 @@ class _Run:
         samples = self.sizes.current(done.consumed_train_samples)
         microbatches = self.sizes.num_microbatches(done.consumed_train_samples)
         iteration = done.iteration + 1
+        self.profiler.before_step(iteration)
         report = self.step.train(self.train_data, iteration, microbatches, samples, self._wants_to_stop())
+        self.profiler.after_step(iteration)
         self.progress = _replace(
             done, iteration=iteration, consumed_train_samples=done.consumed_train_samples + samples
         )
@@ -243,6 +277,7 @@ class _Run:
             self._evaluate("validation", self.valid_data)
             self._evaluate("test", self.test_data)
             self._save()
+        self.profiler.stop()
         self.checkpointer.finish()
         for source in (self.train_data, self.valid_data, self.test_data):
             if source is not None:

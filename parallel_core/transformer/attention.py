@@ -6,13 +6,17 @@ Shapes: S sequence, B microbatch, H hidden, N query heads, G key/value heads (bo
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import mindspore as ms
+import numpy as np
 from mindspore import Tensor, mint, nn
 
 from parallel_core import ops
 from parallel_core.autograd import Function
 from parallel_core.errors import ConfigError
+from parallel_core.ops import ascend
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.build import BuildContext
@@ -24,7 +28,8 @@ class CoreAttention(nn.Cell):
     """softmax(Q K^T / sqrt(D), masked) V with dropout on the weights; has no parameters.
 
     With query-key layer scaling the scores are divided by the layer's number from 1 before the (fp16) product is
-    rounded, and multiplied back inside the softmax.
+    rounded, and multiplied back inside the softmax. A window of W positions (`fa_config.pre_tokens`) is a mask like
+    that of documents: position s sees nothing before s - W.
     """
 
     def __init__(self, build: BuildContext, layer_number: int, name: str) -> None:
@@ -35,13 +40,20 @@ class CoreAttention(nn.Cell):
         self.coefficient = float(layer_number + 1) if config.apply_query_key_layer_scaling else 1.0
         self.scale = 1.0 / (math.sqrt(config.kv_channels) * self.coefficient)
         self.softmax_in_fp32 = config.attention_softmax_in_fp32 or config.apply_query_key_layer_scaling
+        self.window = config.fa_config.pre_tokens
+        self._window_start: Tensor | None = None
+        self._attend: Any = ops.causal_attention
+        if config.use_flash_attention and ascend.has_flash_attention():
+            self._attend = partial(ascend.flash_attention, input_layout=config.fa_config.input_layout)
 
     def construct(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, document_start_BS: Tensor | None = None
     ) -> Tensor:
         """Return the context, [S, B, N * D]."""
+        if self.window < query_SBND.shape[0] - 1:
+            document_start_BS = self._first_in_window(query_SBND.shape[:2], document_start_BS)
         rate = self.dropout_rate if self.streams.training else 0.0
-        return ops.causal_attention(
+        return self._attend(
             query_SBND,
             key_SBGD,
             value_SBGD,
@@ -52,6 +64,16 @@ class CoreAttention(nn.Cell):
             dropout_rate=rate,
             dropout_seed=self.streams.seeds(self.site, sharded=True) if rate else (0, 0),
         )
+
+    def _first_in_window(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> Tensor:
+        """Return the first position that each position sees, int32 [B, S], for queries of `shape` (S, B)."""
+        S, B = shape
+        if self._window_start is None or self._window_start.shape != (B, S):
+            start = np.maximum(np.arange(S, dtype=np.int32) - self.window, 0)
+            self._window_start = Tensor(np.ascontiguousarray(np.broadcast_to(start, (B, S))), ms.int32)
+        if document_start_BS is None:
+            return self._window_start
+        return mint.maximum(document_start_BS, self._window_start)
 
 
 class SelfAttention(nn.Cell):

@@ -7,6 +7,7 @@ from typing import Any
 from mindspore import Tensor, nn
 
 from parallel_core import ops
+from parallel_core.ops import reference
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.transformer.build import BuildContext
 
@@ -24,6 +25,8 @@ class MLP(nn.Cell):
         super().__init__(auto_prefix=True)
         config = build.config
         self.hidden_act = config.hidden_act
+        fused = config.apply_swiglu_fusion or not config.is_gated
+        self._activate = ops.activation if fused else reference.activation
         parts = 2 if config.is_gated else 1
         common: dict[str, Any] = {
             "tp_group": build.tp_group,
@@ -52,4 +55,4 @@ class MLP(nn.Cell):
     def construct(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (output, bias or None): the output in hidden's shape before fc2's bias [H], and that bias."""
         wide, bias = self.linear_fc1(hidden)
-        return self.linear_fc2(ops.activation(wide, bias, self.hidden_act))
+        return self.linear_fc2(self._activate(wide, bias, self.hidden_act))

@@ -7,6 +7,7 @@ from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
+from parallel_core.ops import reference
 
 
 class RotaryEmbedding:
@@ -21,6 +22,7 @@ class RotaryEmbedding:
         self._base = float(config.rotary_base)
         self._factor = float(config.rotary_seq_len_interpolation_factor)
         self._interleaved = config.rotary_interleaved
+        self._rotate = ops.rotary if config.apply_rope_fusion else reference.rotary
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x_SBND: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ class RotaryEmbedding:
         length = x_SBND.shape[0]
         if length not in self._tables:
             self._tables[length] = self._make_tables(length)
-        return ops.rotary(x_SBND, *self._tables[length], self._interleaved)
+        return self._rotate(x_SBND, *self._tables[length], self._interleaved)
 
     def _make_tables(self, length: int) -> tuple[Tensor, Tensor]:
         inverse = 1.0 / (self._base ** (np.arange(0, self._dim, 2, dtype=np.float32) / np.float32(self._dim)))

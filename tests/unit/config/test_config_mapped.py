@@ -29,7 +29,8 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "apply_rope_fusion": ("--position-embedding-type rope", ""), "recompute_granularity": ("", "selective"),
     "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
     "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),
-    "pre_tockens": ("", "100"), "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
+    "pre_tockens": ("", "100"), "window_size": ("", "8 0"),
+    "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
     "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),
     "microbatch_group_size_per_vp_stage": (VPP, "4"), "sequence_parallel": ("--tensor-model-parallel-size 2", ""),
     "num_layer_list": (PIPE, "[5,3]"), "pipeline_model_parallel_layout": (PIPE, "Et*5|tttL"),
@@ -63,7 +64,7 @@ WITHOUT = {
     "start_weight_decay": "", "end_weight_decay": "",
 }
 # Arguments with one legal value, and those that say where arguments are read from: tested on their own.
-ELSEWHERE = {"next_tockens", "yaml_cfg", "use_checkpoint_args", "use_mp_args_from_checkpoint_args",
+ELSEWHERE = {"yaml_cfg", "use_checkpoint_args", "use_mp_args_from_checkpoint_args",
              "use_tokenizer_model_from_checkpoint_args"}
 ROWS = [argument for argument in table.TABLE if argument.status == MAPPED and argument.name not in ELSEWHERE]
 

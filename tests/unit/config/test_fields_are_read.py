@@ -18,27 +18,11 @@ WITHIN_THE_CONFIG = {
     "parallel_config.context_parallel_algo": "context_parallel_size",
     "parallel_config.ulysses_degree_in_cp": "context_parallel_size",
     "parallel_config.expert_model_parallel_size": "refused above 1",
-    # Checked to be the causal attention that the model computes.
-    "model_config.fa_config.pre_tokens": "the attention_window rule",
-    "model_config.fa_config.next_tokens": "the attention_window rule",
+
+    "model_config.fa_config.next_tokens": "refused above 0",
 }
-_PROFILE = """enabled save_path step_start step_end level with_stack memory framework communication parallel_strategy
-    aicore_metrics l2_cache hbm_ddr pcie data_process data_simplification op_time offline_analyse
-    dynamic_profiler_config_path"""
 # Fields that nothing reads: arguments that are accepted and do nothing. The set is to be empty.
-UNREAD = {
-    "dataset_config.eos_token_id",
-    "model_config.apply_rope_fusion",
-    "model_config.apply_swiglu_fusion",
-    "model_config.fa_config.input_layout",
-    "model_config.use_flash_attention",
-    "training_config.data_parallel_random_init",
-    "training_config.deterministic_mode",
-    "training_config.enable_mem_align",
-    "training_config.exit_on_missing_checkpoint",
-    "training_config.log_throughput",
-    *(f"training_config.profile.{name}" for name in _PROFILE.split()),
-}
+UNREAD: set[str] = set()
 
 
 def names_read() -> set[str]:

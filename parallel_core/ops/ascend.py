@@ -1,0 +1,79 @@
+"""Kernels of Ascend NPUs, thin over MindSpore's operators, with the signatures of `reference`.
+
+They need an NPU to run. Tests here check what is handed to the operator; its results are checked by the tests that are
+marked `ascend`.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from parallel_core.ops import reference
+
+_FULL_MASK = 1
+"""`sparse_mode` of a mask that is given whole."""
+_DTYPES = (ms.float16, ms.bfloat16)
+
+
+def has_flash_attention() -> bool:
+    """Return whether this device has `flash_attention_score`."""
+    return str(ms.get_context("device_target")) == "Ascend"
+
+
+def flash_attention(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    *,
+    scale: float,
+    softmax_coefficient: float = 1.0,
+    softmax_in_fp32: bool = True,
+    document_start_BS: Tensor | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    input_layout: str = "SBH",
+) -> Tensor:
+    """Return `reference.causal_attention`, [S, B, N * D], computed by `flash_attention_score`.
+
+    The operator computes its softmax in float32. What it does not take (other types than float16 and bfloat16, a
+    softmax coefficient, dropout from a seed) is computed by the reference.
+
+    Args:
+        query_SBND: queries.
+        key_SBGD: keys.
+        value_SBGD: values.
+        scale: factor of the scores.
+        softmax_coefficient: see the reference.
+        softmax_in_fp32: see the reference.
+        document_start_BS: int32, first position that each position may see; None: 0 everywhere.
+        dropout_rate: see the reference.
+        dropout_seed: see the reference.
+        input_layout: SBH or BNSD, the axes in which the operator gets its inputs.
+    """
+    if query_SBND.dtype not in _DTYPES or softmax_coefficient != 1.0 or dropout_rate:
+        return reference.causal_attention(
+            query_SBND,
+            key_SBGD,
+            value_SBGD,
+            scale=scale,
+            softmax_coefficient=softmax_coefficient,
+            softmax_in_fp32=softmax_in_fp32,
+            document_start_BS=document_start_BS,
+            dropout_rate=dropout_rate,
+            dropout_seed=dropout_seed,
+        )
+    S, B, N, D = query_SBND.shape
+    mask = reference.attention_mask(S, document_start_BS)
+    if document_start_BS is None:
+        mask = mask.reshape(S, S)
+    inputs = [_laid_out(x, input_layout) for x in (query_SBND, key_SBGD, value_SBGD)]
+    context = ops.flash_attention_score(
+        *inputs, N, attn_mask=mask, scalar_value=scale, input_layout=input_layout, sparse_mode=_FULL_MASK
+    )
+    return context if input_layout == "SBH" else context.transpose(2, 0, 1, 3).reshape(S, B, N * D)
+
+
+def _laid_out(x_SBND: Tensor, input_layout: str) -> Tensor:
+    S, B, N, D = x_SBND.shape
+    return x_SBND.reshape(S, B, N * D) if input_layout == "SBH" else x_SBND.transpose(1, 2, 0, 3)
