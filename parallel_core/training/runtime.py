@@ -26,7 +26,7 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     ms.set_device(target)
     if target == "CPU":
-        ms.runtime.launch_blocking()
+        ms.set_context(pynative_synchronize=True)
         _keep_freed_memory()
     if int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
         return 0, 1
