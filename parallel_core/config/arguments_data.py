@@ -42,6 +42,8 @@ SOURCES: tuple[Argument, ...] = (
     mapped("pad_token_id", "int", None, _D + "pad_token_id", "padding token; default none", origin=_SPEED),
     mapped("tokenizer_type", "str", None, _D + "tokenizer_type", "kind of tokenizer"),
     mapped("tokenizer_model", "str", None, _D + "tokenizer_model", "file of the tokenizer"),
+    mapped("vocab_extra_ids", "int", 0, _D + "vocab_extra_ids model_config.vocab_size",
+           "further tokens <extra_id_i> of a SentencePieceTokenizer"),
     mapped("vocab_file", "str", None, _D + "vocab_file", "vocabulary file of a BPE tokenizer"),
     mapped("merge_file", "str", None, _D + "merge_file", "merges file of a BPE tokenizer"),
 )

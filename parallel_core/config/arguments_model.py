@@ -46,6 +46,10 @@ POSITIONS: tuple[Argument, ...] = (
            "rotate neighbouring channels instead of the two halves"),
     mapped("rotary_seq_len_interpolation_factor", "float", None, "model_config.rotary_seq_len_interpolation_factor",
            "positions are divided by this; default 1", aliases=("seq_len_interpolation_factor",)),
+    mapped("use_rope_scaling", "flag", False, "model_config.use_rope_scaling",
+           "Llama 3.1's rotary frequencies: slow ones divided by rope_scaling_factor, fast ones kept"),
+    mapped("rope_scaling_factor", "float", 8.0, "model_config.rope_scaling_factor",
+           "divisor of slow frequencies, with use_rope_scaling"),
 )
 
 LAYERS: tuple[Argument, ...] = (

@@ -209,15 +209,13 @@ REFUSED_MODEL_ROWS: tuple[Argument, ...] = (
         """,
     ),
     *refused_rows(
-        "rotary embeddings with scaled frequencies (YaRN, Llama 3.1) or several axes",
+        "rotary embeddings with scaled frequencies (YaRN; use_rope_scaling is there) or several axes",
         """
         mrope_section ints
         yarn_original_max_position_embeddings int
         yarn_beta_fast float
         yarn_beta_slow float
         yarn_correction_range_round_to_int off
-        use_rope_scaling flag
-        rope_scaling_factor float = 8.0
         no_rope_freq
         rope_type = None | 'rope'
         """,

@@ -132,7 +132,6 @@ REFUSED_RUN_ROWS: tuple[Argument, ...] = (
         "this tokenizer option",
         """
         allow_ambiguous_pad_tokens flag
-        vocab_extra_ids int = 0
         metadata_path --tokenizer-metadata
         special_tokens strs --tokenizer-special-tokens
         tiktoken_pattern

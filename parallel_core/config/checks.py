@@ -38,7 +38,7 @@ def required(r: Resolution) -> None:
 _POSITIVE = """
     num_layers hidden_size num_attention_heads ffn_hidden_size kv_channels num_query_groups seq_length
     max_position_embeddings padded_vocab_size make_vocab_size_divisible_by rotary_base norm_epsilon
-    rotary_seq_len_interpolation_factor tensor_model_parallel_size pipeline_model_parallel_size
+    rotary_seq_len_interpolation_factor rope_scaling_factor tensor_model_parallel_size pipeline_model_parallel_size
     virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num log_interval
     eval_interval initial_loss_scale min_loss_scale loss_scale_window hysteresis keep_checkpoint_max
     distributed_timeout_minutes adam_eps ddp_bucket_size decoder_first_pipeline_num_layers
@@ -49,7 +49,7 @@ _NOT_NEGATIVE = """
     lr_warmup_iters lr_warmup_samples lr_warmup_init lr_decay_iters lr_decay_samples lr_wsd_decay_iters
     lr_wsd_decay_samples decoupled_lr decoupled_min_lr weight_decay start_weight_decay end_weight_decay clip_grad
     loss_scale num_workers init_method_std embedding_init_method_std recompute_num_layers ckpt_step
-    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens
+    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens vocab_extra_ids
 """
 _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "sgd_momentum")
 
@@ -81,6 +81,8 @@ def positions(r: Resolution) -> None:
     """The position table covers the sequence, and rotary embeddings turn pairs of channels."""
     if r["seq_length"] and r["max_position_embeddings"] and r["max_position_embeddings"] < r["seq_length"]:
         r.fail("max_position_embeddings seq_length", "there must be a position for every token of a sample")
+    if r["use_rope_scaling"] and r["position_embedding_type"] != "rope":
+        r.fail("use_rope_scaling position_embedding_type", "scales rotary frequencies; there are none without rope")
     if r["position_embedding_type"] == "rope" and r.positive("kv_channels"):
         turned = int(r["kv_channels"] * r["rotary_percent"])
         if turned % 2 or turned == 0:

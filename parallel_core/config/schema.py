@@ -54,6 +54,9 @@ class TransformerConfig:
     rotary_percent: float = 1.0
     rotary_interleaved: bool = False
     rotary_seq_len_interpolation_factor: float = 1.0
+    use_rope_scaling: bool = False
+    """Llama 3.1's frequencies: wavelengths above 8192 positions are stretched by rope_scaling_factor."""
+    rope_scaling_factor: float = 8.0
     normalization: str = "LayerNorm"
     """LayerNorm or RMSNorm."""
     norm_epsilon: float = 1e-5
@@ -195,6 +198,8 @@ class DatasetConfig:
     """Padding token, left out of the loss; -1: the tokenizer's, where it has one of its own."""
     tokenizer_type: str = ""
     tokenizer_model: str = ""
+    vocab_extra_ids: int = 0
+    """Tokens <extra_id_i> added to a SentencePiece vocabulary."""
     vocab_file: str = ""
     merge_file: str = ""
     unpadded_vocab_size: int = 0

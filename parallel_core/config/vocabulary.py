@@ -32,6 +32,7 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
                 tokenizer_model=_path(values, "tokenizer_model"),
                 vocab_file=_path(values, "vocab_file"),
                 merge_file=_path(values, "merge_file"),
+                vocab_extra_ids=_count(values, "vocab_extra_ids"),
             )
     except ConfigError:
         raise
@@ -40,6 +41,11 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
             f"tokenizer_type={kind}: {error}; give padded_vocab_size to describe the model without its tokenizer"
         ) from None
     return tokenizer.vocab_size
+
+
+def _count(values: Mapping[str, object], name: str) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _path(values: Mapping[str, object], name: str) -> str | None:

@@ -54,6 +54,7 @@ def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
         tokenizer_model=tokenizer_model or None,
         vocab_file=data.vocab_file or None,
         merge_file=data.merge_file or None,
+        vocab_extra_ids=data.vocab_extra_ids,
         vocab_size=data.unpadded_vocab_size or config.model_config.vocab_size - 1,
     )
     return GPTDatasetConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from mindspore import Tensor
 
@@ -14,13 +16,14 @@ class RotaryEmbedding:
     """Turns pairs of head dims by position-dependent angles; the tables are float32 and made once for a length.
 
     Pair i turns by position / factor * base^(-2i / R), R = kv_channels * rotary_percent. Pairs are (i, i + R/2), or
-    (2i, 2i + 1) when interleaved.
+    (2i, 2i + 1) when interleaved. With `use_rope_scaling` the frequencies are those of Llama 3.1.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         self._dim = int(config.kv_channels * config.rotary_percent)
         self._base = float(config.rotary_base)
         self._factor = float(config.rotary_seq_len_interpolation_factor)
+        self._scaling = config.rope_scaling_factor if config.use_rope_scaling else 1.0
         self._interleaved = config.rotary_interleaved
         self._rotate = ops.rotary if config.apply_rope_fusion else reference.rotary
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
@@ -34,7 +37,29 @@ class RotaryEmbedding:
 
     def _make_tables(self, length: int) -> tuple[Tensor, Tensor]:
         inverse = 1.0 / (self._base ** (np.arange(0, self._dim, 2, dtype=np.float32) / np.float32(self._dim)))
+        inverse = scaled_frequencies(inverse, self._scaling)
         angles = np.outer(np.arange(length, dtype=np.float32) / np.float32(self._factor), inverse.astype(np.float32))
         angles = np.repeat(angles, 2, 1) if self._interleaved else np.concatenate((angles, angles), 1)
         angles = angles.astype(np.float32)[:, None, None, :]
         return Tensor(np.cos(angles)), Tensor(np.sin(angles))
+
+
+_TRAINED_LENGTH, _SLOWEST, _FASTEST = 8192, 1, 4
+"""Llama 3.1: frequencies with fewer turns than 1 in the 8192 positions of its first training are slow, with more than 4
+fast."""
+
+
+def scaled_frequencies(inverse: np.ndarray, factor: float) -> np.ndarray:
+    """Return rotary frequencies with slow ones divided by `factor`, fast ones kept, and a linear blend in between.
+
+    Source: Llama 3.1 (arXiv:2407.21783); Megatron-LM's --use-rope-scaling.
+
+    Args:
+        inverse: radians per position, float32 [R / 2].
+        factor: divisor; 1: nothing changes.
+    """
+    if factor == 1.0:
+        return inverse
+    turns = _TRAINED_LENGTH * inverse / (2 * math.pi)
+    kept = np.clip((turns - _SLOWEST) / (_FASTEST - _SLOWEST), 0.0, 1.0)
+    return ((1 - kept) * inverse / factor + kept * inverse).astype(np.float32)
