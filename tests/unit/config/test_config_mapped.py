@@ -30,6 +30,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
     "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),
     "pre_tockens": ("", "100"), "window_size": ("", "8 0"),
+    "use_rope_scaling": ("--position-embedding-type rope", ""),
     "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
     "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),
     "microbatch_group_size_per_vp_stage": (VPP, "4"), "sequence_parallel": ("--tensor-model-parallel-size 2", ""),
