@@ -182,6 +182,11 @@ def test_zip_tricks(tmp_path):
     path.write_bytes(bytes(raw))
     with pytest.raises(CheckpointError, match="overlaps another|there twice|no header"):
         load_torch_zip(path)
+    raw = bytearray(two.getvalue())
+    raw[at + 20 : at + 28] = struct.pack("<II", 1 << 20, 1 << 20)  # ... or more bytes than there are
+    path.write_bytes(bytes(raw))
+    with pytest.raises(CheckpointError, match="leaves the file"):
+        load_torch_zip(path)
 
 
 @settings(max_examples=60, deadline=None)
