@@ -6,6 +6,7 @@ The launcher shows every line that begins with INFO, WARNING or ERROR of any ran
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -106,14 +107,17 @@ class RunLog:
                 True,
             )
 
-    def evaluation(self, split: str, iteration: int, losses: dict[str, float], perplexity: float) -> None:
-        """Write and print one evaluation."""
+    def evaluation(self, split: str, iteration: int, losses: dict[str, float]) -> None:
+        """Write and print one evaluation: a row and a line for each loss, with its name if it is not `lm loss`."""
         if not self._tells_steps:
             return
         for name, loss in losses.items():
-            self._write({"iteration": iteration, "split": split, "loss": loss, "ppl": perplexity, "name": name})
+            perplexity = math.exp(min(loss, 20.0))  # in this order, so that a loss of NaN stays one
+            other = {} if name == "lm loss" else {"name": name}
+            self._write({"iteration": iteration, "split": split, "loss": loss, "ppl": perplexity, **other})
+            text = "".join(f"{value}, " for value in other.values())
             self._print(
-                "INFO", f"Evaluation: {split}, Step: {iteration}, Loss: {loss:.10f}, PPL: {perplexity:.4f}", True
+                "INFO", f"Evaluation: {text}{split}, Step: {iteration}, Loss: {loss:.10f}, PPL: {perplexity:.4f}", True
             )
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
@@ -264,8 +263,7 @@ class _Run:
         if split == "validation":
             seen = self.progress.consumed_valid_samples + training.eval_iters * self.sizes.global_batch_size
             self.progress = _replace(self.progress, consumed_valid_samples=seen)
-        loss = losses.get("lm loss", next(iter(losses.values()), math.nan))
-        self.log.evaluation(split, iteration, losses, math.exp(min(20.0, loss)))
+        self.log.evaluation(split, iteration, losses)
         if self._process_non_loss_data is not None and split == "validation":
             collected = self.step.collect_non_loss_data(data, iteration, microbatches)
             if self.context.is_last_stage:
