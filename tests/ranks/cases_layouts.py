@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from typing import Any
 
 import numpy as np
 
 from tests.helpers.cases import CaseContext, case
-from tests.ranks.support import Tiny, TinyRun, assert_close, from_rank_0, parallel_context
+from tests.ranks.support import LLAMA, Tiny, TinyRun, assert_close, context_of, from_rank_0, parallel_context
 
 ITERATIONS = 3
 RTOL = 2e-6
-"""fp32: sums over ranks and microbatches are made in another order, each off by up to 6e-8 of the largest term, and
-three Adam updates, whose steps are of order lr whatever the gradient's size, carry that on."""
+"""fp32: sums over ranks and microbatches are made in another order, each off by up to 6e-8 of the largest term. (The
+runs have Adam's eps at 1e-3: with 1e-8, gradients that are zero but for rounding, as a key bias's are, would move their
+parameters by lr in either direction.)"""
 
 
+@functools.cache
 def reference(tiny: Tiny) -> dict[str, Any]:
     """Train on one process."""
-    context = parallel_context(0, 1)
-    run = TinyRun(tiny, context)
+    run = TinyRun(tiny, parallel_context(0, 1))
+    initial = run.parameters()
     reports = run.train(ITERATIONS)
     return {
+        "initial": initial,
         "losses": [r.losses["lm loss"] for r in reports],
         "norms": [r.grad_norm for r in reports],
         "gradients": run.gradients(),
@@ -28,38 +33,21 @@ def reference(tiny: Tiny) -> dict[str, Any]:
     }
 
 
-def check(ctx: CaseContext, common: Tiny, layout: Tiny) -> None:
+def check(ctx: CaseContext, common: Tiny, layout: Tiny, rtol: float = RTOL) -> None:
+    """Train `layout` on all ranks and `common` on one, and compare."""
     want = from_rank_0(ctx, lambda: reference(common))
-    parallel = layout.parallel
-    context = parallel_context(
-        ctx.rank,
-        ctx.world_size,
-        parallel.get("tensor_model_parallel_size", 1),
-        parallel.get("pipeline_model_parallel_size", 1),
-    )
-    run = TinyRun(layout, context)
+    run = TinyRun(layout, context_of(ctx, layout))
+    assert_close(run.parameters(), want["initial"], 0.0)  # D-1: every layout starts from the same model
     reports = run.train(ITERATIONS)
-    np.testing.assert_allclose([r.losses["lm loss"] for r in reports], want["losses"], rtol=RTOL)
-    np.testing.assert_allclose([r.grad_norm for r in reports], want["norms"], rtol=10 * RTOL)
-    assert_close(run.gradients(), want["gradients"], 20 * RTOL)
+    np.testing.assert_allclose([r.losses["lm loss"] for r in reports], want["losses"], rtol=rtol)
+    np.testing.assert_allclose([r.grad_norm for r in reports], want["norms"], rtol=10 * rtol)
+    assert_close(run.gradients(), want["gradients"], 20 * rtol)
     run.parameters()  # replicas agree to the bit
-    np.testing.assert_allclose(run.evaluate()["lm loss"], want["evaluation"], rtol=RTOL)
+    np.testing.assert_allclose(run.evaluate()["lm loss"], want["evaluation"], rtol=rtol)
 
 
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
-LAYOUTS_OF_2 = [
-    {"layout": "tp2"},
-    {"layout": "tp2 sp"},
-    {"layout": "pp2"},
-    {"layout": "pp2 vpp2"},
-    {"layout": "dp2"},
-    {"layout": "dp2 distopt overlap"},
-]
-
-
-def settings(layout: str) -> dict[str, dict[str, Any]]:
-    """Return the sections of a layout's name."""
+def settings(layout: str) -> Tiny:
+    """Return the run of a layout's name."""
     parallel: dict[str, Any] = {}
     training: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
@@ -77,9 +65,150 @@ def settings(layout: str) -> dict[str, dict[str, Any]]:
         elif word == "overlap":
             training |= {"overlap_grad_reduce": True, "bucket_size": 500}
             optimizer["overlap_param_gather"] = training.get("use_distributed_optimizer", False)
-    return {"parallel": parallel, "training": training, "optimizer": optimizer}
+    return Tiny(parallel=parallel, training=training, optimizer=optimizer)
 
 
-@case(world_size=2, variants=LAYOUTS_OF_2)
+LAYOUTS_OF_2 = ["tp2", "tp2 sp", "pp2", "pp2 vpp2", "dp2", "dp2 distopt overlap"]
+LAYOUTS_OF_4 = ["tp2 pp2", "tp2 sp pp2 vpp2", "tp4 sp", "pp4", "tp2 sp distopt overlap", "pp2 vpp2 distopt overlap"]
+LAYOUTS_OF_8 = ["tp2 sp pp2 distopt overlap", "tp2 pp4"]
+
+
+@case(world_size=2, variants=[{"layout": name} for name in LAYOUTS_OF_2])
 def test_two_ranks_train_like_one(ctx: CaseContext, layout: str) -> None:
-    check(ctx, Tiny(), Tiny(**settings(layout)))
+    """D-22, D-42: GPT-2-like model, embedding tied over the stages, uneven loss masks."""
+    check(ctx, Tiny(), settings(layout))
+
+
+@case(world_size=4, variants=[{"layout": name} for name in LAYOUTS_OF_4])
+def test_four_ranks_train_like_one(ctx: CaseContext, layout: str) -> None:
+    check(ctx, LLAMA, settings(layout).with_(model=LLAMA.model))
+
+
+@case(world_size=8, variants=[{"layout": name} for name in LAYOUTS_OF_8], slow=True, timeout_s=300.0)
+def test_eight_ranks_train_like_one(ctx: CaseContext, layout: str) -> None:
+    check(ctx, Tiny(), settings(layout))
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("tp2 sp", "pp2", "dp2 distopt")])
+def test_per_token_loss_does_not_depend_on_the_layout(ctx: CaseContext, layout: str) -> None:
+    """D-44: the loss that is reported and the one whose gradient is taken are both the mean over tokens."""
+    extra = {"calculate_per_token_loss": True}
+    check(ctx, Tiny(training=extra), settings(layout).with_(training=extra))
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("tp2", "pp2", "pp2 vpp2", "dp2")])
+def test_dropout_of_whole_tensors_does_not_depend_on_the_layout(ctx: CaseContext, layout: str) -> None:
+    """D-2, D-4, D-5: the same masks wherever the tensor is whole.
+
+    Attention is whole without tensor parallelism, hidden states without sequence parallelism: then not even the loss of
+    a run with dropout changes. Data parallel ranks draw other masks for other samples, as one process does.
+    """
+    rates = {"hidden_dropout_rate": 0.3, "attention_dropout_rate": 0.0 if layout == "tp2" else 0.3}
+    check(ctx, Tiny(model=rates), settings(layout).with_(model=rates))
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("tp2 sp", "pp2 vpp2")])
+def test_documents_are_kept_apart_in_every_layout(ctx: CaseContext, layout: str) -> None:
+    """D-16, D-17, D-21: the mask reaches every stage, and is a lower bound on top of causality."""
+    extra = {"reset_attention_mask": True}
+    check(ctx, Tiny(data=extra), settings(layout).with_(data=extra))
+
+
+@case(world_size=4, variants=[{"counts": ((1,), (0,), (2,), (1,))}, {"counts": ((0,), (2,), (2,), (0,))}])
+def test_stages_without_layers_pass_on_what_they_get(ctx: CaseContext, counts: Any) -> None:
+    """D-99: empty stages, the first and the last among them."""
+    check(ctx, Tiny(), settings("pp4").with_(parallel={"num_layer_list": counts}))
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("tp2", "pp2", "dp2 distopt")])
+def test_layers_that_do_nothing_are_left_out(ctx: CaseContext, layout: str) -> None:
+    extra = {"noop_layers": (1,)}
+    check(ctx, Tiny(parallel=extra), settings(layout).with_(parallel=extra))
+
+
+@case(world_size=2, variants=[{"early": True}, {"early": False}])
+def test_waiting_late_changes_nothing(ctx: CaseContext, early: bool) -> None:
+    check(ctx, Tiny(), settings("pp2 vpp2").with_(parallel={"overlap_p2p_comm": not early}))
+
+
+# ---- drawn layouts --------------------------------------------------------------------------------------------------
+RTOL_OF_DRAWN = 1e-5
+"""Some drawn models have six norms in series, which amplify rounding; a wrong sum or mask is off by 1e-2 or more."""
+
+
+def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
+    """Return (model and training options, the same with a layout) that are legal for `world_size` ranks."""
+    rng = random.Random(1000 * world_size + seed)
+    tp = rng.choice([n for n in (1, 2, 4) if n <= world_size])
+    pp = rng.choice([n for n in (1, 2, 4) if n <= world_size // tp])
+    vpp = rng.choice([1, 2]) if pp == 2 else 1
+    dp = world_size // tp // pp
+    groups = 4 if tp == 4 else rng.choice([4, 2])
+    model: dict[str, Any] = {
+        "transformer_impl": "local" if world_size == 2 and seed % 5 == 4 else "auto",
+        "hidden_act": rng.choice(["gelu", "gelu_tanh", "openai_gelu", "squared_relu", "swiglu", "relu", "silu"]),
+        "normalization": rng.choice(["LayerNorm", "RMSNorm"]),
+        "position_embedding_type": rng.choice(["rope", "learned_absolute", "none"]),
+        "rotary_percent": rng.choice([1.0, 0.5]),
+        "rotary_interleaved": rng.random() < 0.5,
+        "kv_channels": rng.choice([4, 8]),
+        "group_query_attention": groups != 4,
+        "num_query_groups": 0 if groups == 4 else groups,
+        "qk_layernorm": rng.random() < 0.4,
+        "apply_layernorm_1p": rng.random() < 0.3,
+        "use_sandwich_norm": rng.random() < 0.4,
+        "attn_post_norm_scale": 0.5,
+        "add_bias_linear": rng.random() < 0.5,
+        "qkv_has_bias": rng.random() < 0.5,
+        "out_proj_has_bias": rng.random() < 0.5,
+        "untie_embeddings_and_output_weights": rng.random() < 0.5,
+        "apply_residual_connection_post_layernorm": rng.random() < 0.2,
+        "label_smoothing": rng.choice([0.0, 0.1]),
+        "hidden_dropout_rate": rng.choice([0.0, 0.2]),
+        "attention_dropout_rate": 0.2 if tp == 1 and rng.random() < 0.5 else 0.0,
+        "recompute_granularity": rng.choice(["none", "none", "selective", "full"]),
+    }
+    if model["recompute_granularity"] == "full":
+        model |= {"recompute_method": rng.choice(["uniform", "block"]), "recompute_num_layers": rng.choice([1, 2])}
+    training = {
+        "overlap_grad_reduce": rng.random() < 0.5,
+        "average_in_collective": rng.random() < 0.5,
+        "use_distributed_optimizer": dp > 1 and rng.random() < 0.6,
+        "bucket_size": rng.choice([0, 300, 2000]),
+    }
+    parallel: dict[str, Any] = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vpp,
+        "sequence_parallel": tp > 1 and rng.random() < 0.6 and not model["hidden_dropout_rate"],
+        "overlap_p2p_comm": rng.random() < 0.5,
+    }
+    if pp > 1 and vpp == 1 and rng.random() < 0.4:
+        parallel["num_layer_list"] = {2: ((1,), (3,)), 4: ((1,), (2,), (0,), (1,))}[pp]
+    gather = training["use_distributed_optimizer"] and training["overlap_grad_reduce"] and rng.random() < 0.5
+    common = Tiny(
+        model=model,
+        training={"calculate_per_token_loss": rng.random() < 0.3},
+        data={"reset_attention_mask": rng.random() < 0.3, "batch_size": rng.choice([1, 2])},
+    )
+    return common, common.with_(parallel=parallel, training=training, optimizer={"overlap_param_gather": gather})
+
+
+@case(world_size=2, variants=[{"seed": seed} for seed in range(6)])
+def test_drawn_layouts_of_two_ranks_train_like_one(ctx: CaseContext, seed: int) -> None:
+    check(ctx, *draw(seed, 2), RTOL_OF_DRAWN)
+
+
+@case(world_size=4, variants=[{"seed": seed} for seed in range(4)])
+def test_drawn_layouts_of_four_ranks_train_like_one(ctx: CaseContext, seed: int) -> None:
+    check(ctx, *draw(seed, 4), RTOL_OF_DRAWN)
+
+
+@case(world_size=(2, 4), variants=[{"seed": seed} for seed in range(6, 18)], slow=True)
+def test_more_drawn_layouts_train_like_one(ctx: CaseContext, seed: int) -> None:
+    check(ctx, *draw(seed, ctx.world_size), RTOL_OF_DRAWN)
+
+
+@case(world_size=8, variants=[{"seed": seed} for seed in range(2)], slow=True, timeout_s=300.0)
+def test_drawn_layouts_of_eight_ranks_train_like_one(ctx: CaseContext, seed: int) -> None:
+    check(ctx, *draw(seed, 8), RTOL_OF_DRAWN)

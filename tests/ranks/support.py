@@ -81,9 +81,10 @@ TINY: Model = {
     "hidden_dropout_rate": 0.0,
     "init_method_std": 0.2,
 }
+TINY_OPTIMIZER: Model = {"learning_rate": 1e-2, "eps": 1e-3, "lr_decay_style": "cosine"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiny:
     """A run small enough to do several of in one case: sections of the configuration that differ from the defaults."""
 
@@ -92,6 +93,12 @@ class Tiny:
     training: Model = field(default_factory=dict)
     optimizer: Model = field(default_factory=dict)
     data: Model = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)
 
     def with_(self, **sections: Model) -> Tiny:
         """Return this run with further settings."""
@@ -104,8 +111,33 @@ class Tiny:
             parallel_config=ModelParallelConfig(**self.parallel),
             training_config=TrainingConfig(**{"training_iters": 8, **self.training}),
             dataset_config=DatasetConfig(**{"batch_size": 2, "global_batch_size": 8, **self.data}),
-            optimizer_config=OptimizerConfig(**{"learning_rate": 1e-2, "lr_decay_style": "cosine", **self.optimizer}),
+            optimizer_config=OptimizerConfig(**{**TINY_OPTIMIZER, **self.optimizer}),
         )
+
+
+LLAMA = Tiny(
+    model={
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "hidden_act": "swiglu",
+        "group_query_attention": True,
+        "num_query_groups": 4,
+        "num_attention_heads": 8,
+        "untie_embeddings_and_output_weights": True,
+        "add_bias_linear": False,
+        "qkv_has_bias": False,
+        "out_proj_has_bias": False,
+    }
+)
+"""A LLaMA-like model."""
+
+
+def context_of(ctx: CaseContext, tiny: Tiny) -> ParallelContext:
+    """Return this rank's groups for a run's layout."""
+    parallel = tiny.config().parallel_config
+    return parallel_context(
+        ctx.rank, ctx.world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
 
 
 class SampleSource:
