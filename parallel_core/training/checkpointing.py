@@ -221,7 +221,12 @@ class Checkpointer:
                 "--finetune to start a new run from these weights"
             )
         bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
-        arrays, report = self._everywhere(lambda: load_shards(source, wanted, bfloat16=bfloat16))
+        known = {key for keys in context.world.all_gather_object(list(wanted)) for key in keys}
+        if weights_only:
+            known.update(filter(lambda key: "@" in key, source.keys()))
+        arrays, report = self._everywhere(
+            lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16)
+        )
         for buffer in self._step.ddp.buffers:
             for slot in buffer.layout.slots:
                 values = arrays[shard_of(buffer.parameters[slot.index]).name]
