@@ -87,7 +87,7 @@ class CpuFlat:
 
     def add_(self, gradient: Tensor) -> None:
         """Add a gradient."""
-        np.add(self._array, gradient.asnumpy().reshape(-1), out=self._array, casting="unsafe")
+        ops.add_(self._array, gradient.asnumpy().reshape(-1))
 
     def copy_(self, other: Flat) -> None:
         """Overwrite, casting."""

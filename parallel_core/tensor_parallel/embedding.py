@@ -85,7 +85,7 @@ class _LocalEmbedding(Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
         ctx.first_row, ctx.num_rows, ctx.dtype = first_row, weight.shape[0], weight.dtype
         ctx.save_for_backward(ids)
-        rows = ops.embedding(ids.reshape(-1), _widened(weight), first_row).astype(weight.dtype)
+        rows = ops.cast(ops.embedding(ids.reshape(-1), _widened(weight), first_row), weight.dtype)
         return rows.reshape(*ids.shape, weight.shape[1])
 
     @staticmethod
@@ -93,7 +93,7 @@ class _LocalEmbedding(Function):
         (ids,) = ctx.saved_tensors
         dy_TH = _widened(dy).reshape(-1, dy.shape[-1])
         dw = ops.embedding_grad_table(dy_TH, ids.reshape(-1), ctx.num_rows, ctx.first_row)
-        return None, dw.astype(ctx.dtype), None
+        return None, ops.cast(dw, ctx.dtype), None
 
 
 def _widened(x: Tensor) -> Tensor:

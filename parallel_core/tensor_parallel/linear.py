@@ -172,7 +172,7 @@ class RowParallelLinear(nn.Cell):
         if self.skip_bias_add:
             return y, self.bias
         if self.bias is not None and not alone:
-            y = y + self.bias.astype(y.dtype)
+            y = y + ops.cast(self.bias, y.dtype)
         return y, None
 
 
@@ -202,7 +202,7 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, _ = _backward(ctx, dy)
+        dx, dw = _backward(ctx, dy)
         return dx, dw, None, None, None, None
 
 
@@ -223,8 +223,8 @@ class _LinearBias(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, dy_TO = _backward(ctx, dy)
-        return dx, dw, ops.linear_grad_bias(dy_TO).astype(ctx.bias_dtype), None, None, None, None
+        dx, dw = _backward(ctx, dy)
+        return dx, dw, ops.cast(ops.linear_grad_bias(dy), ctx.bias_dtype), None, None, None, None
 
 
 def _forward(
@@ -241,18 +241,16 @@ def _forward(
     ctx.group, ctx.sequence_parallel, ctx.reduce = group, sequence_parallel, reduce
     ctx.regather = sequence_parallel and regather
     ctx.save_for_backward(x if ctx.regather else total, weight)
-    bias = None if bias is None else bias.astype(x.dtype)
-    y = ops.linear(total.reshape(-1, total.shape[-1]), weight.astype(x.dtype), bias)
-    return y.reshape(*total.shape[:-1], weight.shape[0])
+    bias = None if bias is None else ops.cast(bias, x.dtype)
+    return ops.linear(total, ops.cast(weight, x.dtype), bias)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dx, dw, dy as [T, O])."""
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (dx, dw)."""
     x, weight = ctx.saved_tensors
     if ctx.regather:
         x = ctx.group.all_gather(x, 0)
-    dy_TO = dy.reshape(-1, dy.shape[-1])
-    dx = ops.linear_grad_input(dy_TO, weight.astype(dy.dtype)).reshape(x.shape)
+    dx = ops.linear_grad_input(dy, ops.cast(weight, dy.dtype))
     # The sum over the group is started before the weight's gradient is computed, so that the two can overlap.
     if ctx.sequence_parallel:
         summed = ctx.group.reduce_scatter_start(dx)
@@ -260,5 +258,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         summed = ctx.group.all_reduce_start_(dx)
     else:
         summed = None
-    dw = ops.linear_grad_weight(dy_TO, x.reshape(-1, x.shape[-1])).astype(weight.dtype)
-    return dx if summed is None else summed.wait(), dw, dy_TO
+    dw = ops.cast(ops.linear_grad_weight(dy, x), weight.dtype)
+    return dx if summed is None else summed.wait(), dw

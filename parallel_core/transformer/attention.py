@@ -14,7 +14,6 @@ import numpy as np
 from mindspore import Tensor, mint, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function
 from parallel_core.errors import ConfigError
 from parallel_core.ops import ascend
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -36,27 +35,24 @@ class CoreAttention(nn.Cell):
         super().__init__()
         config = build.config
         self.streams, self.site = build.streams, f"{name}.attention_dropout"
-        self.dropout_rate = config.attention_dropout_rate
+        self.head_size, self.dropout_rate = config.kv_channels, config.attention_dropout_rate
         self.coefficient = float(layer_number + 1) if config.apply_query_key_layer_scaling else 1.0
         self.scale = 1.0 / (math.sqrt(config.kv_channels) * self.coefficient)
         self.softmax_in_fp32 = config.attention_softmax_in_fp32 or config.apply_query_key_layer_scaling
         self.window = config.fa_config.pre_tokens
         self._window_start: Tensor | None = None
-        self._attend: Any = ops.causal_attention
+        self._attend: Any = ops.causal_attention_packed
         if config.use_flash_attention and ascend.has_flash_attention():
-            self._attend = partial(ascend.flash_attention, input_layout=config.fa_config.input_layout)
+            self._attend = partial(_flash_attention_packed, input_layout=config.fa_config.input_layout)
 
-    def construct(
-        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, document_start_BS: Tensor | None = None
-    ) -> Tensor:
-        """Return the context, [S, B, N * D]."""
-        if self.window < query_SBND.shape[0] - 1:
-            document_start_BS = self._first_in_window(query_SBND.shape[:2], document_start_BS)
+    def construct(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        """Return the context [S, B, N * D] of packed queries, keys and values (see `ops.causal_attention_packed`)."""
+        if self.window < mixed_SBGX.shape[0] - 1:
+            document_start_BS = self._first_in_window(mixed_SBGX.shape[:2], document_start_BS)
         rate = self.dropout_rate if self.streams.training else 0.0
         return self._attend(
-            query_SBND,
-            key_SBGD,
-            value_SBGD,
+            mixed_SBGX,
+            self.head_size,
             scale=self.scale,
             softmax_coefficient=self.coefficient,
             softmax_in_fp32=self.softmax_in_fp32,
@@ -151,36 +147,29 @@ class SelfAttention(nn.Cell):
         Returns:
             The output in hidden's shape, before the bias of the projection, and that bias [H].
         """
-        query, key, value = self._query_key_value(hidden)
+        mixed, _ = self.linear_qkv(hidden)
+        mixed = mixed.reshape(*mixed.shape[:2], self.num_groups, (self.heads_per_group + 2) * self.head_size)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            mixed = self._normed(mixed, self.q_layernorm, self.k_layernorm)
+        if self.rotary is not None:
+            mixed = self.rotary(mixed, self.head_size)
         if self.recompute_core:
             masks = () if document_start_BS is None else (document_start_BS,)
-            context = recompute(self.core_attention, (query, key, value, *masks), (), self.streams)
+            context = recompute(self.core_attention, (mixed, *masks), (), self.streams)
         else:
-            context = self.core_attention(query, key, value, document_start_BS)
+            context = self.core_attention(mixed, document_start_BS)
         return self.linear_proj(context)
 
-    def _query_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        D, G, per_group = self.head_size, self.num_groups, self.heads_per_group
-        mixed, _ = self.linear_qkv(hidden)
-        S, B = mixed.shape[:2]
-        mixed = mixed.reshape(S, B, G, (per_group + 2) * D)
-        query, key, value = _SplitQueryKeyValue.apply(mixed, per_group * D, D)
-        query = query.reshape(S, B, G * per_group, D)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
-        return query, key, value
+    def _normed(self, mixed_SBGX: Tensor, q_layernorm: nn.Cell, k_layernorm: nn.Cell) -> Tensor:
+        """Return the packed tensor with every query and key head normed."""
+        D, per_group = self.head_size, self.heads_per_group
+        query, key, value = ops.split_last_dim(mixed_SBGX, (per_group * D, D, D))
+        heads = q_layernorm(query.reshape(*query.shape[:3], per_group, D))
+        return mint.cat((heads.reshape(query.shape), k_layernorm(key), value), -1)
 
 
-class _SplitQueryKeyValue(Function):
-    """Cuts the last dim in three. (`mint.split` has a wrong gradient when a part's gradient is a transposed view.)"""
-
-    @staticmethod
-    def forward(ctx: Any, mixed: Tensor, query_width: int, head_size: int) -> tuple[Tensor, ...]:
-        ends = (0, query_width, query_width + head_size, query_width + 2 * head_size)
-        return tuple(mixed[..., a:b].contiguous() for a, b in zip(ends, ends[1:]))
-
-    @staticmethod
-    def backward(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor | None, ...]:
-        return mint.cat((dquery.contiguous(), dkey.contiguous(), dvalue.contiguous()), -1), None, None
+def _flash_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
+    """Return Ascend's fused attention of packed queries, keys and values. Not verified: never run."""
+    S, B, _, X = mixed_SBGX.shape
+    query, key, value = ops.split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
+    return ascend.flash_attention(query.reshape(S, B, -1, head_size), key, value, **options)

@@ -51,10 +51,10 @@ class LanguageModelEmbedding(nn.Cell):
             tokens_BS: int32 token ids.
             position_ids_BS: int32 positions; None: 0..S-1 in every sample.
         """
-        hidden = self.word_embeddings(tokens_BS.transpose(1, 0)).astype(self.residual_dtype)
+        hidden = ops.cast(self.word_embeddings(tokens_BS.transpose(1, 0)), self.residual_dtype)
         if self.position_embeddings is not None:
             positions = self._positions(self.position_embeddings, tokens_BS.shape[1], position_ids_BS)
-            hidden = hidden + positions.astype(self.residual_dtype)
+            hidden = hidden + ops.cast(positions, self.residual_dtype)
         rate = self.dropout_rate if self.streams.training else 0.0
         if rate:
             hidden = ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut))
@@ -71,4 +71,4 @@ class LanguageModelEmbedding(nn.Cell):
         count = length // self.tp_group.size if self.cut else length
         first = self.tp_group.rank * count if self.cut else 0
         # Cast before the slice: the CPU has no gradient of a bfloat16 slice.
-        return table.astype(self.residual_dtype)[first : first + count].expand_dims(1)
+        return ops.cast(table, self.residual_dtype)[first : first + count].expand_dims(1)

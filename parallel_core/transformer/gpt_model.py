@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
+from parallel_core import ops
 from parallel_core.errors import ConfigError
 from parallel_core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
@@ -116,7 +117,7 @@ class GPTModel(nn.Cell):
         hidden = self.decoder(hidden, attention_mask)
         if self.output_layer is None:
             return hidden
-        logits, _ = self.output_layer(hidden.astype(self.compute_dtype), self._output_weight())
+        logits, _ = self.output_layer(ops.cast(hidden, self.compute_dtype), self._output_weight())
         if labels is None:
             if not self.parallel_output:
                 logits = gather_from_tensor_model_parallel_region(logits, self.tp_group)
@@ -136,7 +137,7 @@ class GPTModel(nn.Cell):
 
     def _loss(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         if not self.config.fp16_lm_cross_entropy:
-            logits_SBV = logits_SBV.astype(ms.float32)
+            logits_SBV = ops.cast(logits_SBV, ms.float32)
         labels_SB = labels_BS.transpose(1, 0)
         loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_SB, self.tp_group, self.config.label_smoothing)
         return loss_SB.transpose(1, 0)

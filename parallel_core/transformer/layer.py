@@ -63,11 +63,11 @@ class TransformerLayer(nn.Cell):
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
         normed = self.input_layernorm(hidden)
-        branch, bias = self.self_attention(normed.astype(self.compute_dtype), document_start_BS)
+        branch, bias = self.self_attention(ops.cast(normed, self.compute_dtype), document_start_BS)
         residual = normed if self.residual_after_norm else hidden
         hidden = self._add(branch, bias, residual, self.post_attention_layernorm, "attention")
         normed = self.pre_mlp_layernorm(hidden)
-        branch, bias = self.mlp(normed.astype(self.compute_dtype))
+        branch, bias = self.mlp(ops.cast(normed, self.compute_dtype))
         residual = normed if self.residual_after_norm else hidden
         return self._add(branch, bias, residual, self.post_mlp_layernorm, "mlp")
 
@@ -79,5 +79,5 @@ class TransformerLayer(nn.Cell):
         if post_norm is None:
             return ops.bias_dropout_add(branch, bias, residual, rate, seed)
         if bias is not None:
-            branch = branch + bias.astype(branch.dtype)
-        return residual + post_norm(ops.dropout(branch, rate, seed)).astype(residual.dtype)
+            branch = branch + ops.cast(bias, branch.dtype)
+        return residual + ops.cast(post_norm(ops.dropout(branch, rate, seed)), residual.dtype)

@@ -25,15 +25,15 @@ class RotaryEmbedding:
         self._factor = float(config.rotary_seq_len_interpolation_factor)
         self._scaling = config.rope_scaling_factor if config.use_rope_scaling else 1.0
         self._interleaved = config.rotary_interleaved
-        self._rotate = ops.rotary if config.apply_rope_fusion else reference.rotary
+        self._rotate = ops.rotary_packed if config.apply_rope_fusion else reference.rotary_packed
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, x_SBND: Tensor) -> Tensor:
-        """Return queries or keys of positions 0..S-1 turned by their angles, in their dtype."""
-        length = x_SBND.shape[0]
+    def __call__(self, mixed_SBGX: Tensor, head_size: int) -> Tensor:
+        """Return packed queries, keys and values (see `ops.causal_attention_packed`), queries and keys turned."""
+        length = mixed_SBGX.shape[0]
         if length not in self._tables:
             self._tables[length] = self._make_tables(length)
-        return self._rotate(x_SBND, *self._tables[length], self._interleaved)
+        return self._rotate(mixed_SBGX, head_size, *self._tables[length], self._interleaved)
 
     def _make_tables(self, length: int) -> tuple[Tensor, Tensor]:
         inverse = 1.0 / (self._base ** (np.arange(0, self._dim, 2, dtype=np.float32) / np.float32(self._dim)))
