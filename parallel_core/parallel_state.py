@@ -409,7 +409,7 @@ def _join_job() -> tuple[int, int]:
         ms.set_device(target)
     ms.set_context(mode=ms.PYNATIVE_MODE)
     if target == "CPU":
-        ms.set_context(pynative_synchronize=True)  # Each host synchronisation costs 2 ms otherwise.
+        ms.runtime.launch_blocking()  # Each host synchronisation costs 2 ms otherwise.
     if int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
         return 0, 1
     from parallel_core.comm.mindspore_comm import start_communication
