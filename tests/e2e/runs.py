@@ -101,7 +101,7 @@ def several(directory: Path, num_ranks: int, plan: dict[str, dict[str, Any]], *,
     """Run `pretrain()` once for each entry of `plan` ({"argv": [...], ...}) on the ranks of one job, one after another.
 
     Starting ranks costs more than training these models, so what need not go through the script shares a start.
-    An entry that fails ends with status 1 and its error as console; the others of one process still run.
+    An entry that fails ends with status 1; its console ends with its error. The others of one process still run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     plan_file = directory / "plan.json"
@@ -123,7 +123,8 @@ def several(directory: Path, num_ranks: int, plan: dict[str, dict[str, Any]], *,
             tail = "\n".join(path.read_text()[-3000:] for path in (directory / "job").glob("worker_*.log"))
             found[name] = Run(1, f"{name} did not end\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}\n{tail}", folder)
         else:
-            found[name] = Run(outcome["status"], outcome["text"], folder)
+            said = "".join(path.read_text() for path in sorted(folder.glob("console_*.txt")))
+            found[name] = Run(outcome["status"], said + outcome["text"], folder)
     return found
 
 

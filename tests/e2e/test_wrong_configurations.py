@@ -152,8 +152,8 @@ UNREADABLE = {
     ),
     "token outside the vocabulary": (
         {"vocab_size": "120", "padded_vocab_size": "128"},
-        "DataError: the data holds token 255, outside the model's vocabulary of 128; it was made with another "
-        "tokenizer: give the right --tokenizer-model, --vocab-size or --padded-vocab-size",
+        "DataError: corpus_a: token id 217 in sample 0 is outside the vocabulary of 121 ids. The data was made with "
+        "another tokenizer than this run's: give the one it was preprocessed with.",
     ),
 }  # fmt: skip
 

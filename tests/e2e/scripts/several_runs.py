@@ -7,6 +7,7 @@ The model and the forward step are those of pretrain_gpt.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -106,12 +107,13 @@ def main() -> None:
         PROBE.folder, PROBE.iterations, PROBE.now = folder, entry.get("probe", []), 0
         status, text = 0, ""
         try:
-            pretrain(
-                None,
-                pretrain_gpt.model_provider_func,
-                forward_step_func=pretrain_gpt.forward_step,
-                argv=entry["argv"],
-            )
+            with (folder / f"console_{rank}.txt").open("w") as console, contextlib.redirect_stdout(console):
+                pretrain(
+                    None,
+                    pretrain_gpt.model_provider_func,
+                    forward_step_func=pretrain_gpt.forward_step,
+                    argv=entry["argv"],
+                )
         except (ParallelCoreError, Exception) as error:
             status = 1
             text = f"{error}" if isinstance(error, ParallelCoreError) else traceback.format_exc()
