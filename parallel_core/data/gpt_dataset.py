@@ -154,6 +154,11 @@ class GPTDataset:
         """MD5 of `unique_description`, the first part of the cached files' names."""
         return hashlib.md5(self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in one pass over the split's tokens; 1 at least."""
+        return max(1, self.plan.tokens_per_epoch // self.config.sequence_length)
+
     def __len__(self) -> int:
         return int(self.sample_index.shape[0]) - 1
 

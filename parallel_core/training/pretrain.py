@@ -170,7 +170,7 @@ class _Run:
             global_batch_size=self.sizes.global_batch_size,
             train_iters=self.iterations,
             eval_interval=training.eval_interval or None,
-            eval_iters=training.eval_iters,
+            eval_iters=training.eval_iters + (self._process_non_loss_data is not None),
             train_samples=training.train_samples or None,
         )
         train, valid, test = provider(sizes)
@@ -261,7 +261,8 @@ class _Run:
         microbatches = self.sizes.global_batch_size // (self.sizes.micro_batch_size * self.sizes.data_parallel_size)
         losses = self.step.evaluate(data, iteration, microbatches, training.eval_iters)
         if split == "validation":
-            seen = self.progress.consumed_valid_samples + training.eval_iters * self.sizes.global_batch_size
+            batches = training.eval_iters + (self._process_non_loss_data is not None)
+            seen = self.progress.consumed_valid_samples + batches * self.sizes.global_batch_size
             self.progress = _replace(self.progress, consumed_valid_samples=seen)
         self.log.evaluation(split, iteration, losses)
         if self._process_non_loss_data is not None and split == "validation":
