@@ -76,6 +76,8 @@ def start(log_dir: Path, arguments: Sequence[str], *, cwd: Path, **variables: st
         stdin=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # As at a terminal: a shell gives what it runs in the background an ignored SIGINT, and so pytest's children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
