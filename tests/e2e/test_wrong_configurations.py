@@ -1,14 +1,17 @@
-"""A wrong configuration gets its exact message: which setting, its value, the rule, what to write. Never a traceback."""
+"""A wrong configuration gets its exact message: setting, value, rule, what to write. Never a traceback."""
 
 from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.runs import SMALL, Run, config_file, pretrain_gpt, working_directory
+from tests.helpers.launching import REPO, launcher_environment
 
 CONFIG_STATUS = 2
 
@@ -178,11 +181,6 @@ def test_unreadable_data_ends_every_rank_at_once(workplace: Path, tmp_path):
 
 def test_without_msrun(workplace: Path, tmp_path):
     """`python pretrain_gpt.py` alone answers in the same words."""
-    import subprocess
-    import sys
-
-    from tests.helpers.launching import REPO, launcher_environment
-
     done = subprocess.run(
         [sys.executable, str(REPO / "pretrain_gpt.py"), *small(hiden_size="32")],
         cwd=workplace, env=launcher_environment(tmp_path / "logs"), capture_output=True, text=True, check=False,
