@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from mindspore import Parameter, Tensor
@@ -17,6 +18,8 @@ from parallel_core.optimizer.bucket_layout import (
     layout_buffer,
 )
 from parallel_core.optimizer.flat import Flat
+
+logger = logging.getLogger(__name__)
 
 
 class ParamAndGradBuffer:
@@ -73,6 +76,7 @@ class ParamAndGradBuffer:
         self._members = [
             {slot.index for slot in self.layout.slots if slot.bucket == b} for b in range(len(self.layout.buckets))
         ]
+        self._looked_for_zeros = False
         self._accumulated: set[int] = set()
         self._ready: set[int] = set()
         self._running: dict[int, Handle] = {}
@@ -125,6 +129,20 @@ class ParamAndGradBuffer:
             if self.sharded and self.group.size > 1:
                 self.grads.part(start, end).write_(result)
             self.grads.part(start, end).scale_(self._scale_after)
+        if not self._looked_for_zeros:
+            self._looked_for_zeros = True
+            self._name_zeros()
+
+    def _name_zeros(self) -> None:
+        """Warn of parameters that the output does not depend on: MindSpore gives them gradients of zeros."""
+        zeros = [self.names[i] for i in sorted(self._views) if self._views[i].sum_of_squares() == 0.0]
+        if zeros:
+            logger.warning(
+                "the gradient of %d parameters is exactly zero in the first iteration; if the model's output does not "
+                "depend on them, set requires_grad=False or use them:\n%s",
+                len(zeros),
+                bullet_list(zeros),
+            )
 
     def start_iteration(self) -> None:
         """Forget the gradients; nothing is written, the next accumulation overwrites."""
