@@ -71,7 +71,9 @@ class DistributedDataParallel:
         for parameter in chunk.trainable_params():
             by_dtype.setdefault(str(parameter.dtype).lower(), []).append(parameter)
         size: int | None = None
-        if self.config.wrap_with_ddp and self.config.bucket_size:
+        if not self.config.wrap_with_ddp:
+            size = 1  # every parameter is a bucket of its own
+        elif self.config.bucket_size:
             size = self.config.bucket_size
         elif self._overlap and not one_bucket:
             size = max(DEFAULT_BUCKET_SIZE, 1_000_000 * self.group.size)

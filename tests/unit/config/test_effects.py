@@ -1,0 +1,309 @@
+"""Every mapped argument, set to something else than its default, changes what the program does, not only its field.
+
+Three ways to show it: two command lines that differ in the argument and a probe that sees the difference; a whole run
+in this process with a check of what it printed and wrote (`test_effects_on_runs.py`); a test elsewhere, by its name, where
+several processes are needed. `test_no_mapped_argument_is_without_an_effect` keeps the three complete.
+"""
+
+from __future__ import annotations
+
+import re
+
+import effect_probes as see
+import pytest
+from config_helpers import ROOT
+from test_effects_on_runs import RUNS
+
+from parallel_core.config import table
+from parallel_core.config.argument import MAPPED
+from parallel_core.data.bundled import bundled_tokenizer_model
+
+ROPE = "--position-embedding-type rope"
+PIPE = "--num-layers 8 --pipeline-model-parallel-size 2 --global-batch-size 8 --sequence-parallel"
+PIPE = PIPE.replace(" --sequence-parallel", "")
+VPP = PIPE + " --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 16"
+LONG = "--train-iters 12"
+SAMPLES = "--train-samples 48"
+WSD = LONG + " --lr-decay-style WSD"
+DYNAMIC = "--fp16 --initial-loss-scale 256"
+BUCKETS = "--ddp-bucket-size 300"
+OVERLAP = f"{BUCKETS} --overlap-grad-reduce"
+DISTRIBUTED = f"{OVERLAP} --use-distributed-optimizer"
+LEVEL1 = "--profile-level level1"
+
+# probe -> lines of `argument | words that set it [| words of both command lines [| of the other one alone]]`
+SEEN = {
+    "shapes": """
+        num_layers | --num-layers 3
+        hidden_size | --hidden-size 32
+        num_attention_heads | --num-attention-heads 2 | --kv-channels 4
+        ffn_hidden_size | --ffn-hidden-size 24
+        kv_channels | --kv-channels 8
+        group_query_attention | --group-query-attention
+        num_query_groups | --num-query-groups 2 | --group-query-attention
+        max_position_embeddings | --max-position-embeddings 12
+        seq_length | --seq-length 6
+        padded_vocab_size | --padded-vocab-size 48
+        vocab_size | --vocab-size 200 | --padded-vocab-size null | --vocab-size 100
+        make_vocab_size_divisible_by | --make-vocab-size-divisible-by 8 | --padded-vocab-size null --vocab-size 33
+        pad_vocab_size | --no-pad-vocab-size | --padded-vocab-size null --vocab-size 33
+        vocab_extra_ids | --vocab-extra-ids 9 | {tokenizer}
+        position_embedding_type | --position-embedding-type none
+        use_rotary_position_embeddings | --use-rotary-position-embeddings
+        normalization | --normalization RMSNorm
+        qk_layernorm | --qk-layernorm
+        swiglu | --swiglu
+        gated_linear_unit | --gated-linear-unit | --hidden-act silu
+        add_bias_linear | --disable-bias-linear
+        add_qkv_bias | --add-qkv-bias | --disable-bias-linear
+        qkv_has_bias | --no-qkv-has-bias
+        add_dense_bias | --no-add-dense-bias
+        untie_embeddings_and_output_weights | --untie-embeddings-and-output-weights
+        use_sandwich_norm | --use-sandwich-norm
+    """,
+    "dtypes": """
+        params_dtype | --params-dtype bf16
+        embedding_dtype | --embedding-dtype fp16
+        bf16 | --bf16
+        fp16 | --fp16 --loss-scale 1
+    """,
+    "first_values": """
+        init_method_std | --init-method-std 0.1
+        embedding_init_method_std | --embedding-init-method-std 0.1
+        init_method_xavier_uniform | --init-method-xavier-uniform
+        apply_layernorm_1p | --apply-layernorm-1p
+        attn_post_norm_scale | --attn-post-norm-scale 0.5 | --use-sandwich-norm
+        ffn_post_norm_scale | --ffn-post-norm-scale 0.5 | --use-sandwich-norm
+        seed | --seed 7
+    """,
+    "loss": f"""
+        rotary_base | --rotary-base 100 | {ROPE}
+        rotary_percent | --rotary-percent 0.5 | {ROPE}
+        rotary_interleaved | --rotary-interleaved | {ROPE}
+        rotary_seq_len_interpolation_factor | --rotary-seq-len-interpolation-factor 2 | {ROPE}
+        use_rope_scaling | --use-rope-scaling | {ROPE} --rotary-base 1e6
+        rope_scaling_factor | --rope-scaling-factor 64 | {ROPE} --rotary-base 1e6 --use-rope-scaling
+        norm_epsilon | --norm-epsilon 0.1
+        squared_relu | --squared-relu
+        openai_gelu | --openai-gelu | --init-method-std 2 | --hidden-act gelu
+        bias_gelu_fusion | --no-bias-gelu-fusion | --init-method-std 2
+        hidden_act | --hidden-act relu
+        apply_residual_connection_post_layernorm | --apply-residual-connection-post-layernorm
+        label_smoothing | --label-smoothing 0.25
+        pre_tockens | --pre-tockens 2
+        window_size | --window-size 2 0
+        compute_dtype | --compute-dtype fp16 --loss-scale 1
+        attention_softmax_in_fp32 | --attention-softmax-in-fp32 | --fp16 --loss-scale 1
+        apply_query_key_layer_scaling | --apply-query-key-layer-scaling | --fp16 --loss-scale 1
+        fp32_residual_connection | --fp32-residual-connection | --fp16 --loss-scale 1
+    """,
+    "type_of_logits": "fp16_lm_cross_entropy | --fp16-lm-cross-entropy | --fp16 --loss-scale 1",
+    "train_losses": """
+        hidden_dropout | --hidden-dropout 0.5
+        attention_dropout | --attention-dropout 0.5
+    """,
+    "gradient_norm": "calculate_per_token_loss | --calculate-per-token-loss",
+    "weights": """
+        optimizer | --optimizer sgd
+        lr | --lr 1e-3
+        adam_beta1 | --adam-beta1 0.5
+        adam_beta2 | --adam-beta2 0.5
+        betas | --betas 0.5 0.6
+        adam_eps | --adam-eps 0.1
+        sgd_momentum | --sgd-momentum 0.5 | --optimizer sgd
+        weight_decay | --weight-decay 0.5
+        clip_grad | --clip-grad 0.01 | --optimizer sgd
+        decoupled_lr | --decoupled-lr 0.5
+    """,
+    "operators": f"""
+        bias_swiglu_fusion | --no-bias-swiglu-fusion | --swiglu
+        apply_rope_fusion | --no-rope-fusion | {ROPE}
+    """,
+    "flash": """
+        use_flash_attn | --use-flash-attn
+        attention_backend | --attention-backend flash
+        shape_order | --shape-order BNSD | --use-flash-attn
+    """,
+    "recomputed": f"""
+        recompute_granularity | --recompute-granularity selective
+        recompute_activations | --recompute-activations
+        recompute_method | --recompute-method block | --recompute-granularity full --recompute-num-layers 1 \
+            --num-layers 4 | --recompute-method uniform
+        recompute_num_layers | --recompute-num-layers 2 | --recompute-granularity full --recompute-method block \
+            | --recompute-num-layers 1
+        recompute | --recompute [2,1] | {PIPE}
+        select_recompute | --select-recompute [2,1] | {PIPE}
+        select_comm_recompute | --select-comm-recompute [2,1] | {PIPE}
+    """,
+    "stages": f"""
+        pipeline_model_parallel_size | --pipeline-model-parallel-size 2
+        virtual_pipeline_model_parallel_size | --virtual-pipeline-model-parallel-size 2 | {PIPE}
+        num_layers_per_virtual_pipeline_stage | --num-layers-per-virtual-pipeline-stage 2 | {PIPE}
+        num_layer_list | --num-layer-list [5,3] | {PIPE}
+        pipeline_model_parallel_layout | --pipeline-model-parallel-layout Et*5|tttL | {PIPE}
+        decoder_first_pipeline_num_layers | --decoder-first-pipeline-num-layers 3 | {PIPE}
+        decoder_last_pipeline_num_layers | --decoder-last-pipeline-num-layers 3 | {PIPE}
+        account_for_embedding_in_pipeline_split | --account-for-embedding-in-pipeline-split --num-layers 7 | {PIPE}
+        account_for_loss_in_pipeline_split | --account-for-loss-in-pipeline-split --num-layers 7 | {PIPE}
+        standalone_embedding_stage | --standalone-embedding-stage | {PIPE}
+        noop_layers | --noop-layers 1
+    """,
+    "steps": f"microbatch_group_size_per_vp_stage | --microbatch-group-size-per-vp-stage 4 | {VPP}",
+    "traffic": f"""
+        ddp_bucket_size | --ddp-bucket-size 300
+        overlap_grad_reduce | --overlap-grad-reduce | {BUCKETS}
+        wrap_with_ddp | --no-wrap-with-ddp
+        use_distributed_optimizer | --use-distributed-optimizer
+        enable_mem_align | --no-enable-mem-align | {DISTRIBUTED}
+        overlap_param_gather | --overlap-param-gather | {DISTRIBUTED}
+        ddp_average_in_collective | --ddp-average-in-collective
+        accumulate_allreduce_grads_in_fp32 | --no-accumulate-allreduce-grads-in-fp32 | --bf16
+        grad_reduce_in_bf16 | --grad-reduce-in-bf16 | --bf16
+    """,
+    "schedules": f"""
+        train_iters | --train-iters 6
+        train_samples | --train-samples 48
+        min_lr | --min-lr 1e-3
+        decoupled_min_lr | --decoupled-min-lr 1e-3 | --decoupled-lr 0.1
+        start_weight_decay | --start-weight-decay 0.25 | --weight-decay-incr-style linear --end-weight-decay 0.5 \
+            | --start-weight-decay 0.125
+        end_weight_decay | --end-weight-decay 0.75 | --weight-decay-incr-style linear --start-weight-decay 0.25 \
+            | --end-weight-decay 0.5
+        weight_decay_incr_style | --weight-decay-incr-style cosine | --start-weight-decay 0.1 --end-weight-decay 0.5 \
+            {LONG} | --weight-decay-incr-style linear
+        lr_decay_style | --lr-decay-style cosine | {LONG}
+        lr_decay_iters | --lr-decay-iters 6 | {LONG}
+        lr_decay_samples | --lr-decay-samples 24 | {SAMPLES}
+        lr_wsd_decay_style | --lr-wsd-decay-style linear | {WSD} --lr-wsd-decay-iters 6
+        lr_wsd_decay_iters | --lr-wsd-decay-iters 6 | {WSD} | --lr-wsd-decay-iters 3
+        lr_wsd_decay_samples | --lr-wsd-decay-samples 24 | {SAMPLES} --lr-decay-style WSD \
+            | --lr-wsd-decay-samples 12
+        lr_warmup_fraction | --lr-warmup-fraction 0.25 | {LONG}
+        lr_warmup_iters | --lr-warmup-iters 3 | {LONG}
+        lr_warmup_samples | --lr-warmup-samples 12 | {SAMPLES}
+        lr_warmup_init | --lr-warmup-init 1e-3 | {LONG} --lr-warmup-iters 3
+    """,
+    "scales": f"""
+        loss_scale | --loss-scale 8
+        initial_loss_scale | --initial-loss-scale 64 | --fp16
+        min_loss_scale | --min-loss-scale 128 | {DYNAMIC}
+        loss_scale_window | --loss-scale-window 3 | {DYNAMIC}
+        hysteresis | --hysteresis 4 | {DYNAMIC}
+    """,
+    "batch_plan": f"""
+        micro_batch_size | --micro-batch-size 4
+        global_batch_size | --global-batch-size 8
+        micro_batch_num | --micro-batch-num 3 | --global-batch-size null
+        rampup_batch_size | --rampup-batch-size 4 4 16 | {SAMPLES} --global-batch-size 12
+    """,
+    "microbatches": """
+        dataloader_type | --dataloader-type cyclic
+        num_workers | --num-workers 1
+        drop_remainder | --no-drop-remainder
+    """,
+    "tokenizer": """
+        tokenizer_type | --tokenizer-type NullTokenizer --padded-vocab-size 300 | --mock-data --padded-vocab-size 300 \
+            | {tokenizer}
+        tokenizer_model | {tokenizer} | --mock-data --padded-vocab-size 4096 \
+            | --tokenizer-type NullTokenizer --vocab-size 100
+        vocab_file | --vocab-file {golden}/bpe/vocab.json --tokenizer-type GPT2BPETokenizer {merges} \
+            | --mock-data --padded-vocab-size 99999 | --tokenizer-type NullTokenizer
+        merge_file | --merge-file {golden}/bpe/merges.txt --tokenizer-type GPT2BPETokenizer {vocab} \
+            | --mock-data --padded-vocab-size 99999 | --tokenizer-type NullTokenizer
+    """,
+    "samples": """
+        data_path | --data-path DATA/corpus_b {null} | {split} | --data-path DATA/corpus_a {null}
+        train_data_path | --train-data-path DATA/corpus_b {null} | | --train-data-path DATA/corpus_a {null}
+        valid_data_path | --valid-data-path DATA/corpus_b {null} | --train-data-path DATA/corpus_a
+        test_data_path | --test-data-path DATA/corpus_b {null} | --train-data-path DATA/corpus_a
+        split | --split 50,30,20 | --data-path DATA/corpus_a {null} | --split 90,5,5
+        mock_data | --mock-data {null} | | --data-path DATA/corpus_a {null}
+        reset_position_ids | --reset-position-ids | {one} --eos-token-id 147
+        reset_attention_mask | --reset-attention-mask | {one}
+        eod_mask_loss | --eod-mask-loss | {one} --eos-token-id 147
+        eos_token_id | --eos-token-id 147 | {one} --eod-mask-loss
+        pad_token_id | --pad-token-id 147 | {one}
+    """,
+    "profile": f"""
+        profile_level | --profile-level level2
+        profile_with_stack | --profile-with-stack
+        profile_memory | --profile-memory
+        profile_framework | --profile-framework time | --profile-memory
+        profile_communication | --profile-communication
+        profile_parallel_strategy | --profile-parallel-strategy
+        profile_aicore_metrics | --profile-aicore-metrics 1 | {LEVEL1}
+        profile_l2_cache | --profile-l2-cache
+        profile_hbm_ddr | --profile-hbm-ddr
+        profile_pcie | --profile-pcie
+        profile_data_process | --profile-data-process
+        profile_data_simplification | --no-profile-data-simplification
+        profile_op_time | --no-profile-op-time
+        profile_offline_analyse | --profile-offline-analyse
+    """,
+    "dynamic_profile": "profile_dynamic_profiler_config_path | --profile-dynamic-profiler-config-path somewhere",
+}
+_NULL = "--tokenizer-type NullTokenizer --vocab-size 1000"
+WORDS = {
+    "{null}": _NULL,
+    "{one}": f"--data-path DATA/corpus_a {_NULL}",
+    "{split}": "--split 90,5,5",
+    "{golden}": str(see.DATA),
+    "{vocab}": f"--vocab-file {see.DATA}/bpe/vocab.json",
+    "{merges}": f"--merge-file {see.DATA}/bpe/merges.txt",
+    "{tokenizer}": "--tokenizer-type SentencePieceTokenizer --padded-vocab-size null "
+    f"--tokenizer-model {bundled_tokenizer_model()}",
+}
+
+# Arguments whose effect needs several processes, or is what other tests are about: the tests that show it.
+ELSEWHERE = {
+    "tensor_model_parallel_size": "tests/ranks/cases_layouts.py::test_two_ranks_train_like_one",
+    "sequence_parallel": "tests/ranks/cases_tensor_parallel.py::test_column_parallel_linear_equals_the_unsharded_layer",
+    "overlap_p2p_comm": "tests/ranks/cases_layouts.py::test_waiting_late_changes_nothing",
+    "distributed_backend": "tests/ranks/cases_comm.py::test_all_reduce",
+    "distributed_timeout_minutes": "tests/ranks/cases_comm.py::test_time_limit",
+    "delay_grad_reduce": "tests/ranks/cases_training.py::test_delayed_reduction_changes_no_gradient",
+    "data_args_path": "tests/unit/data/test_data_config.py",
+    "yaml_cfg": "tests/unit/config/test_config_forms.py",
+    "use_checkpoint_args": "tests/unit/config/test_config_megatron_api.py::test_arguments_from_a_megatron_checkpoint",
+    "use_mp_args_from_checkpoint_args":
+        "tests/unit/config/test_config_megatron_api.py::test_arguments_from_a_megatron_checkpoint",
+    "use_tokenizer_model_from_checkpoint_args":
+        "tests/unit/config/test_config_megatron_api.py::test_arguments_from_a_megatron_checkpoint",
+}
+
+
+def _rows() -> list[tuple[str, str, str, str, str]]:
+    rows = []
+    for probe, text in SEEN.items():
+        for line in text.replace("\\\n", " ").strip().splitlines():
+            for name, words in WORDS.items():
+                line = line.replace(name, words)
+            cells = [" ".join(cell.split()) for cell in re.split(r"(?<=\s)\|(?=\s|$)", line.strip())]
+            rows.append((probe, *cells, *[""] * (4 - len(cells))))
+    return rows
+
+
+ROWS = _rows()
+
+
+@pytest.mark.parametrize(("probe", "name", "change", "both", "other"), ROWS, ids=[row[1] for row in ROWS])
+def test_effect(probe, name, change, both, other, tmp_path):
+    extra = (tmp_path,) if probe == "samples" else ()
+    flags = [word for word in change.split() if word.startswith("--")]
+    assert any(table.find(flag)[0].name == name for flag in flags), f"{change} does not set {name}"
+    look = getattr(see, probe)
+    with_it = look(tuple(f"{both} {change}".split()), *extra)
+    without = look(tuple(f"{both} {other}".split()), *extra)
+    assert with_it != without, f"{change} changes nothing of {probe}"
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_effect_is_tested_elsewhere(name):
+    file, _, test = ELSEWHERE[name].partition("::")
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert f"def {test}(" in text if test else name in text
+
+
+def test_no_mapped_argument_is_without_an_effect():
+    shown = [row[1] for row in ROWS] + list(RUNS) + list(ELSEWHERE)
+    assert sorted(shown) == sorted(a.name for a in table.TABLE if a.status == MAPPED)

@@ -1,0 +1,239 @@
+"""Mapped arguments whose effect is seen in a whole run: what it prints, writes, keeps and goes on from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import effect_probes as see
+import mindspore as ms
+import pytest
+import yaml
+
+from parallel_core.config import load_config
+from parallel_core.errors import ParallelCoreError
+
+Check = Callable[[Path], None]
+RUNS: dict[str, Check] = {}
+
+
+def shows(*names: str) -> Callable[[Check], Check]:
+    """Register a check as the one that shows the effect of the arguments `names`."""
+
+    def register(check: Check) -> Check:
+        RUNS.update(dict.fromkeys(names, check))
+        return check
+
+    return register
+
+
+def run(folder: Path, words: str = "", name: str = "run"):
+    return see.run(tuple(words.replace("FOLDER", str(folder)).split()), folder / name)
+
+
+_KEPT: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def saved(tmp_path_factory):
+    """A run that saved after iterations 2 and 4, with dropout."""
+    folder = tmp_path_factory.mktemp("saved")
+    see.run(tuple(f"--save {folder}/ck --save-interval 2 --hidden-dropout 0.5".split()), folder / "run")
+    _KEPT["ck"] = folder / "ck"
+
+
+def resumed(folder: Path, words: str = "", name: str = "resumed"):
+    fixed = f"--load {_KEPT['ck']} --train-iters 6 --hidden-dropout 0.5 --override-opt_param-scheduler"
+    return run(folder, f"{fixed} {words}", name)
+
+
+# ---- length, log lines, evaluations ---------------------------------------------------------------------------------
+@shows("log_interval", "log_throughput", "log_dir", "print_schedule")
+def logging(folder):
+    seen = run(folder, "--log-interval 3 --log-throughput --log-dir here --print-schedule")
+    assert seen.shown == [3, 4] and all("TFLOP/s per device: " in x for x in seen.lines if "Step: " in x)
+    assert {"here/metrics.jsonl", "here/config.yaml"} <= seen.files
+    assert seen.metrics[0]["tflops_per_device"] > 0
+    plain = run(folder, name="plain")
+    assert not any("TFLOP" in line for line in plain.lines) and "tflops_per_device" not in plain.metrics[0]
+    assert len(seen.lines) > len(plain.lines) - 2
+
+
+@shows("eval_interval", "eval_iters")
+def evaluations(folder):
+    assert run(folder, "--eval-iters 1 --eval-interval 3").evaluations == [
+        (3, "validation"), (4, "validation"), (4, "test")]
+    assert run(folder, "--eval-iters 0 --eval-interval 3", "none").evaluations == []
+
+
+@shows("exit_interval", "exit_duration_in_mins", "skip_train")
+def endings(folder):
+    assert run(folder, "--exit-interval 3").iterations == [1, 2, 3]
+    assert run(folder, "--exit-duration-in-mins 1e-9", "soon").iterations == [1]
+    skipped = run(folder, "--skip-train --eval-iters 1", "skipped")
+    assert skipped.iterations == [] and skipped.evaluations
+
+
+@shows("transformer_impl")
+def kernels(folder):
+    def said(seen):
+        return next(line for line in seen.lines if "Kernels: " in line)
+
+    assert "local was asked for" in said(run(folder, "--transformer-impl local"))
+    assert "local was asked for" not in said(run(folder, "--transformer-impl transformer_engine", "fused"))
+
+
+@shows("deterministic_mode")
+def determinism(folder):
+    with mock.patch.object(ms, "set_deterministic") as asked, mock.patch.object(ms, "get_context", _off):
+        run(folder, "--train-iters 1")
+        assert not asked.called
+        run(folder, "--train-iters 1 --deterministic-mode", "asked")
+        asked.assert_called_once_with(True)
+
+
+_get_context = ms.get_context
+
+
+def _off(key):
+    return "OFF" if key == "deterministic" else _get_context(key)
+
+
+@shows("check_for_nan_in_loss_and_grad")
+def not_finite(folder):
+    words = "--lr 1e38 --clip-grad 0 --optimizer sgd --init-method-std 20"
+    with pytest.raises(ParallelCoreError, match="gradient norm is"):
+        run(folder, words)
+    seen = run(folder, f"{words} --no-check-for-nan-in-loss-and-grad", "skips")
+    assert seen.metrics[-1]["skipped"]
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+@shows("save", "save_interval", "ckpt_format", "ckpt_prefix", "keep_checkpoint_max")
+def saving(folder):
+    seen = run(folder, "--save ck --save-interval 1 --ckpt-format ckpt --ckpt-prefix mine --keep-checkpoint-max 2")
+    weights = sorted(name for name in seen.files if Path(name).name.startswith("mine"))
+    assert [Path(name).parent.name for name in weights] == ["iter_0000003", "iter_0000004"]
+    assert all(name.endswith(".ckpt") for name in weights) and "ck/config.yaml" in seen.files
+
+
+@shows("async_save", "no_save_optim", "no_save_rng")
+def saving_less(folder):
+    seen = run(folder, "--save ck --async-save --no-save-optim --no-save-rng --hidden-dropout 0.5")
+    assert any("in the background" in line for line in seen.lines)
+
+    def size(ck):
+        return sum(path.stat().st_size for path in ck.glob("iter_0000004/*.safetensors"))
+
+    assert 2 * size(folder / "run" / "ck") < size(_KEPT["ck"])
+    less, all_ = ((ck / "iter_0000004" / "checkpoint.json").read_text() for ck in (folder / "run" / "ck", _KEPT["ck"]))
+    assert '"rng"' in all_ and '"rng"' not in less
+
+
+@shows("load", "ckpt_step")
+def loading(folder):
+    assert resumed(folder).iterations == [5, 6]
+    assert resumed(folder, "--ckpt-step 2", "older").iterations == [3, 4, 5, 6]
+
+
+@shows("finetune", "resume_training", "pretrained_checkpoint")
+def weights_alone(folder):
+    everything = resumed(folder)
+    for number, words in enumerate(("--finetune", "--no-resume-training")):
+        seen = resumed(folder, words, f"weights{number}")
+        assert seen.iterations == [1, 2, 3, 4, 5, 6] and seen.losses[0] != everything.losses[0]
+        assert any("Loaded checkpoint" in line for line in seen.lines)
+    fixed = f"--pretrained-checkpoint {_KEPT['ck']} --train-iters 6 --hidden-dropout 0.5"
+    assert run(folder, fixed, "pretrained").losses == seen.losses
+
+
+@shows("no_load_optim", "no_load_rng", "new_dataset")
+def loading_less(folder):
+    everything = resumed(folder, "--seed 7").losses
+    assert resumed(folder, "--seed 7 --no-load-rng", "rng").losses[0] != everything[0]
+    fresh = resumed(folder, "--seed 7 --no-load-optim", "optim").losses
+    assert fresh[0] == everything[0] and fresh[1] != everything[1]
+    afresh = resumed(folder, "--new-dataset", "data")
+    assert afresh.metrics[0]["consumed_samples"] == 4 and resumed(folder, "", "a").metrics[0]["consumed_samples"] == 20
+
+
+@shows("resume_crc_check")
+def damage(folder):
+    shutil.copytree(_KEPT["ck"], folder / "damaged")
+    weights = next((folder / "damaged" / "iter_0000004").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    words = "--load FOLDER/damaged --ckpt-step 4 --train-iters 6 --override-opt_param-scheduler"
+    with pytest.raises(ParallelCoreError, match="network-00000"):
+        run(folder, words)
+    assert run(folder, f"{words} --no-resume-crc-check", "unchecked").iterations == [5, 6]
+
+
+@shows("use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler")
+def schedule_of_a_checkpoint(folder):
+    words = f"--load {_KEPT['ck']} --train-iters 6 --lr 1e-3"
+    with pytest.raises(ParallelCoreError, match="the schedule differs"):
+        run(folder, words)
+    mine = run(folder, f"{words} --override-opt_param-scheduler", "mine")
+    theirs = run(folder, f"{words} --use-checkpoint-opt_param-scheduler", "theirs")
+    assert mine.metrics[0]["lr"] == pytest.approx(1e-3 * 2 / 6) and theirs.metrics[0]["lr"] == pytest.approx(0.0)
+
+
+# ---- data files -----------------------------------------------------------------------------------------------------
+@shows("data_cache_path", "mmap_bin_files")
+def reading(folder):
+    shutil.copytree(see.DATA, folder / "data")
+    data = "--data-path FOLDER/data/corpus_a --padded-vocab-size 2000 --vocab-size 1000 --split 1,0,0"
+    words = f"{data} --tokenizer-type NullTokenizer --no-mock-data"
+    there = run(folder, f"{words} --data-cache-path cache")
+    assert any(name.startswith("cache/") for name in there.files) and not (folder / "data" / "cache").exists()
+    with mock.patch("numpy.memmap", side_effect=AssertionError("mapped")):
+        read = run(folder, f"{words} --data-cache-path {folder}/run/cache --no-mmap-bin-files", "read")
+    assert read.losses == there.losses
+
+
+# ---- profiles -------------------------------------------------------------------------------------------------------
+@shows("profile", "profile_save_path", "profile_step_start", "profile_step_end")
+def profiling(folder):
+    recorded = []
+    from parallel_core.training import profiler
+
+    real = profiler.profiler.profile
+
+    def profile(**options):
+        made = real(**options)
+        start, stop = made.start, made.stop
+        made.start = lambda: (recorded.append("start"), start())
+        made.stop = lambda: (recorded.append("stop"), stop())
+        return made
+
+    step = see.TrainingStep.train
+
+    def train(self, data, iteration, *rest):
+        recorded.append(iteration)
+        return step(self, data, iteration, *rest)
+
+    with mock.patch.object(profiler.profiler, "profile", profile), mock.patch.object(see.TrainingStep, "train", train):
+        seen = run(folder, "--profile --profile-save-path there --profile-step-start 2 --profile-step-end 3")
+    assert recorded == [1, "start", 2, 3, "stop", 4]
+    assert any(name.startswith("there/rank_0/") and name.endswith("trace_view.json") for name in seen.files)
+
+
+# ---- the configuration itself ---------------------------------------------------------------------------------------
+def test_the_saved_configuration_gives_the_same_run(tmp_path):
+    first = run(tmp_path, "--save ck --log-dir logs --swiglu")
+    for folder in ("ck", "logs"):
+        file = tmp_path / "run" / folder / "config.yaml"
+        assert yaml.safe_load(file.read_text())["model_config"]["hidden_act"] == "swiglu"
+        again = load_config(["--config", str(file)]).config
+        assert again.model_config.hidden_act == "swiglu" and again.training_config.training_iters == 4
+    fed_back = run(tmp_path, f"--config {file} --save null", "again")
+    assert fed_back.losses == first.losses
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(RUNS.values()), ids=lambda check: check.__name__)
+def test_effect(check, tmp_path):
+    check(tmp_path)
