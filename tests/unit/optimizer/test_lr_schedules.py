@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_core.errors import ConfigError
@@ -97,6 +97,7 @@ def test_weight_decay_follows_its_formula(style: str) -> None:
         assert of.weight_decay(n) == pytest.approx(0.02 + share * 0.08, rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(LR_STYLES), st.integers(0, 50), st.integers(1, 200), st.integers(0, 400))
 def test_the_learning_rate_stays_between_its_limits(style: str, warmup: int, rest: int, n: int) -> None:
     of = shape(style, warmup, warmup + rest, wsd=max(1, rest // 2))
@@ -157,6 +158,7 @@ class MegatronScaler:
                 self.scale *= 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5), st.integers(1, 4))
 def test_the_dynamic_scale_is_megatrons(overflows: list[bool], window: int, hysteresis: int) -> None:
     """D-33."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_core.config.schema import ModelParallelConfig
@@ -101,6 +101,7 @@ def test_layers_that_do_not_divide_are_refused_with_what_would() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 def test_every_layer_has_one_place_and_stages_follow_one_another(pp: int, vpp: int, each: int) -> None:
     of = layout(pp * vpp * each, pp, vpp)
@@ -110,6 +111,7 @@ def test_every_layer_has_one_place_and_stages_follow_one_another(pp: int, vpp: i
     assert (firsts, lasts) == ([(0, 0)], [(pp - 1, vpp - 1)])
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 4), st.integers(1, 3))
 def test_any_list_places_every_layer_in_stage_order(data: st.DataObject, pp: int, vpp: int) -> None:
     row = st.lists(st.integers(0, 3), min_size=vpp, max_size=vpp).map(tuple)

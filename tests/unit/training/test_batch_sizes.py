@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_core.config.schema import (
@@ -41,6 +41,7 @@ def test_a_ramp_up_grows_in_equal_distances() -> None:
     assert BatchSizes(32, 2, 2).current(0) == 32
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(1, 500), st.integers(0, 2000))
 def test_iterations_of_a_sample_count_are_those_that_fit(
     start: int, increment: int, steps: int, ramp: int, train_samples: int
