@@ -153,7 +153,8 @@ def trained(words: tuple[str, ...]) -> SimpleNamespace:
     samples_of_step = config.dataset_config.global_batch_size
     data: list[Any] = [Batches(config, count, number) for number in (1, 2)]
     reports = [step.train(batches, i + 1, count, samples_of_step, False) for i, batches in enumerate(data)]
-    weights_now = {shard_of(p).name: p.asnumpy().tobytes() for b in step.ddp.buffers for p in b.parameters}
+    parameters = [p for buffer in step.ddp.buffers for p in buffer.parameters]
+    weights_now = {shard_of(p).name: p.asnumpy().tobytes() for p in parameters}
     return SimpleNamespace(loss=reports[0].losses["lm loss"], norm=reports[0].grad_norm, weights=weights_now)
 
 
@@ -176,7 +177,8 @@ def loss(words: tuple[str, ...]) -> Any:
 
 def type_of_logits(words: tuple[str, ...]) -> Any:
     """The type of the logits that the loss is computed from."""
-    with mock.patch.object(gpt_model, "vocab_parallel_cross_entropy", wraps=vocab_parallel_cross_entropy) as loss_of:
+    real = vocab_parallel_cross_entropy
+    with mock.patch.object(gpt_model, "vocab_parallel_cross_entropy", wraps=real) as loss_of:
         built.__wrapped__(words)
     return {str(call.args[0].dtype) for call in loss_of.call_args_list}
 
@@ -198,7 +200,8 @@ def operators(words: tuple[str, ...]) -> Any:
     """Which implementation the layers call where there is a choice."""
     layer = built(words).step.model.chunks[0].decoder.layers[0]
     rotary = layer.self_attention.rotary
-    return (rotary is not None and rotary._rotate is reference.rotary_packed, layer.mlp._activate is reference.activation)
+    plain = rotary is not None and rotary._rotate is reference.rotary_packed
+    return plain, layer.mlp._activate is reference.activation
 
 
 def flash(words: tuple[str, ...]) -> Any:

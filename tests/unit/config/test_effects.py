@@ -1,8 +1,8 @@
 """Every mapped argument, set to something else than its default, changes what the program does, not only its field.
 
 Three ways to show it: two command lines that differ in the argument and a probe that sees the difference; a whole run
-in this process with a check of what it printed and wrote (`test_effects_on_runs.py`); a test elsewhere, by its name, where
-several processes are needed. `test_no_mapped_argument_is_without_an_effect` keeps the three complete.
+in this process with a check of what it printed and wrote (`test_effects_on_runs.py`); a test elsewhere, by its name,
+where several processes are needed. `test_no_mapped_argument_is_without_an_effect` keeps the three complete.
 """
 
 from __future__ import annotations
