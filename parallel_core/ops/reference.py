@@ -229,7 +229,7 @@ def causal_attention(
         query_SBND: queries.
         key_SBGD: keys.
         value_SBGD: values.
-        scale: factor of the scores, applied in the scores' dtype.
+        scale: factor of the scores, applied in the queries' dtype.
         softmax_coefficient: further factor, applied in the softmax's dtype (query-key layer scaling).
         softmax_in_fp32: compute the softmax in float32 whatever the scores' dtype.
         document_start_BS: int32, first position that each position may see; None: 0 everywhere.
@@ -242,7 +242,12 @@ def causal_attention(
     query = query_SBND.reshape(S, B * G, N // G, D).transpose(1, 2, 0, 3).reshape(B * G, N // G * S, D)
     key = key_SBGD.reshape(S, B * G, D).transpose(1, 0, 2)
     value = value_SBGD.reshape(S, B * G, D).transpose(1, 0, 2)
-    scores = (_bmm_nt(query, key) * scale).reshape(B, G * (N // G), S, S)
+    if softmax_coefficient != 1.0:
+        # Query-key layer scaling is there so that float16 scores stay finite: scale before they are rounded.
+        scores = _bmm_nt(query * scale, key)
+    else:
+        scores = _bmm_nt(query, key) * scale
+    scores = scores.reshape(B, G * (N // G), S, S)
     if softmax_in_fp32:
         scores = scores.astype(ms.float32)
     if softmax_coefficient != 1.0:
