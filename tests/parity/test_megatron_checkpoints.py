@@ -34,6 +34,17 @@ RESUMES = [
     ("llama", "ckpt_torch_pp2vpp2", "tp2dp2distopt"),
 ]
 SLOW_RANKS = 4
+SLOW = {
+    ("llama", "ckpt_torch_tp2pp1", "tp2pp1"),
+    ("llama", "ckpt_torch_tp1pp2", "dp2"),
+    ("llama", "ckpt_torch_dp2distopt", "tp2pp1"),
+    ("llama", "ckpt_torch_dist_dp2distopt", "pp2vpp2"),
+}
+"""Two ranks, but much like others."""
+
+
+def is_slow(one: tuple[str, ...]) -> bool:
+    return one in SLOW or LAYOUTS[one[2]][0] >= SLOW_RANKS
 
 
 def flags(model: str, checkpoint: str, layout: str) -> list[str]:
@@ -42,23 +53,26 @@ def flags(model: str, checkpoint: str, layout: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(workplace: Path, tmp_path_factory):
-    """A function (model, checkpoint, layout) -> run; one job for each number of ranks."""
+    """A function (model, checkpoint, layout) -> run; one job for each number of ranks, one more for the slow ones."""
     directory = tmp_path_factory.mktemp("resumed")
-    done: dict[int, dict[str, Run]] = {}
+    done: dict[tuple[int, bool], dict[str, Run]] = {}
+
+    def group_of(which: tuple[str, ...]) -> tuple[int, bool]:
+        return LAYOUTS[which[2]][0], is_slow(which)
 
     def get(*which: str) -> Run:
-        ranks = LAYOUTS[which[2]][0]
-        if ranks not in done:
-            entries = {"-".join(one): {"argv": flags(*one)} for one in RESUMES if LAYOUTS[one[2]][0] == ranks}
-            done[ranks] = several(directory / f"{ranks}_ranks", ranks, entries, cwd=workplace)
-        return done[ranks]["-".join(which)]
+        group = group_of(which)
+        if group not in done:
+            entries = {"-".join(one): {"argv": flags(*one)} for one in RESUMES if group_of(one) == group}
+            done[group] = several(directory / f"{group[0]}_ranks_{group[1]}", group[0], entries, cwd=workplace)
+        return done[group]["-".join(which)]
 
     return get
 
 
 def resumes() -> list:
     return [
-        pytest.param(*one, id="-".join(one), marks=[pytest.mark.slow] if LAYOUTS[one[2]][0] >= SLOW_RANKS else [])
+        pytest.param(*one, id="-".join(one), marks=[pytest.mark.slow] if is_slow(one) else [])
         for one in RESUMES
     ]
 
