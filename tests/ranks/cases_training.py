@@ -167,7 +167,7 @@ def test_overlapped_reductions_start_during_the_last_backward_pass(ctx: CaseCont
     run.step.ddp.finish_grad_sync = lambda: (before.extend(started), finish())  # type: ignore[method-assign]
     run.train(1)
     assert len(buffer.layout.buckets) > 3
-    assert before == started == list(range(len(buffer.layout.buckets)))
+    assert before == started and sorted(started) == list(range(len(buffer.layout.buckets))), (before, started)
 
 
 @case(world_size=2)
@@ -293,18 +293,16 @@ def test_the_distributed_optimizer_is_adam(ctx: CaseContext, layout: str) -> Non
 
 @case(world_size=(2, 4), variants=[{"dtype": "float32"}, {"dtype": "bfloat16"}])
 def test_each_rank_holds_its_part_of_the_optimizer_state(ctx: CaseContext, dtype: str) -> None:
-    """1 / dp of the state, measured, within the padding of one bucket."""
-    model = {"params_dtype": dtype, "hidden_size": 64}
-    whole, part = (
-        TinyRun(tiny.with_(model=model), context_of(ctx, tiny)).step.optimizer.memory_bytes()
-        for tiny in (settings("tp1"), settings("distopt"))
-    )
+    """1 / dp of the state, measured, up to the padding of the parameters and of one bucket."""
+    sections = {"model": {"params_dtype": dtype, "hidden_size": 64}, "training": {"enable_mem_align": False}}
+    runs = [TinyRun(tiny.with_(**sections), context_of(ctx, tiny)) for tiny in (settings("tp1"), settings("distopt"))]
+    whole, part = (run.step.optimizer.memory_bytes() for run in runs)
     each = 8 if dtype == "float32" else 12  # two moments, and masters where the parameters are not float32
-    number_of_parameters = whole // each
-    assert number_of_parameters > 100_000
+    number_of_elements = whole // each
+    assert number_of_elements > 50_000
     assert part * ctx.world_size >= whole
-    padding = number_of_parameters // 500 + 128 * ctx.world_size
-    assert part <= (number_of_parameters + padding) * each // ctx.world_size
+    padding = 64 * sum(len(buffer.parameters) for buffer in runs[0].step.ddp.buffers) + 128 * ctx.world_size
+    assert part <= (number_of_elements + padding) * each // ctx.world_size
 
 
 # ---- overflows ------------------------------------------------------------------------------------------------------
@@ -332,8 +330,9 @@ def test_an_overflow_on_any_rank_skips_the_update_everywhere(
 ) -> None:
     """D-32, D-33, D-34: in any parameter, on any rank; neither learning rate nor weight decay advances."""
     tiny = settings(layout).with_(
-        model={"params_dtype": "float16", "compute_dtype": "float16"},
+        model={"params_dtype": "float16", "compute_dtype": "float16", "num_layers": 2},
         training={"fp16": True, "loss_scale_value": 64.0, "hysteresis": 2},
+        data={"global_batch_size": 4},
         optimizer={
             "start_weight_decay": 0.0,
             "end_weight_decay": 0.1,
@@ -349,10 +348,10 @@ def test_an_overflow_on_any_rank_skips_the_update_everywhere(
         if ctx.rank == where:
             count = len(run.step.ddp.buffers[0].parameters)
             poison(run, parameter % count, float(value))
-        reports = run.train(3)
+        reports = run.train(2)
         assert all(r.skipped and not np.isfinite(r.grad_norm) for r in reports)
-        assert [r.loss_scale for r in reports] == [64.0, 64.0, 32.0]  # the second overflow halves it
-        assert run.step.scaler.scale == 16.0
+        assert [r.loss_scale for r in reports] == [64.0, 64.0]
+        assert run.step.scaler.scale == 32.0  # the second overflow halved it
         assert (run.step.scheduler.get_lr(), run.step.scheduler.get_wd()) == (lr, wd)
         assert run.step.optimizer.step_count == 1
         assert_close(run.parameters(), before, 0.0)
