@@ -248,6 +248,14 @@ def test_every_dropped_duplicated_or_swapped_transfer_is_detected(P: int, V: int
                         check_schedule(wrong, V, M)
 
 
+def test_a_send_before_its_result_exists_is_detected() -> None:
+    steps = make_schedule(2, 1, 2)
+    compute, exchange = steps[0][0]
+    wrong = [[Step(None, exchange), Step(compute, ()), *steps[0][1:]], steps[1]]
+    with pytest.raises(ParallelCoreError, match="rank 0: after None it sends sF0.0 instead of nothing"):
+        check_schedule(wrong, 1, 2)
+
+
 @pytest.mark.parametrize(("P", "V", "M"), WRONG_CASES)
 def test_every_swap_of_neighbouring_steps_is_detected_or_not_megatrons(P: int, V: int, M: int) -> None:
     """Some swaps give another schedule that works; none gives Megatron's, and none that is accepted can hang."""
