@@ -1,12 +1,15 @@
 """Tokens per second of a training step, ours and Megatron-LM's in alternation, for sizes A and B and several layouts.
 
-python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp2,dp2dist] [--rounds 2] [--json FILE]
+python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp2,dp2dist] [--rounds 3] [--json FILE]
                            [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--profile]
 
 The peer is a script that trains megatron.core's GPTModel on gloo, run by a Python that has torch and megatron-core; it
 takes --tp --pp --vpp --sp --dist-opt --hidden --layers --heads --seq --vocab --mbs --num-microbatches --iters --warmup
 --lr --quiet --out FILE and writes {"curve": [{"ms": milliseconds of a step}, ...]}. Without it only ours is measured.
-Both train the same model, batch and number of processes; a step is forward, backward, reduction and update.
+Both train the same model, batch and number of processes; a step is forward, backward, reduction and update. The ratio
+is the median of the rounds' ratios; columns with + are megabytes above what importing the libraries alone takes.
+With pipeline stages, `ideal` is the bubble of the schedule simulated with every measured forward and backward time of
+the step, and `late` how much longer than this simulation the pipeline takes.
 """
 
 from __future__ import annotations
@@ -23,7 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from parallel_core.data.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+from parallel_core.pipeline.schedule import Action, Op, make_schedule  # noqa: E402
+from parallel_core.pipeline.simulate import simulate  # noqa: E402
+
 WARM_UP = 2
 PARTS = ("matmul", "other kernels", "communication", "idle", "python and MindSpore")
 
@@ -73,7 +84,17 @@ LAYOUTS = {
 }
 
 
-def our_command(size: Size, layout: Layout, steps: int) -> list[str]:
+def write_data(folder: Path) -> Path:
+    """Write a dataset of random tokens and return its prefix; the peer makes up its tokens as it goes."""
+    generator = np.random.default_rng(0)
+    with IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=np.uint16) as builder:
+        for _ in range(100):
+            builder.add_document(generator.integers(0, 8000, 2000), [2000])
+        builder.finalize(f"{folder}/tokens.idx")
+    return folder / "tokens"
+
+
+def our_command(size: Size, layout: Layout, steps: int, folder: Path) -> list[str]:
     flags = {
         "--num-layers": size.layers,
         "--hidden-size": size.hidden,
@@ -92,12 +113,15 @@ def our_command(size: Size, layout: Layout, steps: int) -> list[str]:
         "--train-iters": steps,
         "--lr": 1e-4,
         "--eval-iters": 0,
+        "--data-path": write_data(folder),
+        "--split": "1,0,0",
+        "--data-cache-path": folder / "cache",
         "--log-interval": 1,
     }
     words = [word for key, value in flags.items() for word in (key, str(value))]
     script = str(REPO / "benchmarks" / "train_rank.py")
     start = [sys.executable] if layout.ranks == 1 else [sys.executable, "-m", "parallel_core.launch", "--plain"]
-    return [*start, script, "--mock-data", *words, *layout.ours]
+    return [*start, script, *words, *layout.ours]
 
 
 def peer_command(python: str, script: str, size: Size, layout: Layout, steps: int, out: Path) -> list[str]:
@@ -186,7 +210,7 @@ def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool
         environment |= {"PYTHONPATH": str(REPO), "BENCH_OUT": folder, "PARALLEL_CORE_KERNELS": kernels}
         if profile:
             environment["BENCH_PROFILE"] = "1"
-        peak = run(our_command(size, layout, steps), layout.ranks, folder, **environment)
+        peak = run(our_command(size, layout, steps, Path(folder)), layout.ranks, folder, **environment)
         ranks = [json.loads(Path(folder, f"ours_{r}.json").read_text()) for r in range(layout.ranks)]
     rows = [rank["steps"][WARM_UP:] for rank in ranks]
     # The slowest rank's clock is the step's.
@@ -194,14 +218,35 @@ def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool
     total = sum(row["step"] for rank in rows for row in rank)
     shares = {part: sum(row[part] for rank in rows for row in rank) / total for part in PARTS}
     first = ranks[0]
-    return {"ms": milliseconds, "peak_mb": peak, "shares": shares, "kernels": first["kernels"], "top": first["top"]}
+    result = {"ms": milliseconds, "peak_mb": peak, "shares": shares, "kernels": first["kernels"], "top": first["top"]}
+    if layout.stages > 1:
+        result["pipeline"] = [pipeline_against_schedule(list(of_step), size, layout) for of_step in zip(*rows)]
+    return result
+
+
+def pipeline_against_schedule(ranks: list[dict[str, Any]], size: Size, layout: Layout) -> tuple[float, float]:
+    """Return the bubble of the schedule with one step's measured times, and the measured time over the schedule's."""
+    times = [{Action(Op[op], microbatch, chunk): s for op, microbatch, chunk, s in rank["actions"]} for rank in ranks]
+    schedule = make_schedule(layout.stages, layout.chunks, size.microbatches)
+    ideal = simulate(schedule, lambda rank, action: times[rank][action])
+    measured = max(rank["pipeline end"] for rank in ranks) - min(rank["pipeline start"] for rank in ranks)
+    return ideal.bubble_share, measured / ideal.end
+
+
+def imported_mb(python: str, modules: str) -> float:
+    """Return the resident megabytes of a Python that has imported the modules."""
+    code = f"import {modules}; print([w for w in open('/proc/self/status') if w.startswith('VmRSS')][0].split()[1])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def run_peer(python: str, script: str, size: Size, layout: Layout, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         threads = str(max(1, (os.cpu_count() or 1) // layout.ranks))
-        command = peer_command(python, script, size, layout, steps, out)
+        # The job runs in `folder`: relative paths are the caller's. Links stay: they make Python an environment's.
+        paths = os.path.abspath(python), os.path.abspath(script)
+        command = peer_command(*paths, size, layout, steps, out)
         peak = run(command, layout.ranks, folder, ORACLE_THREADS=threads)
         return {"ms": [row["ms"] for row in json.loads(out.read_text())["curve"]][WARM_UP:], "peak_mb": peak}
 
@@ -226,31 +271,39 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
         "kernels": ours[0]["kernels"],
         "top": ours[0]["top"],
     }
+    result["over_import_mb"] = result["peak_mb"] - imported_mb(sys.executable, "mindspore")
     if layout.stages > 1:
-        work = size.microbatches * layout.chunks
-        result["ideal_bubble"] = (layout.stages - 1) / (work + layout.stages - 1)
+        pipeline = [step for one in ours for step in one["pipeline"]]
+        result["ideal_bubble"] = statistics.median(bubble for bubble, _ in pipeline)
+        result["over_ideal"] = statistics.median(late for _, late in pipeline)
     if peer:
         peer_ms = statistics.median(ms for one in peer for ms in one["ms"])
         result |= {"peer_ms": peer_ms, "peer_tokens_per_s": size.tokens / peer_ms * 1e3}
-        result |= {"ratio": peer_ms / milliseconds, "peer_peak_mb": max(one["peak_mb"] for one in peer)}
+        pairs = zip(ours, peer)
+        result["ratios"] = [statistics.median(b["ms"]) / statistics.median(a["ms"]) for a, b in pairs]
+        result |= {"ratio": statistics.median(result["ratios"]), "peer_peak_mb": max(one["peak_mb"] for one in peer)}
+        base = imported_mb(arguments.peer_python, "torch, megatron.core")
+        result["peer_over_import_mb"] = result["peer_peak_mb"] - base
     return result
 
 
 HEADING = (
     f"{'size':4} {'layout':8} {'ours t/s':>9} {'peer t/s':>9} {'ratio':>6} {'matmul':>7} {'kernel':>7} {'comm':>6} "
-    f"{'idle':>6} {'python':>7} {'ideal':>6} {'MB':>6} {'peer MB':>8}"
+    f"{'idle':>6} {'python':>7} {'ideal':>6} {'late':>6} {'MB':>5} {'peer':>5} {'+MB':>5} {'+peer':>5}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """Return a table row; idle is the measured bubble, ideal the schedule's."""
     shares = [f"{100 * row['shares'][part]:.1f}%" for part in PARTS]
-    ideal = f"{100 * row['ideal_bubble']:.0f}%" if "ideal_bubble" in row else ""
+    ideal = f"{100 * row['ideal_bubble']:.1f}%" if "ideal_bubble" in row else ""
+    late = f"{100 * (row['over_ideal'] - 1):.1f}%" if "over_ideal" in row else ""
+    columns = ("peak_mb", "peer_peak_mb", "over_import_mb", "peer_over_import_mb")
+    memory = [row.get(key, float("nan")) for key in columns]
     peer = f"{row['peer_tokens_per_s']:9.0f} {row['ratio']:6.2f}" if "ratio" in row else f"{'':9} {'':6}"
     return (
         f"{row['size']:4} {row['layout']:8} {row['tokens_per_s']:9.0f} {peer} {shares[0]:>7} {shares[1]:>7} "
-        f"{shares[2]:>6} {shares[3]:>6} {shares[4]:>7} {ideal:>6} {row['peak_mb']:6.0f} "
-        f"{row.get('peer_peak_mb', float('nan')):8.0f}"
+        f"{shares[2]:>6} {shares[3]:>6} {shares[4]:>7} {ideal:>6} {late:>6} " + " ".join(f"{mb:5.0f}" for mb in memory)
     )
 
 
@@ -258,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="A,B")
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help=f"of each run; the first {WARM_UP} do not count")
     parser.add_argument("--kernels", default="auto", choices=["auto", "local"])
     parser.add_argument("--profile", action="store_true", help="name the ten most expensive functions (slows the run)")

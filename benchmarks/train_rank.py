@@ -26,6 +26,8 @@ from parallel_core import ops  # noqa: E402
 from parallel_core.comm import shm  # noqa: E402
 from parallel_core.launch.report import run_as_rank  # noqa: E402
 from parallel_core.ops import build, library  # noqa: E402
+from parallel_core.pipeline.executor import run_steps  # noqa: E402
+from parallel_core.training import step as training_step  # noqa: E402
 from parallel_core.training.step import TrainingStep  # noqa: E402
 
 MATMULS = ("pc_linear", "pc_linear_grad_input", "pc_linear_grad_weight")
@@ -51,13 +53,35 @@ class Clocked:
         return call
 
 
+class ClockedStage:
+    """A pipeline stage that appends (FORWARD or BACKWARD, microbatch, chunk, seconds) to `actions`."""
+
+    def __init__(self, stage: Any, chunk: int, actions: list[tuple[str, int, int, float]]) -> None:
+        self._stage, self._chunk, self._actions = stage, chunk, actions
+
+    def forward(self, microbatch: int, activation: Any) -> Any:
+        """Run and note the forward pass."""
+        start = time.perf_counter()
+        result = self._stage.forward(microbatch, activation)
+        self._actions.append(("FORWARD", microbatch, self._chunk, time.perf_counter() - start))
+        return result
+
+    def backward(self, microbatch: int, grad_output: Any, is_last: bool) -> Any:
+        """Run and note the backward pass."""
+        start = time.perf_counter()
+        result = self._stage.backward(microbatch, grad_output, is_last)
+        self._actions.append(("BACKWARD", microbatch, self._chunk, time.perf_counter() - start))
+        return result
+
+
 class Recorder:
     """Times the steps of this rank and says what they were spent on."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self.groups: list[shm.ShmGroup] = []
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.pipeline: dict[str, Any] = {}
         self.profile = cProfile.Profile() if os.environ.get("BENCH_PROFILE") else None
         self.rank = int(os.environ.get("RANK_ID", "0"))
 
@@ -78,6 +102,15 @@ class Recorder:
             return recorder.step(lambda: train(step, *arguments))
 
         shm.ShmGroup.__init__, TrainingStep.train = creating, training  # type: ignore[method-assign]
+        training_step.run_steps = self.run_pipeline  # type: ignore[assignment]
+
+    def run_pipeline(self, steps: Any, stages: Any, *options: Any) -> None:
+        """Run the pipeline with a clock on every forward and backward pass."""
+        actions: list[tuple[str, int, int, float]] = []
+        clocked = [ClockedStage(stage, chunk, actions) for chunk, stage in enumerate(stages)]
+        start = time.perf_counter()
+        run_steps(steps, clocked, *options)
+        self.pipeline = {"pipeline start": start, "pipeline end": time.perf_counter(), "actions": actions}
 
     def step(self, run: Any) -> Any:
         """Run one step."""
@@ -97,7 +130,7 @@ class Recorder:
         row = {"step": total, "matmul": matmul, "other kernels": kernels}
         row |= {"communication": max(0.0, transfer - idle), "idle": idle}
         row["python and MindSpore"] = total - matmul - kernels - max(transfer, idle)
-        self.rows.append(row)
+        self.rows.append(row | self.pipeline)
         return result
 
     def _waited(self) -> float:

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.common._grad_function import _Function as Function
 from mindspore.ops.composite import GradOperation
 
-__all__ = ["Function", "backward", "inner_backward", "no_grad", "on_gradient"]
+__all__ = ["Function", "MainGrad", "backward", "inner_backward", "main_grad_of", "no_grad", "on_gradient"]
 
 no_grad = ms._no_grad
 """Context manager: operations inside are not recorded."""
@@ -74,3 +75,19 @@ def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> Any:
             receive(gradient)
 
     return parameter.register_hook(hook)
+
+
+class MainGrad(Protocol):
+    """Where the gradients of a parameter are summed over microbatches (Megatron: `param.main_grad`)."""
+
+    def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
+        """Call `write(array, add)`, which overwrites the float32 array in the parameter's shape or adds to it.
+
+        Returns:
+            What the calling `Function.backward` returns as the parameter's gradient.
+        """
+
+
+def main_grad_of(parameter: Tensor, gradient: Tensor) -> MainGrad | None:
+    """Return where a float32 `gradient` of `parameter` is summed, if backward may write there itself."""
+    return getattr(parameter, "main_grad", None) if gradient.dtype == ms.float32 else None

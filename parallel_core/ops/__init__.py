@@ -13,11 +13,13 @@ causal_attention_packed = selectable(reference.causal_attention_packed)
 dropout = selectable(reference.dropout)
 embedding = selectable(reference.embedding)
 embedding_grad_table = selectable(reference.embedding_grad_table)
+embedding_grad_table_ = selectable(reference.embedding_grad_table_)
 layer_norm = selectable(reference.layer_norm)
 linear = selectable(reference.linear)
 linear_grad_bias = selectable(reference.linear_grad_bias)
 linear_grad_input = selectable(reference.linear_grad_input)
 linear_grad_weight = selectable(reference.linear_grad_weight)
+linear_grad_weight_ = selectable(reference.linear_grad_weight_)
 rms_norm = selectable(reference.rms_norm)
 rotary = selectable(reference.rotary)
 rotary_packed = selectable(reference.rotary_packed)
@@ -39,11 +41,13 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_grad_table",
+    "embedding_grad_table_",
     "layer_norm",
     "linear",
     "linear_grad_bias",
     "linear_grad_input",
     "linear_grad_weight",
+    "linear_grad_weight_",
     "rms_norm",
     "rotary",
     "rotary_packed",

@@ -74,6 +74,16 @@ def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     return dw
 
 
+def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
+    """See `reference.linear_grad_weight_`; nothing of the weight's size is allocated."""
+    if not (native(dy_TO, x_TI) and _flat(into_OI)):
+        reference.linear_grad_weight_(into_OI, dy_TO, x_TI, add)
+        return
+    dy, x = dy_TO.contiguous(), x_TI.contiguous()
+    O, I = into_OI.shape
+    lib.pc_linear_grad_weight(dy.data_ptr(), x.data_ptr(), into_OI.ctypes.data, dy.size // O, I, O, add)
+
+
 def linear_grad_bias(dy_TO: Tensor) -> Tensor:
     """See `reference.linear_grad_bias`."""
     return sum_rows(dy_TO, dy_TO.shape[-1]) if native(dy_TO) else reference.linear_grad_bias(dy_TO)
@@ -108,6 +118,16 @@ def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row:
     grad = new((num_rows, H))
     lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), grad.data_ptr(), T, num_rows, H, first_row, 0)
     return grad
+
+
+def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
+    """See `reference.embedding_grad_table_`; nothing of the table's size is allocated."""
+    if not (native(dy_TH) and _flat(into_VH)):
+        reference.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add)
+        return
+    dy, ids = dy_TH.contiguous(), int32(ids_T)
+    V, H = into_VH.shape
+    lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), into_VH.ctypes.data, ids.size, V, H, first_row, add)
 
 
 # ---- cross entropy --------------------------------------------------------------------------------------------------

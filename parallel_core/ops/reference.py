@@ -54,6 +54,15 @@ def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     return _matmul_tn(_rows(dy_TO), _rows(x_TI))
 
 
+def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
+    """Write the gradient of `linear` for the weight to float32 `into_OI`, or add it."""
+    _put(into_OI, linear_grad_weight(dy_TO, x_TI), add)
+
+
+def _put(into: np.ndarray, value: Tensor, add: bool) -> None:
+    np.add(into, value.asnumpy(), out=into) if add else np.copyto(into, value.asnumpy())
+
+
 def linear_grad_bias(dy_TO: Tensor) -> Tensor:
     """Return the gradient of `linear` for the bias, [O]; no autograd."""
     return _rows(dy_TO).sum(0)
@@ -75,6 +84,11 @@ def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row:
     """Return the gradient of `embedding` for the table, [num_rows, H]; no autograd."""
     rows, inside = _local_rows(ids_T, first_row, num_rows)
     return ops.unsorted_segment_sum(dy_TH * inside.astype(dy_TH.dtype).reshape(-1, 1), rows, num_rows)
+
+
+def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
+    """Write the gradient of `embedding` for the table to float32 `into_VH`, or add it."""
+    _put(into_VH, embedding_grad_table(dy_TH, ids_T, into_VH.shape[0], first_row), add)
 
 
 def _local_rows(ids_T: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,12 @@ _RAW = (
     "add_",
     "embedding",
     "embedding_grad_table",
+    "embedding_grad_table_",
     "linear",
     "linear_grad_bias",
     "linear_grad_input",
     "linear_grad_weight",
+    "linear_grad_weight_",
     "sum_of_squares",
     "vocab_grad_logits",
     "vocab_statistics",
@@ -41,7 +43,7 @@ _FUSED = (
     "split_last_dim",
 )
 _ATTENTION = ("causal_attention", "causal_attention_packed")
-_NEED_GEMM = {"linear", "linear_grad_input", "linear_grad_weight"}
+_NEED_GEMM = {"linear", "linear_grad_input", "linear_grad_weight", "linear_grad_weight_"}
 
 _active: dict[str, Callable[..., Any]] = {}
 

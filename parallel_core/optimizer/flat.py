@@ -49,6 +49,9 @@ class Flat(Protocol):
     def numpy(self) -> np.ndarray:
         """Return the elements; on CPU sharing memory."""
 
+    def host_array(self) -> np.ndarray | None:
+        """Return the NumPy array that is this memory, or None if it is not the host's."""
+
     def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
         """Do one AdamW update of these master weights; see `ops.adam_`."""
 
@@ -108,6 +111,10 @@ class CpuFlat:
         self._array[:] = values
 
     def numpy(self) -> np.ndarray:
+        """Return the array itself."""
+        return self._array
+
+    def host_array(self) -> np.ndarray:
         """Return the array itself."""
         return self._array
 
@@ -189,6 +196,9 @@ class AscendFlat:
     def numpy(self) -> np.ndarray:
         """Return a copy of the elements."""
         return self._data.asnumpy()
+
+    def host_array(self) -> None:
+        """Return None: the memory is the device's."""
 
     def adam_(
         self,

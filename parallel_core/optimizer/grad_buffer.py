@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from mindspore import Parameter, Tensor
+import numpy as np
+from mindspore import Parameter, Tensor, mint
 
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ParallelCoreError, bullet_list
@@ -20,6 +21,52 @@ from parallel_core.optimizer.bucket_layout import (
 from parallel_core.optimizer.flat import Flat
 
 logger = logging.getLogger(__name__)
+
+
+class MainGrad:
+    """The sum of a parameter's gradients over the microbatches of an iteration; see `autograd.MainGrad`.
+
+    A layer's backward pass that sums here itself returns a placeholder: a view of the parameter's shape on one zero.
+    So the gradient's hook still fires when all contributions of a backward pass are in, and nothing of the parameter's
+    size is allocated.
+
+    Args:
+        flat: where it is kept.
+        parameter: its `main_grad` is set to this object, if backward passes may write here.
+    """
+
+    def __init__(self, flat: Flat, parameter: Parameter) -> None:
+        self.flat = flat
+        self.begun = False
+        """Whether this iteration has contributed."""
+        self._placeholder: Tensor | None = None
+        self._lent = False
+        array = flat.host_array()
+        if array is not None and array.dtype == np.float32:
+            self._array, self._dtype = array.reshape(parameter.shape), parameter.dtype
+            parameter.main_grad = self
+
+    def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
+        """See `autograd.MainGrad.accumulate`."""
+        write(self._array, self.begun)
+        self.begun = True
+        if self._lent:
+            return None  # autograd would have to add two placeholders, in a tensor of the parameter's size
+        if self._placeholder is None:  # of the parameter's dtype: a cast would make it an ordinary tensor
+            self._placeholder = mint.broadcast_to(mint.zeros((1,), dtype=self._dtype), self._array.shape)
+        self._lent = True
+        return self._placeholder
+
+    def receive(self, gradient: Tensor) -> None:
+        """Take what autograd has gathered in one backward pass."""
+        lent, self._lent = self._lent, False
+        if lent and not gradient.is_contiguous():
+            return  # the placeholder alone; with other contributions added to it, it is an ordinary tensor
+        if self.begun:
+            self.flat.add_(gradient)
+        else:
+            self.flat.write_(gradient)
+            self.begun = True
 
 
 class ParamAndGradBuffer:
@@ -72,23 +119,20 @@ class ParamAndGradBuffer:
         self.slots: dict[int, ParameterSlot] = {slot.index: slot for slot in self.layout.slots}
         for slot in self.layout.slots:
             self.params.part(slot.start, slot.end).bind(self.parameters[slot.index])
-        self._views = {i: self.grads.part(slot.start, slot.end) for i, slot in self.slots.items()}
+        self._main_grads = {
+            i: MainGrad(self.grads.part(slot.start, slot.end), self.parameters[i]) for i, slot in self.slots.items()
+        }
         self._members = [
             {slot.index for slot in self.layout.slots if slot.bucket == b} for b in range(len(self.layout.buckets))
         ]
         self._looked_for_zeros = False
-        self._accumulated: set[int] = set()
         self._ready: set[int] = set()
         self._running: dict[int, Handle] = {}
         self._gathering: dict[int, Handle] = {}
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
         """Add to the gradient of parameter `index`; the first one of an iteration replaces what was there."""
-        if index in self._accumulated:
-            self._views[index].add_(gradient)
-        else:
-            self._views[index].write_(gradient)
-            self._accumulated.add(index)
+        self._main_grads[index].receive(gradient)
 
     def mark_ready(self, index: int) -> None:
         """Say that the gradient of parameter `index` is complete; the bucket's last one starts its reduction."""
@@ -115,7 +159,7 @@ class ParamAndGradBuffer:
         Raises:
             ParallelCoreError: if a parameter got no gradient in this iteration; it is named.
         """
-        missing = sorted(set(self.slots) - self._accumulated)
+        missing = sorted(i for i, main_grad in self._main_grads.items() if not main_grad.begun)
         if missing:
             raise ParallelCoreError(
                 f"{len(missing)} parameters got no gradient in this iteration, so the model's output does not depend "
@@ -135,7 +179,7 @@ class ParamAndGradBuffer:
 
     def _name_zeros(self) -> None:
         """Warn of parameters that the output does not depend on: MindSpore gives them gradients of zeros."""
-        zeros = [self.names[i] for i in sorted(self._views) if self._views[i].sum_of_squares() == 0.0]
+        zeros = [self.names[i] for i in sorted(self.slots) if self.main_grad(i).sum_of_squares() == 0.0]
         if zeros:
             logger.warning(
                 "the gradient of %d parameters is exactly zero in the first iteration; if the model's output does not "
@@ -146,13 +190,14 @@ class ParamAndGradBuffer:
 
     def start_iteration(self) -> None:
         """Forget the gradients; nothing is written, the next accumulation overwrites."""
-        self._accumulated.clear()
+        for main_grad in self._main_grads.values():
+            main_grad.begun = False
         self._ready.clear()
         self._running.clear()
 
     def main_grad(self, index: int) -> Flat:
         """Return the accumulated gradient of parameter `index`."""
-        return self._views[index]
+        return self._main_grads[index].flat
 
     def owned(self, where: BucketRange) -> tuple[int, int]:
         """Return the part of a bucket whose optimizer state this rank keeps."""

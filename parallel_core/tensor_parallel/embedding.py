@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function
+from parallel_core.autograd import Function, main_grad_of
 from parallel_core.comm.interface import Group
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.parameter import InitMethod, ShardSpec, make_parameter
@@ -83,7 +83,7 @@ def embedding_lookup(ids: Tensor, table: Tensor, first_row: int = 0) -> Tensor:
 class _LocalEmbedding(Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
-        ctx.first_row, ctx.num_rows, ctx.dtype = first_row, weight.shape[0], weight.dtype
+        ctx.first_row, ctx.weight = first_row, weight
         ctx.save_for_backward(ids)
         rows = ops.cast(ops.embedding(ids.reshape(-1), _widened(weight), first_row), weight.dtype)
         return rows.reshape(*ids.shape, weight.shape[1])
@@ -92,8 +92,15 @@ class _LocalEmbedding(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         dy_TH = _widened(dy).reshape(-1, dy.shape[-1])
-        dw = ops.embedding_grad_table(dy_TH, ids.reshape(-1), ctx.num_rows, ctx.first_row)
-        return None, ops.cast(dw, ctx.dtype), None
+        ids_T, first_row, weight = ids.reshape(-1), ctx.first_row, ctx.weight
+        main_grad = main_grad_of(weight, dy)
+        if main_grad is None:
+            dw = ops.embedding_grad_table(dy_TH, ids_T, weight.shape[0], first_row)
+            return None, ops.cast(dw, weight.dtype), None
+        dw = main_grad.accumulate(
+            lambda into_VH, add: ops.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add)
+        )
+        return None, dw, None
 
 
 def _widened(x: Tensor) -> Tensor:

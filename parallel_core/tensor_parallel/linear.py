@@ -10,7 +10,7 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function
+from parallel_core.autograd import Function, main_grad_of
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError
 from parallel_core.tensor_parallel import mappings
@@ -245,7 +245,7 @@ def _forward(
     return ops.linear(total, ops.cast(weight, x.dtype), bias)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return (dx, dw)."""
     x, weight = ctx.saved_tensors
     if ctx.regather:
@@ -258,5 +258,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         summed = ctx.group.all_reduce_start_(dx)
     else:
         summed = None
-    dw = ops.cast(ops.linear_grad_weight(dy, x), weight.dtype)
+    dw = _weight_gradient(dy, x, weight)
     return dx if summed is None else summed.wait(), dw
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    main_grad = main_grad_of(weight, dy)
+    if main_grad is None:
+        return ops.cast(ops.linear_grad_weight(dy, x), weight.dtype)
+    return main_grad.accumulate(lambda into_OI, add: ops.linear_grad_weight_(into_OI, dy, x, add))
