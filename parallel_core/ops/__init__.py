@@ -27,6 +27,7 @@ split_last_dim = selectable(reference.split_last_dim)
 sum_of_squares = selectable(reference.sum_of_squares)
 vocab_grad_logits = selectable(reference.vocab_grad_logits)
 vocab_statistics = selectable(reference.vocab_statistics)
+write_ = selectable(reference.write_)
 
 __all__ = [
     "ACTIVATIONS",
@@ -56,4 +57,5 @@ __all__ = [
     "use_kernels",
     "vocab_grad_logits",
     "vocab_statistics",
+    "write_",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -187,12 +188,22 @@ def sum_of_squares(flat: np.ndarray) -> float:
     return lib.pc_sum_of_squares(flat.ctypes.data, flat.size)
 
 
-def add_(into: np.ndarray, values: np.ndarray) -> None:
+def add_(into: np.ndarray, values: Tensor) -> None:
     """See `reference.add_`."""
-    if not _flat(into, values):
+    if not (_flat(into) and native(values)):
         reference.add_(into, values)
         return
-    lib.pc_add(into.ctypes.data, values.ctypes.data, into.size)
+    values = values.contiguous()
+    lib.pc_add(into.ctypes.data, values.data_ptr(), into.size)
+
+
+def write_(into: np.ndarray, values: Tensor) -> None:
+    """See `reference.write_`."""
+    if not (_flat(into) and native(values)):
+        reference.write_(into, values)
+        return
+    values = values.contiguous()
+    ctypes.memmove(into.ctypes.data, values.data_ptr(), into.nbytes)
 
 
 def adam_(

@@ -338,9 +338,14 @@ def sum_of_squares(flat: np.ndarray) -> float:
     )
 
 
-def add_(into: np.ndarray, values: np.ndarray) -> None:
-    """Add 1-D `values` to 1-D float32 `into`, in place."""
-    np.add(into, values, out=into, casting="unsafe")
+def add_(into: np.ndarray, values: Tensor) -> None:
+    """Add a tensor's elements to 1-D `into` of as many, in place."""
+    np.add(into, values.asnumpy().reshape(-1), out=into, casting="unsafe")
+
+
+def write_(into: np.ndarray, values: Tensor) -> None:
+    """Overwrite 1-D `into` with a tensor's elements."""
+    into[:] = values.asnumpy().reshape(-1)
 
 
 def adam_(

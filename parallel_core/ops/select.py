@@ -31,6 +31,7 @@ _RAW = (
     "sum_of_squares",
     "vocab_grad_logits",
     "vocab_statistics",
+    "write_",
 )
 _FUSED = (
     "activation",

@@ -86,11 +86,11 @@ class CpuFlat:
 
     def write_(self, gradient: Tensor) -> None:
         """Overwrite with a gradient."""
-        self._array[:] = gradient.asnumpy().reshape(-1)
+        ops.write_(self._array, gradient)
 
     def add_(self, gradient: Tensor) -> None:
         """Add a gradient."""
-        ops.add_(self._array, gradient.asnumpy().reshape(-1))
+        ops.add_(self._array, gradient)
 
     def copy_(self, other: Flat) -> None:
         """Overwrite, casting."""

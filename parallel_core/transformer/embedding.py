@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
@@ -35,6 +38,7 @@ class LanguageModelEmbedding(nn.Cell):
             name=f"{name}.word_embeddings",
         )
         self.position_embeddings = None
+        self._plain_ids_SB: Tensor | None = None
         if config.position_embedding_type == "learned_absolute":
             spec = ShardSpec(
                 f"{name}.position_embeddings.weight",
@@ -53,14 +57,15 @@ class LanguageModelEmbedding(nn.Cell):
         """
         hidden = ops.cast(self.word_embeddings(tokens_BS.transpose(1, 0)), self.residual_dtype)
         if self.position_embeddings is not None:
-            positions = self._positions(self.position_embeddings, tokens_BS.shape[1], position_ids_BS)
-            hidden = hidden + ops.cast(positions, self.residual_dtype)
+            positions = self._positions(self.position_embeddings, tokens_BS.shape, position_ids_BS)
+            hidden = ops.bias_dropout_add(hidden, None, ops.cast(positions, self.residual_dtype), 0.0, (0, 0))
         rate = self.dropout_rate if self.streams.training else 0.0
         if rate:
             hidden = ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut))
         return hidden
 
-    def _positions(self, table: Parameter, length: int, position_ids_BS: Tensor | None) -> Tensor:
+    def _positions(self, table: Parameter, shape: Sequence[int], position_ids_BS: Tensor | None) -> Tensor:
+        samples, length = shape
         if length > table.shape[0]:
             raise ConfigError(
                 f"a sequence of {length} tokens needs max_position_embeddings >= {length}, not {table.shape[0]}"
@@ -69,6 +74,8 @@ class LanguageModelEmbedding(nn.Cell):
             ids_SB = position_ids_BS.transpose(1, 0)
             return embedding_lookup(local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB, table)
         count = length // self.tp_group.size if self.cut else length
-        first = self.tp_group.rank * count if self.cut else 0
-        # Cast before the slice: the CPU has no gradient of a bfloat16 slice.
-        return ops.cast(table, self.residual_dtype)[first : first + count].expand_dims(1)
+        if self._plain_ids_SB is None or self._plain_ids_SB.shape != (count, samples):
+            first = self.tp_group.rank * count if self.cut else 0
+            ids_S = np.arange(first, first + count, dtype=np.int32)
+            self._plain_ids_SB = Tensor(np.repeat(ids_S[:, None], samples, axis=1))
+        return embedding_lookup(self._plain_ids_SB, table)

@@ -290,6 +290,27 @@ def test_embedding(sizes):
         close(got, want, SUMMED)
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_gradients_written_in_place(add):
+    """What was there before is kept when added to, and of no influence when not."""
+    rng = np.random.default_rng(5)
+    dy, x, ids = Tensor(array(rng, 65, 7)), Tensor(array(rng, 65, 9)), Tensor(rng.integers(0, 30, 65).astype(np.int32))
+    before = array(rng, 7, 9), array(rng, 20, 7), array(rng, 65 * 7), array(rng, 65 * 7)
+    got, want = ([a.copy() for a in before] for _ in range(2))
+    if not add:
+        for a in got:
+            a.fill(np.nan)
+    for module, out in ((ops, got), (reference, want)):
+        module.linear_grad_weight_(out[0], dy, x, add)
+        module.embedding_grad_table_(out[1], dy, ids, 5, add)
+        (module.add_ if add else module.write_)(out[2], dy)
+        (module.add_ if add else module.write_)(out[3], Tensor(np.ascontiguousarray(dy.asnumpy().T)).T)  # a view
+    for g, w in zip(got, want):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+    exact = dy.asnumpy().T @ x.asnumpy() + (before[0] if add else 0)
+    np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(1, 2), (17, 33), (64, 1000), (8, 8192)])
 def test_vocabulary(sizes):
     T, V = sizes
