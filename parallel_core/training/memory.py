@@ -5,8 +5,7 @@
 
 Every layout is started as a job of its own and runs three iterations on random tokens. Parameters, gradients and
 optimizer state are measured as the bytes of the real buffers, activations as the peak that `MemoryMeter` sees in the
-third iteration. That peak also holds what the formula leaves out: the temporaries of the operators that are running,
-and the gradients that the backward pass of one microbatch hands over.
+third iteration. That peak also holds what the formula leaves out: the temporaries of the operators that are running.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +96,9 @@ def compare(layout: str, argv: Sequence[str]) -> list[StageMemory]:
     arguments = [*argv, *flags]
     world_size = world_size or required_world_size(load_config(arguments).config)
     config = load_config(arguments, world_size=world_size).config
-    measured = _run(arguments, world_size)
+    measured, fused = _run(arguments, world_size)
+    if fused:  # the compiled attention keeps no scores either, flash attention or not
+        config = replace(config, model_config=replace(config.model_config, use_flash_attention=True))
     stages = stage_layout(config.model_config.num_layers, config.parallel_config)
     dp = world_size // (stages.num_ranks * config.parallel_config.tensor_model_parallel_size)
     rows = []
@@ -125,8 +127,8 @@ def memory_table(rows: Sequence[StageMemory]) -> str:
     return "\n".join(["MiB per rank: closed formula / measured", head, rule, *lines])
 
 
-def _run(arguments: Sequence[str], world_size: int) -> list[tuple[int, Memory]]:
-    """Run the job and return (pipeline rank, memory) of every rank."""
+def _run(arguments: Sequence[str], world_size: int) -> tuple[list[tuple[int, Memory]], bool]:
+    """Run the job; return (pipeline rank, memory) of every rank, and whether the compiled kernels ran."""
     root = str(Path(__file__).resolve().parents[2])
     with tempfile.TemporaryDirectory(prefix="parallel_core_memory_") as folder:
         environment = {**os.environ, _OUTPUT: folder, "NPROC": str(world_size), "LOG_DIR": f"{folder}/logs"}
@@ -136,12 +138,13 @@ def _run(arguments: Sequence[str], world_size: int) -> list[tuple[int, Memory]]:
         if done.returncode:
             raise ConfigError("the measured run failed; its last lines:\n" + "\n".join(done.stdout.splitlines()[-15:]))
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("rank_*.json"))]
-    return [(report["pp_rank"], Memory(**report["memory"])) for report in reports]
+    memories = [(report["pp_rank"], Memory(**report["memory"])) for report in reports]
+    return memories, all(report["fused"] for report in reports)
 
 
 # ---- on a rank ------------------------------------------------------------------------------------------------------
-def measure(argv: Sequence[str]) -> tuple[int, int, Memory]:
-    """Run three iterations as this rank and return (global rank, pipeline rank, its memory)."""
+def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """Run three iterations as this rank and return its global rank and what it reports."""
     from parallel_core import ops
     from parallel_core.optimizer.schedules import OptimizerParamScheduler
     from parallel_core.training.batches import make_batch_source
@@ -158,7 +161,7 @@ def measure(argv: Sequence[str]) -> tuple[int, int, Memory]:
 
     rank, world_size = start_runtime()
     config, _ = supported_precision(load_config(argv, world_size=world_size).config)
-    ops.use_kernels(config.model_config.transformer_impl)
+    fused = ops.use_kernels(config.model_config.transformer_impl).startswith("fused")
     context = start_context(config, rank, world_size)
     sizes = batch_sizes(config, context.dp.size)
     scheduler = OptimizerParamScheduler(schedule_shape(config, sizes, 3))
@@ -173,9 +176,9 @@ def measure(argv: Sequence[str]) -> tuple[int, int, Memory]:
     peak = meter.stop()
     bytes_of = step.ddp.memory_bytes()
     memory = Memory(bytes_of["parameters"], bytes_of["gradients"], step.optimizer.memory_bytes(), peak)
-    pp_rank = context.pp.rank
+    report = {"pp_rank": context.pp.rank, "memory": asdict(memory), "fused": fused}
     context.destroy()
-    return rank, pp_rank, memory
+    return rank, report
 
 
 def _random_batches(config: AllConfig) -> Iterator[dict[str, np.ndarray]]:
@@ -195,9 +198,8 @@ def _random_batches(config: AllConfig) -> Iterator[dict[str, np.ndarray]]:
 def main(argv: Sequence[str]) -> int:
     """Print the table and return the exit status; in the measured job, write what this rank found."""
     if _OUTPUT in os.environ:
-        rank, pp_rank, memory = measure(argv)
-        path = Path(os.environ[_OUTPUT]) / f"rank_{rank}.json"
-        path.write_text(json.dumps({"pp_rank": pp_rank, "memory": asdict(memory)}), encoding="utf-8")
+        rank, report = measure(argv)
+        (Path(os.environ[_OUTPUT]) / f"rank_{rank}.json").write_text(json.dumps(report), encoding="utf-8")
         return 0
     arguments, layouts = list(argv), [""]
     if {"-h", "--help"} & set(arguments):

@@ -274,10 +274,10 @@ def from_rank_0(ctx: CaseContext, compute: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def kernels(mode: str) -> Iterator[None]:
-    """Use these kernels inside the block, and plain MindSpore operators after it."""
-    ops.use_kernels(mode)
+def kernels(mode: str) -> Iterator[str]:
+    """Use these kernels inside the block, and plain MindSpore operators after it; gives which were selected."""
+    sentence = ops.use_kernels(mode)
     try:
-        yield
+        yield sentence
     finally:
         ops.use_kernels("local")
