@@ -41,7 +41,10 @@ def _launch(arguments: list[str]) -> int:
     num_ranks = integer(os.environ, "NPROC", 0)
     layout, log_dir, timeout_minutes = "", DEFAULT_LOG_DIR, 10.0
     if not plain:
-        num_ranks, config = check_configuration(list(command[1:]), num_ranks)
+        try:
+            num_ranks, config = check_configuration(list(command[1:]), num_ranks)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_hint(command[0], str(error))}") from None
         layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
         timeout_minutes = config.parallel_config.distributed_timeout_minutes
     elif not num_ranks:
@@ -54,6 +57,16 @@ def _launch(arguments: list[str]) -> int:
         target = spec.environment["DEVICE_TARGET"]
         print(f"INFO - starting {ranks} on {target}; logs: {spec.log_dir}/worker_*.log", flush=True)
         return Job(spec).run()
+
+
+def _hint(script: str, error: str) -> str:
+    """Return what to do if the arguments that are unknown here are known to the script."""
+    if ": unknown argument" not in error or Path(script).name == "pretrain_gpt.py":
+        return ""
+    return (
+        f"\nIf {script} itself adds arguments (extra_args_provider), leave the check to it: "
+        f"NPROC=N python -m parallel_core.launch --plain {script} ..."
+    )
 
 
 @contextmanager

@@ -41,9 +41,23 @@ def check(ctx: CaseContext, common: Tiny, layout: Tiny, rtol: float = RTOL) -> N
     reports = run.train(ITERATIONS)
     np.testing.assert_allclose([r.losses["lm loss"] for r in reports], want["losses"], rtol=rtol)
     np.testing.assert_allclose([r.grad_norm for r in reports], want["norms"], rtol=10 * rtol)
-    assert_close(run.gradients(), want["gradients"], 20 * rtol)
+    assert_close(*map(without_rounding, (run.gradients(), want["gradients"])), 20 * rtol)
     run.parameters()  # replicas agree to the bit
     np.testing.assert_allclose(run.evaluate()["lm loss"], want["evaluation"], rtol=rtol)
+
+
+def without_rounding(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the gradients without those that are zero but for rounding.
+
+    A bias that all keys share adds the same to every score of a query, and the softmax does not see it; rotary
+    positions turn it, and then it counts.
+    """
+    kept = {}
+    for name, values in gradients.items():
+        if name.endswith("k_layernorm.bias") and np.abs(values).max() < 1e-7:
+            values = np.zeros_like(values)
+        kept[name] = values
+    return kept
 
 
 def settings(layout: str) -> Tiny:

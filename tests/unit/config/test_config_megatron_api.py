@@ -112,6 +112,18 @@ def test_arguments_from_a_megatron_checkpoint():
     assert layout.config.parallel_config.pipeline_model_parallel_size == 2
 
 
+def test_the_tokenizer_of_a_megatron_checkpoint():
+    words = ["--load", str(CHECKPOINT), "--use-checkpoint-args", "--micro-batch-size", "2"]
+    words += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "x.model"]
+    loaded = load_config(words)
+    assert loaded.config.dataset_config.tokenizer_type == "NullTokenizer"
+    assert "--tokenizer-type SentencePieceTokenizer: not used, the checkpoint has tokenizer_type=NullTokenizer" in (
+        loaded.notes
+    )
+    own = load_config([*words, "--no-use-tokenizer-model-from-checkpoint-args"])
+    assert own.config.dataset_config.tokenizer_type == "SentencePieceTokenizer"
+
+
 def test_checkpoint_arguments_need_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match="--use-checkpoint-args: needs load"):
         load_config(["--use-checkpoint-args", "--micro-batch-size", "2"])

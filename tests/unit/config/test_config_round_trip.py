@@ -116,7 +116,7 @@ def again(text: str, form: str, tmp_path, world: int):
     return load_config(["--config", str(tmp_path / "c.yaml")], world_size=world)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=configurations())
 def test_every_form_brings_the_configuration_back(tmp_path, case):
     words, world = case

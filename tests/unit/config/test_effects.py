@@ -268,7 +268,7 @@ ELSEWHERE = {
     "use_mp_args_from_checkpoint_args":
         "tests/unit/config/test_config_megatron_api.py::test_arguments_from_a_megatron_checkpoint",
     "use_tokenizer_model_from_checkpoint_args":
-        "tests/unit/config/test_config_megatron_api.py::test_arguments_from_a_megatron_checkpoint",
+        "tests/unit/config/test_config_megatron_api.py::test_the_tokenizer_of_a_megatron_checkpoint",
 }
 
 
