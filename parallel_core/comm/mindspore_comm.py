@@ -19,6 +19,8 @@ from mindspore import Tensor, communication, mint
 from parallel_core.comm.interface import Done, Group, Handle
 from parallel_core.comm.watchdog import Watchdog
 from parallel_core.errors import CommError
+from parallel_core.ops.library import default_threads
+from parallel_core.ops.thread_pool import limit_threads
 
 WORLD = "hccl_world_group"
 """The name under which MindSpore's point-to-point operations look the world up, on every backend."""
@@ -28,8 +30,10 @@ def start_communication() -> tuple[int, int]:
     """Join the cluster that msrun describes in the environment, and return (rank, world size).
 
     On CPU the world group does not exist under the name that `send` and `recv` use, and without it a receive returns
-    zeros and no error; so it is created here.
+    zeros and no error; so it is created here. MindSpore's own threads are limited first, see `ops.thread_pool`.
     """
+    if ms.get_context("device_target") == "CPU":
+        limit_threads(default_threads())
     communication.init()
     rank, size = communication.get_rank(), communication.get_group_size()
     if ms.get_context("device_target") == "CPU":

@@ -151,6 +151,7 @@ def vocab_grad_logits(
     dloss_T: Tensor,
     target_weight: float,
     uniform_weight: float,
+    reuse_logits: bool = False,
 ) -> Tensor:
     """See `reference.vocab_grad_logits`."""
     if not native(logits_TV, log_sum_exp_T, dloss_T):
@@ -160,7 +161,7 @@ def vocab_grad_logits(
     logits, target = logits_TV.contiguous(), int32(target_T)
     log_sum_exp, dloss = log_sum_exp_T.contiguous(), dloss_T.contiguous()
     T, V = logits.shape
-    grad = new((T, V))
+    grad = logits if reuse_logits else new((T, V))
     lib.pc_vocab_grad_logits(
         logits.data_ptr(),
         log_sum_exp.data_ptr(),

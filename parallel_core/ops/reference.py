@@ -121,8 +121,12 @@ def vocab_grad_logits(
     dloss_T: Tensor,
     target_weight: float,
     uniform_weight: float,
+    reuse_logits: bool = False,  # noqa: ARG001 - compiled kernels do
 ) -> Tensor:
-    """Return dloss * (softmax - target_weight * onehot(target) - uniform_weight), [T, V]; no autograd."""
+    """Return dloss * (softmax - target_weight * onehot(target) - uniform_weight), [T, V]; no autograd.
+
+    With `reuse_logits` it may stand where the logits stood.
+    """
     logits = logits_TV.astype(ms.float32)
     softmax = mint.exp(logits - log_sum_exp_T.reshape(-1, 1))
     rows, inside = _local_rows(target_T, first_row, logits.shape[1])

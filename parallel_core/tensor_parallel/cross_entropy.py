@@ -17,7 +17,11 @@ from parallel_core.comm.interface import Group
 
 
 def vocab_parallel_cross_entropy(
-    vocab_parallel_logits: Tensor, target: Tensor, tp_group: Group, label_smoothing: float = 0.0
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    tp_group: Group,
+    label_smoothing: float = 0.0,
+    reuse_logits: bool = False,
 ) -> Tensor:
     """Return the loss of every token, float32, in the shape of `target`.
 
@@ -28,6 +32,7 @@ def vocab_parallel_cross_entropy(
         target: int32, the shape of the logits without their last dim; a negative one gives loss 0 and no gradient.
         tp_group: the tensor parallel group.
         label_smoothing: e, in [0, 1).
+        reuse_logits: nobody reads the logits after this, so backward may put their gradient in their place.
 
     Backward:
         dloss * (softmax - (1 - s) * onehot - s / V), no communication.
@@ -35,7 +40,7 @@ def vocab_parallel_cross_entropy(
     Communication:
         forward 2 all-reduces: of one float32 a token (max), and of three (sums).
     """
-    return _CrossEntropy.apply(vocab_parallel_logits, target, tp_group, label_smoothing)
+    return _CrossEntropy.apply(vocab_parallel_logits, target, tp_group, label_smoothing, reuse_logits)
 
 
 class VocabParallelCrossEntropy(nn.Cell):
@@ -52,9 +57,11 @@ class VocabParallelCrossEntropy(nn.Cell):
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, group: Group, label_smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, group: Group, label_smoothing: float, reuse_logits: bool
+    ) -> Tensor:
         logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-        ctx.first_row = group.rank * logits.shape[-1]
+        ctx.first_row, ctx.reuse_logits = group.rank * logits.shape[-1], reuse_logits
         vocabulary = group.size * logits.shape[-1]
         smoothing = label_smoothing * vocabulary / (vocabulary - 1) if label_smoothing else 0.0
         ctx.target_weight, ctx.uniform_weight = 1.0 - smoothing, smoothing / vocabulary
@@ -85,5 +92,6 @@ class _CrossEntropy(Function):
             dloss.reshape(-1) * counted,
             ctx.target_weight,
             ctx.uniform_weight,
+            ctx.reuse_logits,
         )
-        return grad.reshape(ctx.shape), None, None, None
+        return grad.reshape(ctx.shape), None, None, None, None

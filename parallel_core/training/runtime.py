@@ -11,6 +11,8 @@ import numpy as np
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.ops.library import default_threads
+from parallel_core.ops.thread_pool import limit_threads
 
 
 def start_runtime(device_target: str | None = None) -> tuple[int, int]:
@@ -28,6 +30,7 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     if target == "CPU":
         ms.set_context(pynative_synchronize=True)
         _keep_freed_memory()
+        limit_threads(default_threads())
     if int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
         return 0, 1
     from parallel_core.comm.mindspore_comm import start_communication

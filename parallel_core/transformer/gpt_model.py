@@ -139,7 +139,8 @@ class GPTModel(nn.Cell):
         if not self.config.fp16_lm_cross_entropy:
             logits_SBV = ops.cast(logits_SBV, ms.float32)
         labels_SB = labels_BS.transpose(1, 0)
-        loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_SB, self.tp_group, self.config.label_smoothing)
+        smoothing = self.config.label_smoothing
+        loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_SB, self.tp_group, smoothing, reuse_logits=True)
         return loss_SB.transpose(1, 0)
 
     @staticmethod

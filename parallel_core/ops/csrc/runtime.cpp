@@ -18,7 +18,7 @@ Sgemm sgemm = nullptr;
 
 namespace {
 
-constexpr std::chrono::microseconds kSpin{50};
+constexpr std::chrono::microseconds kSpin{250};
 
 // One job at a time, announced by `ticket`: number of the job, its parts, the next part to claim.
 struct Pool {

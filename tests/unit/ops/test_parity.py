@@ -329,6 +329,8 @@ def test_vocabulary(sizes):
         floor = float(np.abs(dloss.asnumpy()).max())
         got = ops.vocab_grad_logits(*arguments)
         close(got, reference.vocab_grad_logits(*arguments), 6e-6, floor=floor)
+        in_place = ops.vocab_grad_logits(Tensor(logits.asnumpy().copy()), *arguments[1:], reuse_logits=True)
+        close(in_place, got, 0.0)
         exact = np.exp(logits.asnumpy().astype(np.float64) - log_sum_exp.asnumpy()[:, None]) - smoothing / V
         rows = target.asnumpy() - first
         inside = (rows >= 0) & (rows < V)
