@@ -92,7 +92,7 @@ def parse_and_normalize_split(split: str) -> list[float]:
 
 def split_matrix(shares: Sequence[float]) -> SplitMatrix:
     """Return the range of each split in `[0, 1]`, None for an empty one."""
-    edges: list[float] = [0.0]
+    edges: list[float] = [0]  # an int: so Megatron writes it, and the name of a cache is a hash of the text
     for share in shares:
         edges.append(edges[-1] + share)
     ranges = [(low, high) if high > low else None for low, high in zip(edges[:-1], edges[1:])]

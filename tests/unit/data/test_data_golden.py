@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -179,3 +180,30 @@ def test_batches_of_megatrons_training_runs(run, options, corpus, tmp_path):
             starts = np.concatenate([batch["doc_start"] for batch in batches])
             masks = attention_mask_from_document_starts(starts)
             assert np.array_equal(masks, expected[f"{run}/{step}/attention_mask"].reshape(masks.shape))
+
+
+class Identified(NullTokenizer):
+    """What the caches of the golden folder were built with."""
+
+    def __init__(self) -> None:
+        super().__init__(255)
+        self.unique_identifiers = {"class": "NullTokenizer", "tokenizer_path": "", "vocab_size": "255"}
+
+
+def test_caches_are_megatrons_byte_for_byte(corpus, tmp_path, monkeypatch):
+    """Names and contents: so the two programs share a cache. One corpus, a weighted blend, and one without weights.
+
+    `megatron_cache.json` has the files that Megatron-LM core_v0.16.1 wrote for the same, asked for from this folder: a
+    cache's name is a hash of the data's path, among other things.
+    """
+    monkeypatch.chdir(tmp_path)
+    for blend in (Blend(("corpus_a",)), Blend(("corpus_a", "corpus_b"), (0.3, 0.7)), Blend(("corpus_a", "corpus_b"))):
+        options = GPTDatasetConfig(
+            random_seed=1234, sequence_length=32, tokenizer=Identified(), blend=blend, split="90,8,2",
+            path_to_cache="cache",
+        )  # fmt: skip
+        build_train_valid_test_datasets(options, (200, 20, 10))
+    written = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pathlib.Path("cache").iterdir()}
+    expected = json.loads((GOLDEN / "megatron_cache.json").read_text())
+    assert {name: written.get(name) for name in expected} == expected
+    assert all(name.endswith((".lock", "-source.txt")) for name in set(written) - set(expected))
