@@ -404,17 +404,9 @@ def _join_job() -> tuple[int, int]:
     """Set the device up unless the script has, join msrun's job, and return (rank, world size)."""
     import mindspore as ms
 
-    target = os.environ.get("DEVICE_TARGET", ms.get_context("device_target"))
-    if target != ms.get_context("device_target"):
-        ms.set_device(target)
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    if target == "CPU":
-        ms.runtime.launch_blocking()  # Each host synchronisation costs 2 ms otherwise.
-    if int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
-        return 0, 1
-    from parallel_core.comm.mindspore_comm import start_communication
+    from parallel_core.training.runtime import start_runtime
 
-    return start_communication()
+    return start_runtime(os.environ.get("DEVICE_TARGET", ms.get_context("device_target")))
 
 
 def _check_others(others: dict[str, object]) -> None:

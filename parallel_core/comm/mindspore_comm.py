@@ -7,6 +7,7 @@ in the order they were sent: so a receive is only performed when its result is a
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,17 +27,21 @@ WORLD = "hccl_world_group"
 """The name under which MindSpore's point-to-point operations look the world up, on every backend."""
 
 
+@functools.cache
 def start_communication() -> tuple[int, int]:
     """Join the cluster that msrun describes in the environment, and return (rank, world size).
+
+    A process joins once; later calls return the same.
 
     On CPU the world group does not exist under the name that `send` and `recv` use, and without it a receive returns
     zeros and no error; so it is created here. MindSpore's own threads are limited first, see `ops.thread_pool`.
     """
-    if ms.get_context("device_target") == "CPU":
+    on_cpu = ms.get_context("device_target") == "CPU"
+    if on_cpu:
         limit_threads(default_threads())
     communication.init()
     rank, size = communication.get_rank(), communication.get_group_size()
-    if ms.get_context("device_target") == "CPU":
+    if on_cpu:
         communication.create_group(WORLD, list(range(size)))
     return rank, size
 

@@ -22,7 +22,7 @@ from parallel_core.mindspeed_compat.stage import building
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import default_datasets_provider
 from parallel_core.training.model import ModelProvider, ModelStage
-from parallel_core.training.pretrain import DatasetsProvider, _Run, save_configuration
+from parallel_core.training.pretrain import DatasetsProvider, TrainingRun, save_configuration
 from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.training.step import get_batch
 
@@ -114,7 +114,7 @@ def pretrain(
         ms.set_deterministic(True)
     if context.rank == 0:
         save_configuration(config, sections_yaml(config))
-    run = _Run(
+    run = TrainingRun(
         config,
         context,
         _with_stage(model_provider_func),

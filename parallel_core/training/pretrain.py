@@ -94,7 +94,7 @@ def pretrain(
         ms.set_deterministic(True)  # MindSpore takes it once
     config, changed = supported_precision(all_config)
     context = start_context(config, rank, world_size)
-    run = _Run(
+    run = TrainingRun(
         config,
         context,
         model_provider_func,
@@ -122,8 +122,8 @@ def save_configuration(config: AllConfig, text: str) -> None:
             raise ConfigError(f"the configuration cannot be written to {folder}: {error.strerror or error}") from None
 
 
-class _Run:
-    """One training run on this rank."""
+class TrainingRun:
+    """One training run on this rank: made, given data by `load_data`, and run to its end by `train`; see `pretrain`."""
 
     def __init__(
         self,

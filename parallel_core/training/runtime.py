@@ -26,7 +26,8 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     """
     target = device_target or os.environ.get("DEVICE_TARGET", "CPU")
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    ms.set_device(target)
+    if ms.get_context("device_target") != target or target != "CPU":
+        ms.set_device(target)
     if target == "CPU":
         ms.set_context(pynative_synchronize=True)
         _keep_freed_memory()

@@ -96,10 +96,7 @@ def install_probe() -> None:
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     install_probe()
-    started = functools.cache(runtime.start_runtime)  # a process joins its job once
-    pretrain_module = sys.modules["parallel_core.training.pretrain"]
-    pretrain_module.start_runtime = started
-    rank, world_size = started()
+    rank, world_size = runtime.start_runtime()
     for name, entry in plan["runs"].items():
         folder = Path(plan["directory"]) / name
         folder.mkdir(parents=True, exist_ok=True)
