@@ -27,15 +27,23 @@ PC_API void pc_adam(float* param, const float* grad, float* exp_avg, float* exp_
 // Blocks of 4096 are summed in float32, the blocks in float64 in order: the same bits for every thread count.
 PC_API double pc_sum_of_squares(const float* x, i64 n) {
   constexpr i64 kBlock = 4096;
+  constexpr int kLanes = 64;
   const i64 blocks = (n + kBlock - 1) / kBlock;
   std::vector<double> sums(blocks);
   parallel(n, [&](int part, int parts) {
     const Range r = share(blocks, part, parts);
     for (i64 b = r.begin; b < r.end; ++b) {
-      const i64 end = (b + 1) * kBlock < n ? (b + 1) * kBlock : n;
+      const float* block = x + b * kBlock;
+      const i64 length = (b + 1) * kBlock < n ? kBlock : n - b * kBlock;
+      // Lanes of their own, so that the additions need not wait for each other.
+      float lanes[kLanes] = {};
+      i64 i = 0;
+      for (; i + kLanes <= length; i += kLanes)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) lanes[l] += block[i + l] * block[i + l];
+      for (int l = 0; i < length; ++i, ++l) lanes[l] += block[i] * block[i];
       float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (i64 i = b * kBlock; i < end; ++i) sum += x[i] * x[i];
+      for (float lane : lanes) sum += lane;
       sums[b] = sum;
     }
   }, kPieces);
