@@ -280,15 +280,19 @@ def test_both_copies_of_a_tied_embedding_stay_equal(ctx: CaseContext) -> None:
     ],
 )
 def test_the_distributed_optimizer_is_adam(ctx: CaseContext, layout: str) -> None:
-    """Parameters and both moments within 1e-6: only the order of the gradient norm's sum differs."""
+    """Only the order of the gradient norm's sum differs, by a rounding of float32.
+
+    That changes the clipping by 1e-7, and Adam moves an element with a small gradient by as much as one with a large
+    one: parameters agree within 5e-6 of the largest, where any mistake in a shard is off by the learning rate, 1e-2.
+    """
     tiny = settings(layout)
     plain = settings(" ".join(word for word in layout.split() if word not in ("distopt", "overlap")))
     runs = [TinyRun(each, context_of(ctx, each)) for each in (tiny, plain)]
     for run in runs:
         run.train(3)
-    assert_close(runs[0].parameters(), runs[1].parameters(), 1e-6)
+    assert_close(runs[0].parameters(), runs[1].parameters(), 5e-6)
     for key in ("exp_avg", "exp_avg_sq"):
-        assert_close(runs[0].moments(key), runs[1].moments(key), 2e-6)
+        assert_close(runs[0].moments(key), runs[1].moments(key), 5e-6)
 
 
 @case(world_size=(2, 4), variants=[{"dtype": "float32"}, {"dtype": "bfloat16"}])
