@@ -15,6 +15,7 @@ the step, and `late` how much longer than this simulation the pipeline takes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -233,6 +234,7 @@ def pipeline_against_schedule(ranks: list[dict[str, Any]], size: Size, layout: L
     return ideal.bubble_share, measured / ideal.end
 
 
+@functools.cache
 def imported_mb(python: str, modules: str) -> float:
     """Return the resident megabytes of a Python that has imported the modules."""
     code = f"import {modules}; print([w for w in open('/proc/self/status') if w.startswith('VmRSS')][0].split()[1])"

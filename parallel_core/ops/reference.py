@@ -60,7 +60,10 @@ def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: b
 
 
 def _put(into: np.ndarray, value: Tensor, add: bool) -> None:
-    np.add(into, value.asnumpy(), out=into) if add else np.copyto(into, value.asnumpy())
+    if add:
+        into += value.asnumpy()
+    else:
+        into[:] = value.asnumpy()
 
 
 def linear_grad_bias(dy_TO: Tensor) -> Tensor:

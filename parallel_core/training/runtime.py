@@ -31,8 +31,9 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     if target == "CPU":
         ms.set_context(pynative_synchronize=True)
         _keep_freed_memory()
-        limit_threads(default_threads())
     if int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
+        if target == "CPU":
+            limit_threads(default_threads())  # with several ranks, joining does it
         return 0, 1
     from parallel_core.comm.mindspore_comm import start_communication
 
