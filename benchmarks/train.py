@@ -34,7 +34,7 @@ sys.path.insert(0, str(REPO))
 
 from parallel_core.data.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 from parallel_core.pipeline.schedule import Action, Op, make_schedule  # noqa: E402
-from parallel_core.pipeline.simulate import simulate  # noqa: E402
+from parallel_core.report.simulate import simulate  # noqa: E402
 
 WARM_UP = 2
 PARTS = ("matmul", "other kernels", "communication", "idle", "python and MindSpore")

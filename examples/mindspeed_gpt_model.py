@@ -6,7 +6,7 @@ import enum
 
 import mindspore.common.dtype as mstype
 
-from parallel_core.mindspeed_compat import (
+from parallel_core.compat.mindspeed import (
     EosMask,
     LossWithMask,
     Module,

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import mindspore as ms
 
-from parallel_core.launch.report import run_as_rank
-from parallel_core.mindspeed_compat import (
+from parallel_core.compat.mindspeed import (
     GPTModel,
     build_pretraining_data_loader,
     get_args,
@@ -30,6 +29,7 @@ from parallel_core.mindspeed_compat import (
     set_seed,
     train_valid_test_datasets_provider,
 )
+from parallel_core.launch.report import run_as_rank
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mindspeed_gpt_model  # noqa: E402

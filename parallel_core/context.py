@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.errors import ConfigError
-from parallel_core.mesh import Mesh
+from parallel_core.layout.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parallel_core.data.preprocess import PreprocessOptions, PreprocessReport, TokenizerSpec, preprocess
-from parallel_core.data.text_input import INPUT_FORMATS, InputOptions, find_input_files
 from parallel_core.data.tokenizer import TOKENIZER_TYPES
 from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
+from tools.preprocessing.preprocess import PreprocessOptions, PreprocessReport, TokenizerSpec, preprocess
+from tools.preprocessing.text_input import INPUT_FORMATS, InputOptions, find_input_files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,7 +146,7 @@ def _total_bytes(patterns: Sequence[str]) -> int | None:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks and print a summary."""
     if args.input_format == "mindrecord":
-        from parallel_core.data.mindrecord import mindrecord_to_indexed
+        from tools.preprocessing.mindrecord import mindrecord_to_indexed
 
         spec = TokenizerSpec(
             args.tokenizer_type,
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
     for prefix in report.output_prefixes:
         print(f"{prefix}.bin and .idx: {report.documents} documents ({report.empty_documents} empty)")
         if args.mindrecord_length is not None:
-            from parallel_core.data.mindrecord import indexed_to_mindrecord
+            from tools.preprocessing.mindrecord import indexed_to_mindrecord
 
             path = prefix + ".mindrecord"
             records = indexed_to_mindrecord(prefix, path, args.mindrecord_length)

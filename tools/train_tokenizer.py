@@ -19,8 +19,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel_core.data.files import atomic_write
-from parallel_core.data.text_input import Document, InputOptions, read_documents
 from parallel_core.errors import ParallelCoreError
+from tools.preprocessing.text_input import Document, InputOptions, read_documents
 
 # Megatron's SentencePieceTokenizer looks these up by name; inside the model they cost no padding rows after it
 CONTROL_SYMBOLS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")

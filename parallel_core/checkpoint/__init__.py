@@ -23,9 +23,9 @@ from parallel_core.checkpoint.async_save import AsyncSaver
 from parallel_core.checkpoint.loading import LoadReport, compare_model_config, load_shards
 from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, read_common, verify
 from parallel_core.checkpoint.opening import open_checkpoint
-from parallel_core.checkpoint.shard import Box, TensorShard
 from parallel_core.checkpoint.source import TensorInfo, TensorSource, read_tensor
 from parallel_core.checkpoint.writer import CheckpointWriter, share_among_replicas
+from parallel_core.layout.shard import Box, TensorShard
 
 __all__ = [
     "AsyncSaver",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel_core.checkpoint.shard import TensorShard
+from parallel_core.layout.shard import TensorShard
 
 
 class AsyncSaver:

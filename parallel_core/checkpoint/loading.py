@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import convert, storage_dtype
-from parallel_core.checkpoint.shard import Box, TensorShard, intersect, region
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.layout.shard import Box, TensorShard, intersect, region
 
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors whose first dim is the padded vocabulary, which another tensor parallel size may pad differently."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import as_storage
-from parallel_core.checkpoint.shard import Range, region
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import Range, region
 
 
 def write_ckpt(path: Path, tensors: Mapping[str, tuple[np.ndarray, str]]) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import storage_dtype
-from parallel_core.checkpoint.shard import Range, c_strides, intersect, region, volume
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import Range, c_strides, intersect, region, volume
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ from parallel_core.checkpoint.layout_files import (
     write_durably,
 )
 from parallel_core.checkpoint.safetensors_file import StreamTensor, file_digest, write_safetensors
-from parallel_core.checkpoint.shard import TensorShard, region
 from parallel_core.checkpoint.source import check_tiling
 from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.layout.shard import TensorShard, region
 
 Shards = Mapping[str, tuple[TensorShard, np.ndarray]]
 """What a rank saves: `NAME`, `NAME@master`, `NAME@exp_avg` or `NAME@exp_avg_sq` -> where it belongs, and the values."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.layout import stage_layout
+from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
 CHECKS: dict[str, Rule] = {}

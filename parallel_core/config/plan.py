@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel_core.config.schema import AllConfig, TransformerConfig
-from parallel_core.mesh import Mesh
-from parallel_core.pipeline.layout import StageLayout, stage_layout
+from parallel_core.layout.mesh import Mesh
+from parallel_core.layout.stages import StageLayout, stage_layout
 from parallel_core.pipeline.schedule import bubble_share
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from parallel_core.config import table
 from parallel_core.config.argument import IGNORED, MAPPED, REFUSED, Argument
-from parallel_core.config.arguments_data import BATCHES, READING, SOURCES
-from parallel_core.config.arguments_model import KERNELS, LAYERS, POSITIONS, PRECISION, SIZES
-from parallel_core.config.arguments_parallel import DATA_PARALLEL, LAYOUT
-from parallel_core.config.arguments_training import CHECKPOINTS, NUMBERS, OPTIMIZER, PROFILE, RUN
+from parallel_core.config.arguments.data import BATCHES, READING, SOURCES
+from parallel_core.config.arguments.model import KERNELS, LAYERS, POSITIONS, PRECISION, SIZES
+from parallel_core.config.arguments.parallel import DATA_PARALLEL, LAYOUT
+from parallel_core.config.arguments.training import CHECKPOINTS, NUMBERS, OPTIMIZER, PROFILE, RUN
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.explain import default_text, spellings

@@ -6,14 +6,14 @@ import difflib
 from functools import lru_cache
 
 from parallel_core.config.argument import MAPPED, Argument
-from parallel_core.config.arguments_data import DATA
-from parallel_core.config.arguments_ignored import IGNORED_ROWS
-from parallel_core.config.arguments_model import MODEL
-from parallel_core.config.arguments_other import OTHER_ROWS
-from parallel_core.config.arguments_parallel import PARALLEL
-from parallel_core.config.arguments_refused_models import REFUSED_MODEL_ROWS
-from parallel_core.config.arguments_refused_runs import REFUSED_RUN_ROWS
-from parallel_core.config.arguments_training import TRAINING
+from parallel_core.config.arguments.data import DATA
+from parallel_core.config.arguments.ignored import IGNORED_ROWS
+from parallel_core.config.arguments.model import MODEL
+from parallel_core.config.arguments.other import OTHER_ROWS
+from parallel_core.config.arguments.parallel import PARALLEL
+from parallel_core.config.arguments.refused_models import REFUSED_MODEL_ROWS
+from parallel_core.config.arguments.refused_runs import REFUSED_RUN_ROWS
+from parallel_core.config.arguments.training import TRAINING
 
 TABLE: tuple[Argument, ...] = (
     *MODEL, *PARALLEL, *TRAINING, *DATA, *OTHER_ROWS, *IGNORED_ROWS, *REFUSED_MODEL_ROWS, *REFUSED_RUN_ROWS,

@@ -10,14 +10,14 @@ from mindspore import Parameter, Tensor, mint
 
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ParallelCoreError, bullet_list
-from parallel_core.optimizer import flat
-from parallel_core.optimizer.bucket_layout import (
+from parallel_core.layout.buckets import (
     MEMORY_ALIGNMENT_BYTES,
     BucketRange,
     BufferLayout,
     ParameterSlot,
     layout_buffer,
 )
+from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from mindspore import Parameter, nn
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.layout.stages import StageLayout, stage_layout
 from parallel_core.optimizer.optimizer import Traits
-from parallel_core.pipeline.layout import StageLayout, stage_layout
 from parallel_core.tensor_parallel.parameter import shard_of
 from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.transformer.build import BuildContext

@@ -23,7 +23,7 @@ from parallel_core.config.schema import (
     TransformerConfig,
 )
 from parallel_core.context import ParallelContext, group_factory
-from parallel_core.mesh import Mesh
+from parallel_core.layout.mesh import Mesh
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.tensor_parallel.parameter import shard_of
 from parallel_core.training.model import ModelStage, get_model

@@ -13,9 +13,9 @@ from parallel_core.checkpoint.megatron.dcp import DistributedCheckpoint, StoredT
 from parallel_core.checkpoint.megatron.dist_buckets import BUCKET_KEY, read_buckets, read_gathered
 from parallel_core.checkpoint.megatron.names import canonical_name, is_ignored
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
-from parallel_core.checkpoint.shard import TensorShard
 from parallel_core.checkpoint.source import Piece, PieceSource, TensorInfo
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import TensorShard
 
 _STATE_KEY = re.compile(r"(?:chained_0\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")

@@ -21,9 +21,9 @@ from parallel_core.checkpoint.megatron.names import (
 )
 from parallel_core.checkpoint.megatron.pickle_emitter import torch_dtype
 from parallel_core.checkpoint.safetensors_file import StreamTensor
-from parallel_core.checkpoint.shard import TensorShard
 from parallel_core.checkpoint.source import TensorInfo, TensorSource
 from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.layout.shard import TensorShard
 
 KINDS = ("exp_avg", "exp_avg_sq")
 _UNEVEN = {

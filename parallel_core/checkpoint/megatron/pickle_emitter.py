@@ -15,8 +15,8 @@ import numpy as np
 
 from parallel_core.checkpoint.megatron.safe_pickle import STORAGE_DTYPES
 from parallel_core.checkpoint.safetensors_file import StreamTensor
-from parallel_core.checkpoint.shard import c_strides
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import c_strides
 
 _STORAGE_CLASSES = {tag: name for name, tag in reversed(STORAGE_DTYPES.items()) if name != "UntypedStorage"}
 _BLOCK_BYTES = 8 << 20

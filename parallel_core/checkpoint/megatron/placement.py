@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim
-from parallel_core.checkpoint.shard import Range, TensorShard
 from parallel_core.checkpoint.source import Piece, Readable, TensorInfo
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import Range, TensorShard
 
 
 class Array(Readable, Protocol):

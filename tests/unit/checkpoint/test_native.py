@@ -22,8 +22,8 @@ from parallel_core.checkpoint import (
     share_among_replicas,
 )
 from parallel_core.checkpoint.dtypes import convert
-from parallel_core.checkpoint.shard import flat_rectangles
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import flat_rectangles
 
 
 def save(root, iteration, per_rank, common=None, **options):

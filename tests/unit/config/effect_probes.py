@@ -29,10 +29,10 @@ from parallel_core.config import AllConfig, load_config
 from parallel_core.context import ParallelContext
 from parallel_core.data import build_train_valid_test_datasets
 from parallel_core.launch.report import LOG_DIR_VARIABLE
-from parallel_core.mesh import Mesh
+from parallel_core.layout.mesh import Mesh
+from parallel_core.layout.stages import stage_layout
 from parallel_core.ops import ascend, reference
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
-from parallel_core.pipeline.layout import stage_layout
 from parallel_core.pipeline.schedule import make_schedule
 from parallel_core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel_core.tensor_parallel.parameter import shard_of

@@ -15,7 +15,7 @@ from parallel_core.config.plan import (
     rank_memory,
 )
 from parallel_core.config.plan_text import plan_text
-from parallel_core.pipeline.layout import stage_layout
+from parallel_core.layout.stages import stage_layout
 from parallel_core.pipeline.schedule import make_schedule, peak_in_flight
 
 LLAMA = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parallel_core.data.masks import document_starts, loss_mask_and_positions
 from parallel_core.errors import ConfigError
-from parallel_core.mesh import Mesh
+from parallel_core.layout.mesh import Mesh
 from parallel_core.tensor_parallel.parameter import ShardSpec, init_method_normal, named_normal, named_xavier_uniform
 from parallel_core.tensor_parallel.random import RandomStreams
 

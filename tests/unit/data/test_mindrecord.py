@@ -9,7 +9,7 @@ from parallel_core.errors import ConfigError, DataError
 from tests.unit.data.helpers import write_pair
 
 pytest.importorskip("mindspore.mindrecord")
-from parallel_core.data.mindrecord import (  # noqa: E402
+from tools.preprocessing.mindrecord import (  # noqa: E402
     indexed_to_mindrecord,
     mindrecord_to_indexed,
     read_mindrecord,

@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_core.optimizer.bucket_layout import layout_buffer
+from parallel_core.layout.buckets import layout_buffer
 
 NUMELS = st.lists(st.integers(1, 2000), min_size=1, max_size=20)
 

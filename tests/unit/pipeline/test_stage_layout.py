@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.layout import StageLayout, stage_layout
+from parallel_core.layout.stages import StageLayout, stage_layout
 
 
 def layout(num_layers: int, pp: int = 1, vpp: int = 1, **options: Any) -> StageLayout:

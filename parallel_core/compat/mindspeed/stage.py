@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from parallel_core import parallel_state
+from parallel_core.compat import parallel_state
+from parallel_core.compat.mindspeed.config import ModelConfig
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.mindspeed_compat.config import ModelConfig
 from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.training.model import ModelStage
 from parallel_core.training.runtime import supported_precision

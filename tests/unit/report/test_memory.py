@@ -10,8 +10,8 @@ from mindspore import Tensor
 from parallel_core.config.plan import Memory, layer_activations, rank_memory
 from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
-from parallel_core.training.memory import StageMemory, compare, layout_flags, main, memory_table
-from parallel_core.training.memory_meter import MemoryMeter, _accessed_pool_bytes
+from parallel_core.report.memory import StageMemory, compare, layout_flags, main, memory_table
+from parallel_core.report.memory_meter import MemoryMeter, _accessed_pool_bytes
 from tests.helpers.session import session_module
 from tests.ranks.support import Tiny, TinyRun, kernels
 

@@ -10,15 +10,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from parallel_core import parallel_state
+from parallel_core.compat import parallel_state
+from parallel_core.compat.mindspeed.config import keep, plain
+from parallel_core.compat.mindspeed.data import PretrainingBatches
+from parallel_core.compat.mindspeed.stage import building
 from parallel_core.config import initialize_megatron
 from parallel_core.config.dump import sections_yaml
 from parallel_core.config.schema import AllConfig, ModelParallelConfig
 from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
-from parallel_core.mindspeed_compat.config import keep, plain
-from parallel_core.mindspeed_compat.data import PretrainingBatches
-from parallel_core.mindspeed_compat.stage import building
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import default_datasets_provider
 from parallel_core.training.model import ModelProvider, ModelStage

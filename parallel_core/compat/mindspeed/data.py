@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from parallel_core import data, parallel_state
-from parallel_core.mindspeed_compat.config import current_config, plain
+from parallel_core import data
+from parallel_core.compat import parallel_state
+from parallel_core.compat.mindspeed.config import current_config, plain
 from parallel_core.training.batches import default_datasets_provider
 from parallel_core.training.schedule import batch_sizes, train_iterations
 

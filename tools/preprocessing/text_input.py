@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from parallel_core.data.wikitext import is_wikitext_heading, wikitext_clean
 from parallel_core.errors import ConfigError, DataError
+from tools.preprocessing.wikitext import is_wikitext_heading, wikitext_clean
 
 INPUT_FORMATS = ("auto", "jsonl", "text", "lines", "wikitext")
 _TEXT_SUFFIXES = (".txt", ".text", ".md")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from parallel_core.errors import ConfigError
 from parallel_core.pipeline.schedule import Action, Op, Step, bubble_share, make_schedule
-from parallel_core.pipeline.simulate import simulate, uniform_durations
+from parallel_core.report.simulate import simulate, uniform_durations
 
 
 @st.composite

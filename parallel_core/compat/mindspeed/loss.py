@@ -7,8 +7,9 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from parallel_core import parallel_state, tensor_parallel
-from parallel_core.mindspeed_compat.config import current_config
+from parallel_core import tensor_parallel
+from parallel_core.compat import parallel_state
+from parallel_core.compat.mindspeed.config import current_config
 
 
 class VocabParallelCrossEntropy(tensor_parallel.VocabParallelCrossEntropy):

@@ -9,10 +9,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from parallel_core.compat.mindspeed.eos_mask import document_starts_of_mask
+from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.mindspeed_compat.eos_mask import document_starts_of_mask
-from parallel_core.mindspeed_compat.stage import current_stage
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
 from parallel_core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from parallel_core.transformer.block import TransformerBlock

@@ -5,19 +5,19 @@ User code only: nothing in the package imports this. It is a thin layer over `pa
 passed down. `examples/pretrain_gpt_mindspeed.py` is such a script.
 """
 
-from parallel_core.config import get_args, initialize_megatron
-from parallel_core.mindspeed_compat.config import init_configs_from_args, init_configs_from_yaml
-from parallel_core.mindspeed_compat.data import (
+from parallel_core.compat.mindspeed.config import init_configs_from_args, init_configs_from_yaml
+from parallel_core.compat.mindspeed.data import (
     build_pretraining_data_loader,
     get_train_valid_test_num_samples,
     train_valid_test_datasets_provider,
 )
-from parallel_core.mindspeed_compat.eos_mask import EosMask
-from parallel_core.mindspeed_compat.gpt_model import AttnMaskType, GPTModel, post_language_model_processing
-from parallel_core.mindspeed_compat.language_model import ParallelLMLogits, TransformerLanguageModel, get_language_model
-from parallel_core.mindspeed_compat.loss import LossWithMask, VocabParallelCrossEntropy
-from parallel_core.mindspeed_compat.module import Module
-from parallel_core.mindspeed_compat.training import get_batch, pretrain, set_parallel_context, set_seed
+from parallel_core.compat.mindspeed.eos_mask import EosMask
+from parallel_core.compat.mindspeed.gpt_model import AttnMaskType, GPTModel, post_language_model_processing
+from parallel_core.compat.mindspeed.language_model import ParallelLMLogits, TransformerLanguageModel, get_language_model
+from parallel_core.compat.mindspeed.loss import LossWithMask, VocabParallelCrossEntropy
+from parallel_core.compat.mindspeed.module import Module
+from parallel_core.compat.mindspeed.training import get_batch, pretrain, set_parallel_context, set_seed
+from parallel_core.config import get_args, initialize_megatron
 
 __all__ = [
     "AttnMaskType",

@@ -1,4 +1,4 @@
-"""`python -m parallel_core.pipeline draw`: what it prints, and that its picture shows the simulated times."""
+"""`python -m parallel_core.report.pipeline draw`: what it prints, and that its picture shows the simulated times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from parallel_core.pipeline.__main__ import main
 from parallel_core.pipeline.schedule import make_schedule
-from parallel_core.pipeline.simulate import simulate
+from parallel_core.report.pipeline import main
+from parallel_core.report.simulate import simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -113,7 +113,7 @@ def test_it_runs_as_a_module_without_mindspore():
     code = (
         "import sys, runpy; sys.modules['mindspore'] = None; sys.argv[1:] = "
         "'draw --pipeline-model-parallel-size 2 --num-microbatches 2'.split(); "
-        "runpy.run_module('parallel_core.pipeline', run_name='__main__')"
+        "runpy.run_module('parallel_core.report.pipeline', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

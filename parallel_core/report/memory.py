@@ -1,7 +1,7 @@
 """What a layout costs in memory: the closed formulas beside what a short run really uses, as a table.
 
-    python -m parallel_core.training.memory --config configs/gpt_tiny.yaml
-    python -m parallel_core.training.memory --layouts single,tp2+sp,pp2+vpp2,dp2+distopt,single+full --config FILE
+    python -m parallel_core.report.memory --config configs/gpt_tiny.yaml
+    python -m parallel_core.report.memory --layouts single,tp2+sp,pp2+vpp2,dp2+distopt,single+full --config FILE
 
 Every layout is started as a job of its own and runs three iterations on random tokens. Parameters, gradients and
 optimizer state are measured as the bytes of the real buffers, activations as the peak that `MemoryMeter` sees in the
@@ -27,12 +27,12 @@ from parallel_core.config.load import load_config, required_world_size
 from parallel_core.config.plan import Memory, in_flight, rank_memory
 from parallel_core.config.schema import AllConfig
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.layout import stage_layout
+from parallel_core.layout.stages import stage_layout
 
 _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
 """Set in the measured job: where its ranks leave what they found."""
 
-_USAGE = "usage: python -m parallel_core.training.memory [--layouts L,L,..] [--config FILE] [--megatron-flag value ...]"
+_USAGE = "usage: python -m parallel_core.report.memory [--layouts L,L,..] [--config FILE] [--megatron-flag value ...]"
 
 _WORDS = "single, tpN, ppN, vppN, dpN, sp, distopt, selective, full"
 
@@ -147,8 +147,8 @@ def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run three iterations as this rank and return its global rank and what it reports."""
     from parallel_core import ops
     from parallel_core.optimizer.schedules import OptimizerParamScheduler
+    from parallel_core.report.memory_meter import MemoryMeter
     from parallel_core.training.batches import make_batch_source
-    from parallel_core.training.memory_meter import MemoryMeter
     from parallel_core.training.model import ModelStage, get_model
     from parallel_core.training.runtime import start_context, start_runtime, supported_precision
     from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from parallel_core.pipeline.schedule import Op, Step, bubble_share, format_steps, peak_in_flight
-from parallel_core.pipeline.simulate import Span, Timeline
+from parallel_core.report.simulate import Span, Timeline
 
 _FORWARD = ("#cfe2f9", "#9fc5f0", "#6fa6e4", "#4488d3", "#2a6ab5", "#184d8c")
 _BACKWARD = ("#d9efd3", "#b3dfaa", "#88ca7e", "#5cb056", "#3b9139", "#237023")

@@ -7,9 +7,9 @@ from typing import Any
 
 from mindspore import Parameter, Tensor, nn
 
+from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.mindspeed_compat.stage import current_stage
 from parallel_core.tensor_parallel.parameter import ShardSpec, make_parameter
 from parallel_core.transformer.build import BuildContext
 

@@ -8,13 +8,13 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor
 
+from parallel_core.compat.mindspeed.eos_mask import EosMask
+from parallel_core.compat.mindspeed.language_model import ParallelLMLogits, get_language_model
+from parallel_core.compat.mindspeed.loss import LossWithMask, VocabParallelCrossEntropy
+from parallel_core.compat.mindspeed.module import Module
+from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.mindspeed_compat.eos_mask import EosMask
-from parallel_core.mindspeed_compat.language_model import ParallelLMLogits, get_language_model
-from parallel_core.mindspeed_compat.loss import LossWithMask, VocabParallelCrossEntropy
-from parallel_core.mindspeed_compat.module import Module
-from parallel_core.mindspeed_compat.stage import current_stage
 
 
 class AttnMaskType(enum.Enum):

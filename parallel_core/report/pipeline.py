@@ -1,4 +1,4 @@
-"""`python -m parallel_core.pipeline draw`: a pipeline schedule as text and as a picture, without any device."""
+"""`python -m parallel_core.report.pipeline draw`: a pipeline schedule as text and as a picture, without any device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.draw import describe_schedule, svg_timeline
 from parallel_core.pipeline.schedule import make_schedule
-from parallel_core.pipeline.simulate import simulate, uniform_durations
+from parallel_core.report.draw import describe_schedule, svg_timeline
+from parallel_core.report.simulate import simulate, uniform_durations
 
 _EXAMPLE = """example:
-  python -m parallel_core.pipeline draw --pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 2 \\
-      --num-microbatches 8 --output schedule.svg"""
+  python -m parallel_core.report.pipeline draw --pipeline-model-parallel-size 4 \\
+      --virtual-pipeline-model-parallel-size 2 --num-microbatches 8 --output schedule.svg"""
 
 
 def main(argv: Sequence[str]) -> int:

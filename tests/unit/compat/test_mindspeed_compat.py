@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-import parallel_core.mindspeed_compat.config as compat_config
+import parallel_core.compat.mindspeed.config as compat_config
 from parallel_core import parallel_state, transformer
-from parallel_core.config.schema import AllConfig, DatasetConfig, TransformerConfig
-from parallel_core.errors import ConfigError, DataError
-from parallel_core.mindspeed_compat import (
+from parallel_core.compat.mindspeed import (
     AttnMaskType,
     EosMask,
     GPTModel,
@@ -26,9 +24,11 @@ from parallel_core.mindspeed_compat import (
     pretrain,
     set_seed,
 )
-from parallel_core.mindspeed_compat.config import ModelConfig, keep, plain
-from parallel_core.mindspeed_compat.eos_mask import document_starts_of_mask
-from parallel_core.mindspeed_compat.stage import current_stage
+from parallel_core.compat.mindspeed.config import ModelConfig, keep, plain
+from parallel_core.compat.mindspeed.eos_mask import document_starts_of_mask
+from parallel_core.compat.mindspeed.stage import current_stage
+from parallel_core.config.schema import AllConfig, DatasetConfig, TransformerConfig
+from parallel_core.errors import ConfigError, DataError
 from parallel_core.transformer import BuildContext
 from tests.helpers.session import session_module
 from tests.ranks.support import TINY, kernels

@@ -22,16 +22,16 @@ from parallel_core.data.indexed_dataset import (
     merge_indexed_datasets,
     optimal_dtype,
 )
-from parallel_core.data.sentences import split_sentences
-from parallel_core.data.text_input import (
+from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer
+from parallel_core.errors import ConfigError, DataError, bullet_list
+from tools.preprocessing.sentences import split_sentences
+from tools.preprocessing.text_input import (
     InputOptions,
     RawDocument,
     find_input_files,
     parse_document,
     read_raw_documents,
 )
-from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer
-from parallel_core.errors import ConfigError, DataError, bullet_list
 
 _CHUNK_BYTES = 1 << 18
 _MAX_NAMED = 10
