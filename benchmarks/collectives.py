@@ -46,8 +46,8 @@ def ours(backend: str, path: str) -> None:
     import numpy as np
     from mindspore import Tensor
 
+    from parallel_core.comm.factory import group_factory
     from parallel_core.comm.mindspore_comm import start_communication
-    from parallel_core.context import group_factory
 
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
     rank, world = start_communication()

@@ -24,7 +24,7 @@ import mindspore as ms  # noqa: E402
 import pretrain_gpt  # noqa: E402
 from parallel_core import ops  # noqa: E402
 from parallel_core.comm import shm  # noqa: E402
-from parallel_core.launch.report import run_as_rank  # noqa: E402
+from parallel_core.launch.entry import run_as_rank  # noqa: E402
 from parallel_core.ops import build, library  # noqa: E402
 from parallel_core.pipeline.executor import run_steps  # noqa: E402
 from parallel_core.training import step as training_step  # noqa: E402

@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 
 from parallel_core.config import get_args, init_configs_from_args, initialize_megatron
-from parallel_core.launch.report import run_as_rank
+from parallel_core.launch.entry import run_as_rank
 from parallel_core.training import pretrain
-from parallel_core.training.model import ModelStage
-from parallel_core.training.step import get_batch
-from parallel_core.transformer import GPTModel
+from parallel_core.training.forward_step import get_batch
+from parallel_core.transformer import GPTModel, ModelStage
 
 
 def _add_pangu_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -31,9 +30,7 @@ def _add_pangu_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def model_provider_func(pre_process: bool, post_process: bool, stage: ModelStage) -> GPTModel:
     """Return the part of the model that one pipeline stage holds."""
-    return GPTModel(
-        stage.build, stage.layer_numbers, pre_process=pre_process, post_process=post_process, plan=stage.plan
-    )
+    return GPTModel(stage)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from parallel_core.compat.mindspeed import (
     set_seed,
     train_valid_test_datasets_provider,
 )
-from parallel_core.launch.report import run_as_rank
+from parallel_core.launch.entry import run_as_rank
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mindspeed_gpt_model  # noqa: E402

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
-from parallel_core.errors import ConfigError
 from parallel_core.layout.mesh import Mesh
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from parallel_core.config.schema import ModelParallelConfig
+
+
+GROUP_AXES = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "dp": ("dp",),
+    "dp_cp": ("cp", "dp"),
+    "pp": ("pp",),
+    "model": ("tp", "pp"),
+}
+"""The axes that each group of a rank spans."""
 
 
 @dataclass(frozen=True)
 class ParallelContext:
     """One rank's place in the mesh and its groups.
 
-    `dp` also carries the distributed optimizer's shards; `model` is tensor x pipeline (one replica of the model);
-    `embedding` is the first and last pipeline stage, or a group of one on the stages between.
+    Ranks of `dp` read different samples, ranks of `cp` hold parts of the same sequences. All of them, `dp_cp`, hold the
+    same parameters: what reads data asks `dp`; what sums gradients, shards the optimizer, counts norms, shares out
+    checkpoints or writes logs asks `dp_cp`. `model` is tensor x pipeline (one replica of the model); `embedding` is
+    the first and last pipeline stage, or a group of one on the stages between.
     """
 
     mesh: Mesh
     rank: int
     world: Group
     tp: Group
+    cp: Group
     dp: Group
+    dp_cp: Group
     pp: Group
     model: Group
     embedding: Group
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """This rank's position on the axes that parameters are cut or repeated over (see `TensorShard`)."""
+        return {"tp": self.tp.rank}
 
     @property
     def is_first_stage(self) -> bool:
@@ -48,7 +64,7 @@ class ParallelContext:
     def solo(cls) -> ParallelContext:
         """Return the context of a program of one process; nothing is initialised."""
         group = SoloGroup()
-        return cls(Mesh.megatron(1), 0, *[group] * 6)
+        return cls(Mesh.megatron(1), 0, *[group] * 8)
 
     @classmethod
     def create(cls, config: ModelParallelConfig, rank: int, world_size: int) -> ParallelContext:
@@ -66,9 +82,12 @@ class ParallelContext:
         if world_size == 1:
             return cls.solo()
         make = group_factory(config.distributed_backend, config.distributed_timeout_minutes * 60, rank, world_size)
-        groups = {}
-        for label, axes in (("tp", ("tp",)), ("dp", ("dp",)), ("pp", ("pp",)), ("model", ("tp", "pp"))):
-            groups[label] = make(label, mesh.group_of(rank, *axes))
+        groups: dict[str, Group] = {}
+        for label, axes in GROUP_AXES.items():
+            ranks = mesh.group_of(rank, *axes)
+            same = next((group for group in groups.values() if list(group.ranks) == ranks), None)
+            # Groups of the same ranks are one communicator: dp_cp is dp where nothing is cut along the sequence.
+            groups[label] = make(label, ranks) if same is None or len(ranks) == 1 else same
         stages = mesh.group_of(rank, "pp")
         ends = [stages[0], stages[-1]] if len(stages) > 1 else stages
         groups["embedding"] = make("embedding", ends) if rank in ends else SoloGroup("embedding", rank)
@@ -77,57 +96,3 @@ class ParallelContext:
     def destroy(self) -> None:
         """Wait for every rank, so that no message is lost when one of them exits early."""
         self.world.barrier()
-
-
-def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) -> Callable[[str, list[int]], Group]:
-    """Return a function (label, ranks) -> Group for `backend`; collective over the world.
-
-    `auto` is HCCL on Ascend; on CPU shared memory when all ranks are on one host and the C++ part can be built, else
-    MCCL.
-
-    Raises:
-        ConfigError: if the backend does not exist here.
-    """
-    import mindspore as ms
-
-    from parallel_core.comm.mindspore_comm import WORLD, HcclGroup, McclGroup
-    from parallel_core.comm.watchdog import Watchdog
-
-    target = ms.get_context("device_target")
-    known = ("auto", "hccl") if target == "Ascend" else ("auto", "shm", "mccl")
-    if backend not in known:
-        raise ConfigError(f"distributed_backend={backend} does not exist on {target}; use {' or '.join(known)}")
-    kind = HcclGroup if target == "Ascend" else McclGroup
-    watchdog = Watchdog(timeout_s)
-
-    def make(label: str, ranks: list[int]) -> Group:
-        if len(ranks) == 1:
-            return SoloGroup(label, rank)
-        name = WORLD if len(ranks) == world_size else label + "-" + "-".join(map(str, ranks))
-        return kind(name, ranks, rank, watchdog)
-
-    if target == "Ascend" or backend == "mccl":
-        return make
-    return _shared_memory_factory(backend, make("world", list(range(world_size))), timeout_s) or make
-
-
-def _shared_memory_factory(
-    backend: str, world_over_mccl: Group, timeout_s: float
-) -> Callable[[str, list[int]], Group] | None:
-    """Return the factory of groups over shared memory, or None where that does not work and is not insisted on."""
-    from parallel_core.comm.shm import world_over_shared_memory
-
-    world, reason = world_over_shared_memory(world_over_mccl, timeout_s)
-    if world is None:
-        if backend == "shm":
-            raise ConfigError(f"distributed_backend=shm cannot work here: {reason}; use mccl")
-        logger.info("communication: MCCL (%s)", reason)
-        return None
-    logger.info("communication: shared memory")
-
-    def make(label: str, ranks: list[int]) -> Group:
-        if len(ranks) == 1:
-            return SoloGroup(label, world_over_mccl.ranks[world_over_mccl.rank])
-        return world if label == "world" else world.subgroup(label, ranks)
-
-    return make

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parallel_core.config.pipeline_layout_string import parse_layout
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.vocabulary import tokenizer_vocab_size
 from parallel_core.errors import ConfigError
+from parallel_core.layout.stages import decoder_layers, parse_layout
 
 Rule = Callable[[Resolution], None]
 DERIVATIONS: dict[str, Rule] = {}
@@ -200,7 +200,10 @@ def virtual_pipeline(r: Resolution) -> None:
     pp = r["pipeline_model_parallel_size"]
     if r["pipeline_model_parallel_layout"] is not None and r.positive("pipeline_model_parallel_size"):
         try:
-            layers = parse_layout(r["pipeline_model_parallel_layout"], pp)
+            contents = parse_layout(r["pipeline_model_parallel_layout"], pp)
+            if any("m" in stage for row in contents for stage in row):
+                raise ConfigError("has m, a layer of multi-token prediction, which is not built")
+            layers = decoder_layers(contents)
             if r["num_layer_list"] not in (None, layers):
                 r.fail("pipeline_model_parallel_layout num_layer_list", "places layers twice; give one")
             r.derive("num_layer_list", layers, "virtual_pipeline")

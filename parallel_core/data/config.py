@@ -135,7 +135,7 @@ class GPTDatasetConfig:
     eod_mask_loss: bool = False
     """No loss where the input is an end of document."""
     create_attention_mask: bool = False
-    """Put the [1, S, S] boolean mask into samples as well (`doc_start` says the same in [S])."""
+    """Put the [1, S, S] boolean mask into samples as well (`document_start` says the same in [S])."""
     drop_last_partial_validation_sequence: bool = True
     """Leave out a last validation sample that is short; otherwise it is padded."""
     add_extra_token_to_sequence: bool = True

@@ -167,7 +167,7 @@ class GPTDataset:
 
         Returns:
             `tokens`, `labels`, `position_ids` int32 [S], `loss_mask` float32 [S]; with `reset_attention_mask`
-            `doc_start` int32 [S], the first position each position may attend to; with `create_attention_mask`
+            `document_start` int32 [S], the first position each position may attend to; with `create_attention_mask`
             `attention_mask` bool [1, S, S], True where attention is forbidden.
 
         Raises:
@@ -196,9 +196,9 @@ class GPTDataset:
         tokens[tokens == pad] = 0
         sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
         if config.reset_attention_mask and starts is not None:
-            sample["doc_start"] = starts
+            sample["document_start"] = starts
         if config.create_attention_mask:
-            reset_starts = sample.get("doc_start", np.zeros(len(tokens), np.int32))
+            reset_starts = sample.get("document_start", np.zeros(len(tokens), np.int32))
             sample["attention_mask"] = attention_mask_from_document_starts(reset_starts)
         return sample
 

@@ -14,7 +14,7 @@ from parallel_core.errors import DataError
 
 Broadcast = Callable[[np.ndarray], np.ndarray]
 _END, _FAILED = 1, 2
-_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "doc_start")
+_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "document_start")
 
 
 def stage_needs_data(is_first_stage: bool, is_last_stage: bool, reset_attention_mask: bool = False) -> bool:
@@ -29,26 +29,26 @@ def pack_batch(batch: Batch) -> np.ndarray:
     """Return the arrays of a micro-batch as one int32 array; floats go by their bits.
 
     Args:
-        batch: `tokens`, `labels`, `loss_mask`, `position_ids` and perhaps `doc_start`, each [B, S].
+        batch: `tokens`, `labels`, `loss_mask`, `position_ids` and perhaps `document_start`, each [B, S].
     """
     parts = [batch[name] for name in _FIELDS if name in batch]
     packed = [part.view(np.int32) if part.dtype == np.float32 else part.astype(np.int32, copy=False) for part in parts]
     return np.stack(packed).reshape(-1)
 
 
-def unpack_batch(packed: np.ndarray, micro_batch_size: int, sequence_length: int, has_doc_start: bool) -> Batch:
+def unpack_batch(packed: np.ndarray, micro_batch_size: int, sequence_length: int, has_document_start: bool) -> Batch:
     """Return the micro-batch that `pack_batch` packed.
 
     Args:
         packed: int32 [fields * B * S].
         micro_batch_size: B.
         sequence_length: S.
-        has_doc_start: Whether the batch has `doc_start` (`reset_attention_mask`).
+        has_document_start: Whether the batch has `document_start` (`reset_attention_mask`).
 
     Raises:
         DataError: The size does not fit: the ranks of the group disagree about the batch.
     """
-    names = _FIELDS if has_doc_start else _FIELDS[:-1]
+    names = _FIELDS if has_document_start else _FIELDS[:-1]
     if packed.size != len(names) * micro_batch_size * sequence_length:
         raise DataError(
             f"a packed micro-batch of {packed.size} numbers is not {len(names)} arrays of {micro_batch_size} x "
@@ -70,7 +70,7 @@ class TensorParallelBatches:
             is called with an array of the right size whose content does not matter.
         micro_batch_size: B.
         sequence_length: S.
-        has_doc_start: Whether batches have `doc_start`.
+        has_document_start: Whether batches have `document_start`.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class TensorParallelBatches:
         *,
         micro_batch_size: int,
         sequence_length: int,
-        has_doc_start: bool = False,
+        has_document_start: bool = False,
     ) -> None:
         self._source = source
         self._broadcast = broadcast
         self._shape = (micro_batch_size, sequence_length)
-        self._has_doc_start = has_doc_start
+        self._has_document_start = has_document_start
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -93,13 +93,13 @@ class TensorParallelBatches:
     def __next__(self) -> Batch:
         """Return the next micro-batch, the same on every rank of the group.
 
-        Communication: one broadcast of 4 (5 with doc_start) * B * S + 1 int32.
+        Communication: one broadcast of 4 (5 with document_start) * B * S + 1 int32.
 
         Raises:
             StopIteration: The first rank has no more micro-batches.
             DataError: The first rank could not read; there the original error is raised.
         """
-        num_fields = len(_FIELDS) if self._has_doc_start else len(_FIELDS) - 1
+        num_fields = len(_FIELDS) if self._has_document_start else len(_FIELDS) - 1
         message = np.zeros(num_fields * self._shape[0] * self._shape[1] + 1, np.int32)
         failure: Exception | None = None
         if self._source is not None:
@@ -116,12 +116,12 @@ class TensorParallelBatches:
             raise StopIteration
         if received[0] == _FAILED:
             raise DataError("the first rank of this tensor parallel group could not read its next micro-batch.")
-        return unpack_batch(received[1:], *self._shape, self._has_doc_start)
+        return unpack_batch(received[1:], *self._shape, self._has_document_start)
 
 
 def batch_for_stage(batch: Batch, is_first_stage: bool, is_last_stage: bool) -> Batch:
     """Return the arrays of a pipeline stage: tokens on the first, labels and loss mask on the last, the rest on all."""
-    names = {"position_ids", "doc_start", "attention_mask"}
+    names = {"position_ids", "document_start", "attention_mask"}
     if is_first_stage:
         names.add("tokens")
     if is_last_stage:

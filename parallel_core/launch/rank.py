@@ -10,8 +10,8 @@ import os
 import runpy
 import sys
 
+from parallel_core.launch.entry import run_as_rank
 from parallel_core.launch.processes import die_with
-from parallel_core.launch.report import run_as_rank
 
 LAUNCHER_VARIABLE = "PARALLEL_CORE_LAUNCHER_PID"
 """Set by the launcher: its process id."""

@@ -8,7 +8,6 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,36 +93,6 @@ def report_failure(exc: BaseException) -> int:
             print(f"cannot write {path}: {error}", file=sys.stderr)
     print(report.text() if not isinstance(exc, ConfigError) else str(exc), file=sys.stderr, flush=True)
     return status
-
-
-def run_as_rank(main: Callable[[], object]) -> None:
-    """Run `main()`; when it fails, report the error and end the process with its status.
-
-    A `ParallelCoreError` is shown as its message, anything else with its traceback. A rank of a job ends at once,
-    without the exit handlers of the backend, which may wait for ranks that are waiting for this one.
-
-    Raises:
-        SystemExit: in a program of one process, with the status of the error.
-    """
-    try:
-        main()
-    except SystemExit as exc:
-        if exc.code in (None, 0):
-            raise
-        _end(report_failure(exc))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        _end(130)
-    except Exception as exc:
-        _end(report_failure(exc))
-
-
-def _end(status: int) -> None:
-    if "MS_ROLE" not in os.environ:
-        raise SystemExit(status)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
 
 
 def _exit_status(exc: BaseException) -> int:

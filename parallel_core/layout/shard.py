@@ -1,4 +1,4 @@
-"""What a rank holds of a global tensor, as rectangles: the one description that saving, loading and converting share.
+"""What a rank holds of a global tensor, as rectangles: what layers, optimizer and checkpoints share.
 
 Every layout this project has is a set of boxes. A column-parallel weight is one box. A gated fc1 under tensor
 parallelism is two (the rank's gates and the rank's ups, which are far apart in the global tensor). A flat range of a
@@ -7,14 +7,16 @@ distributed optimizer's shard is at most `2 * ndim - 1` boxes per box it cuts th
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from parallel_core.errors import CheckpointError
+from parallel_core.errors import CheckpointError, ConfigError
 
 Range = tuple[int, int]
 """Half-open interval `(start, stop)` along one dim."""
@@ -40,15 +42,43 @@ class Box:
 
 
 @dataclass(frozen=True)
-class TensorShard:
-    """A rank's part of one global tensor.
+class Cut:
+    """One dim of a tensor, shared out evenly over the ranks of a mesh axis.
 
     Attributes:
-        name: global name, for example `decoder.layers.3.mlp.linear_fc1.weight`.
+        axis: the mesh axis, such as "tp".
+        dim: the dim that is cut.
+        rank: this rank's position on the axis.
+        size: ranks along the axis.
+        parts: blocks stacked along `dim` that are each cut: 2 for a gated fc1, whose global layout is
+            [all gates ; all ups] and whose local layout is [this rank's gates ; this rank's ups].
+    """
+
+    axis: str
+    dim: int
+    rank: int
+    size: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """A rank's part of one global tensor, and what the optimizer asks of a parameter.
+
+    Attributes:
+        name: global name, Megatron-core's with global layer numbers, such as `decoder.layers.3.mlp.linear_fc1.weight`.
         global_shape: shape of the whole tensor.
-        dtype: tag such as "float32" or "bfloat16" (see `dtypes`).
+        dtype: tag such as "float32" or "bfloat16" (see `checkpoint.dtypes`).
         local_shape: shape of the rank's array.
         boxes: the rectangles the array consists of; together they cover the array exactly once.
+        cuts: how the boxes came about; none for a whole tensor and for a flat range.
+        partial_gradient: the gradient of each rank covers only its part of the sequence or of the heads, so it must be
+            summed over the tensor parallel group.
+        is_embedding_or_output: decoupled learning rates apply.
+        shared_embedding: held by the first and by the last pipeline stage; their gradients are summed.
+        is_copy: the last stage's copy of a shared embedding; the first stage's is the one that counts in norms and
+            checkpoints.
+        weight_decay: whether weight decay applies; None: to matrices, and not to biases and norms.
     """
 
     name: str
@@ -56,6 +86,12 @@ class TensorShard:
     dtype: str
     local_shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+    cuts: tuple[Cut, ...] = ()
+    partial_gradient: bool = False
+    is_embedding_or_output: bool = False
+    shared_embedding: bool = False
+    is_copy: bool = False
+    weight_decay: bool | None = None
 
     def __post_init__(self) -> None:
         covered = 0
@@ -69,46 +105,79 @@ class TensorShard:
             )
 
     @classmethod
+    def cut(
+        cls, name: str, global_shape: Sequence[int], *cuts: Cut, dtype: str = "float32", **traits: Any
+    ) -> TensorShard:
+        """Return the shard of a rank that holds what `cuts` leave it; without any, the whole tensor.
+
+        Cuts of one dim apply in turn, each to what the one before left.
+
+        Args:
+            name: global name.
+            global_shape: shape of the whole tensor.
+            cuts: over which axes it is shared out; those over a single rank change nothing.
+            dtype: dtype tag.
+            traits: any of the attributes from `partial_gradient` on.
+
+        Raises:
+            ConfigError: a dim does not divide.
+        """
+        shape = tuple(int(n) for n in global_shape)
+        pieces: list[list[Range]] = [[(0, n)] for n in shape]
+        for cut in cuts:
+            pieces[cut.dim] = _cut_ranges(pieces[cut.dim], cut, name, shape)
+        local_shape = tuple(sum(stop - start for start, stop in ranges) for ranges in pieces)
+        boxes = []
+        for globe in itertools.product(*(list(zip(_stacked(ranges), ranges)) for ranges in pieces)):
+            boxes.append(Box(tuple(local for local, _ in globe), tuple(there for _, there in globe)))
+        return cls(name, shape, dtype, local_shape, tuple(boxes), tuple(cuts), **traits)
+
+    @classmethod
     def full(cls, name: str, shape: Sequence[int], dtype: str) -> TensorShard:
         """Return the shard of a rank that holds the whole tensor."""
-        whole = tuple((0, int(n)) for n in shape)
-        return cls(name, tuple(shape), dtype, tuple(shape), (Box(whole, whole),))
+        return cls.cut(name, shape, dtype=dtype)
 
     @classmethod
     def split(
         cls, name: str, global_shape: Sequence[int], dtype: str, dim: int, rank: int, num_ranks: int, parts: int = 1
     ) -> TensorShard:
-        """Return the shard of a rank under tensor parallelism.
+        """Return the shard of a rank under tensor parallelism; see `Cut` for the arguments."""
+        return cls.cut(name, global_shape, Cut("tp", dim, rank, num_ranks, parts), dtype=dtype)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds less than the whole tensor."""
+        return any(cut.size > 1 for cut in self.cuts)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return has_weight_decay(self.name, self.global_shape)
+
+    def is_first_copy(self, coordinates: Mapping[str, int]) -> bool:
+        """Return whether the rank at `coordinates` has the copy that counts in norms and is written to checkpoints.
 
         Args:
-            name: global name.
-            global_shape: shape of the whole tensor.
-            dtype: dtype tag.
-            dim: the dim that is cut.
-            rank: this rank's position among `num_ranks`.
-            num_ranks: into how many equal pieces each part is cut.
-            parts: how many stacked parts `dim` consists of, each cut separately: 2 for a gated fc1, whose global
-                layout is [all gates ; all ups] and whose local layout is [this rank's gates ; this rank's ups].
+            coordinates: this rank's position on the axes over which tensors are cut or else repeated, such as
+                {"tp": 1}.
+        """
+        cut_over = {cut.axis for cut in self.cuts if cut.size > 1}
+        return not self.is_copy and all(rank == 0 for axis, rank in coordinates.items() if axis not in cut_over)
+
+    def take(self, full: np.ndarray) -> np.ndarray:
+        """Return this rank's part of the whole tensor `full`, as a C-contiguous copy.
 
         Raises:
-            CheckpointError: the dim does not divide.
+            ConfigError: `full` has another shape.
         """
-        shape = tuple(int(n) for n in global_shape)
-        if shape[dim] % (parts * num_ranks):
-            raise CheckpointError(
-                f"{name}: dim {dim} of length {shape[dim]} cannot be cut into {parts} part(s) x {num_ranks} ranks"
-            )
-        part, piece = shape[dim] // parts, shape[dim] // parts // num_ranks
-        local_shape = shape[:dim] + (piece * parts,) + shape[dim + 1 :]
-        whole = [(0, n) for n in shape]
-        boxes = []
-        for i in range(parts if num_ranks > 1 else 1):
-            width = piece if num_ranks > 1 else piece * parts
-            start = i * part + rank * piece
-            local, globe = list(whole), list(whole)
-            local[dim], globe[dim] = (i * width, (i + 1) * width), (start, start + width)
-            boxes.append(Box(tuple(local), tuple(globe)))
-        return cls(name, shape, dtype, local_shape, tuple(boxes))
+        if tuple(full.shape) != self.global_shape:
+            raise ConfigError(f"{self.name}: expected shape {list(self.global_shape)}, got {list(full.shape)}")
+        out = np.empty(self.local_shape, full.dtype)
+        for box in self.boxes:
+            region(out, box.local)[...] = region(full, box.globe)
+        return out
 
     def flat_range(self, start: int, stop: int, dtype: str | None = None) -> TensorShard:
         """Return the shard that holds elements `[start, stop)` of this shard's array, flattened, as a 1-D array.
@@ -139,11 +208,58 @@ class TensorShard:
                         for (first, last), (l0, _), (g0, _) in zip(run, box.local, box.globe)
                     )
                     boxes.append(Box(((at, at + volume(run)),), globe))
-        return TensorShard(self.name, self.global_shape, dtype or self.dtype, (stop - start,), tuple(boxes))
+        return dataclasses.replace(
+            self, dtype=dtype or self.dtype, local_shape=(stop - start,), boxes=tuple(boxes), cuts=()
+        )
 
     def with_dtype(self, dtype: str) -> TensorShard:
         """Return the same part of a tensor with another dtype, as an optimizer state has it."""
-        return TensorShard(self.name, self.global_shape, dtype, self.local_shape, self.boxes)
+        return dataclasses.replace(self, dtype=dtype)
+
+
+def has_weight_decay(name: str, shape: Sequence[int]) -> bool:
+    """Tell whether Megatron decays a parameter unless it is told otherwise: all but biases and one-dimensional ones."""
+    return not name.endswith(".bias") and len(shape) != 1
+
+
+def shard_of(parameter: Any) -> TensorShard:
+    """Return the `shard` of a `mindspore.Parameter`; one made elsewhere is taken as whole on every rank."""
+    shard, dtype = getattr(parameter, "shard", None), str(parameter.dtype).lower()
+    if shard is None or shard.dtype != dtype:  # a model may be cast after it was built
+        shard = TensorShard.full(parameter.name, parameter.shape, dtype) if shard is None else shard.with_dtype(dtype)
+        parameter.shard = shard
+    return shard
+
+
+def mark(parameter: Any, **traits: Any) -> None:
+    """Set traits of a parameter's shard, such as `shared_embedding` or `weight_decay` (see `TensorShard`)."""
+    parameter.shard = dataclasses.replace(shard_of(parameter), **traits)
+
+
+def _cut_ranges(ranges: list[Range], cut: Cut, name: str, shape: tuple[int, ...]) -> list[Range]:
+    """Return what one rank keeps of the ranges of a dim."""
+    if cut.size == 1:
+        return ranges
+    if cut.parts > 1 and len(ranges) == 1:
+        (start, stop), parts = ranges[0], cut.parts
+        width = (stop - start) // parts if (stop - start) % parts == 0 else 0
+        ranges = [(start + i * width, start + (i + 1) * width) for i in range(parts)] if width else ranges
+    kept = []
+    for start, stop in ranges:
+        if (stop - start) % cut.size or len(ranges) % cut.parts:
+            raise ConfigError(
+                f"{name}: dim {cut.dim} of {list(shape)} cannot be cut into {cut.parts} x {cut.size} equal parts; "
+                f"choose a size that {cut.parts * cut.size} divides"
+            )
+        width = (stop - start) // cut.size
+        kept.append((start + cut.rank * width, start + (cut.rank + 1) * width))
+    return kept
+
+
+def _stacked(ranges: Sequence[Range]) -> list[Range]:
+    """Return where ranges lie when they are put one behind the other."""
+    ends = list(itertools.accumulate(stop - start for start, stop in ranges))
+    return list(zip([0, *ends], ends))
 
 
 def _check_box(shard: TensorShard, box: Box) -> None:

@@ -6,21 +6,20 @@ Source: Megatron-LM's DistributedDataParallel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import on_gradient
 from parallel_core.comm.interface import Group
+from parallel_core.layout.buckets import default_bucket_size
+from parallel_core.layout.shard import shard_of
+from parallel_core.optimizer import flat
+from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
 
 if TYPE_CHECKING:
     from parallel_core.config.schema import TrainingConfig
-
-DEFAULT_BUCKET_SIZE = 40_000_000
-"""Elements of a bucket when reductions overlap with backward (at least 1e6 for each data parallel rank)."""
-
 
 class DistributedDataParallel:
     """Accumulates and reduces the gradients of this rank's model chunks.
@@ -28,9 +27,7 @@ class DistributedDataParallel:
     Args:
         chunks: the model chunks of this pipeline rank.
         config: bucket size, overlap, precision of gradients, distributed optimizer.
-        group: the data parallel group.
-        names: global name of a parameter.
-        is_shared_embedding: whether a parameter is held by two pipeline stages.
+        group: the ranks that hold the same parameters and see other data.
         is_first_stage: whether this is the first pipeline rank (later ones use one bucket, and `delay_grad_reduce`).
     """
 
@@ -40,8 +37,6 @@ class DistributedDataParallel:
         config: TrainingConfig,
         group: Group,
         *,
-        names: Callable[[Parameter], str],
-        is_shared_embedding: Callable[[Parameter], bool] = lambda parameter: False,
         is_first_stage: bool = True,
     ) -> None:
         self.group, self.config = group, config
@@ -53,20 +48,15 @@ class DistributedDataParallel:
         self._buffers_of_chunk: list[list[ParamAndGradBuffer]] = []
         for number, chunk in enumerate(self.chunks):
             one_bucket = number > 0 or not is_first_stage
-            buffers = self._make_buffers(chunk, names, is_shared_embedding, one_bucket)
+            buffers = self._make_buffers(chunk, one_bucket)
             for buffer in buffers:
                 self._register_hooks(number, buffer)
             self._buffers_of_chunk.append(buffers)
             self.buffers.extend(buffers)
+        self.frozen = [_bound(p) for chunk in self.chunks for p in chunk.get_parameters() if not p.requires_grad]
         self.broadcast_parameters()
 
-    def _make_buffers(
-        self,
-        chunk: nn.Cell,
-        names: Callable[[Parameter], str],
-        is_shared_embedding: Callable[[Parameter], bool],
-        one_bucket: bool,
-    ) -> list[ParamAndGradBuffer]:
+    def _make_buffers(self, chunk: nn.Cell, one_bucket: bool) -> list[ParamAndGradBuffer]:
         by_dtype: dict[str, list[Parameter]] = {}
         for parameter in chunk.trainable_params():
             by_dtype.setdefault(str(parameter.dtype).lower(), []).append(parameter)
@@ -76,14 +66,14 @@ class DistributedDataParallel:
         elif self.config.bucket_size:
             size = self.config.bucket_size
         elif self._overlap and not one_bucket:
-            size = max(DEFAULT_BUCKET_SIZE, 1_000_000 * self.group.size)
+            size = default_bucket_size(self.group.size)
         out = []
         for dtype, parameters in by_dtype.items():
-            alone = [i for i, p in enumerate(parameters) if is_shared_embedding(p)]
+            alone = [i for i, p in enumerate(parameters) if shard_of(p).shared_embedding]
             out.append(
                 ParamAndGradBuffer(
                     parameters,
-                    [names(p) for p in parameters],
+                    [shard_of(p).name for p in parameters],
                     dtype,
                     "float32" if self.config.accumulate_allreduce_grads_in_fp32 else dtype,
                     self.group,
@@ -113,15 +103,6 @@ class DistributedDataParallel:
         """Say that the next backward pass of `chunk` is its last in this iteration."""
         self._sync[chunk] = True
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Inside the block gradients accumulate, and no reduction starts."""
-        before, self._sync = self._sync, [False] * len(self.chunks)
-        try:
-            yield
-        finally:
-            self._sync = before
-
     def start_iteration(self) -> None:
         """Forget the last iteration's gradients (Megatron: zero_grad_buffer)."""
         self._sync = [False] * len(self.chunks)
@@ -144,18 +125,33 @@ class DistributedDataParallel:
             for bucket in range(len(buffer.layout.buckets)):
                 buffer.finish_gather(bucket)
 
+    def parameters(self) -> Iterator[tuple[Parameter, Flat]]:
+        """Yield every parameter of this rank with the storage it lives in, frozen ones too."""
+        for buffer in self.buffers:
+            for slot in buffer.layout.slots:
+                yield buffer.parameters[slot.index], buffer.params.part(slot.start, slot.end)
+        yield from self.frozen
+
     def broadcast_parameters(self) -> None:
         """Make all replicas equal to the first."""
         for buffer in self.buffers:
             buffer.broadcast_parameters()
+        for _, values in self.frozen if self.group.size > 1 else ():
+            values.load(self.group.broadcast_(values.tensor()).asnumpy())
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters and gradients."""
         width = {"float32": 4, "float16": 2, "bfloat16": 2}
         grad = 4 if self.config.accumulate_allreduce_grads_in_fp32 else 0
         return {
-            "parameters": sum(b.layout.numel * width[b.dtype] for b in self.buffers),
+            "parameters": sum(b.layout.numel * width[b.dtype] for b in self.buffers)
+            + sum(values.numpy().nbytes for _, values in self.frozen),
             "gradients": sum(b.layout.numel * (grad or width[b.dtype]) for b in self.buffers),
         }
 
 
+def _bound(parameter: Parameter) -> tuple[Parameter, Flat]:
+    """Return a frozen parameter with storage of its own: values are loaded and sent like the others', nothing else."""
+    values = flat.zeros(parameter.size, shard_of(parameter).dtype)
+    values.bind(parameter)
+    return parameter, values

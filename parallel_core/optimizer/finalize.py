@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 
 from parallel_core.comm.interface import Group
+from parallel_core.layout.shard import TensorShard, shard_of
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
 from parallel_core.optimizer.flat import Flat
 
@@ -16,8 +17,6 @@ def finalize_model_grads(
     ddp: DistributedDataParallel,
     tp_group: Group,
     embedding_group: Group,
-    is_partial: Callable[[Parameter], bool],
-    is_shared_embedding: Callable[[Parameter], bool],
 ) -> None:
     """Complete the gradients of one iteration, in Megatron-LM's order.
 
@@ -28,22 +27,20 @@ def finalize_model_grads(
         ddp: buffers of this rank.
         tp_group: the tensor parallel group.
         embedding_group: first and last pipeline stage, or a group of one.
-        is_partial: whether a parameter's gradient covers only this rank's part of the sequence or heads.
-        is_shared_embedding: whether a parameter is held by the first and the last stage.
     """
     ddp.finish_grad_sync()
     if tp_group.size > 1:
-        _sum_together(_gradients(ddp, is_partial), tp_group)
+        _sum_together(_gradients(ddp, lambda shard: shard.partial_gradient), tp_group)
     if embedding_group.size > 1:
-        _sum_together(_gradients(ddp, is_shared_embedding), embedding_group)
+        _sum_together(_gradients(ddp, lambda shard: shard.shared_embedding), embedding_group)
 
 
-def _gradients(ddp: DistributedDataParallel, wanted: Callable[[Parameter], bool]) -> list[Flat]:
+def _gradients(ddp: DistributedDataParallel, wanted: Callable[[TensorShard], bool]) -> list[Flat]:
     return [
         buffer.main_grad(index)
         for buffer in ddp.buffers
         for index, parameter in enumerate(buffer.parameters)
-        if wanted(parameter)
+        if wanted(shard_of(parameter))
     ]
 
 

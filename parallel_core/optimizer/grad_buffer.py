@@ -60,8 +60,10 @@ class MainGrad:
     def receive(self, gradient: Tensor) -> None:
         """Take what autograd has gathered in one backward pass."""
         lent, self._lent = self._lent, False
-        if lent and not gradient.is_contiguous():
-            return  # the placeholder alone; with other contributions added to it, it is an ordinary tensor
+        # The placeholder alone comes back as another object on the same memory; where autograd added other
+        # contributions to it, the sum is a tensor of its own.
+        if lent and self._placeholder is not None and gradient.data_ptr() == self._placeholder.data_ptr():
+            return
         if self.begun:
             self.flat.add_(gradient)
         else:

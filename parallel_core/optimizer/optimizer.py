@@ -7,13 +7,14 @@ of its part of every bucket only, and the updated parameters are gathered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mindspore import Parameter
 
 from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
+from parallel_core.layout.shard import TensorShard, shard_of
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
 from parallel_core.optimizer.flat import Flat
@@ -29,29 +30,11 @@ STATE_OF = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What the update needs to know of a parameter.
-
-    Attributes:
-        name: global name.
-        decays: weight decay applies (not to biases and norms).
-        counts: its gradient counts in the global norm on this rank: it is a tensor parallel shard or this is tensor
-            parallel rank 0, and it is no copy of another stage's.
-        is_embedding_or_output: the decoupled learning rate applies.
-    """
-
-    name: str
-    decays: bool
-    counts: bool
-    is_embedding_or_output: bool
-
-
-@dataclass(frozen=True)
 class Segment:
     """The part of one parameter whose master this rank keeps.
 
     Elements [start, end) of the buffer; [state, state + end - start) of the buffer's state; the first one is element
-    `offset` of the parameter.
+    `offset` of the parameter. `counts` tells whether its gradient counts in the global norm on this rank.
     """
 
     buffer: int
@@ -60,7 +43,8 @@ class Segment:
     end: int
     state: int
     offset: int
-    traits: Traits
+    shard: TensorShard
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +61,8 @@ class Optimizer:
     Args:
         ddp: parameters and reduced gradients.
         config: optimizer type, its constants, clipping.
-        traits: traits of a parameter.
+        coordinates: this rank's position on the axes that parameters are cut or repeated over (see
+            `TensorShard.is_first_copy`): gradients of repeated parameters count once in the norm.
         scaler: the loss scale that the gradients carry.
         check_for_nan: raise on a gradient that is not finite, unless the loss scale is dynamic.
     """
@@ -87,7 +72,7 @@ class Optimizer:
         ddp: DistributedDataParallel,
         config: OptimizerConfig,
         *,
-        traits: Callable[[Parameter], Traits],
+        coordinates: Mapping[str, int],
         scaler: LossScaler,
         check_for_nan: bool = True,
     ) -> None:
@@ -99,19 +84,19 @@ class Optimizer:
         self._masters: list[Flat | None] = []
         self.state: list[dict[str, Flat]] = []
         for number, buffer in enumerate(ddp.buffers):
-            self._add_buffer(number, buffer, traits)
+            self._add_buffer(number, buffer, coordinates)
 
-    def _add_buffer(self, number: int, buffer: ParamAndGradBuffer, traits: Callable[[Parameter], Traits]) -> None:
+    def _add_buffer(self, number: int, buffer: ParamAndGradBuffer, coordinates: Mapping[str, int]) -> None:
         length = 0
         for bucket, where in enumerate(buffer.layout.buckets):
             own_start, own_end = buffer.owned(where)
             for slot in buffer.layout.slots:
                 start, end = max(slot.start, own_start), min(slot.end, own_end)
                 if slot.bucket == bucket and start < end:
-                    parameter = traits(buffer.parameters[slot.index])
-                    state = length + start - own_start
+                    shard, state = shard_of(buffer.parameters[slot.index]), length + start - own_start
+                    counts = shard.is_first_copy(coordinates)
                     self.segments.append(
-                        Segment(number, slot.index, start, end, state, start - slot.start, parameter)
+                        Segment(number, slot.index, start, end, state, start - slot.start, shard, counts)
                     )
             length += own_end - own_start
         self.state.append({key: flat.zeros(length, "float32") for key in STATE_OF[self.config.optimizer_type]})
@@ -152,7 +137,7 @@ class Optimizer:
         return sum(
             self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares()
             for s in self.segments
-            if s.traits.counts
+            if s.counts
         )
 
     def step(
@@ -187,11 +172,11 @@ class Optimizer:
         return StepResult(True, norm)
 
     def _update(self, segment: Segment, scheduler: OptimizerParamScheduler, factor: float) -> None:
-        config, traits = self.config, segment.traits
+        config, shard = self.config, segment.shard
         gradient = self.ddp.buffers[segment.buffer].grads.part(segment.start, segment.end)
-        decoupled = traits.is_embedding_or_output and config.decoupled_lr > 0
+        decoupled = shard.is_embedding_or_output and config.decoupled_lr > 0
         lr = scheduler.get_lr(config.decoupled_lr, config.decoupled_min_lr) if decoupled else scheduler.get_lr()
-        weight_decay = scheduler.get_wd() if traits.decays else 0.0
+        weight_decay = scheduler.get_wd() if shard.decays else 0.0
         if config.optimizer_type == "adam":
             self.master(segment).adam_(
                 gradient,
@@ -233,7 +218,7 @@ class Optimizer:
 
     def _raise_not_finite(self, norm: float) -> None:
         names = [
-            s.traits.name
+            s.shard.name
             for s in self.segments
             if not math.isfinite(self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares())
         ]

@@ -149,15 +149,15 @@ def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     from parallel_core.optimizer.schedules import OptimizerParamScheduler
     from parallel_core.report.memory_meter import MemoryMeter
     from parallel_core.training.batches import make_batch_source
-    from parallel_core.training.model import ModelStage, get_model
+    from parallel_core.training.forward_step import forward_step
+    from parallel_core.training.model import get_model
     from parallel_core.training.runtime import start_context, start_runtime, supported_precision
     from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
-    from parallel_core.training.step import TrainingStep, default_forward_step, get_batch
-    from parallel_core.transformer import GPTModel
+    from parallel_core.training.step import TrainingStep
+    from parallel_core.transformer import GPTModel, ModelStage
 
     def model_provider(pre_process: bool, post_process: bool, stage: ModelStage) -> GPTModel:
-        ends = {"pre_process": pre_process, "post_process": post_process}
-        return GPTModel(stage.build, stage.layer_numbers, plan=stage.plan, **ends)
+        return GPTModel(stage)
 
     rank, world_size = start_runtime()
     config, _ = supported_precision(load_config(argv, world_size=world_size).config)
@@ -166,7 +166,7 @@ def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     sizes = batch_sizes(config, context.dp.size)
     scheduler = OptimizerParamScheduler(schedule_shape(config, sizes, 3))
     model = get_model(model_provider, config, context)
-    step = TrainingStep(config, context, model, default_forward_step(get_batch), scheduler, loss_scaler(config))
+    step = TrainingStep(config, context, model, forward_step, scheduler, loss_scaler(config))
     data = make_batch_source(_random_batches(config), 0, config, context, len(model.chunks), external=True)
     microbatches, meter = sizes.num_microbatches(0), MemoryMeter()
     for iteration in (1, 2, 3):
@@ -191,7 +191,7 @@ def _random_batches(config: AllConfig) -> Iterator[dict[str, np.ndarray]]:
         batch = {"tokens": tokens[0], "labels": tokens[1], "loss_mask": np.ones(shape, np.float32)}
         batch["position_ids"] = positions
         if config.dataset_config.reset_attention_mask:
-            batch["doc_start"] = np.zeros(shape, np.int32)
+            batch["document_start"] = np.zeros(shape, np.int32)
         yield batch
 
 

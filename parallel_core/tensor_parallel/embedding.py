@@ -10,8 +10,9 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.autograd import Function, main_grad_of
 from parallel_core.comm.interface import Group
+from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.tensor_parallel import mappings
-from parallel_core.tensor_parallel.parameter import InitMethod, ShardSpec, make_parameter
+from parallel_core.tensor_parallel.parameter import InitMethod, make_parameter
 
 
 class VocabParallelEmbedding(nn.Cell):
@@ -46,16 +47,11 @@ class VocabParallelEmbedding(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=True)
         self.tp_group, self.reduce_scatter_embeddings = tp_group, reduce_scatter_embeddings
-        spec = ShardSpec(
-            f"{name}.weight",
-            (num_embeddings, embedding_dim),
-            partition_dim=0,
-            rank=tp_group.rank,
-            size=tp_group.size,
-            is_embedding_or_output=True,
-        )
-        self.weight = make_parameter(spec, init_method, params_dtype)
-        self.first_row = tp_group.rank * spec.local_shape[0]
+        rows = Cut("tp", 0, tp_group.rank, tp_group.size)
+        shape = (num_embeddings, embedding_dim)
+        shard = TensorShard.cut(f"{name}.weight", shape, rows, is_embedding_or_output=True)
+        self.weight = make_parameter(shard, init_method, params_dtype)
+        self.first_row = tp_group.rank * shard.local_shape[0]
 
     def construct(self, ids: Tensor) -> Tensor:
         """Return the rows of `ids`.

@@ -13,8 +13,9 @@ from parallel_core import ops
 from parallel_core.autograd import Function, main_grad_of
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError
+from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.tensor_parallel import mappings
-from parallel_core.tensor_parallel.parameter import InitMethod, ShardSpec, constant, make_parameter
+from parallel_core.tensor_parallel.parameter import InitMethod, constant, make_parameter
 
 
 class ColumnParallelLinear(nn.Cell):
@@ -66,15 +67,15 @@ class ColumnParallelLinear(nn.Cell):
             raise ConfigError(f"{name}: gather_output and sequence_parallel exclude each other; choose one")
         self.tp_group, self.sequence_parallel, self.regather_input = tp_group, sequence_parallel, regather_input
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
-        cut: dict[str, Any] = {"partition_dim": 0, "partition_stride": stride}
-        cut |= {"rank": tp_group.rank, "size": tp_group.size}
+        rows = Cut("tp", 0, tp_group.rank, tp_group.size, stride)
         self.weight: Parameter | None = None
         self.bias: Parameter | None = None
         if not skip_weight_param_allocation:
-            spec = ShardSpec(f"{name}.weight", (output_size, input_size), **cut)
-            self.weight = make_parameter(spec, init_method, params_dtype)
+            shard = TensorShard.cut(f"{name}.weight", (output_size, input_size), rows)
+            self.weight = make_parameter(shard, init_method, params_dtype)
         if bias:
-            self.bias = make_parameter(ShardSpec(f"{name}.bias", (output_size,), **cut), constant(0.0), params_dtype)
+            shard = TensorShard.cut(f"{name}.bias", (output_size,), rows)
+            self.bias = make_parameter(shard, constant(0.0), params_dtype)
 
     def construct(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return (Y, bias or None).
@@ -144,13 +145,13 @@ class RowParallelLinear(nn.Cell):
             raise ConfigError(f"{name}: sequence_parallel needs input_is_parallel=True")
         self.tp_group, self.sequence_parallel = tp_group, sequence_parallel
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
-        cut: dict[str, Any] = {"rank": tp_group.rank, "size": tp_group.size}
-        spec = ShardSpec(f"{name}.weight", (output_size, input_size), partition_dim=1, **cut)
-        self.weight = make_parameter(spec, init_method, params_dtype)
+        columns = Cut("tp", 1, tp_group.rank, tp_group.size)
+        shard = TensorShard.cut(f"{name}.weight", (output_size, input_size), columns)
+        self.weight = make_parameter(shard, init_method, params_dtype)
         self.bias: Parameter | None = None
         if bias:
-            spec = ShardSpec(f"{name}.bias", (output_size,), partial_gradient=sequence_parallel, **cut)
-            self.bias = make_parameter(spec, constant(0.0), params_dtype)
+            shard = TensorShard.cut(f"{name}.bias", (output_size,), partial_gradient=sequence_parallel)
+            self.bias = make_parameter(shard, constant(0.0), params_dtype)
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (Y, bias or None).

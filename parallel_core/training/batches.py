@@ -27,8 +27,8 @@ from parallel_core.data import (
 from parallel_core.errors import DataError
 
 TensorBatch = dict[str, Tensor | None]
-"""tokens, labels, position_ids, attention_mask (document starts): int32 [B, S]; loss_mask: float32 [B, S]. None where
-a stage does not need it, or where it says nothing (positions 0..S-1, plain causal attention)."""
+"""tokens, labels, position_ids, document_start (the first position that each may see): int32 [B, S]; loss_mask: float32
+[B, S]. None where a stage does not need it, or where it says nothing (positions 0..S-1, plain causal attention)."""
 
 
 def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
@@ -119,7 +119,7 @@ class BatchSource:
                 lambda array: context.tp.broadcast_(Tensor(array)).asnumpy(),
                 micro_batch_size=data.batch_size,
                 sequence_length=config.model_config.seq_length,
-                has_doc_start=data.reset_attention_mask,
+                has_document_start=data.reset_attention_mask,
             )
         self._needs_data = needs_data
 
@@ -139,7 +139,7 @@ class BatchSource:
             close()
 
     def _next(self) -> TensorBatch:
-        empty: TensorBatch = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+        empty: TensorBatch = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_start"))
         if not self._needs_data:
             return empty
         if self._batches is None:
@@ -161,7 +161,7 @@ class BatchSource:
         if self._keep_positions:
             batch["position_ids"] = _int32(arrays["position_ids"])
         if self._keep_mask:
-            batch["attention_mask"] = _int32(arrays["doc_start"])
+            batch["document_start"] = _int32(arrays["document_start"])
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:

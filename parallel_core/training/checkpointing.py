@@ -16,7 +16,6 @@ from mindspore import Parameter
 import parallel_core
 from parallel_core.checkpoint import (
     AsyncSaver,
-    Box,
     CheckpointWriter,
     TensorShard,
     compare_model_config,
@@ -28,9 +27,9 @@ from parallel_core.checkpoint import (
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.context import ParallelContext
 from parallel_core.errors import CheckpointError, ParallelCoreError, bullet_list
+from parallel_core.layout.shard import shard_of
 from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.optimizer import STATE_OF
-from parallel_core.tensor_parallel.parameter import shard_of
 from parallel_core.training.step import TrainingStep
 
 Shards = dict[str, tuple[TensorShard, np.ndarray]]
@@ -126,13 +125,10 @@ class Checkpointer:
         context, training = self._context, self._config.training_config
         values: Shards = {}
         for parameter in self._parameters():
-            spec = shard_of(parameter)
-            if spec.is_copy or (context.tp.rank and not spec.is_sharded):
-                continue
-            shard = tensor_shard(parameter)
-            values[spec.name] = (shard, parameter.asnumpy())
-        mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, context.dp.rank, context.dp.size)
-        out = {key: values[key] for key in mine}
+            shard = shard_of(parameter)
+            if shard.is_first_copy(context.coordinates):
+                values[shard.name] = (shard, parameter.asnumpy())
+        out = self._share(values)
         if not training.no_save_optim:
             out.update(self._state_to_save())
         return out
@@ -140,34 +136,38 @@ class Checkpointer:
     def _state_to_save(self) -> Shards:
         """Return masters and state: with the distributed optimizer this rank's own parts, else its share of all."""
         context = self._context
-        specs = {shard_of(p).name: shard_of(p) for p in self._parameters()}
         values = {
             key: (shard, part.numpy().reshape(shard.local_shape))
-            for key, shard, part in self._state_parts()
-            if not specs[shard.name].is_copy and (context.tp.rank == 0 or specs[shard.name].is_sharded)
+            for parameter, key, shard, part in self._state_parts()
+            if shard_of(parameter).is_first_copy(context.coordinates)
         }
         if self._config.training_config.use_distributed_optimizer:
             return values
-        mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, context.dp.rank, context.dp.size)
+        return self._share(values)
+
+    def _share(self, values: Shards) -> Shards:
+        """Return what this one of the ranks that all hold `values` writes of them."""
+        group = self._context.dp_cp
+        mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, group.rank, group.size)
         return {key: values[key] for key in mine}
 
-    def _state_parts(self) -> list[tuple[str, TensorShard, Flat]]:
-        """Return key, place in the global tensor and storage of all masters and state that this rank keeps."""
+    def _state_parts(self) -> list[tuple[Parameter, str, TensorShard, Flat]]:
+        """Return parameter, key, place in the global tensor and storage of all masters and state this rank keeps."""
         optimizer, parts = self._step.optimizer, []
         kinds = STATE_OF[self._config.optimizer_config.optimizer_type]
         for parameter, segments in optimizer.segments_by_parameter():
-            whole = tensor_shard(parameter).with_dtype("float32")
+            whole = shard_of(parameter).with_dtype("float32")
             for segment in segments:
                 length = segment.end - segment.start
                 shard = whole if length == parameter.size else whole.flat_range(segment.offset, segment.offset + length)
                 stored = {kind: optimizer.state_part(segment, kind) for kind in kinds}
                 if parameter.dtype != ms.float32:
                     stored["master"] = optimizer.master(segment)
-                parts += [(f"{shard.name}@{kind}", shard, part) for kind, part in stored.items()]
+                parts += [(parameter, f"{shard.name}@{kind}", shard, part) for kind, part in stored.items()]
         return parts
 
     def _parameters(self) -> list[Parameter]:
-        return [parameter for buffer in self._step.ddp.buffers for parameter in buffer.parameters]
+        return [parameter for parameter, _ in self._step.ddp.parameters()]
 
     def _common(self, progress: Progress) -> dict[str, Any]:
         step, training, mesh = self._step, self._config.training_config, self._context.mesh
@@ -212,9 +212,9 @@ class Checkpointer:
         source = self._everywhere(lambda: open_checkpoint(path))
         self._everywhere(lambda: self._check_model(source.common, path))
         weights_only = self._starts_anew or training.no_load_optim
-        wanted = {shard_of(p).name: tensor_shard(p) for p in self._parameters()}
+        wanted = {shard_of(p).name: shard_of(p) for p in self._parameters()}
         state = [] if weights_only else self._state_parts()
-        wanted.update({key: shard for key, shard, _ in state})
+        wanted.update({key: shard for _, key, shard, _ in state})
         if state and not any("@" in key for key in source.keys()):  # noqa: SIM118 - a method of TensorSource
             raise CheckpointError(
                 f"{path} holds weights but no optimizer state; add --no-load-optim to go on with fresh state, or "
@@ -227,11 +227,9 @@ class Checkpointer:
         arrays, report = self._everywhere(
             lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16)
         )
-        for buffer in self._step.ddp.buffers:
-            for slot in buffer.layout.slots:
-                values = arrays[shard_of(buffer.parameters[slot.index]).name]
-                buffer.params.part(slot.start, slot.end).load(values.reshape(-1))
-        for key, _, part in state:
+        for parameter, storage in self._step.ddp.parameters():
+            storage.load(arrays[shard_of(parameter).name].reshape(-1))
+        for _, key, _, part in state:
             part.load(arrays[key].reshape(-1))
         if weights_only:
             self._step.optimizer.reload_masters()
@@ -287,16 +285,6 @@ class Checkpointer:
             int(common.get("consumed_valid_samples", 0)),
             common.get("data_order"),
         )
-
-
-def tensor_shard(parameter: Parameter) -> TensorShard:
-    """Return a parameter's place in its global tensor, in the checkpoint's terms."""
-    spec = shard_of(parameter)
-    boxes = tuple(
-        Box(tuple((s.start, s.stop) for s in local), tuple((s.start, s.stop) for s in globe))
-        for local, globe in spec.boxes()
-    )
-    return TensorShard(spec.name, spec.global_shape, str(parameter.dtype).lower(), spec.local_shape, boxes)
 
 
 def megatron_model_config(config: AllConfig) -> dict[str, Any]:

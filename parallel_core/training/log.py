@@ -38,7 +38,7 @@ class RunLog:
         self, context: ParallelContext, log_dir: str, seq_length: int, flops: Callable[[int], float] | None = None
     ) -> None:
         self._tells_start = context.rank == 0
-        self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp.rank == 0
+        self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp_cp.rank == 0
         self._seq_length, self._flops, self._devices = seq_length, flops, context.world.size
         self._recent: deque[float] = deque(maxlen=20)
         self._skipped = 0

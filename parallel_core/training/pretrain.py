@@ -26,12 +26,13 @@ from parallel_core.pipeline.schedule import format_steps
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
+from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.log import RunLog, Stopwatch, log_folder
 from parallel_core.training.model import ModelProvider, get_model
 from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.runtime import start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
-from parallel_core.training.step import StepReport, TrainingStep, default_forward_step, get_batch
+from parallel_core.training.step import StepReport, TrainingStep
 from parallel_core.training.summary import describe_run, next_commands
 
 DatasetsProvider = Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]
@@ -66,7 +67,7 @@ def pretrain(
         args_defaults: values of arguments that nobody gave.
         all_config: the configuration; None: from the command line.
         train_data_loader: NumPy microbatches for training, in place of the provider's dataset and its sampler.
-        get_batch_func: `(data_iterator) -> (tokens, labels, loss_mask, attention_mask, position_ids)`, used by the
+        get_batch_func: `(data_iterator) -> (tokens, labels, loss_mask, document_start, position_ids)`, used by the
             default forward step.
         argv: the command line; None: sys.argv[1:].
 
@@ -98,7 +99,7 @@ def pretrain(
         config,
         context,
         model_provider_func,
-        forward_step_func or default_forward_step(get_batch_func or get_batch),
+        forward_step_func or forward_step_with(get_batch_func or get_batch),
         process_non_loss_data_func,
         notes + ([changed] if changed else []),
     )

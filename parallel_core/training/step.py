@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
@@ -23,9 +22,8 @@ from parallel_core.pipeline.exchange import PipelineExchange
 from parallel_core.pipeline.executor import run_steps
 from parallel_core.pipeline.schedule import Step, make_schedule
 from parallel_core.pipeline.stage import ForwardStep, PipelineStage
-from parallel_core.tensor_parallel.parameter import shard_of
 from parallel_core.training.batches import BatchSource
-from parallel_core.training.model import RankModel, traits_of
+from parallel_core.training.model import RankModel
 
 
 @dataclass(frozen=True)
@@ -79,15 +77,13 @@ class TrainingStep:
         self.ddp = DistributedDataParallel(
             model.chunks,
             training,
-            context.dp,
-            names=lambda p: shard_of(p).name,
-            is_shared_embedding=_is_shared_embedding,
+            context.dp_cp,
             is_first_stage=context.is_first_stage,
         )
         self.optimizer = Optimizer(
             self.ddp,
             config.optimizer_config,
-            traits=traits_of(context),
+            coordinates=context.coordinates,
             scaler=scaler,
             check_for_nan=training.check_for_nan_in_loss_and_grad,
         )
@@ -135,9 +131,7 @@ class TrainingStep:
         self.model.streams.training = True
         self.ddp.start_iteration()
         self._run(data, num_microbatches, forward_only=False)
-        finalize_model_grads(
-            self.ddp, self.context.tp, self.context.embedding, _has_partial_gradient, _is_shared_embedding
-        )
+        finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
         losses, tokens, squares, stops = self._reduce_scalars(self.optimizer.local_squares(), stop)
         lr, weight_decay, scale = self.scheduler.get_lr(), self.scheduler.get_wd(), self.scaler.scale
         factor = 1.0 / max(tokens, 1.0) if self._per_token else 1.0
@@ -212,7 +206,7 @@ class TrainingStep:
         tokens = sum(float(count) for count, _ in reports)
         sums = [sum(float(report[name][0]) for _, report in reports) for name in self._report_names]
         numbers = [sum(float(report[name][1]) for _, report in reports) for name in self._report_names]
-        if not self.config.training_config.use_distributed_optimizer and context.dp.rank:
+        if not self.config.training_config.use_distributed_optimizer and context.dp_cp.rank:
             squares = 0.0
         vector = np.array([squares, tokens, float(stop), *sums, *numbers], np.float32)
         total = context.world.all_reduce_(Tensor(vector)).asnumpy().astype(np.float64)
@@ -222,39 +216,3 @@ class TrainingStep:
             for i, name in enumerate(self._report_names)
         }
         return means, float(total[1]), float(total[0]), float(total[2])
-
-
-def _is_shared_embedding(parameter: Parameter) -> bool:
-    return shard_of(parameter).shared_embedding
-
-
-def _has_partial_gradient(parameter: Parameter) -> bool:
-    return shard_of(parameter).partial_gradient
-
-
-def default_forward_step(get_batch_func: Callable[[Any], Any]) -> ForwardStep:
-    """Return Megatron-LM's forward step for a GPT model: batch, model, masked sum of the token losses."""
-
-    def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        tokens, labels, loss_mask, attention_mask, position_ids = get_batch_func(data_iterator)
-        output = model(tokens, position_ids, attention_mask, labels)
-
-        def loss_func(token_losses: Tensor, non_loss_data: bool = False) -> Any:
-            if non_loss_data:
-                return token_losses
-            total = (token_losses * loss_mask).sum()
-            number = loss_mask.sum()
-            return total, number, {"lm loss": (total, number)}
-
-        return output, loss_func
-
-    return forward_step
-
-
-def get_batch(data_iterator: Any) -> tuple[Tensor | None, ...]:
-    """Return (tokens, labels, loss_mask, attention_mask, position_ids) of the next microbatch, None where not needed.
-
-    attention_mask is the int32 [B, S] position that each position may see first, or None for plain causal attention.
-    """
-    batch = next(data_iterator)
-    return tuple(batch[key] for key in ("tokens", "labels", "loss_mask", "attention_mask", "position_ids"))

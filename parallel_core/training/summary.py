@@ -9,7 +9,7 @@ import mindspore as ms
 import parallel_core
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
-from parallel_core.tensor_parallel.parameter import shard_of
+from parallel_core.layout.shard import shard_of
 from parallel_core.training.microbatches import BatchSizes
 from parallel_core.training.step import TrainingStep
 
@@ -19,7 +19,7 @@ def describe_run(
 ) -> list[str]:
     """Return the lines that a run begins with; collective (parameters are counted over the pipeline)."""
     model, parallel, mesh = config.model_config, config.parallel_config, context.mesh
-    here = sum(_elements(p) for buffer in step.ddp.buffers for p in buffer.parameters if not shard_of(p).is_copy)
+    here = sum(_elements(p) for p, _ in step.ddp.parameters() if not shard_of(p).is_copy)
     total = sum(context.pp.all_gather_object(here))
     memory = step.ddp.memory_bytes()
     layers = " | ".join("+".join(map(str, row)) for row in step.model.layout.counts())

@@ -18,9 +18,9 @@ from parallel_core.errors import ConfigError
 from parallel_core.ops import ascend
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.recompute import recompute
-from parallel_core.transformer.build import BuildContext
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.rope import RotaryEmbedding
+from parallel_core.transformer.stage import ModelStage
 
 
 class CoreAttention(nn.Cell):
@@ -31,10 +31,10 @@ class CoreAttention(nn.Cell):
     that of documents: position s sees nothing before s - W.
     """
 
-    def __init__(self, build: BuildContext, layer_number: int, name: str) -> None:
+    def __init__(self, stage: ModelStage, layer_number: int, name: str) -> None:
         super().__init__()
-        config = build.config
-        self.streams, self.site = build.streams, f"{name}.attention_dropout"
+        config = stage.config
+        self.streams, self.site = stage.streams, f"{name}.attention_dropout"
         self.head_size, self.dropout_rate = config.kv_channels, config.attention_dropout_rate
         self.coefficient = float(layer_number + 1) if config.apply_query_key_layer_scaling else 1.0
         self.scale = 1.0 / (math.sqrt(config.kv_channels) * self.coefficient)
@@ -78,7 +78,7 @@ class SelfAttention(nn.Cell):
     The rows of `linear_qkv.weight` are Megatron's: for each key/value head its query heads, its key, its value.
 
     Args:
-        build: configuration, group, streams.
+        stage: configuration, group, streams.
         layer_number: global number of the layer, from 0.
         name: global name of this module.
         recompute_core: run core attention again in backward instead of keeping its activations.
@@ -87,7 +87,7 @@ class SelfAttention(nn.Cell):
 
     def __init__(
         self,
-        build: BuildContext,
+        stage: ModelStage,
         layer_number: int,
         name: str,
         *,
@@ -95,7 +95,7 @@ class SelfAttention(nn.Cell):
         regather_input: bool = True,
     ) -> None:
         super().__init__(auto_prefix=True)
-        config, size = build.config, build.tp_group.size
+        config, size = stage.config, stage.tp_group.size
         for key, heads in (
             ("num_attention_heads", config.num_attention_heads),
             ("num_query_groups", config.num_query_groups),
@@ -105,16 +105,16 @@ class SelfAttention(nn.Cell):
         self.head_size = config.kv_channels
         self.num_groups = config.num_query_groups // size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
-        self.streams, self.recompute_core = build.streams, recompute_core
+        self.streams, self.recompute_core = stage.streams, recompute_core
         common: dict[str, Any] = {
-            "tp_group": build.tp_group,
-            "sequence_parallel": build.sequence_parallel,
+            "tp_group": stage.tp_group,
+            "sequence_parallel": stage.sequence_parallel,
             "params_dtype": config.params_dtype,
         }
         self.linear_proj = RowParallelLinear(
             config.num_attention_heads * config.kv_channels,
             config.hidden_size,
-            init_method=build.output_init(f"{name}.linear_proj.weight"),
+            init_method=stage.output_init(f"{name}.linear_proj.weight"),
             bias=config.out_proj_has_bias,
             skip_bias_add=True,
             name=f"{name}.linear_proj",
@@ -123,13 +123,13 @@ class SelfAttention(nn.Cell):
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size,
             (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,
-            init_method=build.init(f"{name}.linear_qkv.weight"),
+            init_method=stage.init(f"{name}.linear_qkv.weight"),
             bias=config.qkv_has_bias,
             regather_input=regather_input,
             name=f"{name}.linear_qkv",
             **common,
         )
-        self.core_attention = CoreAttention(build, layer_number, name)
+        self.core_attention = CoreAttention(stage, layer_number, name)
         self.rotary = RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.q_layernorm: nn.Cell | None = None
         self.k_layernorm: nn.Cell | None = None

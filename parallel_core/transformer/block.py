@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.tensor_parallel.recompute import recompute
-from parallel_core.transformer.build import BuildContext
 from parallel_core.transformer.layer import TransformerLayer
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.recompute_plan import RecomputePlan
+from parallel_core.transformer.stage import ModelStage
 
 
 class TransformerBlock(nn.Cell):
     """Layers in sequence.
 
     Args:
-        build: configuration, group, streams.
-        layer_numbers: global numbers of the layers, from 0.
+        stage: configuration, group, streams, numbers of the layers, and what is recomputed.
         post_layer_norm: end with the model's final norm.
-        plan: what is recomputed in backward.
     """
 
     def __init__(
         self,
-        build: BuildContext,
-        layer_numbers: Sequence[int],
+        stage: ModelStage,
         *,
         post_layer_norm: bool = True,
-        plan: RecomputePlan | None = None,
     ) -> None:
         super().__init__(auto_prefix=True)
-        self.streams, self.plan = build.streams, plan or RecomputePlan(regather=len(layer_numbers))
+        self.streams, self.plan = stage.streams, stage.plan or RecomputePlan(regather=len(stage.layers))
         self.layers = nn.CellList(
             [
                 TransformerLayer(
-                    build,
+                    stage,
                     number,
                     recompute_core_attention=i < self.plan.core_attention,
                     regather_input=i < self.plan.regather,
                 )
-                for i, number in enumerate(layer_numbers)
+                for i, number in enumerate(stage.layers)
             ]
         )
         self.final_layernorm: nn.Cell | None = None
         if post_layer_norm:
             self.final_layernorm = make_norm(
-                build.config, "decoder.final_layernorm", partial_gradient=build.sequence_parallel
+                stage.config, "decoder.final_layernorm", partial_gradient=stage.sequence_parallel
             )
 
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:

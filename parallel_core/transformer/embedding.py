@@ -9,10 +9,11 @@ from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
 from parallel_core.errors import ConfigError
+from parallel_core.layout.shard import TensorShard
 from parallel_core.tensor_parallel.embedding import VocabParallelEmbedding, embedding_lookup
 from parallel_core.tensor_parallel.mappings import local_part
-from parallel_core.tensor_parallel.parameter import ShardSpec, make_parameter
-from parallel_core.transformer.build import BuildContext
+from parallel_core.tensor_parallel.parameter import make_parameter
+from parallel_core.transformer.stage import ModelStage
 
 
 class LanguageModelEmbedding(nn.Cell):
@@ -22,31 +23,31 @@ class LanguageModelEmbedding(nn.Cell):
     the gradient of the position table is partial.
     """
 
-    def __init__(self, build: BuildContext) -> None:
+    def __init__(self, stage: ModelStage) -> None:
         super().__init__(auto_prefix=True)
-        config, name = build.config, "embedding"
-        self.tp_group, self.residual_dtype = build.tp_group, build.residual_dtype
-        self.streams, self.dropout_rate = build.streams, config.hidden_dropout_rate
-        self.cut = build.sequence_parallel and build.tp_group.size > 1
+        config, name = stage.config, "embedding"
+        self.tp_group, self.residual_dtype = stage.tp_group, stage.residual_dtype
+        self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate
+        self.cut = stage.sequence_parallel and stage.tp_group.size > 1
         self.word_embeddings = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
-            tp_group=build.tp_group,
-            init_method=build.embedding_init(f"{name}.word_embeddings.weight"),
-            reduce_scatter_embeddings=build.sequence_parallel,
+            tp_group=stage.tp_group,
+            init_method=stage.embedding_init(f"{name}.word_embeddings.weight"),
+            reduce_scatter_embeddings=stage.sequence_parallel,
             params_dtype=config.embedding_init_dtype,
             name=f"{name}.word_embeddings",
         )
         self.position_embeddings = None
         self._plain_ids_SB: Tensor | None = None
         if config.position_embedding_type == "learned_absolute":
-            spec = ShardSpec(
+            shard = TensorShard.cut(
                 f"{name}.position_embeddings.weight",
                 (config.max_position_embeddings, config.hidden_size),
-                partial_gradient=build.sequence_parallel,
+                partial_gradient=stage.sequence_parallel,
             )
-            init = build.embedding_init(spec.name)
-            self.position_embeddings = make_parameter(spec, init, config.embedding_init_dtype)
+            init = stage.embedding_init(shard.name)
+            self.position_embeddings = make_parameter(shard, init, config.embedding_init_dtype)
 
     def construct(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
         """Return the embeddings, [S, B, H] or [S / tp, B, H], in the residual stream's dtype.

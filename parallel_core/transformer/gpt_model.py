@@ -2,75 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
 from parallel_core.errors import ConfigError
+from parallel_core.layout.shard import mark
 from parallel_core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
 from parallel_core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from parallel_core.tensor_parallel.parameter import ShardSpec, make_parameter
 from parallel_core.transformer.block import TransformerBlock
-from parallel_core.transformer.build import BuildContext
 from parallel_core.transformer.embedding import LanguageModelEmbedding
-from parallel_core.transformer.recompute_plan import RecomputePlan
+from parallel_core.transformer.stage import ModelStage
 
 
 class GPTModel(nn.Cell):
     """Embedding (first stage), transformer layers, output layer and loss (last stage).
 
     Args:
-        build: configuration, tensor parallel group, streams, seed.
-        layer_numbers: global numbers of this stage's layers; None: all of them.
-        pre_process: this stage embeds tokens; otherwise it is given hidden states by `set_input_tensor`.
-        post_process: this stage ends in logits or losses; otherwise it returns hidden states.
+        stage: which part of the model this is, and what it is built from. Without `pre_process` it is given hidden
+            states by `set_input_tensor`, without `post_process` it returns them.
         parallel_output: return this rank's part of the logits' vocabulary instead of all of it.
-        plan: what is recomputed in backward.
     """
 
     def __init__(
         self,
-        build: BuildContext,
-        layer_numbers: Sequence[int] | None = None,
+        stage: ModelStage,
         *,
-        pre_process: bool = True,
-        post_process: bool = True,
         parallel_output: bool = True,
-        plan: RecomputePlan | None = None,
     ) -> None:
         super().__init__(auto_prefix=True)
-        config = build.config
-        self.config, self.tp_group, self.residual_dtype = config, build.tp_group, build.residual_dtype
-        self.compute_dtype = build.compute_dtype
-        self.pre_process, self.post_process, self.parallel_output = pre_process, post_process, parallel_output
-        self.sequence_parallel = build.sequence_parallel
+        config = stage.config
+        self.config, self.tp_group, self.residual_dtype = config, stage.tp_group, stage.residual_dtype
+        self.compute_dtype = stage.compute_dtype
+        self.pre_process, self.post_process = stage.pre_process, stage.post_process
+        self.parallel_output = parallel_output
+        self.sequence_parallel = stage.sequence_parallel
         self._input_tensor: Tensor | None = None
         tied = not config.untie_embeddings_and_output_weights
-        self.embedding = LanguageModelEmbedding(build) if pre_process else None
-        numbers = range(config.num_layers) if layer_numbers is None else layer_numbers
-        self.decoder = TransformerBlock(build, numbers, post_layer_norm=post_process, plan=plan)
+        self.embedding = LanguageModelEmbedding(stage) if stage.pre_process else None
+        self.decoder = TransformerBlock(stage, post_layer_norm=stage.post_process)
         self.output_layer: ColumnParallelLinear | None = None
-        if post_process:
+        if stage.post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 config.vocab_size,
-                tp_group=build.tp_group,
-                init_method=build.init("output_layer.weight"),
+                tp_group=stage.tp_group,
+                init_method=stage.init("output_layer.weight"),
                 bias=False,
-                sequence_parallel=build.sequence_parallel,
+                sequence_parallel=stage.sequence_parallel,
                 params_dtype=config.params_dtype,
                 name="output_layer",
                 skip_weight_param_allocation=tied,
             )
             if self.output_layer.weight is not None:
-                self._mark_output(self.output_layer.weight)
-        self.tied_weight = self._tied_copy(build) if tied and post_process and not pre_process else None
-        if tied and self.embedding is not None and not post_process:
-            weight = self.embedding.word_embeddings.weight
-            weight.shard = ShardSpec(**{**vars(weight.shard), "shared_embedding": True})
+                mark(self.output_layer.weight, is_embedding_or_output=True)
+        table = None if self.embedding is None else self.embedding.word_embeddings.weight
+        self.tied_weight = stage.share_word_embeddings(table) if tied else None
 
     def set_input_tensor(self, hidden: Tensor | None) -> None:
         """Give the hidden states from the previous stage to the next call; they are used once."""
@@ -88,7 +76,7 @@ class GPTModel(nn.Cell):
         self,
         tokens: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        document_start: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
@@ -96,7 +84,7 @@ class GPTModel(nn.Cell):
         Args:
             tokens: int32 [B, S]; used on the first stage.
             position_ids: int32 [B, S]; None: 0..S-1. Used with learned positions.
-            attention_mask: int32 [B, S], the first position that each position may see; None: causal over the whole
+            document_start: int32 [B, S], the first position that each position may see; None: causal over the whole
                 sequence.
             labels: int32 [B, S]; used on the last stage.
 
@@ -106,15 +94,15 @@ class GPTModel(nn.Cell):
             `parallel_output`).
 
         Raises:
-            ConfigError: if `attention_mask` is not an int32 [B, S].
+            ConfigError: if `document_start` is not an int32 [B, S].
         """
-        if attention_mask is not None and attention_mask.ndim != 2:
+        if document_start is not None and document_start.ndim != 2:
             raise ConfigError(
-                f"attention_mask of shape {attention_mask.shape}: give int32 [B, S] with the first position that each "
+                f"document_start of shape {document_start.shape}: give int32 [B, S] with the first position that each "
                 f"position may see (the dataset's document starts), or None for plain causal attention"
             )
         hidden = self._stage_input(tokens, position_ids)
-        hidden = self.decoder(hidden, attention_mask)
+        hidden = self.decoder(hidden, document_start)
         if self.output_layer is None:
             return hidden
         logits, _ = self.output_layer(ops.cast(hidden, self.compute_dtype), self._output_weight())
@@ -142,23 +130,3 @@ class GPTModel(nn.Cell):
         smoothing = self.config.label_smoothing
         loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_SB, self.tp_group, smoothing, reuse_logits=True)
         return loss_SB.transpose(1, 0)
-
-    @staticmethod
-    def _mark_output(weight: Parameter) -> None:
-        weight.shard = ShardSpec(**{**vars(weight.shard), "is_embedding_or_output": True})
-
-    @staticmethod
-    def _tied_copy(build: BuildContext) -> Parameter:
-        """Return the last stage's copy of the word embedding; it starts equal because initial values go by name."""
-        name = "embedding.word_embeddings.weight"
-        spec = ShardSpec(
-            name,
-            (build.config.vocab_size, build.config.hidden_size),
-            partition_dim=0,
-            rank=build.tp_group.rank,
-            size=build.tp_group.size,
-            is_embedding_or_output=True,
-            shared_embedding=True,
-            is_copy=True,
-        )
-        return make_parameter(spec, build.embedding_init(name), build.config.embedding_init_dtype)

@@ -6,9 +6,9 @@ from mindspore import Tensor, nn
 
 from parallel_core import ops
 from parallel_core.transformer.attention import SelfAttention
-from parallel_core.transformer.build import BuildContext
 from parallel_core.transformer.mlp import MLP
 from parallel_core.transformer.norm import make_norm
+from parallel_core.transformer.stage import ModelStage
 
 
 class TransformerLayer(nn.Cell):
@@ -18,7 +18,7 @@ class TransformerLayer(nn.Cell):
     as residual (`apply_residual_connection_post_layernorm`).
 
     Args:
-        build: configuration, group, streams.
+        stage: configuration, group, streams.
         layer_number: global number of the layer, from 0; part of every parameter's name.
         recompute_core_attention: see `SelfAttention`.
         regather_input: see `ColumnParallelLinear`.
@@ -26,30 +26,30 @@ class TransformerLayer(nn.Cell):
 
     def __init__(
         self,
-        build: BuildContext,
+        stage: ModelStage,
         layer_number: int,
         *,
         recompute_core_attention: bool = False,
         regather_input: bool = True,
     ) -> None:
         super().__init__(auto_prefix=True)
-        config, name = build.config, f"decoder.layers.{layer_number}"
+        config, name = stage.config, f"decoder.layers.{layer_number}"
         self.layer_number, self.name = layer_number, name
-        self.compute_dtype = build.compute_dtype
-        self.streams, self.dropout_rate = build.streams, config.hidden_dropout_rate
-        self.dropout_is_sharded = build.sequence_parallel and build.tp_group.size > 1
+        self.compute_dtype = stage.compute_dtype
+        self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate
+        self.dropout_is_sharded = stage.sequence_parallel and stage.tp_group.size > 1
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
-        partial = build.sequence_parallel
+        partial = stage.sequence_parallel
         self.input_layernorm = make_norm(config, f"{name}.input_layernorm", partial_gradient=partial)
         self.self_attention = SelfAttention(
-            build,
+            stage,
             layer_number,
             f"{name}.self_attention",
             recompute_core=recompute_core_attention,
             regather_input=regather_input,
         )
         self.pre_mlp_layernorm = make_norm(config, f"{name}.pre_mlp_layernorm", partial_gradient=partial)
-        self.mlp = MLP(build, f"{name}.mlp", regather_input=regather_input)
+        self.mlp = MLP(stage, f"{name}.mlp", regather_input=regather_input)
         self.post_attention_layernorm: nn.Cell | None = None
         self.post_mlp_layernorm: nn.Cell | None = None
         if config.use_sandwich_norm:

@@ -9,28 +9,28 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.ops import reference
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from parallel_core.transformer.build import BuildContext
+from parallel_core.transformer.stage import ModelStage
 
 
 class MLP(nn.Cell):
     """fc2(activation(fc1(x))). A gated activation's fc1 holds [gate; up], each cut over the group.
 
     Args:
-        build: configuration, group, streams.
+        stage: configuration, group, streams.
         name: global name of this module.
         regather_input: see `ColumnParallelLinear`.
     """
 
-    def __init__(self, build: BuildContext, name: str, *, regather_input: bool = True) -> None:
+    def __init__(self, stage: ModelStage, name: str, *, regather_input: bool = True) -> None:
         super().__init__(auto_prefix=True)
-        config = build.config
+        config = stage.config
         self.hidden_act = config.hidden_act
         fused = config.apply_swiglu_fusion or not config.is_gated
         self._activate = ops.activation if fused else reference.activation
         parts = 2 if config.is_gated else 1
         common: dict[str, Any] = {
-            "tp_group": build.tp_group,
-            "sequence_parallel": build.sequence_parallel,
+            "tp_group": stage.tp_group,
+            "sequence_parallel": stage.sequence_parallel,
             "params_dtype": config.params_dtype,
             "bias": config.add_bias_linear,
             "skip_bias_add": True,
@@ -38,7 +38,7 @@ class MLP(nn.Cell):
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             parts * config.ffn_hidden_size,
-            init_method=build.init(f"{name}.linear_fc1.weight"),
+            init_method=stage.init(f"{name}.linear_fc1.weight"),
             stride=parts,
             regather_input=regather_input,
             name=f"{name}.linear_fc1",
@@ -47,7 +47,7 @@ class MLP(nn.Cell):
         self.linear_fc2 = RowParallelLinear(
             config.ffn_hidden_size,
             config.hidden_size,
-            init_method=build.output_init(f"{name}.linear_fc2.weight"),
+            init_method=stage.output_init(f"{name}.linear_fc2.weight"),
             name=f"{name}.linear_fc2",
             **common,
         )

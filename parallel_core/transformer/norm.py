@@ -7,7 +7,8 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.tensor_parallel.parameter import ShardSpec, constant, make_parameter
+from parallel_core.layout.shard import TensorShard
+from parallel_core.tensor_parallel.parameter import constant, make_parameter
 
 
 class LayerNorm(nn.Cell):
@@ -36,8 +37,8 @@ class LayerNorm(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=True)
         self.eps, self.offset = eps, 1.0 if zero_centered else 0.0
-        weight = ShardSpec(f"{name}.weight", (hidden_size,), partial_gradient=partial_gradient)
-        bias = ShardSpec(f"{name}.bias", (hidden_size,), partial_gradient=partial_gradient)
+        weight = TensorShard.cut(f"{name}.weight", (hidden_size,), partial_gradient=partial_gradient)
+        bias = TensorShard.cut(f"{name}.bias", (hidden_size,), partial_gradient=partial_gradient)
         self.weight = make_parameter(weight, constant(scale - self.offset), params_dtype)
         self.bias = make_parameter(bias, constant(0.0), params_dtype)
 
@@ -63,7 +64,7 @@ class RMSNorm(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=True)
         self.eps, self.offset = eps, 1.0 if zero_centered else 0.0
-        spec = ShardSpec(f"{name}.weight", (hidden_size,), partial_gradient=partial_gradient)
+        spec = TensorShard.cut(f"{name}.weight", (hidden_size,), partial_gradient=partial_gradient)
         self.weight = make_parameter(spec, constant(scale - self.offset), params_dtype)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tests.helpers.launching import launcher_environment
 SCRIPT = """
 import numpy as np
 import pretrain_gpt
-from parallel_core.launch.report import run_as_rank
+from parallel_core.launch.entry import run_as_rank
 from parallel_core.training import pretrain
 
 def batches(number):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group
-from parallel_core.context import group_factory
 from parallel_core.errors import CommError
 from tests.helpers.cases import CaseContext, case
 

@@ -14,7 +14,8 @@ from parallel_core import tensor_parallel as tp
 from parallel_core.autograd import backward
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError
-from parallel_core.tensor_parallel.parameter import init_method_normal, shard_of
+from parallel_core.layout.shard import shard_of
+from parallel_core.tensor_parallel.parameter import init_method_normal
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.support import kernels, world_group
 
@@ -63,7 +64,7 @@ def whole_gradient(group: Group, parameter: Parameter, gradient: Tensor) -> Tens
 
 
 def set_bias(layer: Any, full: np.ndarray) -> None:
-    layer.bias.set_data(Tensor(shard_of(layer.bias).cut(full)))
+    layer.bias.set_data(Tensor(shard_of(layer.bias).take(full)))
 
 
 def linear_reference(x: np.ndarray, w: np.ndarray, b: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
@@ -102,9 +103,9 @@ def check_linear(
         for i in order:
             (dx,), (dw, db) = backward(cell, (inputs[i],), parameters, Tensor(cut_y(dy[i])))
             close(dx, cut_x(want[i]["dx"]), f"dx of microbatch {i} of order {order}")
-            close(dw, shard_of(layer.weight).cut(want[i]["dw"]), f"dw of microbatch {i} of order {order}")
+            close(dw, shard_of(layer.weight).take(want[i]["dw"]), f"dw of microbatch {i} of order {order}")
             db = whole_gradient(group, layer.bias, db)
-            close(db, shard_of(layer.bias).cut(want[i]["db"]), f"db of microbatch {i} of order {order}")
+            close(db, shard_of(layer.bias).take(want[i]["db"]), f"db of microbatch {i} of order {order}")
 
 
 def check_twice(
@@ -125,8 +126,8 @@ def check_twice(
     (da, db), (dw, dbias) = backward(cell, (a, b), [layer.weight, layer.bias], Tensor(cut_y(dy)))
     close(da, cut_x(2 * first["dx"]), "gradient of the first input")
     close(db, cut_x(second["dx"]), "gradient of the second input")
-    close(dw, shard_of(layer.weight).cut(2 * first["dw"] + second["dw"]), "dw")
-    close(whole_gradient(group, layer.bias, dbias), shard_of(layer.bias).cut(3 * first["db"]), "bias gradient")
+    close(dw, shard_of(layer.weight).take(2 * first["dw"] + second["dw"]), "dw")
+    close(whole_gradient(group, layer.bias, dbias), shard_of(layer.bias).take(3 * first["db"]), "bias gradient")
 
 
 @case(world_size=SIZES, variants=MODES)

@@ -12,8 +12,9 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.errors import ParallelCoreError
-from parallel_core.tensor_parallel.parameter import ShardSpec, constant, make_parameter, shard_of
-from parallel_core.training.model import ModelStage
+from parallel_core.layout.shard import TensorShard, shard_of
+from parallel_core.tensor_parallel.parameter import constant, make_parameter
+from parallel_core.transformer import ModelStage
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.cases_layouts import settings
 from tests.ranks.support import Tiny, TinyRun, assert_close, context_of, from_rank_0, provide_model, world_group
@@ -171,18 +172,17 @@ def test_overlapped_reductions_start_during_the_last_backward_pass(ctx: CaseCont
 
 
 @case(world_size=2)
-def test_no_sync_accumulates_without_reducing(ctx: CaseContext) -> None:
+def test_only_the_last_backward_pass_reduces(ctx: CaseContext) -> None:
     tiny = settings("dp2").with_(training={"overlap_grad_reduce": True, "bucket_size": 700})
     run = TinyRun(tiny, context_of(ctx, tiny))
     ddp, (buffer,) = run.step.ddp, run.step.ddp.buffers
     ones = [Tensor(np.full(p.shape, 1.0 + ctx.rank, np.float32)) for p in buffer.parameters]
     receivers = [ddp._receiver(0, buffer, i) for i in range(len(ones))]
     ddp.start_iteration()
+    for receive, gradient in zip(receivers, ones):
+        receive(gradient)
+    assert not buffer._running
     ddp.enable_sync(0)
-    with ddp.no_sync():
-        for receive, gradient in zip(receivers, ones):
-            receive(gradient)
-        assert not buffer._running
     for receive, gradient in zip(receivers, ones):
         receive(gradient)
     assert len(buffer._running) == len(buffer.layout.buckets)
@@ -197,7 +197,7 @@ class WithSpare(nn.Cell):
     def __init__(self, inner: nn.Cell) -> None:
         super().__init__(auto_prefix=True)
         self.inner = inner
-        self.spare = make_parameter(ShardSpec("nobody.uses.this", (3,)), constant(0.0))
+        self.spare = make_parameter(TensorShard.cut("nobody.uses.this", (3,)), constant(0.0))
 
     def construct(self, *inputs: Any) -> Tensor:
         return self.inner(*inputs)

@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from parallel_core import ops
+from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import (
     AllConfig,
@@ -22,14 +23,15 @@ from parallel_core.config.schema import (
     TrainingConfig,
     TransformerConfig,
 )
-from parallel_core.context import ParallelContext, group_factory
+from parallel_core.context import GROUP_AXES, ParallelContext
 from parallel_core.layout.mesh import Mesh
+from parallel_core.layout.shard import Box, region, shard_of
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
-from parallel_core.tensor_parallel.parameter import shard_of
-from parallel_core.training.model import ModelStage, get_model
+from parallel_core.training.forward_step import forward_step_with, get_batch
+from parallel_core.training.model import get_model
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
-from parallel_core.training.step import StepReport, TrainingStep, default_forward_step, get_batch
-from parallel_core.transformer import GPTModel
+from parallel_core.training.step import StepReport, TrainingStep
+from parallel_core.transformer import GPTModel, ModelStage
 from tests.helpers.cases import CaseContext
 
 Model = dict[str, Any]
@@ -61,8 +63,7 @@ def parallel_context(rank: int, world_size: int, tp: int = 1, pp: int = 1) -> Pa
     if world_size == 1:
         return ParallelContext.solo()
     world = _group(rank, world_size, tuple(range(world_size)))
-    axes = {"tp": ("tp",), "dp": ("dp",), "pp": ("pp",), "model": ("tp", "pp")}
-    groups = {name: _group(rank, world_size, tuple(mesh.group_of(rank, *which))) for name, which in axes.items()}
+    groups = {name: _group(rank, world_size, tuple(mesh.group_of(rank, *axes))) for name, axes in GROUP_AXES.items()}
     stages = mesh.group_of(rank, "pp")
     ends = tuple(dict.fromkeys((stages[0], stages[-1])))
     embedding = _group(rank, world_size, ends) if rank in ends else SoloGroup("embedding", rank)
@@ -163,7 +164,7 @@ class SampleSource:
                     "labels": Tensor(ids[:, 1:].copy()),
                     "loss_mask": Tensor(mask),
                     "position_ids": None,
-                    "attention_mask": None if starts is None else Tensor(starts),
+                    "document_start": None if starts is None else Tensor(starts),
                 }
             )
 
@@ -174,9 +175,7 @@ class SampleSource:
 
 def provide_model(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
     """Build a GPT model's chunk, as pretrain_gpt.py does."""
-    return GPTModel(
-        stage.build, stage.layer_numbers, pre_process=pre_process, post_process=post_process, plan=stage.plan
-    )
+    return GPTModel(stage)
 
 
 class TinyRun:
@@ -189,7 +188,7 @@ class TinyRun:
         iterations = self.config.training_config.training_iters
         scheduler = OptimizerParamScheduler(schedule_shape(self.config, self.sizes, iterations))
         model = get_model(provider, self.config, context)
-        forward_step = default_forward_step(get_batch)
+        forward_step = forward_step_with(get_batch)
         self.step = TrainingStep(self.config, context, model, forward_step, scheduler, loss_scaler(self.config))
         self.iteration = 0
 
@@ -218,7 +217,7 @@ class TinyRun:
             for parameter in buffer.parameters:
                 spec = shard_of(parameter)
                 values = parameter.astype(ms.float32).asnumpy()
-                parts += [(spec.name, spec.global_shape, box, values[local].copy()) for local, box in spec.boxes()]
+                parts += [(spec.name, spec.global_shape, *_part(values, box)) for box in spec.boxes]
         return assemble(self.context.world.all_gather_object(parts))
 
     def gradients(self) -> dict[str, np.ndarray]:
@@ -237,8 +236,13 @@ class TinyRun:
             for one in segments:
                 local[one.offset : one.offset + one.end - one.start] = value(one)
             local = local.reshape(spec.local_shape)
-            parts += [(spec.name, spec.global_shape, box, local[here].copy()) for here, box in spec.boxes()]
+            parts += [(spec.name, spec.global_shape, *_part(local, box)) for box in spec.boxes]
         return assemble(self.context.world.all_gather_object(parts))
+
+
+def _part(array: np.ndarray, box: Box) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Return where a rectangle of a rank's array belongs in the whole tensor, and its values."""
+    return tuple(slice(*there) for there in box.globe), region(array, box.local).copy()
 
 
 def assemble(parts_of_ranks: list[list[tuple[str, tuple[int, ...], Any, np.ndarray]]]) -> dict[str, np.ndarray]:

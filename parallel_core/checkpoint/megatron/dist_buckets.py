@@ -9,16 +9,15 @@ from typing import Any
 
 from parallel_core.checkpoint.megatron.common_state import loss_scaler_of, scalar
 from parallel_core.checkpoint.megatron.dcp import DistributedCheckpoint, StoredTensor
-from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, end_multiple_of, flat_layout
+from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, flat_layout
 from parallel_core.checkpoint.megatron.names import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     registration_order,
     tensor_parallel_dim,
 )
-from parallel_core.checkpoint.megatron.placement import Collector
+from parallel_core.checkpoint.megatron.placement import Collector, stages_of
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
-from parallel_core.checkpoint.megatron.stages import layers_per_chunk
 from parallel_core.checkpoint.megatron.torch_optimizer import shared_embeddings
 from parallel_core.checkpoint.source import Piece, TensorInfo
 from parallel_core.errors import CheckpointError
@@ -48,7 +47,7 @@ class ChunkLayouts:
     def __init__(self, infos: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> None:
         self.tp_size = int(args.get("tensor_model_parallel_size") or 1)
         self.infos = dict(infos)
-        self.stages = layers_per_chunk(args)
+        self.stages = stages_of(args)
         self._args = args
         self._shared = shared_embeddings(args)
         if self._shared and OUTPUT_LAYER not in self.infos:  # tied: the last stage's copy is a parameter there
@@ -65,13 +64,12 @@ class ChunkLayouts:
     def layout(self, pp: int, chunk: int, dtype: str) -> FlatLayout:
         """Return where the parameters of one dtype of a model chunk are."""
         names = set(self.infos)
-        last = max(self.stages)
-        if (chunk, pp) != (0, 0):
+        if not self.stages.is_first(pp, chunk):
             names = {name for name in names if not name.startswith("embedding.")}
-        if (chunk, pp) != last:
+        if not self.stages.is_last(pp, chunk):
             names = {name for name in names if not name.startswith(("decoder.final_layernorm.", OUTPUT_LAYER))}
         te_spec = self._args.get("transformer_impl") == "transformer_engine"
-        order = registration_order(names, self.stages[chunk, pp], te_spec)
+        order = registration_order(names, self.stages.layers[pp][chunk], te_spec)
         sizes = []
         for name in order:
             if self.infos[name].dtype == dtype:
@@ -80,7 +78,7 @@ class ChunkLayouts:
                     count *= n
                 sizes.append((name, count))
         size = bucket_size_of(self._args, pp, chunk, sum(count for _, count in sizes))
-        return flat_layout(sizes, size, end_multiple_of(self._args), self._shared)
+        return flat_layout(sizes, size, self._shared)
 
 
 def read_buckets(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> FlatState:
@@ -99,7 +97,7 @@ def read_buckets(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo],
     collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")))
     for match, tensor in entries:
         pp, tp = divmod(int(match[1]), layouts.tp_size)
-        if (int(match[2]), pp) not in layouts.stages:
+        if pp >= layouts.stages.num_ranks or int(match[2]) >= layouts.stages.num_chunks:
             raise CheckpointError(f"{stored.path}: {tensor.key} is of no pipeline stage the arguments describe")
         layout = layouts.layout(pp, int(match[2]), match[3])
         kind = "master" if match[5] == "param" else match[5]
@@ -157,7 +155,7 @@ def read_gathered(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo]
     for match, key in keys:
         pp, tp = divmod(int(match[1]), layouts.tp_size)
         content = stored.object(key)
-        for chunk in sorted(c for c, p in layouts.stages if p == pp):
+        for chunk in range(layouts.stages.num_chunks if pp < layouts.stages.num_ranks else 0):
             for (dtype, _), buffer in content[chunk].items():
                 layout = layouts.layout(pp, chunk, str(dtype).removeprefix("torch."))
                 for kind in ("param", "exp_avg", "exp_avg_sq"):

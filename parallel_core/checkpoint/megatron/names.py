@@ -153,11 +153,6 @@ def num_stacked_parts(name: str, gated: bool) -> int:
     return 2 if gated and f".{FC1}." in name else 1
 
 
-def has_weight_decay(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether Megatron decays a parameter: all but biases and one-dimensional ones."""
-    return not name.endswith(".bias") and len(shape) != 1
-
-
 def registration_order(names: set[str], layers: range, te_spec: bool = False) -> list[str]:
     """Return the parameters of one model chunk in the order Megatron registers them.
 

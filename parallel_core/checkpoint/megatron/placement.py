@@ -1,13 +1,61 @@
-"""Assembling global tensors from the pieces tensor parallel ranks hold."""
+"""Where Megatron's ranks have what: layers on pipeline stages, and tensors in the pieces of tensor parallel ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim
 from parallel_core.checkpoint.source import Piece, Readable, TensorInfo
-from parallel_core.errors import CheckpointError
+from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.layout.shard import Range, TensorShard
+from parallel_core.layout.stages import StageLayout, decoder_layers, parse_layout, stage_layout
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Megatron's arguments in the form of `layout.stages.LayerSplit`."""
+
+    pipeline_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int
+    num_layer_list: tuple[tuple[int, ...], ...]
+    decoder_first_pipeline_num_layers: int
+    decoder_last_pipeline_num_layers: int
+    account_for_embedding_in_pipeline_split: bool
+    account_for_loss_in_pipeline_split: bool
+    standalone_embedding_stage: bool
+
+
+def stages_of(args: Mapping[str, Any]) -> StageLayout:
+    """Return the layers of every pipeline stage of a Megatron run.
+
+    Args:
+        args: Megatron's arguments: `num_layers`, `pipeline_model_parallel_size`,
+            `virtual_pipeline_model_parallel_size`, and those that make stages uneven.
+
+    Raises:
+        CheckpointError: the layers cannot be split the way the arguments say.
+    """
+    ranks = int(args.get("pipeline_model_parallel_size") or 1)
+    chunks = int(args.get("virtual_pipeline_model_parallel_size") or 1)
+    text = args.get("pipeline_model_parallel_layout")
+    try:
+        listed = decoder_layers(parse_layout(str(text), ranks)) if text is not None else ()
+        split = _Split(
+            ranks,
+            len(listed[0]) if listed else chunks,
+            listed,
+            int(args.get("decoder_first_pipeline_num_layers") or 0),
+            int(args.get("decoder_last_pipeline_num_layers") or 0),
+            bool(args.get("account_for_embedding_in_pipeline_split")),
+            bool(args.get("account_for_loss_in_pipeline_split")),
+            bool(args.get("standalone_embedding_stage")),
+        )
+        return stage_layout(int(args["num_layers"]), split)
+    except ConfigError as error:
+        told = f"pipeline_model_parallel_layout={text!r} " if text is not None else ""
+        raise CheckpointError(f"the checkpoint's arguments: {told}{error}") from None
 
 
 class Array(Readable, Protocol):

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel_core.checkpoint.megatron.common_state import scalar
-from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, end_multiple_of, flat_layout
-from parallel_core.checkpoint.megatron.names import OUTPUT_LAYER, WORD_EMBEDDINGS, has_weight_decay
+from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, flat_layout
+from parallel_core.checkpoint.megatron.names import OUTPUT_LAYER, WORD_EMBEDDINGS
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import has_weight_decay
 
 if TYPE_CHECKING:
     from parallel_core.checkpoint.megatron.torch_reader import Chunk
@@ -219,7 +220,6 @@ def matching_layout(
     layout = flat_layout(
         sizes,
         bucket_size_of(args, pp, index, sum(size for _, size in sizes)),
-        end_multiple_of(args),
         shared_embeddings(args),
     )
     if layout.numel != numel:

@@ -12,9 +12,10 @@ import numpy as np
 
 from parallel_core.checkpoint.megatron.export import KINDS, Export
 from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout
-from parallel_core.checkpoint.megatron.names import has_weight_decay, layer_of, te_fused_name, with_layer_offset
+from parallel_core.checkpoint.megatron.names import layer_of, te_fused_name, with_layer_offset
 from parallel_core.checkpoint.megatron.pickle_emitter import torch_dtype, write_torch_zip
 from parallel_core.checkpoint.safetensors_file import StreamTensor
+from parallel_core.layout.shard import has_weight_decay
 
 _EXTRA_STATE_MODULES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -85,7 +86,7 @@ def _model_state(
     export: Export, tp: int, pp: int, chunk: int, progress: Callable[[int], None]
 ) -> OrderedDict[str, StreamTensor | None]:
     te_spec = export.args["transformer_impl"] == "transformer_engine"
-    first = export.layouts.stages[chunk, pp].start
+    first = export.layouts.stages.layers[pp][chunk].start
     state: OrderedDict[str, StreamTensor | None] = OrderedDict()
     previous: int | None = None
     for name in _chunk_names(export, pp, chunk):
@@ -97,7 +98,7 @@ def _model_state(
         state[te_fused_name(local) if te_spec else local] = _tracked(export.tensor(name, tp), progress)
     if previous is not None:
         _add_extra_state(state, previous - first, te_spec)
-    if (chunk, pp) == max(export.layouts.stages):
+    if export.layouts.stages.is_last(pp, chunk):
         state["output_layer._extra_state"] = None
     return state
 

@@ -12,7 +12,7 @@ from parallel_core.compat.mindspeed.eos_mask import EosMask
 from parallel_core.compat.mindspeed.language_model import ParallelLMLogits, get_language_model
 from parallel_core.compat.mindspeed.loss import LossWithMask, VocabParallelCrossEntropy
 from parallel_core.compat.mindspeed.module import Module
-from parallel_core.compat.mindspeed.stage import current_stage
+from parallel_core.compat.mindspeed.stage import run_of
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
 
@@ -54,7 +54,7 @@ class GPTModel(Module):
         self.parallel_output, self.pre_process, self.post_process = parallel_output, pre_process, post_process
         self.eos_mask: EosMask | None = None
         if eod is not None:
-            batch_size = current_stage(config).config.dataset_config.batch_size
+            batch_size = run_of(config).dataset_config.batch_size
             self.eos_mask = EosMask(batch_size, config.seq_length, eod, reset_position_ids)
         self.language_model, _ = get_language_model(
             config,

@@ -13,6 +13,7 @@ from parallel_core.compat.mindspeed.eos_mask import document_starts_of_mask
 from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.shard import mark
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
 from parallel_core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from parallel_core.transformer.block import TransformerBlock
@@ -71,24 +72,22 @@ class TransformerLanguageModel(nn.Cell):
 
     def __init__(self, config: TransformerConfig, *, pre_process: bool = True, post_process: bool = True) -> None:
         super().__init__(auto_prefix=True)
-        stage = current_stage(config)
-        build = stage.build
+        stage = current_stage(config, pre_process, post_process)
         self._input_tensor: Tensor | None = None
-        self.embedding = LanguageModelEmbedding(build) if pre_process else None
-        self.encoder = TransformerBlock(build, stage.layer_numbers, post_layer_norm=post_process, plan=stage.plan)
+        self.embedding = LanguageModelEmbedding(stage) if pre_process else None
+        self.encoder = TransformerBlock(stage, post_layer_norm=post_process)
         self.output_layer: ColumnParallelLinear | None = None
         if post_process and config.untie_embeddings_and_output_weights:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 config.vocab_size,
-                tp_group=build.tp_group,
-                init_method=build.init("output_layer.weight"),
+                tp_group=stage.tp_group,
+                init_method=stage.init("output_layer.weight"),
                 bias=False,
                 params_dtype=config.params_dtype,
                 name="output_layer",
             )
-            weight: Any = self.output_layer.weight
-            weight.shard = dataclasses.replace(weight.shard, is_embedding_or_output=True)
+            mark(self.output_layer.weight, is_embedding_or_output=True)
 
     def set_input_tensor(self, input_tensor: Tensor | None) -> None:
         """Give the hidden states from the previous stage to the next call; they are used once."""
@@ -141,15 +140,15 @@ class ParallelLMLogits(nn.Cell):
         super().__init__(auto_prefix=True)
         if compute_dtype is not None:
             config = dataclasses.replace(config, compute_dtype=_dtype_name(compute_dtype))
-        build = current_stage(config).build
-        self.tp_group, self.compute_dtype = build.tp_group, build.compute_dtype
+        stage = current_stage(config)
+        self.tp_group, self.compute_dtype = stage.tp_group, stage.compute_dtype
         self.linear = ColumnParallelLinear(
             config.hidden_size,
             config.vocab_size,
-            tp_group=build.tp_group,
-            init_method=build.init("output_layer.weight"),
+            tp_group=stage.tp_group,
+            init_method=stage.init("output_layer.weight"),
             bias=bias,
-            sequence_parallel=build.sequence_parallel,
+            sequence_parallel=stage.sequence_parallel,
             params_dtype=config.params_dtype,
             name="output_layer",
             skip_weight_param_allocation=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from mindspore import Parameter, Tensor, nn
@@ -10,8 +9,6 @@ from mindspore import Parameter, Tensor, nn
 from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.tensor_parallel.parameter import ShardSpec, make_parameter
-from parallel_core.transformer.build import BuildContext
 
 
 class Module(nn.Cell):
@@ -51,11 +48,10 @@ class Module(nn.Cell):
             raise ConfigError(
                 "initialize_word_embeddings: untie_embeddings_and_output_weights is set, so there is nothing to share"
             )
-        if self.pre_process and not self.post_process:
-            weight = self._embedding_weight()
-            weight.shard = dataclasses.replace(weight.shard, shared_embedding=True)
-        elif self.post_process and not self.pre_process:
-            self.word_embeddings_copy = _copy_of_word_embeddings(current_stage(self.config).build)
+        if self.pre_process == self.post_process:
+            return  # the only stage, or one between
+        stage = current_stage(self.config, self.pre_process, self.post_process)
+        self.word_embeddings_copy = stage.share_word_embeddings(self._embedding_weight() if self.pre_process else None)
 
     def shared_embedding_or_output_weight(self) -> Parameter:
         """Return the [V / tp, H] weight of the output layer that is tied to the embedding, on the first or last stage.
@@ -83,18 +79,3 @@ class Module(nn.Cell):
 
     def _embedding_weight(self) -> Parameter:
         return self._language_model().embedding.word_embeddings.weight
-
-
-def _copy_of_word_embeddings(build: BuildContext) -> Parameter:
-    name = "embedding.word_embeddings.weight"
-    spec = ShardSpec(
-        name,
-        (build.config.vocab_size, build.config.hidden_size),
-        partition_dim=0,
-        rank=build.tp_group.rank,
-        size=build.tp_group.size,
-        is_embedding_or_output=True,
-        shared_embedding=True,
-        is_copy=True,
-    )
-    return make_parameter(spec, build.embedding_init(name), build.config.embedding_init_dtype)

@@ -21,10 +21,11 @@ from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import default_datasets_provider
-from parallel_core.training.model import ModelProvider, ModelStage
+from parallel_core.training.forward_step import get_batch
+from parallel_core.training.model import ModelProvider
 from parallel_core.training.pretrain import DatasetsProvider, TrainingRun, save_configuration
 from parallel_core.training.runtime import start_runtime, supported_precision
-from parallel_core.training.step import get_batch
+from parallel_core.transformer.stage import ModelStage
 
 __all__ = ["get_batch", "pretrain", "set_parallel_context", "set_seed"]
 

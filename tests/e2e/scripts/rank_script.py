@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from parallel_core.errors import CommError, ConfigError
-from parallel_core.launch.report import run_as_rank
+from parallel_core.launch.entry import run_as_rank
 
 ACTIONS = ("spawn", "fail", "mistake", "kill", "chatter", "hang", "save", "lose_peer", "stuck")
 

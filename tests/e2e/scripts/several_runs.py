@@ -22,7 +22,8 @@ sys.path.insert(0, str(REPO))
 
 import pretrain_gpt  # noqa: E402
 from parallel_core.errors import ParallelCoreError  # noqa: E402
-from parallel_core.launch.report import LOG_DIR_VARIABLE, run_as_rank  # noqa: E402
+from parallel_core.launch.entry import run_as_rank  # noqa: E402
+from parallel_core.launch.report import LOG_DIR_VARIABLE  # noqa: E402
 from parallel_core.optimizer.optimizer import Optimizer  # noqa: E402
 from parallel_core.tensor_parallel.parameter import shard_of  # noqa: E402
 from parallel_core.training import pretrain, runtime  # noqa: E402

@@ -15,7 +15,7 @@ from parallel_core.checkpoint.megatron.dist_writer import _metadata_pickle, _pro
 from parallel_core.checkpoint.megatron.flat_buffers import flat_layout
 from parallel_core.checkpoint.megatron.names import canonical_name, te_fused_name
 from parallel_core.checkpoint.megatron.pickle_emitter import GlobalName, Instance, torch_dtype, write_torch_zip
-from parallel_core.checkpoint.megatron.stages import layers_per_chunk
+from parallel_core.checkpoint.megatron.placement import stages_of
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.errors import CheckpointError
 from tools.convert_megatron.cli import main
@@ -370,12 +370,12 @@ def test_flat_layout_is_megatrons():
 
 
 def test_bucket_cuts_drop_the_gap_between_buckets():
-    layout = flat_layout([("a", 100), ("b", 100), ("c", 100)], 150, 128, frozenset({"a"}))
+    layout = flat_layout([("a", 100), ("b", 100), ("c", 100)], 150, frozenset({"a"}))
     # c at 0, b at 128 reaches 150: bucket 0 ends at 228 and is padded to 256 in memory; a is alone.
     assert layout.bucket_numel == (228, 100)
     assert [(p.name, p.bucket, p.start, p.file_start) for p in layout.parameters] == [
         ("c", 0, 0, 0), ("b", 0, 128, 128), ("a", 1, 0, 228)]  # fmt: skip
-    closed_early = flat_layout([("a", 100), ("b", 100)], None, 128, frozenset({"a"}))
+    closed_early = flat_layout([("a", 100), ("b", 100)], None, frozenset({"a"}))
     assert closed_early.bucket_numel == (128, 100)  # the bucket before a lone parameter ends at the rounded position
 
 
@@ -383,7 +383,8 @@ def test_stages():
     base = {"num_layers": 8, "pipeline_model_parallel_size": 2}
 
     def lists(**more):
-        return {key: list(value) for key, value in layers_per_chunk({**base, **more}).items()}
+        rows = stages_of({**base, **more}).layers
+        return {(c, p): list(layers) for p, row in enumerate(rows) for c, layers in enumerate(row)}
 
     assert lists() == {(0, 0): [0, 1, 2, 3], (0, 1): [4, 5, 6, 7]}
     assert lists(virtual_pipeline_model_parallel_size=2) == {

@@ -29,7 +29,7 @@ from parallel_core.compat.mindspeed.eos_mask import document_starts_of_mask
 from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import AllConfig, DatasetConfig, TransformerConfig
 from parallel_core.errors import ConfigError, DataError
-from parallel_core.transformer import BuildContext
+from parallel_core.transformer import ModelStage
 from tests.helpers.session import session_module
 from tests.ranks.support import TINY, kernels
 
@@ -166,7 +166,7 @@ def test_gpt_model_is_the_cores(tied):
     config = config_of(untie_embeddings_and_output_weights=not tied)
     parallel_state.initialize_model_parallel()
     model = GPTModel(config.model_config)
-    core = transformer.GPTModel(BuildContext(plain(config).model_config))
+    core = transformer.GPTModel(ModelStage(plain(config).model_config))
     assert {p.shard.name for p in model.trainable_params()} == {p.shard.name for p in core.trainable_params()}
     data = batch()
     tokens, labels, mask = data["tokens"], data["labels"], data["loss_mask"]

@@ -11,7 +11,7 @@ import parallel_core
 from parallel_core import parallel_state as ps
 from parallel_core.comm.interface import SoloGroup
 from parallel_core.config.schema import ModelParallelConfig
-from parallel_core.context import ParallelContext
+from parallel_core.context import GROUP_AXES, ParallelContext
 from parallel_core.errors import ConfigError
 from parallel_core.layout.mesh import Mesh
 
@@ -28,11 +28,11 @@ class Named(SoloGroup):
 
 def context_of(rank: int, world: int, tp: int, pp: int) -> ParallelContext:
     mesh = Mesh.megatron(world, tensor_parallel=tp, pipeline_parallel=pp)
-    groups = [Named(mesh.group_of(rank, *axes), rank) for axes in (("tp",), ("dp",), ("pp",), ("tp", "pp"))]
+    groups = {name: Named(mesh.group_of(rank, *axes), rank) for name, axes in GROUP_AXES.items()}
     stages = mesh.group_of(rank, "pp")
     ends = sorted({stages[0], stages[-1]})
     embedding = Named(ends if rank in ends else [rank], rank)
-    return ParallelContext(mesh, rank, Named(range(world), rank), *groups, embedding)
+    return ParallelContext(mesh, rank, Named(range(world), rank), **groups, embedding=embedding)
 
 
 @pytest.fixture(autouse=True)

@@ -30,19 +30,20 @@ from parallel_core.context import ParallelContext
 from parallel_core.data import build_train_valid_test_datasets
 from parallel_core.launch.report import LOG_DIR_VARIABLE
 from parallel_core.layout.mesh import Mesh
+from parallel_core.layout.shard import shard_of
 from parallel_core.layout.stages import stage_layout
 from parallel_core.ops import ascend, reference
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.schedule import make_schedule
 from parallel_core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from parallel_core.tensor_parallel.parameter import shard_of
 from parallel_core.training import pretrain, profiler
 from parallel_core.training.batches import gpt_dataset_config, make_batch_source
-from parallel_core.training.model import ModelStage, get_model
+from parallel_core.training.forward_step import forward_step_with, get_batch
+from parallel_core.training.model import get_model
 from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
-from parallel_core.training.step import TrainingStep, default_forward_step, get_batch
-from parallel_core.transformer import GPTModel, gpt_model
+from parallel_core.training.step import TrainingStep
+from parallel_core.transformer import GPTModel, ModelStage, gpt_model
 from parallel_core.transformer.recompute_plan import recompute_plan
 
 TINY = {
@@ -103,16 +104,14 @@ class Batches:
             mask = (rng.random((size, model.seq_length)) < 0.6).astype(np.float32)
             mask[0, 0] = 1.0
             self._batches.append({"tokens": Tensor(ids[:, :-1].copy()), "labels": Tensor(ids[:, 1:].copy()),
-                                  "loss_mask": Tensor(mask), "position_ids": None, "attention_mask": None})
+                                  "loss_mask": Tensor(mask), "position_ids": None, "document_start": None})
 
     def iterator(self, chunk: int) -> Any:
         return iter(self._batches)
 
 
 def provider(pre_process: bool, post_process: bool, stage: ModelStage) -> GPTModel:
-    return GPTModel(
-        stage.build, stage.layer_numbers, pre_process=pre_process, post_process=post_process, plan=stage.plan
-    )
+    return GPTModel(stage)
 
 
 def make_step(config: AllConfig, context: ParallelContext) -> TrainingStep:
@@ -121,7 +120,7 @@ def make_step(config: AllConfig, context: ParallelContext) -> TrainingStep:
     scheduler = OptimizerParamScheduler(schedule_shape(config, sizes, iterations))
     model = get_model(provider, config, context)
     return TrainingStep(
-        config, context, model, default_forward_step(get_batch), scheduler, loss_scaler(config)
+        config, context, model, forward_step_with(get_batch), scheduler, loss_scaler(config)
     )
 
 
@@ -228,7 +227,7 @@ def traffic(words: tuple[str, ...]) -> Any:
     """The collectives of one step of the first of two data parallel ranks, and what is still under way after it."""
     ops.use_kernels("local")
     solo, recorder = SoloGroup(), Recorder()
-    context = ParallelContext(Mesh.megatron(2), 0, solo, solo, recorder, solo, solo, solo)
+    context = ParallelContext(Mesh.megatron(2), 0, solo, solo, solo, recorder, recorder, solo, solo, solo)
     config = config_of(words)
     step = make_step(config, context)
     start = [slot.start for buffer in step.ddp.buffers for slot in buffer.layout.slots]

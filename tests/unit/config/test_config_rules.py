@@ -8,8 +8,8 @@ from config_helpers import load, problems
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.dump import field_value
-from parallel_core.config.pipeline_layout_string import parse_layout
 from parallel_core.errors import ConfigError
+from parallel_core.layout.stages import decoder_layers, parse_layout
 
 M, P, T, D, O = (f"{name}_config." for name in ("model", "parallel", "training", "dataset", "optimizer"))
 PP4 = ["--num-layers", "8", "--pipeline-model-parallel-size", "4", "--global-batch-size", "16"]
@@ -254,12 +254,14 @@ def test_explicit_qkv_bias_off_is_explained():
     ("Et|t|t|tL", 2, ((1, 1), (1, 1))), ("E|(t|)*3,L", 5, ((0,), (1,), (1,), (1,), (0,))),
 ])
 def test_layout_strings(text, ranks, layers):
-    assert parse_layout(text, ranks) == layers
+    assert decoder_layers(parse_layout(text, ranks)) == layers
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("Ettm|tL", "multi-token"), ("Etx|tL", "has x"), ("Et|t|tL", "3 stages, not a multiple"), ("E(t|tL", "unclosed"),
-    ("t|EtL", "E once"),
+    ("Ettm|tL", "t after m"), ("Etx|tL", "has 'x'"), ("Et|t|tL", "3 stages, not a multiple"), ("E(t|tL", "unclosed"),
+    ("t|EtL", "E once"), ("Et)|tL", "without its"), ("Et|tL|", "3 stages.*makes a stage of its own"), ("", "1 stages"),
+    ("Et*999999999999|tL", "more than 100000"), ("E((((t*99)*99)*99)*99)|L", "more than 100000"), ("|", "E once"),
+    ("Et*\u0663|tL", "has"),
 ])
 def test_bad_layout_strings(text, message):
     with pytest.raises(ConfigError, match=message):

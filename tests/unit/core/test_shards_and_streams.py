@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from parallel_core.data.masks import document_starts, loss_mask_and_positions
 from parallel_core.errors import ConfigError
 from parallel_core.layout.mesh import Mesh
-from parallel_core.tensor_parallel.parameter import ShardSpec, init_method_normal, named_normal, named_xavier_uniform
+from parallel_core.layout.shard import Box, Cut, TensorShard, region
+from parallel_core.tensor_parallel.parameter import init_method_normal, named_normal, named_xavier_uniform
 from parallel_core.tensor_parallel.random import RandomStreams
 
 SIZES = st.integers(1, 4)
@@ -70,31 +71,73 @@ def test_shards_cover_a_tensor_once(data: st.DataObject) -> None:
     full = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     count = np.zeros(shape, int)
     for rank in range(size):
-        spec = ShardSpec("w", tuple(shape), partition_dim=dim, partition_stride=stride, rank=rank, size=size)
-        part = spec.cut(full)
+        spec = TensorShard.cut("w", shape, Cut("tp", dim, rank, size, stride))
+        part = spec.take(full)
         assert part.shape == spec.local_shape and part.flags.c_contiguous
         blocks = np.split(full, stride, dim)  # the parts that are stacked, each cut on its own
         np.testing.assert_array_equal(part, np.concatenate([np.split(b, size, dim)[rank] for b in blocks], dim))
         covered = np.zeros(spec.local_shape, int)
-        for local, global_ in spec.boxes():
-            np.testing.assert_array_equal(part[local], full[global_])
-            count[global_] += 1
-            covered[local] += 1
+        for box in spec.boxes:
+            np.testing.assert_array_equal(region(part, box.local), region(full, box.globe))
+            region(count, box.globe)[...] += 1
+            region(covered, box.local)[...] += 1
         assert (covered == 1).all()
     assert (count == 1).all()
 
 
 def test_a_whole_tensor_is_one_box() -> None:
-    spec = ShardSpec("w", (3, 4), rank=1, size=2)
+    spec = TensorShard.cut("w", (3, 4), Cut("tp", 0, 0, 1))
     assert not spec.is_sharded and spec.local_shape == (3, 4)
-    assert spec.boxes() == (((slice(0, 3), slice(0, 4)),) * 2,)
+    assert spec.boxes == (Box(((0, 3), (0, 4)), ((0, 3), (0, 4))),)
 
 
 def test_tensors_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"w: dim 0 of \[6, 4\] cannot be cut into 2 x 2 equal parts"):
-        ShardSpec("w", (6, 4), partition_dim=0, partition_stride=2, size=2)
+        TensorShard.cut("w", (6, 4), Cut("tp", 0, 0, 2, parts=2))
     with pytest.raises(ConfigError, match=r"w: expected shape \[4\], got \[5\]"):
-        ShardSpec("w", (4,)).cut(np.zeros(5))
+        TensorShard.cut("w", (4,)).take(np.zeros(5))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_cuts_over_several_axes_cover_a_tensor_once(data: st.DataObject) -> None:
+    """Experts are cut over one axis, their features over another; a fused tensor's dim may be cut twice."""
+    axes = data.draw(st.dictionaries(st.sampled_from(["tp", "ep", "cp"]), SIZES, min_size=1))
+    dims = {axis: data.draw(st.integers(0, 2)) for axis in axes}
+    parts = data.draw(st.integers(1, 3))
+    first = next(iter(axes))
+    shape = [2, 3, 1]
+    for axis, size in axes.items():
+        shape[dims[axis]] *= size * (parts if axis == first else 1)
+    full = np.arange(np.prod(shape)).reshape(shape)
+    seen = np.zeros(shape, int)
+    for ranks in itertools.product(*(range(size) for size in axes.values())):
+        cuts = [
+            Cut(axis, dims[axis], rank, size, parts if axis == first else 1)
+            for (axis, size), rank in zip(axes.items(), ranks)
+        ]
+        shard = TensorShard.cut("w", shape, *cuts, dtype="int64")
+        part = shard.take(full)
+        assert part.size * np.prod(list(axes.values())) == full.size
+        for box in shard.boxes:
+            np.testing.assert_array_equal(region(part, box.local), region(full, box.globe))
+            region(seen, box.globe)[...] += 1
+    assert (seen == 1).all()
+
+
+def test_one_rank_has_the_copy_that_counts() -> None:
+    cut = TensorShard.cut("w", (4, 4), Cut("tp", 0, 1, 2))
+    whole = TensorShard.cut("norm.weight", (4,))
+    assert cut.is_first_copy({"tp": 1}) and not cut.is_first_copy({"tp": 1, "ep": 1})
+    assert whole.is_first_copy({"tp": 0}) and not whole.is_first_copy({"tp": 1})
+    assert not TensorShard.cut("w", (4, 4), Cut("tp", 0, 0, 2), is_copy=True).is_first_copy({"tp": 0})
+
+
+def test_weight_decay_is_a_trait_with_megatrons_default() -> None:
+    assert TensorShard.cut("w.weight", (4, 4)).decays and not TensorShard.cut("n.weight", (4,)).decays
+    assert not TensorShard.cut("fc.bias", (2, 4)).decays
+    assert TensorShard.cut("n.weight", (4,), weight_decay=True).decays
+    assert not TensorShard.cut("w.weight", (4, 4), weight_decay=False).decays
 
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:

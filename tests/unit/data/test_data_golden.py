@@ -177,7 +177,7 @@ def test_batches_of_megatrons_training_runs(run, options, corpus, tmp_path):
             ours = np.concatenate([batch[name] for batch in batches])
             assert np.array_equal(ours, expected[f"{run}/{step}/{name}"].reshape(ours.shape)), (step, name)
         if options:
-            starts = np.concatenate([batch["doc_start"] for batch in batches])
+            starts = np.concatenate([batch["document_start"] for batch in batches])
             masks = attention_mask_from_document_starts(starts)
             assert np.array_equal(masks, expected[f"{run}/{step}/attention_mask"].reshape(masks.shape))
 

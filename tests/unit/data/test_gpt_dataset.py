@@ -117,7 +117,7 @@ def test_zero_is_a_legal_end_of_document(tmp_path):
             starts = place + 1
     assert sample["position_ids"].tolist() == positions and sample["position_ids"].dtype == np.int32
     assert sample["loss_mask"].tolist() == [float(token != 0) for token in sample["tokens"]]
-    assert "doc_start" in sample and "attention_mask" not in sample
+    assert "document_start" in sample and "attention_mask" not in sample
 
 
 def test_plain_causal_samples_carry_no_mask(pair):

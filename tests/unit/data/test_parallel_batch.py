@@ -8,13 +8,13 @@ from parallel_core.data.parallel_batch import pack_batch, unpack_batch
 from parallel_core.errors import DataError
 
 
-def batch(value, doc_start=True):
+def batch(value, document_start=True):
     ids = np.full((2, 3), value, np.int32)
     content = {"tokens": ids, "labels": ids + 1, "loss_mask": np.full((2, 3), 0.5, np.float32), "position_ids": ids + 2}
-    return {**content, "doc_start": ids + 3} if doc_start else content
+    return {**content, "document_start": ids + 3} if document_start else content
 
 
-def group(source, size, has_doc_start):
+def group(source, size, has_document_start):
     """The readers of a tensor parallel group, driven in lockstep: the first rank's message goes to all."""
     sent = []
 
@@ -26,18 +26,18 @@ def group(source, size, has_doc_start):
         assert message.shape == sent[-1].shape and message.dtype == np.int32
         return sent[-1]
 
-    shape = {"micro_batch_size": 2, "sequence_length": 3, "has_doc_start": has_doc_start}
+    shape = {"micro_batch_size": 2, "sequence_length": 3, "has_document_start": has_document_start}
     return [TensorParallelBatches(source, send, **shape)] + [
         TensorParallelBatches(None, receive, **shape) for _ in range(size - 1)
     ]
 
 
-@pytest.mark.parametrize("has_doc_start", [True, False])
-def test_every_rank_gets_what_the_first_one_read(has_doc_start):
-    readers = group(iter([batch(5, has_doc_start), batch(9, has_doc_start)]), 3, has_doc_start)
+@pytest.mark.parametrize("has_document_start", [True, False])
+def test_every_rank_gets_what_the_first_one_read(has_document_start):
+    readers = group(iter([batch(5, has_document_start), batch(9, has_document_start)]), 3, has_document_start)
     for value in (5, 9):
         for received in [next(reader) for reader in readers]:
-            expected = batch(value, has_doc_start)
+            expected = batch(value, has_document_start)
             assert received.keys() == expected.keys()
             for name in expected:
                 assert received[name].dtype == expected[name].dtype and np.array_equal(received[name], expected[name])
@@ -66,10 +66,10 @@ def test_a_batch_of_another_shape_is_refused():
 @pytest.mark.parametrize(
     ("first", "last", "names"),
     [
-        (True, False, {"tokens", "position_ids", "doc_start"}),
-        (False, True, {"labels", "loss_mask", "position_ids", "doc_start"}),
-        (True, True, {"tokens", "labels", "loss_mask", "position_ids", "doc_start"}),
-        (False, False, {"position_ids", "doc_start"}),
+        (True, False, {"tokens", "position_ids", "document_start"}),
+        (False, True, {"labels", "loss_mask", "position_ids", "document_start"}),
+        (True, True, {"tokens", "labels", "loss_mask", "position_ids", "document_start"}),
+        (False, False, {"position_ids", "document_start"}),
     ],
 )
 def test_stages_get_what_they_use(first, last, names):

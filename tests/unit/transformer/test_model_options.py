@@ -13,9 +13,9 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.config.schema import FlashAttentionConfig, TransformerConfig
 from parallel_core.errors import ConfigError
-from parallel_core.tensor_parallel.parameter import shard_of
+from parallel_core.layout.shard import shard_of
 from parallel_core.tensor_parallel.random import RandomStreams
-from parallel_core.transformer import BuildContext, GPTModel
+from parallel_core.transformer import GPTModel, ModelStage
 from parallel_core.transformer.rope import RotaryEmbedding
 
 RTOL = 3e-5
@@ -148,7 +148,7 @@ def numpy_loss(logits: np.ndarray, labels: np.ndarray, c: TransformerConfig) -> 
 # ---- comparison -----------------------------------------------------------------------------------------------------
 def build(**options: Any) -> tuple[GPTModel, TransformerConfig]:
     config = TransformerConfig(**{**SMALL, **options})
-    model = GPTModel(BuildContext(config))
+    model = GPTModel(ModelStage(config))
     rng = np.random.default_rng(0)
     for parameter in model.trainable_params():  # biases and norms that are not trivial
         noise = 0.2 * rng.standard_normal(parameter.shape).astype(np.float32)
@@ -315,7 +315,7 @@ def test_a_window_hides_what_is_further_back() -> None:
 def test_initial_values_have_the_spread_that_is_asked_for() -> None:
     """D-6: init_method_std, the scaled output layers, the embeddings' own."""
     config = TransformerConfig(**{**SMALL, "hidden_size": 128, "ffn_hidden_size": 256, "embedding_init_std": 0.5})
-    for parameter in GPTModel(BuildContext(config)).trainable_params():
+    for parameter in GPTModel(ModelStage(config)).trainable_params():
         name, value = shard_of(parameter).name, parameter.asnumpy()
         if value.ndim == 1:
             assert (value == (1.0 if name.endswith("norm.weight") else 0.0)).all()
@@ -340,7 +340,7 @@ def test_sandwich_norms_start_at_their_scales() -> None:
                 ffn_post_norm_scale=0.25,
                 apply_layernorm_1p=centred,
             )
-            layer = GPTModel(BuildContext(config)).decoder.layers[1]
+            layer = GPTModel(ModelStage(config)).decoder.layers[1]
             for cell, scale in (
                 (layer.post_attention_layernorm, 0.5),
                 (layer.post_mlp_layernorm, 0.25),
@@ -354,7 +354,7 @@ def test_query_key_layer_scaling_keeps_float16_scores_small() -> None:
     half = {"params_dtype": "float16", "compute_dtype": "float16", "num_layers": 1}
     for scaled in (False, True):
         config = TransformerConfig(**{**SMALL, **half}, apply_query_key_layer_scaling=scaled)
-        core = GPTModel(BuildContext(config), layer_numbers=[7]).decoder.layers[0].self_attention.core_attention
+        core = GPTModel(ModelStage(config, layer_numbers=(7,))).decoder.layers[0].self_attention.core_attention
         assert core.coefficient == (8.0 if scaled else 1.0) and core.scale * core.coefficient == 0.5
         out = core(Tensor(np.full((6, 1, 4, 3 * 4), 190.0, np.float16))).asnumpy()
         assert np.isfinite(out).all() == scaled
@@ -385,8 +385,8 @@ def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
     for options in ({"hidden_dropout_rate": 0.5}, {"attention_dropout_rate": 0.5}):
         config = TransformerConfig(**{**SMALL, **options})
         streams = RandomStreams(1)
-        model = GPTModel(BuildContext(config, streams=streams))
-        plain = GPTModel(BuildContext(TransformerConfig(**SMALL)))
+        model = GPTModel(ModelStage(config, streams=streams))
+        plain = GPTModel(ModelStage(TransformerConfig(**SMALL)))
         streams.start_microbatch(1, 0)
         with_masks = model(Tensor(TOKENS)).asnumpy()
         streams.start_microbatch(1, 0)
@@ -409,10 +409,12 @@ def test_wrong_inputs_are_refused() -> None:
     model, _ = build()
     with pytest.raises(ConfigError, match="a sequence of 7 tokens needs max_position_embeddings >= 7, not 6"):
         model(Tensor(np.zeros((1, 7), np.int32)))
-    with pytest.raises(ConfigError, match="attention_mask of shape .*document starts"):
+    with pytest.raises(ConfigError, match="document_start of shape .*document starts"):
         model(Tensor(TOKENS), None, Tensor(np.zeros((2, 1, 6, 6), bool)))
-    middle = GPTModel(BuildContext(TransformerConfig(**SMALL)), [0], pre_process=False, post_process=False)
+    middle = GPTModel(
+        ModelStage(TransformerConfig(**SMALL), layer_numbers=(0,), pre_process=False, post_process=False)
+    )
     with pytest.raises(ConfigError, match="call set_input_tensor"):
         middle(Tensor(TOKENS))
     with pytest.raises(ConfigError, match="normalization='Batch' does not exist; use LayerNorm or RMSNorm"):
-        GPTModel(BuildContext(TransformerConfig(**SMALL, normalization="Batch")))
+        GPTModel(ModelStage(TransformerConfig(**SMALL, normalization="Batch")))

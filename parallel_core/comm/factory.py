@@ -1,0 +1,63 @@
+"""Which backend carries the groups of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import mindspore as ms
+
+from parallel_core.comm.interface import Group, SoloGroup
+from parallel_core.comm.mindspore_comm import WORLD, HcclGroup, McclGroup
+from parallel_core.comm.shm import world_over_shared_memory
+from parallel_core.comm.watchdog import Watchdog
+from parallel_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) -> Callable[[str, list[int]], Group]:
+    """Return a function (label, ranks) -> Group for `backend`; collective over the world.
+
+    `auto` is HCCL on Ascend; on CPU shared memory when all ranks are on one host and the C++ part can be built, else
+    MCCL.
+
+    Raises:
+        ConfigError: if the backend does not exist here.
+    """
+    target = ms.get_context("device_target")
+    known = ("auto", "hccl") if target == "Ascend" else ("auto", "shm", "mccl")
+    if backend not in known:
+        raise ConfigError(f"distributed_backend={backend} does not exist on {target}; use {' or '.join(known)}")
+    kind = HcclGroup if target == "Ascend" else McclGroup
+    watchdog = Watchdog(timeout_s)
+
+    def make(label: str, ranks: list[int]) -> Group:
+        if len(ranks) == 1:
+            return SoloGroup(label, rank)
+        name = WORLD if len(ranks) == world_size else label + "-" + "-".join(map(str, ranks))
+        return kind(name, ranks, rank, watchdog)
+
+    if target == "Ascend" or backend == "mccl":
+        return make
+    return _shared_memory_factory(backend, make("world", list(range(world_size))), timeout_s) or make
+
+
+def _shared_memory_factory(
+    backend: str, world_over_mccl: Group, timeout_s: float
+) -> Callable[[str, list[int]], Group] | None:
+    """Return the factory of groups over shared memory, or None where that does not work and is not insisted on."""
+    world, reason = world_over_shared_memory(world_over_mccl, timeout_s)
+    if world is None:
+        if backend == "shm":
+            raise ConfigError(f"distributed_backend=shm cannot work here: {reason}; use mccl")
+        logger.info("communication: MCCL (%s)", reason)
+        return None
+    logger.info("communication: shared memory")
+
+    def make(label: str, ranks: list[int]) -> Group:
+        if len(ranks) == 1:
+            return SoloGroup(label, world_over_mccl.ranks[world_over_mccl.rank])
+        return world if label == "world" else world.subgroup(label, ranks)
+
+    return make
