@@ -6,16 +6,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from parallel_core.errors import ParallelCoreError, bullet_list
-from parallel_core.pipeline.schedule import Action, Op, Step
-
-_SENDS = {Op.SEND_FORWARD: 1, Op.SEND_BACKWARD: -1}
-_ARRIVES_AS = {Op.SEND_FORWARD: Op.RECV_FORWARD, Op.SEND_BACKWARD: Op.RECV_BACKWARD}
-_SENT_AFTER = {Op.FORWARD: Op.SEND_FORWARD, Op.BACKWARD: Op.SEND_BACKWARD}
-_NEEDS = {Op.FORWARD: Op.RECV_FORWARD, Op.BACKWARD: Op.RECV_BACKWARD}
+from parallel_core.layout.stages import Placement
+from parallel_core.pipeline.schedule import SENDS, TRANSFER_OF, Action, Op, Step, destination, origin
 
 
 def check_schedule(
-    steps: Sequence[Sequence[Step]], num_chunks: int, num_microbatches: int, *, forward_only: bool = False
+    steps: Sequence[Sequence[Step]],
+    num_chunks: int,
+    num_microbatches: int,
+    *,
+    forward_only: bool = False,
+    placement: Placement | None = None,
 ) -> None:
     """Return if every rank's steps do all the work once, in an order that works, and all transfers meet.
 
@@ -24,21 +25,23 @@ def check_schedule(
         num_chunks: model chunks per rank.
         num_microbatches: microbatches of each chunk.
         forward_only: there are no backward passes.
+        placement: where the stages are; None: `Placement.in_turn`.
 
     Raises:
         ParallelCoreError: if an action is missing, done twice or out of order, or ranks would wait for each other
             for ever; every finding is named, up to ten.
     """
+    placement = placement or Placement.in_turn(len(steps), num_chunks)
     findings = [
         f"rank {rank}: {finding}"
         for rank, own in enumerate(steps)
         for finding in (
             *_compute_findings(own, num_chunks, num_microbatches, forward_only),
-            *_transfer_findings(own, rank, len(steps), num_chunks),
+            *_transfer_findings(own, rank, placement),
         )
     ]
-    findings += list(_pairing_findings(steps))
-    findings += [] if findings else list(_deadlock_findings(steps))
+    findings += list(_pairing_findings(steps, placement))
+    findings += [] if findings else list(_deadlock_findings(steps, placement))
     if findings:
         raise ParallelCoreError("the pipeline schedule is wrong:\n" + bullet_list(findings))
 
@@ -63,40 +66,39 @@ def _compute_findings(
             yield f"chunk {chunk} runs microbatches {order} forward; its data comes in order"
 
 
-def _transfer_findings(steps: Sequence[Step], rank: int, num_ranks: int, num_chunks: int) -> Iterator[str]:
+def _transfer_findings(steps: Sequence[Step], rank: int, placement: Placement) -> Iterator[str]:
     """Every result is sent in its own step, and every input is received before the step that needs it."""
-    last = num_ranks * num_chunks - 1
     received: Counter[Action] = Counter()
     for step in steps:
-        sent = [action for action in step.exchange if action.op in _SENDS]
+        sent = [action for action in step.exchange if action.op in SENDS]
         expected: list[Action] = []
         if step.compute is not None:
             op, microbatch, chunk = step.compute
-            stage, forward = chunk * num_ranks + rank, op is Op.FORWARD
-            needed = Action(_NEEDS[op], microbatch, chunk)
-            if num_ranks > 1 and stage != (0 if forward else last):
+            transfer = TRANSFER_OF[op]
+            needed = Action(transfer.receive, microbatch, chunk)
+            if placement.num_ranks > 1 and placement.neighbour(rank, chunk, -transfer.stages):
                 if not received[needed]:
                     yield f"{step.compute} runs before {needed}"
                 received[needed] -= 1
-            if num_ranks > 1 and stage != (last if forward else 0):
-                expected = [Action(_SENT_AFTER[op], microbatch, chunk)]
+            if placement.num_ranks > 1 and placement.neighbour(rank, chunk, transfer.stages):
+                expected = [Action(transfer.send, microbatch, chunk)]
         if sent != expected:
             yield f"after {step.compute} it sends {_names(sent)} instead of {_names(expected)}"
-        received.update(action for action in step.exchange if action.op not in _SENDS)
+        received.update(action for action in step.exchange if action.op not in SENDS)
     yield from (f"{action} is received and never used" for action, count in received.items() if count > 0)
 
 
-def _pairing_findings(steps: Sequence[Sequence[Step]]) -> Iterator[str]:
+def _pairing_findings(steps: Sequence[Sequence[Step]], placement: Placement) -> Iterator[str]:
     """What one rank sends another is what that one receives from it, in the same order."""
     sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
     received: dict[tuple[int, int], list[Action]] = defaultdict(list)
     for rank, own in enumerate(steps):
         for action in (action for step in own for action in step.exchange):
-            if action.op in _SENDS:
-                peer, arriving = _arrival(rank, action, len(steps))
+            if action.op in SENDS:
+                peer, arriving = destination(placement, rank, action)
                 sent[rank, peer].append(arriving)
             else:
-                received[_source(rank, action, len(steps)), rank].append(action)
+                received[origin(placement, rank, action), rank].append(action)
     for pair in sorted({*sent, *received}):
         if sent[pair] != received[pair]:
             place = next(
@@ -109,7 +111,7 @@ def _pairing_findings(steps: Sequence[Sequence[Step]]) -> Iterator[str]:
             )
 
 
-def _deadlock_findings(steps: Sequence[Sequence[Step]]) -> Iterator[str]:
+def _deadlock_findings(steps: Sequence[Sequence[Step]], placement: Placement) -> Iterator[str]:
     """Run all transfers as if a send blocked until its receive."""
     queues = [[action for step in own for action in step.exchange] for own in steps]
     places = [0] * len(steps)
@@ -117,24 +119,14 @@ def _deadlock_findings(steps: Sequence[Sequence[Step]]) -> Iterator[str]:
     while moved:
         moved = False
         for rank, queue in enumerate(queues):
-            if places[rank] == len(queue) or queue[places[rank]].op not in _SENDS:
+            if places[rank] == len(queue) or queue[places[rank]].op not in SENDS:
                 continue
-            peer, arriving = _arrival(rank, queue[places[rank]], len(steps))
+            peer, arriving = destination(placement, rank, queue[places[rank]])
             if places[peer] < len(queues[peer]) and queues[peer][places[peer]] == arriving:
                 places[rank], places[peer], moved = places[rank] + 1, places[peer] + 1, True
     for rank, queue in enumerate(queues):
         if places[rank] < len(queue):
             yield f"rank {rank} waits for ever in {queue[places[rank]]}"
-
-
-def _arrival(rank: int, send: Action, num_ranks: int) -> tuple[int, Action]:
-    """Return the rank that a send goes to, and the receive it becomes there."""
-    stage = send.chunk * num_ranks + rank + _SENDS[send.op]
-    return stage % num_ranks, Action(_ARRIVES_AS[send.op], send.microbatch, stage // num_ranks)
-
-
-def _source(rank: int, receive: Action, num_ranks: int) -> int:
-    return (rank + (-1 if receive.op is Op.RECV_FORWARD else 1)) % num_ranks
 
 
 def _at(actions: Sequence[Action], place: int) -> str:

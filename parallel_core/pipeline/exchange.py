@@ -8,9 +8,8 @@ from typing import Any
 from mindspore import Tensor
 
 from parallel_core.comm.interface import Group, Handle
-from parallel_core.pipeline.schedule import Action, Op
-
-_PEER_OFFSET = {Op.SEND_FORWARD: 1, Op.RECV_BACKWARD: 1, Op.SEND_BACKWARD: -1, Op.RECV_FORWARD: -1}
+from parallel_core.layout.stages import Placement
+from parallel_core.pipeline.schedule import Action, destination, origin
 
 
 class PipelineExchange:
@@ -20,25 +19,24 @@ class PipelineExchange:
         group: the pipeline group, in stage order.
         shape: shape of the hidden states between stages, [S, B, H] or [S / tp, B, H].
         dtype: their dtype.
+        placement: where the stages are.
     """
 
-    def __init__(self, group: Group, shape: Sequence[int], dtype: Any) -> None:
-        self._group, self._shape, self._dtype = group, tuple(shape), dtype
+    def __init__(self, group: Group, shape: Sequence[int], dtype: Any, placement: Placement) -> None:
+        self._group, self._shape, self._dtype, self._placement = group, tuple(shape), dtype, placement
         self._sends: list[Handle] = []
 
     def send(self, action: Action, tensor: Tensor) -> None:
         """Start sending the tensor; it may not be changed before `finish`."""
-        self._sends.append(self._group.send(tensor, self._peer(action)))
+        peer, _ = destination(self._placement, self._group.rank, action)
+        self._sends.append(self._group.send(tensor, peer))
 
     def receive(self, action: Action) -> Handle:
         """Announce a tensor."""
-        return self._group.receive(self._shape, self._dtype, self._peer(action))
+        return self._group.receive(self._shape, self._dtype, origin(self._placement, self._group.rank, action))
 
     def finish(self) -> None:
         """Wait until every tensor is sent."""
         for handle in self._sends:
             handle.wait()
         self._sends.clear()
-
-    def _peer(self, action: Action) -> int:
-        return (self._group.rank + _PEER_OFFSET[action.op]) % self._group.size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from parallel_core.errors import ParallelCoreError
-from parallel_core.pipeline.schedule import Action, Op, Step
+from parallel_core.pipeline.schedule import SENDS, TRANSFER_OF, Action, Op, Step
 
 
 class Stage(Protocol):
@@ -59,15 +59,15 @@ def run_steps(steps: Sequence[Step], stages: Sequence[Stage], exchange: Exchange
         if step.compute is not None:
             op, microbatch, chunk = step.compute
             if op is Op.FORWARD:
-                received = inbox.pop(Action(Op.RECV_FORWARD, microbatch, chunk), None)
+                received = inbox.pop(Action(TRANSFER_OF[op].receive, microbatch, chunk), None)
                 output = stages[chunk].forward(microbatch, None if received is None else received.wait())
             else:
                 backwards_left[chunk] -= 1
-                received = inbox.pop(Action(Op.RECV_BACKWARD, microbatch, chunk), None)
+                received = inbox.pop(Action(TRANSFER_OF[op].receive, microbatch, chunk), None)
                 gradient = None if received is None else received.wait()
                 output = stages[chunk].backward(microbatch, gradient, backwards_left[chunk] == 0)
         for action in step.exchange:
-            if action.op in (Op.SEND_FORWARD, Op.SEND_BACKWARD):
+            if action.op in SENDS:
                 exchange.send(action, output)
             else:
                 inbox[action] = exchange.receive(action)

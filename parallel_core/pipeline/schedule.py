@@ -5,7 +5,7 @@ Pure Python: no tensors, no groups, no framework. The executor walks one rank's 
 Vocabulary
     P  pipeline ranks            V  model chunks per rank (virtual pipeline size)
     M  microbatches per step     G  microbatches run on one chunk before the next
-    stage = chunk * P + rank, in [0, P * V)
+    stage: which (rank, chunk) is which stage, in [0, P * V), is said by a `layout.stages.Placement`
 
 Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2. The compute order is Megatron-LM's.
 """
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from parallel_core.errors import ConfigError
+from parallel_core.layout.stages import Placement
 
 
 class Op(enum.Enum):
@@ -29,6 +30,24 @@ class Op(enum.Enum):
     RECV_FORWARD = "rF"
     SEND_BACKWARD = "sB"
     RECV_BACKWARD = "rB"
+
+
+class Transfer(NamedTuple):
+    """How the result of a computation travels: sent as one op, received as another, so many stages further."""
+
+    send: Op
+    receive: Op
+    stages: int
+
+
+TRANSFER_OF = {
+    Op.FORWARD: Transfer(Op.SEND_FORWARD, Op.RECV_FORWARD, 1),
+    Op.BACKWARD: Transfer(Op.SEND_BACKWARD, Op.RECV_BACKWARD, -1),
+}
+"""What is sent after a computation, and received before it; computations that are not named here send nothing."""
+
+SENDS = {transfer.send: transfer for transfer in TRANSFER_OF.values()}
+RECEIVES = {transfer.receive: transfer for transfer in TRANSFER_OF.values()}
 
 
 class Action(NamedTuple):
@@ -49,33 +68,71 @@ class Step(NamedTuple):
     exchange: tuple[Action, ...]
 
 
+def destination(placement: Placement, rank: int, send: Action) -> tuple[int, Action]:
+    """Return the rank that a send goes to, and the receive it is there."""
+    transfer = SENDS[send.op]
+    place = placement.neighbour(rank, send.chunk, transfer.stages)
+    if place is None:
+        raise ConfigError(f"pipeline: {send} of rank {rank} leaves the pipeline")
+    return place[0], Action(transfer.receive, send.microbatch, place[1])
+
+
+def origin(placement: Placement, rank: int, receive: Action) -> int:
+    """Return the rank that a received tensor comes from."""
+    place = placement.neighbour(rank, receive.chunk, -RECEIVES[receive.op].stages)
+    if place is None:
+        raise ConfigError(f"pipeline: {receive} of rank {rank} comes from outside the pipeline")
+    return place[0]
+
+
+class Schedule(NamedTuple):
+    """A way to run a pipeline: where its stages are, and in which order every rank computes."""
+
+    placement: Callable[[int, int], Placement]
+    """Takes pipeline ranks P and chunks per rank V."""
+    compute: Callable[[int, int, int, int], list[list[Action]]]
+    """Takes P, V, microbatches M and group size G (0: P) and returns each rank's actions in order."""
+
+
+def schedule_named(name: str, num_chunks: int) -> Schedule:
+    """Return a schedule by its name in `SCHEDULES`; `auto` is 1F1B, interleaved where a rank has several chunks.
+
+    Raises:
+        ConfigError: if there is none of that name, or it cannot run so many chunks.
+    """
+    found = SCHEDULES.get(("interleaved" if num_chunks > 1 else "1f1b") if name == "auto" else name)
+    if found is None:
+        raise ConfigError(f"pipeline schedule {name!r} does not exist; use auto, {', '.join(SCHEDULES)}")
+    return found
+
+
 def make_schedule(
     num_ranks: int,
     num_chunks: int,
     num_microbatches: int,
     *,
+    name: str = "auto",
     group_size: int = 0,
     forward_only: bool = False,
 ) -> list[list[Step]]:
-    """Return the steps of every rank for one iteration: 1F1B, interleaved when there are several chunks.
+    """Return the steps of every rank for one iteration.
 
     Args:
         num_ranks: pipeline ranks P.
         num_chunks: model chunks per rank V.
         num_microbatches: microbatches per iteration M.
+        name: see `schedule_named`.
         group_size: see `interleaved_one_f_one_b`; 0 is P.
         forward_only: leave the backward passes out (evaluation).
 
     Raises:
         ConfigError: if the microbatches cannot feed an interleaved pipeline.
     """
-    if num_chunks == 1:
-        compute = one_f_one_b(num_ranks, num_microbatches)
-    else:
-        compute = interleaved_one_f_one_b(num_ranks, num_chunks, num_microbatches, group_size or None)
+    schedule = schedule_named(name, num_chunks)
+    compute = schedule.compute(num_ranks, num_chunks, num_microbatches, group_size)
     if forward_only:
         compute = [[action for action in actions if action.op is Op.FORWARD] for actions in compute]
-    return add_exchanges(compute, num_chunks)
+    return add_exchanges(compute, num_chunks, schedule.placement(num_ranks, num_chunks))
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> list[list[Action]]:
@@ -125,7 +182,25 @@ def interleaved_one_f_one_b(
     return [_weave(forwards, backwards, min(warmup, len(forwards))) for warmup in warmups]
 
 
-def add_exchanges(compute: Sequence[Sequence[Action]], num_chunks: int) -> list[list[Step]]:
+def _one_chunk(num_ranks: int, num_chunks: int, num_microbatches: int, group_size: int) -> list[list[Action]]:
+    if num_chunks > 1:
+        raise ConfigError(f"pipeline schedule 1f1b runs one chunk on each rank, not {num_chunks}; use interleaved")
+    return one_f_one_b(num_ranks, num_microbatches)
+
+
+def _several_chunks(num_ranks: int, num_chunks: int, num_microbatches: int, group_size: int) -> list[list[Action]]:
+    return interleaved_one_f_one_b(num_ranks, num_chunks, num_microbatches, group_size or None)
+
+
+SCHEDULES = {
+    "1f1b": Schedule(Placement.in_turn, _one_chunk),
+    "interleaved": Schedule(Placement.in_turn, _several_chunks),
+}
+
+
+def add_exchanges(
+    compute: Sequence[Sequence[Action]], num_chunks: int, placement: Placement | None = None
+) -> list[list[Step]]:
     """Cut a compute order into ticks and attach every transfer, on both ends, to the tick that produced it.
 
     Both ends of a transfer sit in the same tick and within a tick all ranks list the transfers in one global order, so
@@ -135,17 +210,19 @@ def add_exchanges(compute: Sequence[Sequence[Action]], num_chunks: int) -> list[
     Args:
         compute: each rank's forward and backward actions in order.
         num_chunks: model chunks per rank V.
+        placement: where the stages are; None: `Placement.in_turn`.
 
     Raises:
         ConfigError: if the compute order itself cannot make progress.
     """
-    num_ranks, last_stage = len(compute), len(compute) * num_chunks - 1
+    num_ranks = len(compute)
+    placement = placement or Placement.in_turn(num_ranks, num_chunks)
     todo = [deque(actions) for actions in compute]
     done: set[tuple[Op, int, int]] = set()
     steps: list[list[Step]] = [[] for _ in compute]
     while any(todo):
         running = [
-            queue[0] if queue and _is_ready(queue[0], rank, num_ranks, last_stage, done) else None
+            queue[0] if queue and _is_ready(queue[0], placement.stage(rank, queue[0].chunk), placement, done) else None
             for rank, queue in enumerate(todo)
         ]
         if not any(running):
@@ -156,16 +233,13 @@ def add_exchanges(compute: Sequence[Sequence[Action]], num_chunks: int) -> list[
             if action is None:
                 continue
             todo[rank].popleft()
-            stage = action.chunk * num_ranks + rank
-            done.add((action.op, action.microbatch, stage))
-            forward = action.op is Op.FORWARD
-            peer = stage + 1 if forward else stage - 1
-            if num_ranks > 1 and 0 <= peer <= last_stage:
-                send, receive = (
-                    (Op.SEND_FORWARD, Op.RECV_FORWARD) if forward else (Op.SEND_BACKWARD, Op.RECV_BACKWARD)
-                )
-                exchange[rank].append(Action(send, action.microbatch, action.chunk))
-                exchange[peer % num_ranks].append(Action(receive, action.microbatch, peer // num_ranks))
+            done.add((action.op, action.microbatch, placement.stage(rank, action.chunk)))
+            transfer = TRANSFER_OF.get(action.op)
+            if transfer is not None and num_ranks > 1 and placement.neighbour(rank, action.chunk, transfer.stages):
+                send = Action(transfer.send, action.microbatch, action.chunk)
+                peer, receive = destination(placement, rank, send)
+                exchange[rank].append(send)
+                exchange[peer].append(receive)
         for rank in range(num_ranks):
             steps[rank].append(Step(running[rank], tuple(exchange[rank])))
     return steps
@@ -194,7 +268,7 @@ def peak_in_flight(steps: Sequence[Step]) -> int:
     alive = peak = 0
     for step in steps:
         if step.compute is not None:
-            alive += 1 if step.compute.op is Op.FORWARD else -1
+            alive += {Op.FORWARD: 1, Op.BACKWARD: -1}.get(step.compute.op, 0)
             peak = max(peak, alive)
     return peak
 
@@ -204,11 +278,10 @@ def bubble_share(num_ranks: int, num_chunks: int, num_microbatches: int) -> floa
     return (num_ranks - 1) / (num_chunks * num_microbatches + num_ranks - 1)
 
 
-def _is_ready(action: Action, rank: int, num_ranks: int, last_stage: int, done: set[tuple[Op, int, int]]) -> bool:
-    stage = action.chunk * num_ranks + rank
+def _is_ready(action: Action, stage: int, placement: Placement, done: set[tuple[Op, int, int]]) -> bool:
     if action.op is Op.FORWARD:
         return stage == 0 or (Op.FORWARD, action.microbatch, stage - 1) in done
-    if stage == last_stage:
+    if stage == placement.num_stages - 1:
         return (Op.FORWARD, action.microbatch, stage) in done
     return (Op.BACKWARD, action.microbatch, stage + 1) in done
 

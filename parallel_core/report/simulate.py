@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.schedule import Action, Op, Step
+from parallel_core.layout.stages import Placement
+from parallel_core.pipeline.schedule import RECEIVES, SENDS, TRANSFER_OF, Action, Op, Step, destination
 
 Duration = Callable[[int, Action], float]
 """Takes a rank and a forward or backward action, and returns how long the action takes."""
-
-_ARRIVES_AS = {Op.SEND_FORWARD: Op.RECV_FORWARD, Op.SEND_BACKWARD: Op.RECV_BACKWARD}
-_NEEDS = {Op.FORWARD: Op.RECV_FORWARD, Op.BACKWARD: Op.RECV_BACKWARD}
 
 
 class Span(NamedTuple):
@@ -71,6 +69,7 @@ def simulate(
     *,
     transfer_time: float = 0.0,
     wait_late: bool = True,
+    placement: Placement | None = None,
 ) -> Timeline:
     """Return when every action of every rank runs.
 
@@ -79,13 +78,16 @@ def simulate(
         duration: how long an action takes; None: 1 forward, 2 backward.
         transfer_time: from the start of a send to the arrival of the tensor, in the unit of the durations.
         wait_late: as for `run_steps`.
+        placement: where the stages are; None: `Placement.in_turn`.
 
     Raises:
         ConfigError: if a rank waits for a tensor that nobody sends, or `transfer_time` is not a number of 0 or more.
     """
     if not 0 <= transfer_time < float("inf"):
         raise ConfigError(f"transfer_time={transfer_time}: use a number of 0 or more")
-    clocks = [_Rank(rank, len(steps), list(of_rank)) for rank, of_rank in enumerate(steps)]
+    chunks = 1 + max((step.compute.chunk for own in steps for step in own if step.compute is not None), default=0)
+    placement = placement or Placement.in_turn(len(steps), chunks)
+    clocks = [_Rank(rank, placement, list(of_rank)) for rank, of_rank in enumerate(steps)]
     arrivals: dict[tuple[int, Action], float] = {}
     duration = duration or uniform_durations()
     while any(not clock.done for clock in clocks):
@@ -99,9 +101,9 @@ def simulate(
 class _Rank:
     """One rank's clock and its place in its steps."""
 
-    def __init__(self, rank: int, num_ranks: int, steps: list[Step]) -> None:
-        self.rank, self._num_ranks, self._steps = rank, num_ranks, steps
-        self._receives = {action for step in steps for action in step.exchange if action.op in _NEEDS.values()}
+    def __init__(self, rank: int, placement: Placement, steps: list[Step]) -> None:
+        self.rank, self._placement, self._steps = rank, placement, steps
+        self._receives = {action for step in steps for action in step.exchange if action.op in RECEIVES}
         self.position = 0
         self._part = 0  # of the present step: 0 is its compute action, i its i-th transfer
         self._now = 0.0
@@ -134,7 +136,7 @@ class _Rank:
     ) -> bool:
         if action is None:
             return True
-        needed = Action(_NEEDS[action.op], action.microbatch, action.chunk)
+        needed = Action(TRANSFER_OF[action.op].receive, action.microbatch, action.chunk)
         if needed in self._receives:
             if (self.rank, needed) not in arrivals:
                 return False
@@ -146,11 +148,8 @@ class _Rank:
     def _transfer(
         self, action: Action, arrivals: dict[tuple[int, Action], float], transfer_time: float, wait_late: bool
     ) -> bool:
-        if action.op in _ARRIVES_AS:
-            forward = action.op is Op.SEND_FORWARD
-            stage = action.chunk * self._num_ranks + self.rank + (1 if forward else -1)
-            chunk, peer = divmod(stage, self._num_ranks)
-            arrivals[peer, Action(_ARRIVES_AS[action.op], action.microbatch, chunk)] = self._now + transfer_time
+        if action.op in SENDS:
+            arrivals[destination(self._placement, self.rank, action)] = self._now + transfer_time
             return True
         if not wait_late:
             if (self.rank, action) not in arrivals:

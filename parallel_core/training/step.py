@@ -91,7 +91,12 @@ class TrainingStep:
         rows = config.model_config.seq_length // (context.tp.size if sequence_parallel else 1)
         shape = (rows, config.dataset_config.batch_size, config.model_config.hidden_size)
         dtype = ms.float32 if config.model_config.fp32_residual_connection else config.model_config.compute_dtype
-        self._exchange = PipelineExchange(context.pp, shape, getattr(ms, dtype) if isinstance(dtype, str) else dtype)
+        self._exchange = PipelineExchange(
+            context.pp,
+            shape,
+            getattr(ms, dtype) if isinstance(dtype, str) else dtype,
+            model.layout.placement,
+        )
         self._schedules: dict[tuple[int, bool], list[Step]] = {}
         self._report_names: list[str] | None = None
         self._iteration = 0
@@ -176,7 +181,10 @@ class TrainingStep:
         key = (num_microbatches, forward_only)
         if key not in self._schedules:
             steps = self.schedule(num_microbatches, forward_only)
-            check_schedule(steps, self.model.layout.num_chunks, num_microbatches, forward_only=forward_only)
+            layout = self.model.layout
+            check_schedule(
+                steps, layout.num_chunks, num_microbatches, forward_only=forward_only, placement=layout.placement
+            )
             self._schedules[key] = steps[self.context.pp.rank]
         for chunk, stage in enumerate(self._stages):
             stage.start_iteration(

@@ -11,6 +11,7 @@ import pytest
 from parallel_core.comm.watchdog import EXIT_CODE
 from parallel_core.errors import CommError, ConfigError
 from parallel_core.launch.console import LogFollower, last_lines
+from parallel_core.launch.entry import run_as_rank
 from parallel_core.launch.outcome import PEER_TIMEOUT_STATUS, RankFailure, describe_failures, first_failure
 from parallel_core.launch.report import (
     LOG_DIR_VARIABLE,
@@ -18,7 +19,6 @@ from parallel_core.launch.report import (
     read_report,
     report_failure,
     report_path,
-    run_as_rank,
 )
 
 
