@@ -125,7 +125,7 @@ def _parts(mixed: Tensor, head_size: int) -> _Addresses:
 def causal_attention(
     query_SBND: Tensor,
     key_SBGD: Tensor,
-    value_SBGD: Tensor,
+    value_SBGE: Tensor,
     *,
     scale: float,
     softmax_coefficient: float = 1.0,
@@ -135,11 +135,11 @@ def causal_attention(
     dropout_seed: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """See `reference.causal_attention`; nothing of S x S elements is stored, forward or backward."""
-    if not raw.native(query_SBND, key_SBGD, value_SBGD):
+    if not raw.native(query_SBND, key_SBGD, value_SBGE) or value_SBGE.shape[-1] != query_SBND.shape[-1]:
         return reference.causal_attention(
             query_SBND,
             key_SBGD,
-            value_SBGD,
+            value_SBGE,
             scale=scale,
             softmax_coefficient=softmax_coefficient,
             softmax_in_fp32=softmax_in_fp32,
@@ -149,7 +149,7 @@ def causal_attention(
         )
     start = None if document_start_BS is None else raw.int32(document_start_BS)
     factor = scale * softmax_coefficient
-    return _Attention.apply(query_SBND, key_SBGD, value_SBGD, start, factor, dropout_rate, dropout_seed)
+    return _Attention.apply(query_SBND, key_SBGD, value_SBGE, start, factor, dropout_rate, dropout_seed)
 
 
 def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:

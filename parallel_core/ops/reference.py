@@ -233,7 +233,7 @@ def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, 
 def causal_attention(
     query_SBND: Tensor,
     key_SBGD: Tensor,
-    value_SBGD: Tensor,
+    value_SBGE: Tensor,
     *,
     scale: float,
     softmax_coefficient: float = 1.0,
@@ -242,14 +242,14 @@ def causal_attention(
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Return softmax(scale * Q K^T, masked) V, heads joined: [S, B, N * D].
+    """Return softmax(scale * Q K^T, masked) V, heads joined: [S, B, N * E].
 
     Position s sees positions t with document_start[s] <= t <= s. Query head n uses key/value head n // (N / G).
 
     Args:
         query_SBND: queries.
         key_SBGD: keys.
-        value_SBGD: values.
+        value_SBGE: values; their head size E may differ from D.
         scale: factor of the scores, applied in the queries' dtype.
         softmax_coefficient: further factor, applied in the softmax's dtype (query-key layer scaling).
         softmax_in_fp32: compute the softmax in float32 whatever the scores' dtype.
@@ -258,11 +258,11 @@ def causal_attention(
         dropout_seed: equal seeds give equal masks.
     """
     S, B, N, D = query_SBND.shape
-    G = key_SBGD.shape[2]
+    G, E = value_SBGE.shape[2:]
     # Query heads that share a key head are stacked along the query positions, so keys are never repeated.
     query = query_SBND.reshape(S, B * G, N // G, D).transpose(1, 2, 0, 3).reshape(B * G, N // G * S, D)
     key = key_SBGD.reshape(S, B * G, D).transpose(1, 0, 2)
-    value = value_SBGD.reshape(S, B * G, D).transpose(1, 0, 2)
+    value = value_SBGE.reshape(S, B * G, E).transpose(1, 0, 2)
     if softmax_coefficient != 1.0:
         # Query-key layer scaling is there so that float16 scores stay finite: scale before they are rounded.
         scores = _bmm_nt(query * scale, key)
@@ -277,7 +277,7 @@ def causal_attention(
     weights = ops.Softmax(-1)(scores).astype(query_SBND.dtype)
     weights = dropout(weights, dropout_rate, dropout_seed)
     context = _bmm_nn(weights.reshape(B * G, N // G * S, S), value)
-    return context.reshape(B * G, N // G, S, D).transpose(2, 0, 1, 3).reshape(S, B, N * D)
+    return context.reshape(B * G, N // G, S, E).transpose(2, 0, 1, 3).reshape(S, B, N * E)
 
 
 def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:

@@ -26,6 +26,9 @@ from parallel_core.transformer.stage import ModelStage
 class CoreAttention(nn.Cell):
     """softmax(Q K^T / sqrt(D), masked) V with dropout on the weights; has no parameters.
 
+    A layer may be given another one (`ModelStage.make_core_attention`): a Cell that is called with queries, keys and
+    values. Only this one also takes them packed as the projection leaves them (`packed`), which saves three copies.
+
     With query-key layer scaling the scores are divided by the layer's number from 1 before the (fp16) product is
     rounded, and multiplied back inside the softmax. A window of W positions (`fa_config.pre_tokens`) is a mask like
     that of documents: position s sees nothing before s - W.
@@ -41,25 +44,36 @@ class CoreAttention(nn.Cell):
         self.softmax_in_fp32 = config.attention_softmax_in_fp32 or config.apply_query_key_layer_scaling
         self.window = config.fa_config.pre_tokens
         self._window_start: Tensor | None = None
-        self._attend: Any = ops.causal_attention_packed
+        self._attend: Any = ops.causal_attention
+        self._attend_packed: Any = ops.causal_attention_packed
         if config.use_flash_attention and ascend.has_flash_attention():
-            self._attend = partial(_flash_attention_packed, input_layout=config.fa_config.input_layout)
+            self._attend = partial(ascend.flash_attention, input_layout=config.fa_config.input_layout)
+            self._attend_packed = partial(_flash_attention_packed, input_layout=config.fa_config.input_layout)
 
-    def construct(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+    def construct(
+        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, document_start_BS: Tensor | None = None
+    ) -> Tensor:
+        """Return the context [S, B, N * E]; the values' head size E may differ from that of queries and keys."""
+        options = self._options(query_SBND.shape[:2], document_start_BS)
+        return self._attend(query_SBND, key_SBGD, value_SBGE, **options)
+
+    def packed(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the context [S, B, N * D] of packed queries, keys and values (see `ops.causal_attention_packed`)."""
-        if self.window < mixed_SBGX.shape[0] - 1:
-            document_start_BS = self._first_in_window(mixed_SBGX.shape[:2], document_start_BS)
+        return self._attend_packed(mixed_SBGX, self.head_size, **self._options(mixed_SBGX.shape[:2], document_start_BS))
+
+    def _options(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> dict[str, Any]:
+        """Return the kernel's options for queries of `shape` (S, B)."""
+        if self.window < shape[0] - 1:
+            document_start_BS = self._first_in_window(shape, document_start_BS)
         rate = self.dropout_rate if self.streams.training else 0.0
-        return self._attend(
-            mixed_SBGX,
-            self.head_size,
-            scale=self.scale,
-            softmax_coefficient=self.coefficient,
-            softmax_in_fp32=self.softmax_in_fp32,
-            document_start_BS=document_start_BS,
-            dropout_rate=rate,
-            dropout_seed=self.streams.seeds(self.site, sharded=True) if rate else (0, 0),
-        )
+        return {
+            "scale": self.scale,
+            "softmax_coefficient": self.coefficient,
+            "softmax_in_fp32": self.softmax_in_fp32,
+            "document_start_BS": document_start_BS,
+            "dropout_rate": rate,
+            "dropout_seed": self.streams.seeds(self.site, sharded=True) if rate else (0, 0),
+        }
 
     def _first_in_window(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> Tensor:
         """Return the first position that each position sees, int32 [B, S], for queries of `shape` (S, B)."""
@@ -129,7 +143,8 @@ class SelfAttention(nn.Cell):
             name=f"{name}.linear_qkv",
             **common,
         )
-        self.core_attention = CoreAttention(stage, layer_number, name)
+        self.core_attention = (stage.make_core_attention or CoreAttention)(stage, layer_number, name)
+        self._attend: Any = getattr(self.core_attention, "packed", None) or self._attend_apart
         self.rotary = RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.q_layernorm: nn.Cell | None = None
         self.k_layernorm: nn.Cell | None = None
@@ -137,12 +152,15 @@ class SelfAttention(nn.Cell):
             self.q_layernorm = make_norm(config, f"{name}.q_layernorm", partial_gradient=True, size=self.head_size)
             self.k_layernorm = make_norm(config, f"{name}.k_layernorm", partial_gradient=True, size=self.head_size)
 
-    def construct(self, hidden: Tensor, document_start_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def construct(
+        self, hidden: Tensor, document_start_BS: Tensor | None, positions: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return (output, bias or None).
 
         Args:
             hidden: [S, B, H], or [S / tp, B, H] with sequence parallelism.
             document_start_BS: int32, the first position that each position may see; None: 0.
+            positions: see `RotaryEmbedding`.
 
         Returns:
             The output in hidden's shape, before the bias of the projection, and that bias [H].
@@ -152,13 +170,19 @@ class SelfAttention(nn.Cell):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             mixed = self._normed(mixed, self.q_layernorm, self.k_layernorm)
         if self.rotary is not None:
-            mixed = self.rotary(mixed, self.head_size)
+            mixed = self.rotary(mixed, self.head_size, positions)
         if self.recompute_core:
             masks = () if document_start_BS is None else (document_start_BS,)
-            context = recompute(self.core_attention, (mixed, *masks), (), self.streams)
+            context = recompute(self._attend, (mixed, *masks), (), self.streams)
         else:
-            context = self.core_attention(mixed, document_start_BS)
+            context = self._attend(mixed, document_start_BS)
         return self.linear_proj(context)
+
+    def _attend_apart(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        """Return the context by a core attention that takes queries, keys and values apart."""
+        D = self.head_size
+        query, key, value = ops.split_last_dim(mixed_SBGX, (self.heads_per_group * D, D, D))
+        return self.core_attention(query.reshape(*query.shape[:2], -1, D), key, value, document_start_BS)
 
     def _normed(self, mixed_SBGX: Tensor, q_layernorm: nn.Cell, k_layernorm: nn.Cell) -> Tensor:
         """Return the packed tensor with every query and key head normed."""

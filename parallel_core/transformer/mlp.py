@@ -56,3 +56,11 @@ class MLP(nn.Cell):
         """Return (output, bias or None): the output in hidden's shape before fc2's bias [H], and that bias."""
         wide, bias = self.linear_fc1(hidden)
         return self.linear_fc2(self._activate(wide, bias, self.hidden_act))
+
+
+def make_mlp(stage: ModelStage, layer_number: int, *, regather_input: bool = True) -> nn.Cell:
+    """Return the feed-forward block of a layer: a Cell that takes [S, B, H] and returns (output, bias or None).
+
+    A model may bring its own by `ModelStage.make_mlp`, in this signature.
+    """
+    return MLP(stage, f"decoder.layers.{layer_number}.mlp", regather_input=regather_input)

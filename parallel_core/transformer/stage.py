@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mindspore as ms
-from mindspore import Parameter
+from mindspore import Parameter, nn
 
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import AllConfig, TransformerConfig
@@ -38,6 +39,9 @@ class ModelStage:
         pre_process: this chunk embeds tokens.
         post_process: this chunk ends in logits or losses.
         plan: what is recomputed in backward; None: nothing.
+        make_core_attention: builds a layer's core attention from this stage, the layer's number and its name; None:
+            `attention.CoreAttention`.
+        make_mlp: builds a layer's feed-forward block; None: `mlp.make_mlp`, which has the signature.
         vp_stage: number of the chunk on this rank.
         run: everything the run is told, where there is one.
         context: this rank's groups, where there is a run.
@@ -52,6 +56,8 @@ class ModelStage:
     pre_process: bool = True
     post_process: bool = True
     plan: RecomputePlan | None = None
+    make_core_attention: Callable[[ModelStage, int, str], nn.Cell] | None = None
+    make_mlp: Callable[..., nn.Cell] | None = None
     vp_stage: int = 0
     run: AllConfig | None = None
     context: ParallelContext | None = None

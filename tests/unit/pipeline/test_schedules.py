@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from parallel_core.errors import ConfigError, ParallelCoreError
+from parallel_core.layout.stages import Placement
 from parallel_core.pipeline.check import check_schedule
 from parallel_core.pipeline.executor import run_steps
 from parallel_core.pipeline.schedule import (
@@ -25,6 +26,7 @@ from parallel_core.pipeline.schedule import (
     one_f_one_b,
     peak_in_flight,
 )
+from parallel_core.report.simulate import simulate
 
 PATIENCE_S = 20.0
 
@@ -354,3 +356,37 @@ def test_the_printed_table_holds_every_action_once() -> None:
         for step in steps[rank]:
             if step.compute is not None:
                 assert names.count(str(step.compute)) == 3
+
+
+@pytest.mark.parametrize(("P", "M"), [(2, 2), (3, 5), (4, 8)])
+def test_every_part_asks_the_placement_where_stages_are(P, M):
+    """Ranks in the opposite order: the same schedule with its columns exchanged."""
+    backwards = Placement(tuple((P - 1 - rank,) for rank in range(P)))
+    order = list(reversed(one_f_one_b(P, M)))
+    steps = add_exchanges(order, 1, backwards)
+    check_schedule(steps, 1, M, placement=backwards)
+    computed = [[step.compute for step in own] for own in make_schedule(P, 1, M)]
+    assert [[step.compute for step in own] for own in steps] == computed[::-1]
+    usual = simulate(make_schedule(P, 1, M), transfer_time=0.5)
+    assert simulate(steps, transfer_time=0.5, placement=backwards).spans == usual.spans[::-1]
+    with pytest.raises(ConfigError, match="cannot make progress|leaves the pipeline"):
+        check_schedule(steps, 1, M)
+
+
+def test_a_placement_names_every_stage_once():
+    placement = Placement.in_turn(3, 2)
+    assert placement.table == ((0, 3), (1, 4), (2, 5))
+    for stage in range(6):
+        assert placement.stage(*placement.place(stage)) == stage
+    assert placement.neighbour(2, 0, 1) == (0, 1) and placement.neighbour(0, 1, -1) == (2, 0)
+    assert placement.neighbour(0, 0, -1) is None and placement.neighbour(2, 1, 1) is None
+    assert placement.is_first(0, 0) and placement.is_last(2, 1) and not placement.is_last(2, 0)
+
+
+def test_a_schedule_is_chosen_by_its_name():
+    assert make_schedule(2, 1, 4, name="1f1b") == make_schedule(2, 1, 4)
+    assert make_schedule(2, 2, 4, name="interleaved") == make_schedule(2, 2, 4)
+    with pytest.raises(ConfigError, match="'gpipe' does not exist; use auto, 1f1b, interleaved"):
+        make_schedule(2, 1, 4, name="gpipe")
+    with pytest.raises(ConfigError, match="1f1b runs one chunk on each rank, not 2"):
+        make_schedule(2, 2, 4, name="1f1b")

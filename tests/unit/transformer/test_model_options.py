@@ -356,7 +356,7 @@ def test_query_key_layer_scaling_keeps_float16_scores_small() -> None:
         config = TransformerConfig(**{**SMALL, **half}, apply_query_key_layer_scaling=scaled)
         core = GPTModel(ModelStage(config, layer_numbers=(7,))).decoder.layers[0].self_attention.core_attention
         assert core.coefficient == (8.0 if scaled else 1.0) and core.scale * core.coefficient == 0.5
-        out = core(Tensor(np.full((6, 1, 4, 3 * 4), 190.0, np.float16))).asnumpy()
+        out = core.packed(Tensor(np.full((6, 1, 4, 3 * 4), 190.0, np.float16))).asnumpy()
         assert np.isfinite(out).all() == scaled
 
 
