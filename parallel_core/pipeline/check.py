@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from parallel_core.errors import ParallelCoreError, bullet_list
+from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
 from parallel_core.layout.stages import Placement
 from parallel_core.pipeline.schedule import SENDS, TRANSFER_OF, Action, Op, Step, destination, origin
 
@@ -94,11 +94,14 @@ def _pairing_findings(steps: Sequence[Sequence[Step]], placement: Placement) -> 
     received: dict[tuple[int, int], list[Action]] = defaultdict(list)
     for rank, own in enumerate(steps):
         for action in (action for step in own for action in step.exchange):
-            if action.op in SENDS:
-                peer, arriving = destination(placement, rank, action)
-                sent[rank, peer].append(arriving)
-            else:
-                received[origin(placement, rank, action), rank].append(action)
+            try:
+                if action.op in SENDS:
+                    peer, arriving = destination(placement, rank, action)
+                    sent[rank, peer].append(arriving)
+                else:
+                    received[origin(placement, rank, action), rank].append(action)
+            except ConfigError as error:
+                yield str(error)
     for pair in sorted({*sent, *received}):
         if sent[pair] != received[pair]:
             place = next(
