@@ -14,7 +14,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.common._grad_function import _Function as Function
 from mindspore.ops.composite import GradOperation
 
-__all__ = ["Function", "MainGrad", "backward", "inner_backward", "main_grad_of", "no_grad", "on_gradient"]
+__all__ = ["Function", "MainGrad", "backward", "inner_backward", "main_grad_of", "needs_gradient", "no_grad", "on_gradient"]
 
 no_grad = ms._no_grad
 """Context manager: operations inside are not recorded."""
@@ -75,6 +75,11 @@ def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> Any:
             receive(gradient)
 
     return parameter.register_hook(hook)
+
+
+def needs_gradient(parameter: Tensor) -> bool:
+    """Return whether a `Function.backward` has to compute this weight's gradient: not for a frozen parameter."""
+    return getattr(parameter, "requires_grad", True)
 
 
 class MainGrad(Protocol):

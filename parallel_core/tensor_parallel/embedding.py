@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function, main_grad_of
+from parallel_core.autograd import Function, main_grad_of, needs_gradient
 from parallel_core.comm.interface import Group
 from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.tensor_parallel import mappings
@@ -86,6 +86,8 @@ class _LocalEmbedding(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not needs_gradient(ctx.weight):
+            return None, None, None
         (ids,) = ctx.saved_tensors
         dy_TH = _widened(dy).reshape(-1, dy.shape[-1])
         ids_T, first_row, weight = ids.reshape(-1), ctx.first_row, ctx.weight

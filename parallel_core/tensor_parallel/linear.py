@@ -10,7 +10,7 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function, main_grad_of
+from parallel_core.autograd import Function, main_grad_of, needs_gradient
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
@@ -219,13 +219,14 @@ class _LinearBias(Function):
         regather: bool,
         reduce: bool,
     ) -> Tensor:
-        ctx.bias_dtype = bias.dtype
+        ctx.bias = bias
         return _forward(ctx, x, weight, bias, group, sequence_parallel, regather, reduce)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = _backward(ctx, dy)
-        return dx, dw, ops.cast(ops.linear_grad_bias(dy), ctx.bias_dtype), None, None, None, None
+        db = ops.cast(ops.linear_grad_bias(dy), ctx.bias.dtype) if needs_gradient(ctx.bias) else None
+        return dx, dw, db, None, None, None, None
 
 
 def _forward(
@@ -249,7 +250,7 @@ def _forward(
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return (dx, dw)."""
     x, weight = ctx.saved_tensors
-    if ctx.regather:
+    if ctx.regather and needs_gradient(weight):
         x = ctx.group.all_gather(x, 0)
     dx = ops.linear_grad_input(dy, ops.cast(weight, dy.dtype))
     # The sum over the group is started before the weight's gradient is computed, so that the two can overlap.
@@ -264,6 +265,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    if not needs_gradient(weight):
+        return None
     main_grad = main_grad_of(weight, dy)
     if main_grad is None:
         return ops.cast(ops.linear_grad_weight(dy, x), weight.dtype)

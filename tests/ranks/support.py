@@ -213,11 +213,10 @@ class TinyRun:
         """Return the whole model's parameters; collective."""
         self.step.ddp.finish_param_gather()
         parts = []
-        for buffer in self.step.ddp.buffers:
-            for parameter in buffer.parameters:
-                spec = shard_of(parameter)
-                values = parameter.astype(ms.float32).asnumpy()
-                parts += [(spec.name, spec.global_shape, *_part(values, box)) for box in spec.boxes]
+        for parameter, _ in self.step.ddp.parameters():
+            spec = shard_of(parameter)
+            values = parameter.astype(ms.float32).asnumpy()
+            parts += [(spec.name, spec.global_shape, *_part(values, box)) for box in spec.boxes]
         return assemble(self.context.world.all_gather_object(parts))
 
     def gradients(self) -> dict[str, np.ndarray]:

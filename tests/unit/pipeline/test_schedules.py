@@ -369,7 +369,7 @@ def test_every_part_asks_the_placement_where_stages_are(P, M):
     assert [[step.compute for step in own] for own in steps] == computed[::-1]
     usual = simulate(make_schedule(P, 1, M), transfer_time=0.5)
     assert simulate(steps, transfer_time=0.5, placement=backwards).spans == usual.spans[::-1]
-    with pytest.raises(ParallelCoreError, match="rF0.0 of rank 0 comes from outside the pipeline"):
+    with pytest.raises(ParallelCoreError, match="after F0.0 it sends nothing instead of sF0.0"):
         check_schedule(steps, 1, M)
 
 
