@@ -159,7 +159,7 @@ def test_column_parallel_linear_equals_the_unsharded_layer(ctx: CaseContext, mod
 
 @case(world_size=SIZES, variants=MODES)
 def test_row_parallel_linear_equals_the_unsharded_layer(ctx: CaseContext, mode: str, sp: bool) -> None:
-    """D-25, and the bias is added once, whatever the group's size."""
+    """Microbatches in flight keep their own activations, and the bias is added once, whatever the group's size."""
     group = world_group(ctx)
     x, dy = [draw(i, S, B, IN) for i in range(3)], [draw(10 + i, S, B, OUT) for i in range(3)]
     with kernels(mode):
@@ -217,7 +217,7 @@ def test_a_gated_weight_is_cut_in_both_halves(ctx: CaseContext) -> None:
 
 @case(world_size=(1, 2))
 def test_the_bias_of_a_frozen_weight_is_trained(ctx: CaseContext) -> None:
-    """D-26."""
+    """A frozen weight takes the gradient of nothing but itself away."""
     group = world_group(ctx)
     layer = tp.ColumnParallelLinear(IN, OUT, tp_group=group, init_method=init_method_normal(1.0, seed=7))
     layer.weight.requires_grad = False
@@ -293,7 +293,7 @@ def cross_entropy_reference(
 def test_vocab_parallel_cross_entropy_equals_the_whole_softmax(
     ctx: CaseContext, mode: str, smoothing: float
 ) -> None:
-    """D-27: label smoothing uses the whole vocabulary. D-28: a negative label counts nothing. D-97: any order."""
+    """Label smoothing uses the whole vocabulary, a negative label counts nothing, gradients may be taken in any order."""
     group = world_group(ctx)
     logits = [5 * draw(i, S, B, VOCAB) for i in range(3)]
     target = [np.random.default_rng(i).integers(0, VOCAB, (S, B)).astype(np.int32) for i in range(3)]

@@ -209,7 +209,7 @@ class WithSpare(nn.Cell):
     timeout_s=60.0,
 )
 def test_a_parameter_without_gradient_is_named_and_nothing_hangs(ctx: CaseContext, **training: Any) -> None:
-    """D-87."""
+    """A bucket that waits for a gradient that never comes would hang the ranks or end them without a name."""
     tiny = settings("dp2" if ctx.world_size > 1 else "tp1").with_(training=training)
 
     def provide(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
@@ -241,7 +241,7 @@ def test_a_parameter_whose_gradient_never_came_is_an_error(ctx: CaseContext, **t
 
 @case(world_size=2, variants=[{"distributed": False}, {"distributed": True}])
 def test_replicas_start_from_the_first_ones_parameters(ctx: CaseContext, distributed: bool) -> None:
-    """D-3."""
+    """Replicas that start apart stay apart, and nothing but their losses would tell."""
     tiny = settings("dp2").with_(training={"use_distributed_optimizer": distributed})
 
     def provide(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:

@@ -115,7 +115,7 @@ def test_unknown_styles_are_refused_by_key() -> None:
 
 
 def test_the_scheduler_counts_samples_and_resumes() -> None:
-    """D-56, and a definition that differs from the checkpoint's is named, field by field."""
+    """Also from a checkpoint of weights alone; a definition that differs from the checkpoint's is named, field by field."""
     scheduler = OptimizerParamScheduler(shape("linear"))
     assert scheduler.get_lr() == INIT
     for _ in range(3):
@@ -161,7 +161,7 @@ class MegatronScaler:
 @settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5), st.integers(1, 4))
 def test_the_dynamic_scale_is_megatrons(overflows: list[bool], window: int, hysteresis: int) -> None:
-    """D-33."""
+    """Growth, back-off, hysteresis and the minimum, update by update; a scale that never moves is no dynamic one."""
     mine, theirs = DynamicLossScaler(16.0, 1.0, window, hysteresis), MegatronScaler(16.0, 1.0, window, hysteresis)
     for place, found_inf in enumerate(overflows):
         mine.update(found_inf)

@@ -55,7 +55,7 @@ def test_iterations_of_a_sample_count_are_those_that_fit(
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    """D-11."""
+    """A floor division would train another batch size, and count the schedule's samples wrong."""
     with pytest.raises(ConfigError, match="batch size 15 is not a multiple of micro_batch_size=2 x .* = 4; .* 16"):
         BatchSizes(15, 2, 2)
     with pytest.raises(ConfigError, match="is not reached from 8 in steps of 7"):

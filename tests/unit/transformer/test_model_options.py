@@ -255,12 +255,12 @@ def test_every_activation(name: str) -> None:
 
 
 def test_documents_see_only_themselves() -> None:
-    """D-16, D-17."""
+    """The mask forbids: adding a mask of 0 and 1 to the scores would let everything be seen."""
     check(starts=np.array([[0, 0, 2, 2, 2, 5], [0, 0, 0, 0, 4, 4]], np.int32))
 
 
 def test_attention_is_causal() -> None:
-    """D-17: what comes later changes nothing."""
+    """Causal without any mask given: what comes later changes nothing."""
     model, _ = build()
     changed = TOKENS.copy()
     changed[:, 3:] = (changed[:, 3:] + 1) % 24
