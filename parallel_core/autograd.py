@@ -14,7 +14,16 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.common._grad_function import _Function as Function
 from mindspore.ops.composite import GradOperation
 
-__all__ = ["Function", "MainGrad", "backward", "inner_backward", "main_grad_of", "needs_gradient", "no_grad", "on_gradient"]
+__all__ = [
+    "Function",
+    "MainGrad",
+    "backward",
+    "inner_backward",
+    "main_grad_of",
+    "needs_gradient",
+    "no_grad",
+    "on_gradient",
+]
 
 no_grad = ms._no_grad
 """Context manager: operations inside are not recorded."""

@@ -99,7 +99,7 @@ def test_collectives_take_non_contiguous_tensors(ctx: CaseContext, backend: str)
 
 @case(world_size=SIZES, variants=BACKENDS)
 def test_all_to_all(ctx: CaseContext, backend: str) -> None:
-    """D-40: the whole tensor is exchanged, not its first row."""
+    """The whole tensor is exchanged, not its first row."""
     g = of(ctx, backend)
     for shape in [(6, 12, 4), (12, 6, 30_000)]:
         parts = [data(r, *shape) for r in range(g.size)]

@@ -76,7 +76,8 @@ def check_training(ctx: CaseContext, layout: str, subset: str) -> None:
         single.train(3)
         return single.parameters()
 
-    assert_close(after, from_rank_0(ctx, alone), 2e-5)  # fp32: the layouts add in other orders, and Adam divides by small roots
+    # fp32: the layouts add in other orders, and Adam divides by small roots
+    assert_close(after, from_rank_0(ctx, alone), 2e-5)
     assert (norms > 0.05).all(), "clipping did nothing"
 
 

@@ -37,7 +37,7 @@ def check(ctx: CaseContext, common: Tiny, layout: Tiny, rtol: float = RTOL) -> N
     """Train `layout` on all ranks and `common` on one, and compare."""
     want = from_rank_0(ctx, lambda: reference(common))
     run = TinyRun(layout, context_of(ctx, layout))
-    assert_close(run.parameters(), want["initial"], 0.0)  # D-1: every layout starts from the same model
+    assert_close(run.parameters(), want["initial"], 0.0)  # Every layout starts from the same model
     reports = run.train(ITERATIONS)
     np.testing.assert_allclose([r.losses["lm loss"] for r in reports], want["losses"], rtol=rtol)
     np.testing.assert_allclose([r.grad_norm for r in reports], want["norms"], rtol=10 * rtol)
@@ -89,7 +89,7 @@ LAYOUTS_OF_8 = ["tp2 sp pp2 distopt overlap", "tp2 pp4"]
 
 @case(world_size=2, variants=[{"layout": name} for name in LAYOUTS_OF_2])
 def test_two_ranks_train_like_one(ctx: CaseContext, layout: str) -> None:
-    """D-22, D-42: GPT-2-like model, embedding tied over the stages, uneven loss masks."""
+    """GPT-2-like model, embedding tied over the stages, uneven loss masks."""
     check(ctx, Tiny(), settings(layout))
 
 
@@ -105,14 +105,14 @@ def test_eight_ranks_train_like_one(ctx: CaseContext, layout: str) -> None:
 
 @case(world_size=2, variants=[{"layout": name} for name in ("tp2 sp", "pp2", "dp2 distopt")])
 def test_per_token_loss_does_not_depend_on_the_layout(ctx: CaseContext, layout: str) -> None:
-    """D-44: the loss that is reported and the one whose gradient is taken are both the mean over tokens."""
+    """The loss that is reported and the one whose gradient is taken are both the mean over tokens."""
     extra = {"calculate_per_token_loss": True}
     check(ctx, Tiny(training=extra), settings(layout).with_(training=extra))
 
 
 @case(world_size=2, variants=[{"layout": name} for name in ("tp2", "pp2", "pp2 vpp2", "dp2")])
 def test_dropout_of_whole_tensors_does_not_depend_on_the_layout(ctx: CaseContext, layout: str) -> None:
-    """D-2, D-4, D-5: the same masks wherever the tensor is whole.
+    """The same masks wherever the tensor is whole.
 
     Attention is whole without tensor parallelism, hidden states without sequence parallelism: then not even the loss of
     a run with dropout changes. Data parallel ranks draw other masks for other samples, as one process does.
@@ -123,14 +123,14 @@ def test_dropout_of_whole_tensors_does_not_depend_on_the_layout(ctx: CaseContext
 
 @case(world_size=2, variants=[{"layout": name} for name in ("tp2 sp", "pp2 vpp2")])
 def test_documents_are_kept_apart_in_every_layout(ctx: CaseContext, layout: str) -> None:
-    """D-16, D-17, D-21: the mask reaches every stage, and is a lower bound on top of causality."""
+    """The mask reaches every stage, and is a lower bound on top of causality."""
     extra = {"reset_attention_mask": True}
     check(ctx, Tiny(data=extra), settings(layout).with_(data=extra))
 
 
 @case(world_size=4, variants=[{"counts": ((1,), (0,), (2,), (1,))}, {"counts": ((0,), (2,), (2,), (0,))}])
 def test_stages_without_layers_pass_on_what_they_get(ctx: CaseContext, counts: Any) -> None:
-    """D-99: empty stages, the first and the last among them."""
+    """Empty stages, the first and the last among them."""
     check(ctx, Tiny(), settings("pp4").with_(parallel={"num_layer_list": counts}))
 
 

@@ -132,7 +132,7 @@ def check_twice(
 
 @case(world_size=SIZES, variants=MODES)
 def test_column_parallel_linear_equals_the_unsharded_layer(ctx: CaseContext, mode: str, sp: bool) -> None:
-    """D-25: several microbatches in flight, one layer called twice, a forward pass that is never taken back."""
+    """Several microbatches in flight, one layer called twice, a forward pass that is never taken back."""
     group = world_group(ctx)
     x, dy = [draw(i, S, B, IN) for i in range(3)], [draw(10 + i, S, B, OUT) for i in range(3)]
     with kernels(mode):
@@ -293,7 +293,7 @@ def cross_entropy_reference(
 def test_vocab_parallel_cross_entropy_equals_the_whole_softmax(
     ctx: CaseContext, mode: str, smoothing: float
 ) -> None:
-    """Label smoothing uses the whole vocabulary, a negative label counts nothing, gradients may be taken in any order."""
+    """Label smoothing uses the whole vocabulary, a negative label counts nothing, gradients come in any order."""
     group = world_group(ctx)
     logits = [5 * draw(i, S, B, VOCAB) for i in range(3)]
     target = [np.random.default_rng(i).integers(0, VOCAB, (S, B)).astype(np.int32) for i in range(3)]
@@ -324,7 +324,7 @@ def test_huge_logits_give_a_finite_loss(ctx: CaseContext) -> None:
 
 @case(world_size=(2, 4))
 def test_shards_are_slices_of_the_full_initial_value(ctx: CaseContext) -> None:
-    """D-1: shards that start equal stay equal, and the model is 1 / tp as wide as it says."""
+    """Shards that start equal stay equal, and the model is 1 / tp as wide as it says."""
     group = world_group(ctx)
     column = tp.ColumnParallelLinear(IN, OUT, tp_group=group, init_method=init_method_normal(0.5, seed=3))
     row = tp.RowParallelLinear(IN, OUT, tp_group=group, init_method=init_method_normal(0.5, seed=3))
@@ -418,7 +418,7 @@ def test_combinations_that_do_not_exist_are_refused(ctx: CaseContext) -> None:
 
 @case(world_size=(1, 2), variants=[{"dtype": "float16"}, {"dtype": "bfloat16"}])
 def test_parameters_of_16_bits_give_gradients_of_their_dtype(ctx: CaseContext, dtype: str) -> None:
-    """D-24: every parameter follows params_dtype; the computation is in the input's dtype."""
+    """Every parameter follows params_dtype; the computation is in the input's dtype."""
     group = world_group(ctx)
     common: Any = {"tp_group": group, "init_method": init_method_normal(1.0, seed=7), "params_dtype": dtype}
     column = tp.ColumnParallelLinear(IN, OUT, **common)

@@ -78,7 +78,7 @@ def check_recompute(ctx: CaseContext, layout: str, kernels: str, method: str) ->
 
 @case(world_size=1, variants=[{"kernels": kind, "method": name} for kind in ("auto", "local") for name in RECOMPUTE])
 def test_recompute_is_bit_equal_on_one_rank(ctx: CaseContext, kernels: str, method: str) -> None:
-    """D-29: the second run draws the masks of the first."""
+    """The second run draws the masks of the first."""
     check_recompute(ctx, "tp1", kernels, method)
 
 
@@ -87,14 +87,14 @@ def test_recompute_is_bit_equal_on_one_rank(ctx: CaseContext, kernels: str, meth
     variants=[{"layout": layout, "method": name} for layout in ("tp2 sp", "pp2 vpp2") for name in RECOMPUTE],
 )
 def test_recompute_is_bit_equal_with_microbatches_in_flight(ctx: CaseContext, layout: str, method: str) -> None:
-    """D-29: with a pipeline, other microbatches have drawn since."""
+    """With a pipeline, other microbatches have drawn since."""
     check_recompute(ctx, layout, "auto", method)
 
 
 # ---- random streams -------------------------------------------------------------------------------------------------
 @case(world_size=4, variants=[{"sp": False}, {"sp": True}])
 def test_replicas_draw_alike_and_shards_differ(ctx: CaseContext, sp: bool) -> None:
-    """D-2, D-4: hidden dropout is a replica's without sequence parallelism, attention dropout always a shard's."""
+    """Hidden dropout is a replica's without sequence parallelism, attention dropout always a shard's."""
     tiny = settings("tp2 sp" if sp else "tp2").with_(model=DROPOUT, data={"global_batch_size": 8})
     run = TinyRun(tiny, context_of(ctx, tiny))
     streams, drawn = run.step.model.streams, []
@@ -138,7 +138,7 @@ BUCKETS: list[dict[str, Any]] = [
 
 @case(world_size=2, variants=BUCKETS)
 def test_buckets_and_overlap_change_no_gradient(ctx: CaseContext, **training: Any) -> None:
-    """D-43: the sum of two numbers, and their half, have one value whatever the bucket or the order."""
+    """The sum of two numbers, and their half, have one value whatever the bucket or the order."""
     want = plain_ddp(ctx.rank, ctx.world_size, "dp2")
     assert_equal_bits(trained(ctx, settings("dp2").with_(training=training)), want)
 
@@ -230,7 +230,7 @@ def test_a_parameter_without_gradient_is_named_and_nothing_hangs(ctx: CaseContex
 
 @case(world_size=1, variants=[{}, {"overlap_grad_reduce": True}])
 def test_a_parameter_whose_gradient_never_came_is_an_error(ctx: CaseContext, **training: Any) -> None:
-    """D-87: where the framework leaves a gradient out, the step ends with its name instead of an old value."""
+    """Where the framework leaves a gradient out, the step ends with its name instead of an old value."""
     run = TinyRun(Tiny(training=training), context_of(ctx, Tiny()))
     (buffer,) = run.step.ddp.buffers
     accumulate = buffer.accumulate
@@ -259,7 +259,7 @@ def test_replicas_start_from_the_first_ones_parameters(ctx: CaseContext, distrib
 
 @case(world_size=2)
 def test_both_copies_of_a_tied_embedding_stay_equal(ctx: CaseContext) -> None:
-    """D-46: the gradients of both stages are summed on both, and the second copy counts in no norm."""
+    """The gradients of both stages are summed on both, and the second copy counts in no norm."""
     tiny = settings("pp2")
     run = TinyRun(tiny, context_of(ctx, tiny))
     copies = [p for b in run.step.ddp.buffers for p in b.parameters if shard_of(p).shared_embedding]
@@ -332,7 +332,7 @@ def poison(run: TinyRun, parameter: int, value: float) -> None:
 def test_an_overflow_on_any_rank_skips_the_update_everywhere(
     ctx: CaseContext, layout: str, where: int, value: str
 ) -> None:
-    """D-32, D-33, D-34: in any parameter, on any rank; neither learning rate nor weight decay advances."""
+    """In any parameter, on any rank; neither learning rate nor weight decay advances."""
     tiny = settings(layout).with_(
         model={"params_dtype": "float16", "compute_dtype": "float16", "num_layers": 2},
         training={"fp16": True, "loss_scale_value": 64.0, "hysteresis": 2},
@@ -364,7 +364,7 @@ def test_an_overflow_on_any_rank_skips_the_update_everywhere(
 
 @case(world_size=2, variants=[{"layout": "tp2"}, {"layout": "dp2 distopt"}])
 def test_a_gradient_that_is_not_a_number_is_named_or_skipped(ctx: CaseContext, layout: str) -> None:
-    """D-43: check_for_nan_in_loss_and_grad acts; without it, and under a constant scale, the weights are kept."""
+    """Check_for_nan_in_loss_and_grad acts; without it, and under a constant scale, the weights are kept."""
     tiny = settings(layout)
     run = TinyRun(tiny, context_of(ctx, tiny))
     if ctx.rank == 0:
@@ -440,7 +440,7 @@ def test_float16_trains_with_dynamic_loss_scale_and_float32_masters(ctx: CaseCon
 
 @case(world_size=2, variants=[{"layout": layout} for layout in ("tp2 sp", "pp2", "distopt overlap")])
 def test_bfloat16_parameters_train_with_float32_masters(ctx: CaseContext, layout: str) -> None:
-    """D-48: params_dtype and compute_dtype are independent; on CPU bfloat16 parameters compute in float32."""
+    """Params_dtype and compute_dtype are independent; on CPU bfloat16 parameters compute in float32."""
     for extra in ({}, {"accumulate_allreduce_grads_in_fp32": False}):
         run = trains(ctx, layout, {"params_dtype": "bfloat16"}, extra)
         assert_masters(run, ms.bfloat16)
@@ -448,7 +448,7 @@ def test_bfloat16_parameters_train_with_float32_masters(ctx: CaseContext, layout
 
 @case(world_size=1)
 def test_float32_parameters_compute_in_float16(ctx: CaseContext) -> None:
-    """D-48: masters are the parameters themselves."""
+    """Masters are the parameters themselves."""
     run = trains(ctx, "tp1", {"compute_dtype": "float16"}, {"fp16": True, "loss_scale_value": 1024.0})
     (buffer,) = run.step.ddp.buffers
     assert all(p.dtype == ms.float32 for p in buffer.parameters)
@@ -457,7 +457,7 @@ def test_float32_parameters_compute_in_float16(ctx: CaseContext) -> None:
 
 @case(world_size=1)
 def test_a_fixed_loss_scale_changes_nothing_in_float32(ctx: CaseContext) -> None:
-    """D-12, D-33: gradients are unscaled before the norm is taken; a power of two is exact."""
+    """Gradients are unscaled before the norm is taken; a power of two is exact."""
     plain, scaled = (trained(ctx, Tiny(training=training)) for training in ({}, {"loss_scale": 1024.0}))
     np.testing.assert_array_equal(plain["losses"], scaled["losses"])
     np.testing.assert_array_equal(plain["norms"], scaled["norms"])
@@ -467,7 +467,7 @@ def test_a_fixed_loss_scale_changes_nothing_in_float32(ctx: CaseContext) -> None
 # ---- the update -----------------------------------------------------------------------------------------------------
 @case(world_size=(1, 2), variants=[{"optimizer": "adam"}, {"optimizer": "sgd"}])
 def test_two_updates_follow_the_formula(ctx: CaseContext, optimizer: str) -> None:
-    """D-7, D-8: clip_grad, no decay of biases and norms, the decoupled learning rate, against NumPy in float64."""
+    """Clip_grad, no decay of biases and norms, the decoupled learning rate, against NumPy in float64."""
     options = {
         "optimizer_type": optimizer,
         "clip_grad": 0.5,
@@ -507,7 +507,7 @@ def test_two_updates_follow_the_formula(ctx: CaseContext, optimizer: str) -> Non
 
 @case(world_size=1)
 def test_a_frozen_parameter_is_left_alone(ctx: CaseContext) -> None:
-    """D-26: the others train on, biases next to frozen weights among them."""
+    """The others train on, biases next to frozen weights among them."""
     frozen: list[Parameter] = []
 
     def provide(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:

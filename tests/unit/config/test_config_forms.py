@@ -179,13 +179,13 @@ def test_layer_list_of_a_wrong_shape_is_refused(tmp_path):
     ("model_config: {hidden_dropout_rat: 0.1}", r"c.yaml:1: model_config.hidden_dropout_rat: unknown argument; did"),
 ])
 def test_mistakes_are_named_with_file_and_line(tmp_path, text, message):
-    """D-13: a misspelled field is an error, in a nested section too."""
+    """A misspelled field is an error, in a nested section too."""
     with pytest.raises(ConfigError, match=message):
         from_text(tmp_path, text)
 
 
 def test_all_mistakes_are_reported_together(tmp_path):
-    """D-10: a mixture of experts is refused by name, not trained as a dense model."""
+    """A mixture of experts is refused by name, not trained as a dense model."""
     with pytest.raises(ConfigError) as error:
         from_text(tmp_path, FLAT + "num_experts: 8\nclip_grads: 1\nweight_decay: -1\n", "--hidden-size", "65")
     text = str(error.value)

@@ -33,7 +33,7 @@ def test_ranks_stand_in_megatrons_order(tp: int, cp: int, dp: int, pp: int) -> N
 @settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, st.sets(st.sampled_from(["tp", "cp", "dp", "pp"])))
 def test_groups_partition_the_ranks(tp: int, cp: int, dp: int, pp: int, axes: set[str]) -> None:
-    """D-74: a group is the list of its global ranks."""
+    """A group is the list of its global ranks."""
     mesh = Mesh.megatron(tp * cp * dp * pp, tensor_parallel=tp, context_parallel=cp, pipeline_parallel=pp)
     groups = mesh.groups(*axes)
     assert sorted(itertools.chain(*groups)) == list(range(mesh.world_size))
@@ -141,7 +141,7 @@ def test_weight_decay_is_a_trait_with_megatrons_default() -> None:
 
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
-    """D-1, D-6: neither on what was drawn before nor on NumPy's global generator."""
+    """Neither on what was drawn before nor on NumPy's global generator."""
     first = named_normal(0.5, 7, "a")((64, 64))
     np.random.seed(0)
     named_normal(0.5, 7, "b")((3,))
@@ -157,7 +157,7 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 
 # ---- dropout's keys -------------------------------------------------------------------------------------------------
 def test_streams_differ_in_every_part_of_the_key_and_in_nothing_else() -> None:
-    """D-2, D-4: a sharded site adds the rank; a whole one draws alike on all of them."""
+    """A sharded site adds the rank; a whole one draws alike on all of them."""
 
     def draw(
         seed: int = 1, rank: int = 0, iteration: int = 1, microbatch: int = 0, site: str = "a", sharded: bool = False
@@ -184,7 +184,7 @@ def test_a_site_that_draws_twice_draws_differently() -> None:
 @settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=10), st.integers(0, 9), st.integers(2, 5))
 def test_a_replay_repeats_the_draws_and_comes_back(sites: list[str], start: int, microbatches: int) -> None:
-    """D-29: for every one of several microbatches in flight, in any order."""
+    """For every one of several microbatches in flight, in any order."""
     streams = RandomStreams(3)
     drawn, states = [], []
     for microbatch in range(microbatches):
@@ -212,7 +212,7 @@ def test_another_runs_seed_can_be_taken() -> None:
 @pytest.mark.parametrize("eod", [0, 5])
 @pytest.mark.parametrize("length", [1, 7, 8192])
 def test_document_masks_and_positions_are_exact(length: int, eod: int) -> None:
-    """D-20, D-21: integers, so nothing is off by one at 8192; end of document 0 is a token like any other."""
+    """Integers, so nothing is off by one at 8192; end of document 0 is a token like any other."""
     rng = np.random.default_rng(length)
     tokens = rng.integers(1, 300, length)
     tokens[rng.random(length) < 3 / length] = eod

@@ -115,7 +115,7 @@ def test_unknown_styles_are_refused_by_key() -> None:
 
 
 def test_the_scheduler_counts_samples_and_resumes() -> None:
-    """Also from a checkpoint of weights alone; a definition that differs from the checkpoint's is named, field by field."""
+    """From weights alone, too; a definition that differs from the checkpoint's is named, field by field."""
     scheduler = OptimizerParamScheduler(shape("linear"))
     assert scheduler.get_lr() == INIT
     for _ in range(3):

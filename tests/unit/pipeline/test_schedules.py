@@ -96,7 +96,7 @@ def test_the_printed_example_of_four_ranks_two_chunks_eight_microbatches() -> No
 
 
 def test_forward_only_keeps_the_forward_order_with_chunks_too() -> None:
-    """D-88: evaluation with a virtual pipeline."""
+    """Evaluation with a virtual pipeline."""
     for P, V, M, G in legal_cases():
         steps = make_schedule(P, V, M, group_size=G, forward_only=True)
         check_schedule(steps, V, M, forward_only=True)

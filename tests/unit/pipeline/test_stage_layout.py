@@ -68,7 +68,7 @@ def test_a_stage_for_the_embedding_alone() -> None:
 
 
 def test_num_layer_list_gives_every_count() -> None:
-    """D-45, D-47, D-99: rows are pipeline ranks, columns chunks; empty stages are allowed."""
+    """Rows are pipeline ranks, columns chunks; empty stages are allowed."""
     assert layout(7, 2, 2, num_layer_list=((1, 2), (3, 1))).layers == (
         (range(0, 1), range(4, 6)),
         (range(1, 4), range(6, 7)),

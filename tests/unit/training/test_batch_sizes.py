@@ -94,7 +94,7 @@ def test_the_global_batch_size_follows_from_the_microbatches_when_not_given() ->
 
 
 def test_which_loss_scaler_is_used() -> None:
-    """D-12, D-33: a given scale is constant, whatever the dtype; float16 has a dynamic one by default."""
+    """A given scale is constant, whatever the dtype; float16 has a dynamic one by default."""
     half = {"params_dtype": "float16", "compute_dtype": "float16"}
     assert loss_scaler(config()).scale == 1.0
     dynamic = loss_scaler(config(model=half, training={"loss_scale_value": 64.0, "hysteresis": 1}))

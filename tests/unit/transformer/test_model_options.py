@@ -245,7 +245,7 @@ LLAMA: dict[str, Any] = {
     ids=lambda options: ", ".join(f"{k}={v}" for k, v in options.items() if LLAMA.get(k) != v) or "plain",
 )
 def test_the_model_is_the_one_written_in_numpy(options: dict[str, Any]) -> None:
-    """D-6, D-18, D-23, D-41, D-83: what each option says it does, in values and gradients."""
+    """What each option says it does, in values and gradients."""
     check(**options)
 
 
@@ -280,7 +280,7 @@ def turned(config: TransformerConfig, x: np.ndarray) -> np.ndarray:
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    """D-41: and are as exact as float32, whatever the parameters' dtype."""
+    """And are as exact as float32, whatever the parameters' dtype."""
     for options in ({}, {"rotary_interleaved": True}, {"rotary_percent": 0.5}):
         sizes = {**SMALL, "kv_channels": 8, "seq_length": 64, "params_dtype": "bfloat16"}
         config = TransformerConfig(**{**sizes, **options})
@@ -313,7 +313,7 @@ def test_a_window_hides_what_is_further_back() -> None:
 
 
 def test_initial_values_have_the_spread_that_is_asked_for() -> None:
-    """D-6: init_method_std, the scaled output layers, the embeddings' own."""
+    """Init_method_std, the scaled output layers, the embeddings' own."""
     config = TransformerConfig(**{**SMALL, "hidden_size": 128, "ffn_hidden_size": 256, "embedding_init_std": 0.5})
     for parameter in GPTModel(ModelStage(config)).trainable_params():
         name, value = shard_of(parameter).name, parameter.asnumpy()
@@ -329,7 +329,7 @@ def test_initial_values_have_the_spread_that_is_asked_for() -> None:
 
 
 def test_sandwich_norms_start_at_their_scales() -> None:
-    """D-41: with both norms, also where the stored weight is the scale minus one."""
+    """With both norms, also where the stored weight is the scale minus one."""
     for kind in ("LayerNorm", "RMSNorm"):
         for centred in (False, True):
             config = TransformerConfig(
@@ -350,7 +350,7 @@ def test_sandwich_norms_start_at_their_scales() -> None:
 
 
 def test_query_key_layer_scaling_keeps_float16_scores_small() -> None:
-    """D-18: divided by the layer's number before rounding and multiplied back in the softmax, so nothing overflows."""
+    """Divided by the layer's number before rounding and multiplied back in the softmax, so nothing overflows."""
     half = {"params_dtype": "float16", "compute_dtype": "float16", "num_layers": 1}
     for scaled in (False, True):
         config = TransformerConfig(**{**SMALL, **half}, apply_query_key_layer_scaling=scaled)
@@ -381,7 +381,7 @@ def test_fp16_lm_cross_entropy_keeps_the_logits_in_float16_and_the_loss_in_float
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
-    """D-5: both rates reach the model."""
+    """Both rates reach the model."""
     for options in ({"hidden_dropout_rate": 0.5}, {"attention_dropout_rate": 0.5}):
         config = TransformerConfig(**{**SMALL, **options})
         streams = RandomStreams(1)
