@@ -46,6 +46,11 @@ class ParallelContext:
     embedding: Group
 
     @property
+    def groups(self) -> dict[str, Group]:
+        """The groups by name."""
+        return {name: getattr(self, name) for name in GROUP_AXES}
+
+    @property
     def coordinates(self) -> dict[str, int]:
         """This rank's position on the axes that parameters are cut or repeated over (see `TensorShard`)."""
         return {"tp": self.tp.rank}

@@ -11,10 +11,8 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parallel_core.environment import LOG_DIR_VARIABLE
 from parallel_core.errors import CommError, ConfigError, ParallelCoreError
-
-LOG_DIR_VARIABLE = "PARALLEL_CORE_RUN_DIR"
-"""Set by the launcher: the absolute path of the run's log directory, where ranks leave their reports."""
 
 CONFIG_ERROR_STATUS = 2
 """Exit status after a `ConfigError`, in the launcher and in a rank."""

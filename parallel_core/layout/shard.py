@@ -79,6 +79,8 @@ class TensorShard:
         is_copy: the last stage's copy of a shared embedding; the first stage's is the one that counts in norms and
             checkpoints.
         weight_decay: whether weight decay applies; None: to matrices, and not to biases and norms.
+        replicas: the group of `ParallelContext` whose ranks all hold this part and see other data: its gradient is
+            summed, and its optimizer state and its checkpoint shared out, over them.
     """
 
     name: str
@@ -92,6 +94,7 @@ class TensorShard:
     shared_embedding: bool = False
     is_copy: bool = False
     weight_decay: bool | None = None
+    replicas: str = "dp_cp"
 
     def __post_init__(self) -> None:
         covered = 0

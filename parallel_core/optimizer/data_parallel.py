@@ -5,7 +5,7 @@ Source: Megatron-LM's DistributedDataParallel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mindspore import Parameter, Tensor, nn
@@ -27,7 +27,8 @@ class DistributedDataParallel:
     Args:
         chunks: the model chunks of this pipeline rank.
         config: bucket size, overlap, precision of gradients, distributed optimizer.
-        group: the ranks that hold the same parameters and see other data.
+        groups: by name, the groups whose ranks hold the same parameters and see other data (see
+            `TensorShard.replicas`); `dp_cp`, over which gradients are averaged, among them.
         is_first_stage: whether this is the first pipeline rank (later ones use one bucket, and `delay_grad_reduce`).
     """
 
@@ -35,13 +36,13 @@ class DistributedDataParallel:
         self,
         chunks: Sequence[nn.Cell],
         config: TrainingConfig,
-        group: Group,
+        groups: Mapping[str, Group],
         *,
         is_first_stage: bool = True,
     ) -> None:
-        self.group, self.config = group, config
+        self.groups, self.group, self.config = groups, groups["dp_cp"], config
         self.chunks = list(chunks)
-        self._overlap = config.overlap_grad_reduce and config.wrap_with_ddp and group.size > 1
+        self._overlap = config.overlap_grad_reduce and config.wrap_with_ddp and self.group.size > 1
         self._delayed = config.delay_grad_reduce and not is_first_stage
         self._sync = [False] * len(self.chunks)
         self.buffers: list[ParamAndGradBuffer] = []
@@ -57,9 +58,10 @@ class DistributedDataParallel:
         self.broadcast_parameters()
 
     def _make_buffers(self, chunk: nn.Cell, one_bucket: bool) -> list[ParamAndGradBuffer]:
-        by_dtype: dict[str, list[Parameter]] = {}
+        kinds: dict[tuple[str, str], list[Parameter]] = {}
         for parameter in chunk.trainable_params():
-            by_dtype.setdefault(str(parameter.dtype).lower(), []).append(parameter)
+            shard = shard_of(parameter)
+            kinds.setdefault((shard.dtype, shard.replicas), []).append(parameter)
         size: int | None = None
         if not self.config.wrap_with_ddp:
             size = 1  # every parameter is a bucket of its own
@@ -68,7 +70,7 @@ class DistributedDataParallel:
         elif self._overlap and not one_bucket:
             size = default_bucket_size(self.group.size)
         out = []
-        for dtype, parameters in by_dtype.items():
+        for (dtype, replicas), parameters in kinds.items():
             alone = [i for i, p in enumerate(parameters) if shard_of(p).shared_embedding]
             out.append(
                 ParamAndGradBuffer(
@@ -76,7 +78,7 @@ class DistributedDataParallel:
                     [shard_of(p).name for p in parameters],
                     dtype,
                     "float32" if self.config.accumulate_allreduce_grads_in_fp32 else dtype,
-                    self.group,
+                    self.groups[replicas],
                     bucket_size=size,
                     sharded=self.config.use_distributed_optimizer,
                     alone=alone,
@@ -136,8 +138,10 @@ class DistributedDataParallel:
         """Make all replicas equal to the first."""
         for buffer in self.buffers:
             buffer.broadcast_parameters()
-        for _, values in self.frozen if self.group.size > 1 else ():
-            values.load(self.group.broadcast_(values.tensor()).asnumpy())
+        for parameter, values in self.frozen:
+            group = self.groups[shard_of(parameter).replicas]
+            if group.size > 1:
+                values.load(group.broadcast_(values.tensor()).asnumpy())
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters and gradients."""

@@ -94,7 +94,8 @@ class Optimizer:
                 start, end = max(slot.start, own_start), min(slot.end, own_end)
                 if slot.bucket == bucket and start < end:
                     shard, state = shard_of(buffer.parameters[slot.index]), length + start - own_start
-                    counts = shard.is_first_copy(coordinates)
+                    # Reduced gradients are the same on all replicas, except where each has a part of its own.
+                    counts = shard.is_first_copy(coordinates) and (buffer.sharded or buffer.group.rank == 0)
                     self.segments.append(
                         Segment(number, slot.index, start, end, state, start - slot.start, shard, counts)
                     )
@@ -131,8 +132,8 @@ class Optimizer:
     def local_squares(self) -> float:
         """Return this rank's share of the squared gradient norm, of gradients as they stand in the buffers.
 
-        Over all ranks of one replica of the model (with the distributed optimizer: of the world) the shares add up to
-        the square of the global norm; a share that is not finite shows an overflow.
+        Over all ranks of the world the shares add up to the square of the global norm; a share that is not finite shows
+        an overflow.
         """
         return sum(
             self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares()

@@ -147,9 +147,11 @@ class Checkpointer:
 
     def _share(self, values: Shards) -> Shards:
         """Return what this one of the ranks that all hold `values` writes of them."""
-        group = self._context.dp_cp
-        mine = share_among_replicas({key: v.nbytes for key, (_, v) in values.items()}, group.rank, group.size)
-        return {key: values[key] for key in mine}
+        mine: list[str] = []
+        for name, group in self._context.groups.items():
+            sizes = {key: v.nbytes for key, (shard, v) in values.items() if shard.replicas == name}
+            mine += share_among_replicas(sizes, group.rank, group.size)
+        return {key: values[key] for key in values if key in set(mine)}
 
     def _state_parts(self) -> list[tuple[Parameter, str, TensorShard, Flat]]:
         """Return parameter, key, place in the global tensor and storage of all masters and state this rank keeps."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from parallel_core.context import ParallelContext
-from parallel_core.launch.report import LOG_DIR_VARIABLE
+from parallel_core.environment import LOG_DIR_VARIABLE
 from parallel_core.training.step import StepReport
 
 

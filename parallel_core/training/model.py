@@ -11,9 +11,9 @@ from mindspore import nn
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.layout.recompute import recompute_plan
 from parallel_core.layout.stages import StageLayout, stage_layout
 from parallel_core.tensor_parallel.random import RandomStreams
-from parallel_core.transformer.recompute_plan import recompute_plan
 from parallel_core.transformer.stage import ModelStage
 
 ModelProvider = Callable[..., nn.Cell]

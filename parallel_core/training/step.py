@@ -77,7 +77,7 @@ class TrainingStep:
         self.ddp = DistributedDataParallel(
             model.chunks,
             training,
-            context.dp_cp,
+            context.groups,
             is_first_stage=context.is_first_stage,
         )
         self.optimizer = Optimizer(
@@ -202,8 +202,8 @@ class TrainingStep:
     def _reduce_scalars(self, squares: float, stop: bool) -> tuple[dict[str, float], float, float, float]:
         """Return (mean losses, tokens, squared gradient norm, ranks that ask to stop), in one all-reduce of the world.
 
-        Every number is contributed once: losses and tokens by the last stage's tensor parallel rank 0, squares by one
-        replica of the model (with the distributed optimizer, where every rank has other elements, by all).
+        Every number is contributed once: losses and tokens by the last stage's tensor parallel rank 0, squares as
+        `Optimizer.local_squares` counts them.
         """
         context = self.context
         speaks = context.is_last_stage and context.tp.rank == 0
@@ -214,8 +214,6 @@ class TrainingStep:
         tokens = sum(float(count) for count, _ in reports)
         sums = [sum(float(report[name][0]) for _, report in reports) for name in self._report_names]
         numbers = [sum(float(report[name][1]) for _, report in reports) for name in self._report_names]
-        if not self.config.training_config.use_distributed_optimizer and context.dp_cp.rank:
-            squares = 0.0
         vector = np.array([squares, tokens, float(stop), *sums, *numbers], np.float32)
         total = context.world.all_reduce_(Tensor(vector)).asnumpy().astype(np.float64)
         count = len(self._report_names)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mindspore import Parameter, Tensor, nn
 
+from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.layer import TransformerLayer
 from parallel_core.transformer.norm import make_norm
-from parallel_core.transformer.recompute_plan import RecomputePlan
 from parallel_core.transformer.stage import ModelStage
 
 

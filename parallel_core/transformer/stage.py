@@ -13,10 +13,10 @@ from mindspore import Parameter, nn
 
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import AllConfig, TransformerConfig
+from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.layout.shard import Cut, TensorShard, mark
 from parallel_core.tensor_parallel.parameter import InitMethod, make_parameter, named_normal, named_xavier_uniform
 from parallel_core.tensor_parallel.random import RandomStreams
-from parallel_core.transformer.recompute_plan import RecomputePlan
 
 if TYPE_CHECKING:
     from parallel_core.context import ParallelContext

@@ -12,12 +12,22 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.errors import ParallelCoreError
-from parallel_core.layout.shard import TensorShard, shard_of
+from parallel_core.layout.shard import TensorShard, mark, shard_of
 from parallel_core.tensor_parallel.parameter import constant, make_parameter
+from parallel_core.training.checkpointing import Checkpointer
 from parallel_core.transformer import ModelStage
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.cases_layouts import settings
-from tests.ranks.support import Tiny, TinyRun, assert_close, context_of, from_rank_0, provide_model, world_group
+from tests.ranks.support import (
+    Tiny,
+    TinyRun,
+    assert_close,
+    context_of,
+    from_rank_0,
+    parallel_context,
+    provide_model,
+    world_group,
+)
 
 DROPOUT = {"hidden_dropout_rate": 0.2, "attention_dropout_rate": 0.2}
 
@@ -527,3 +537,84 @@ def test_a_frozen_parameter_is_left_alone(ctx: CaseContext) -> None:
     for parameter, value in zip(frozen, kept):
         np.testing.assert_array_equal(parameter.asnumpy(), value)
     assert all((after[name] != before[name]).any() for name in after)
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+@case(world_size=2, variants=[{}, {"use_distributed_optimizer": True}])
+def test_gradients_norms_and_state_go_by_dp_cp_and_samples_by_dp(ctx: CaseContext, **training: Any) -> None:
+    """Two ranks that differ on the cp axis alone read the same samples, so they train what one rank trains."""
+    tiny = Tiny(training=training, data={"global_batch_size": 4}, optimizer={"clip_grad": 0.1})
+    context = parallel_context(ctx.rank, 2, cp=2)
+    assert (context.cp.size, context.dp.size, context.dp_cp.size) == (2, 1, 2)
+    run = TinyRun(tiny, context)
+    reports = run.train(3)
+
+    def alone() -> dict[str, Any]:
+        single = TinyRun(tiny, parallel_context(0, 1))
+        of_one = single.train(3)
+        return {"norms": [r.grad_norm for r in of_one], "parameters": single.parameters()}
+
+    want = from_rank_0(ctx, alone)
+    np.testing.assert_allclose([r.grad_norm for r in reports], want["norms"], rtol=1e-6)
+    assert_close(run.parameters(), want["parameters"], 1e-6)  # fp32: (g + g) / 2 is g, the norm adds in parts
+    mine = {key for key in checkpointer(run)._shards_to_save() if "@" not in key}
+    theirs = context.world.all_gather_object(sorted(mine))
+    assert not set(theirs[0]) & set(theirs[1]) and set(theirs[0]) | set(theirs[1]) == set(run.parameters())
+
+
+@case(world_size=2, variants=[{}, {"use_distributed_optimizer": True}, {"overlap_grad_reduce": True}])
+def test_a_parameter_names_the_group_that_its_gradient_is_summed_over(ctx: CaseContext, **training: Any) -> None:
+    """As experts do, which live on some of the data parallel ranks; buffers are made by dtype and by group."""
+    tiny = settings("dp2").with_(training=training)
+
+    def provide(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
+        model = provide_model(pre_process, post_process, stage)
+        for parameter in model.decoder.layers[0].mlp.trainable_params():
+            mark(parameter, replicas="tp")  # a group of one: each rank keeps a value of its own
+        return model
+
+    run = TinyRun(tiny, context_of(ctx, tiny), provide)
+    usual = TinyRun(tiny, context_of(ctx, tiny))
+    assert {(b.group.size, len(b.parameters)) for b in run.step.ddp.buffers} == {(1, 4), (2, len(names_of(usual)) - 4)}
+    run.train(1)
+    usual.train(1)
+    own, summed = gradients_here(run), gradients_here(usual)
+    for name, gradient in summed.items():
+        if ".0.mlp." in name:
+            both = run.context.dp.all_gather_object(own[name])
+            assert not np.array_equal(both[0], both[1])
+            np.testing.assert_allclose(both[0] + both[1], gradient, rtol=1e-5, atol=1e-7)
+        elif not training.get("use_distributed_optimizer"):
+            np.testing.assert_array_equal(own[name], gradient)
+
+
+def checkpointer(run: TinyRun) -> Checkpointer:
+    return Checkpointer(run.config, run.context, run.step, lambda text: None)
+
+
+def names_of(run: TinyRun) -> list[str]:
+    return [shard_of(p).name for p, _ in run.step.ddp.parameters()]
+
+
+def gradients_here(run: TinyRun) -> dict[str, np.ndarray]:
+    """Return this rank's reduced gradients; with the distributed optimizer those it owns are reduced."""
+    found = {}
+    for buffer in run.step.ddp.buffers:
+        for index, name in enumerate(buffer.names):
+            found[name] = buffer.main_grad(index).numpy().copy()
+    if any(buffer.sharded for buffer in run.step.ddp.buffers):
+        return _owned(run)
+    return found
+
+
+def _owned(run: TinyRun) -> dict[str, np.ndarray]:
+    """Return the gradients of the first MLP, joined over the ranks where they are sharded."""
+    parts: dict[str, np.ndarray] = {}
+    for parameter, segments in run.step.optimizer.segments_by_parameter():
+        name, local = shard_of(parameter).name, np.zeros(parameter.size, np.float32)
+        for one in segments:
+            values = run.step.ddp.buffers[one.buffer].grads.part(one.start, one.end).numpy()
+            local[one.offset : one.offset + one.end - one.start] = values
+        group = run.context.groups[shard_of(parameter).replicas]
+        parts[name] = sum(group.all_gather_object(local))
+    return parts

@@ -57,9 +57,9 @@ def world_group(ctx: CaseContext) -> Group:
 
 
 @functools.cache
-def parallel_context(rank: int, world_size: int, tp: int = 1, pp: int = 1) -> ParallelContext:
+def parallel_context(rank: int, world_size: int, tp: int = 1, pp: int = 1, cp: int = 1) -> ParallelContext:
     """Return what `ParallelContext.create` makes, with groups that are made once for all cases of a job."""
-    mesh = Mesh.megatron(world_size, tensor_parallel=tp, pipeline_parallel=pp)
+    mesh = Mesh.megatron(world_size, tensor_parallel=tp, pipeline_parallel=pp, context_parallel=cp)
     if world_size == 1:
         return ParallelContext.solo()
     world = _group(rank, world_size, tuple(range(world_size)))

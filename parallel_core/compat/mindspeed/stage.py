@@ -10,9 +10,9 @@ from parallel_core.compat import parallel_state
 from parallel_core.compat.mindspeed.config import ModelConfig
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.recompute import recompute_plan
 from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.training.runtime import supported_precision
-from parallel_core.transformer.recompute_plan import recompute_plan
 from parallel_core.transformer.stage import ModelStage
 
 _building: list[ModelStage] = []

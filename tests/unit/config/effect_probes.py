@@ -30,6 +30,7 @@ from parallel_core.context import ParallelContext
 from parallel_core.data import build_train_valid_test_datasets
 from parallel_core.launch.report import LOG_DIR_VARIABLE
 from parallel_core.layout.mesh import Mesh
+from parallel_core.layout.recompute import recompute_plan
 from parallel_core.layout.shard import shard_of
 from parallel_core.layout.stages import stage_layout
 from parallel_core.ops import ascend, reference
@@ -44,7 +45,6 @@ from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
 from parallel_core.training.step import TrainingStep
 from parallel_core.transformer import GPTModel, ModelStage, gpt_model
-from parallel_core.transformer.recompute_plan import recompute_plan
 
 TINY = {
     "num_layers": "2", "hidden_size": "16", "num_attention_heads": "4", "seq_length": "8", "padded_vocab_size": "32",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from parallel_core.config.schema import ModelParallelConfig, TransformerConfig
+if TYPE_CHECKING:
+    from parallel_core.config.schema import ModelParallelConfig, TransformerConfig
 
 
 @dataclass(frozen=True)

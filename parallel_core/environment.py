@@ -1,0 +1,4 @@
+"""Environment variables that the launcher sets and ranks read, where neither needs to know the other."""
+
+LOG_DIR_VARIABLE = "PARALLEL_CORE_RUN_DIR"
+"""Directory of a launched job's logs, reports and metrics."""
