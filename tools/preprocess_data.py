@@ -19,9 +19,9 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parallel_core.data.tokenizer import TOKENIZER_TYPES
+from parallel_core.data.tokenizer import TokenizerSpec
 from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
-from tools.preprocessing.preprocess import PreprocessOptions, PreprocessReport, TokenizerSpec, preprocess
+from tools.preprocessing.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from tools.preprocessing.text_input import INPUT_FORMATS, InputOptions, find_input_files
 
 
@@ -36,16 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--input-format", choices=[*INPUT_FORMATS, "mindrecord"], default="auto", help="see below")
     group.add_argument("--mindrecord-column", default="input_ids", help="column to read from MindRecord files")
     group.add_argument("--skip-bad-documents", action="store_true", help="count and name malformed ones, and go on")
+    group.add_argument(
+        "--max-document-bytes", type=int, default=InputOptions.max_document_bytes, help="longer documents are malformed"
+    )
     group.add_argument("--split-sentences", action="store_true", help="store each sentence as a sequence")
     group.add_argument("--keep-newlines", action="store_true", help="keep line ends between split sentences")
     group.add_argument("--lang", choices=["english"], default="english", help="language of --split-sentences")
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", choices=list(TOKENIZER_TYPES), required=True, help="kind of tokenizer")
-    group.add_argument("--tokenizer-model", help="SentencePiece model or tokenizer.json")
-    group.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    group.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    group.add_argument("--vocab-size", type=int, help="number of ids of NullTokenizer")
-    group.add_argument("--vocab-extra-ids", type=int, default=0, help="<extra_id_i> tokens of SentencePieceTokenizer")
+    TokenizerSpec.add_arguments(group, required=True)
     group.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document id")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, help="output is PREFIX_KEY_document.bin and .idx")
@@ -119,15 +117,8 @@ def options_from(args: argparse.Namespace) -> PreprocessOptions:
     return PreprocessOptions(
         input=tuple(args.input),
         output_prefix=args.output_prefix,
-        tokenizer=TokenizerSpec(
-            args.tokenizer_type,
-            args.tokenizer_model,
-            args.vocab_file,
-            args.merge_file,
-            args.vocab_size,
-            args.vocab_extra_ids,
-        ),
-        input_options=InputOptions(tuple(args.json_keys), args.input_format),
+        tokenizer=TokenizerSpec.from_arguments(args),
+        input_options=InputOptions(tuple(args.json_keys), args.input_format, args.max_document_bytes),
         append_eod=args.append_eod,
         split_sentences=args.split_sentences,
         keep_newlines=args.keep_newlines,
@@ -143,24 +134,28 @@ def _total_bytes(patterns: Sequence[str]) -> int | None:
     return None if any(name.endswith(".gz") for name in files) else sum(map(os.path.getsize, files))
 
 
+def _run_on_mindrecord(args: argparse.Namespace) -> None:
+    from tools.preprocessing.mindrecord import mindrecord_to_indexed
+
+    asked = [
+        name
+        for name in ("append_eod", "split_sentences", "keep_newlines", "skip_bad_documents", "mindrecord_length")
+        if getattr(args, name)
+    ]
+    asked += [name for name in ("workers", "partitions") if getattr(args, name) != 1]
+    if asked or len(args.json_keys) > 1:
+        flags = ", ".join("--" + name.replace("_", "-") for name in asked) or "a second of --json-keys"
+        raise ConfigError(f"MindRecord files hold token ids already: leave out {flags}.")
+    prefix = f"{args.output_prefix}_{args.json_keys[0]}_document"
+    tokenizer = TokenizerSpec.from_arguments(args).build()
+    records, tokens = mindrecord_to_indexed(find_input_files(args.input), prefix, tokenizer, args.mindrecord_column)
+    print(f"{prefix}: {records} documents, {tokens} tokens")
+
+
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks and print a summary."""
     if args.input_format == "mindrecord":
-        from tools.preprocessing.mindrecord import mindrecord_to_indexed
-
-        spec = TokenizerSpec(
-            args.tokenizer_type,
-            args.tokenizer_model,
-            args.vocab_file,
-            args.merge_file,
-            args.vocab_size,
-            args.vocab_extra_ids,
-        )
-        prefix = f"{args.output_prefix}_{args.json_keys[0]}_document"
-        records, tokens = mindrecord_to_indexed(
-            find_input_files(args.input), prefix, spec.build(), column=args.mindrecord_column
-        )
-        print(f"{prefix}: {records} documents, {tokens} tokens")
+        _run_on_mindrecord(args)
         return
     options = options_from(args)
     bar = ProgressBar(_total_bytes(options.input), args.log_interval)
@@ -171,8 +166,12 @@ def run(args: argparse.Namespace) -> None:
     if report.bad_documents:
         print(f"{report.bad_documents} malformed documents were left out, the first of them:", file=sys.stderr)
         print(bullet_list(report.bad_examples), file=sys.stderr)
-    for prefix in report.output_prefixes:
-        print(f"{prefix}.bin and .idx: {report.documents} documents ({report.empty_documents} empty)")
+    for written in report.fields.values():
+        prefix = written.output_prefix
+        print(
+            f"{prefix}.bin and .idx: {written.documents} documents ({written.empty_documents} empty), "
+            f"{written.tokens} tokens"
+        )
         if args.mindrecord_length is not None:
             from tools.preprocessing.mindrecord import indexed_to_mindrecord
 

@@ -22,7 +22,7 @@ from parallel_core.data.files import atomic_write
 from parallel_core.errors import ParallelCoreError
 from tools.preprocessing.text_input import Document, InputOptions, read_documents
 
-# Megatron's SentencePieceTokenizer looks these up by name; inside the model they cost no padding rows after it
+# Megatron's legacy SentencePieceTokenizer looks these up by name; inside the model they cost no rows after it
 CONTROL_SYMBOLS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
 _MAX_SENTENCE_BYTES = 4096
 
@@ -31,7 +31,7 @@ def training_lines(documents: Iterator[Document]) -> Iterator[str]:
     """Yield the lines of all documents, none longer than SentencePiece takes."""
     for document in documents:
         for text in document.texts.values():
-            for line in text.split("\n"):
+            for line in (text if isinstance(text, str) else "\n".join(text)).split("\n"):
                 while line:
                     yield line[: _MAX_SENTENCE_BYTES // 4]
                     line = line[_MAX_SENTENCE_BYTES // 4 :]
@@ -88,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         documents = read_documents(args.input, InputOptions(json_keys=tuple(args.json_keys)))
         model = train_tokenizer(training_lines(documents), args.vocab_size, args.model_type)
-        with atomic_write(args.output) as handle:
-            handle.write(model)
+        atomic_write(args.output, model)
     except (ParallelCoreError, RuntimeError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 1

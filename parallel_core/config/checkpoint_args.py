@@ -21,7 +21,7 @@ LAYOUT_NAMES = """
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
     num_layers_per_virtual_pipeline_stage
 """
-TOKENIZER_NAMES = "tokenizer_type tokenizer_model vocab_file merge_file"
+TOKENIZER_NAMES = "tokenizer_type tokenizer_model vocab_file merge_file legacy_tokenizer vocab_extra_ids"
 
 
 def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:

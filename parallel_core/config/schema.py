@@ -198,8 +198,10 @@ class DatasetConfig:
     """Padding token, left out of the loss; -1: the tokenizer's, where it has one of its own."""
     tokenizer_type: str = ""
     tokenizer_model: str = ""
+    legacy_tokenizer: bool = False
+    """Megatron's legacy tokenizer classes: SentencePieceTokenizer with special tokens of its own."""
     vocab_extra_ids: int = 0
-    """Tokens <extra_id_i> added to a SentencePiece vocabulary."""
+    """Tokens <extra_id_i> added to a legacy SentencePieceTokenizer's vocabulary."""
     vocab_file: str = ""
     merge_file: str = ""
     unpadded_vocab_size: int = 0

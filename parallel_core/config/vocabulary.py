@@ -33,6 +33,7 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
                 vocab_file=_path(values, "vocab_file"),
                 merge_file=_path(values, "merge_file"),
                 vocab_extra_ids=_count(values, "vocab_extra_ids"),
+                legacy_tokenizer=bool(values.get("legacy_tokenizer")),
             )
     except ConfigError:
         raise

@@ -12,9 +12,9 @@ from parallel_core.data.gpt_dataset import GPTDataset
 from parallel_core.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, merge_indexed_datasets
 from parallel_core.data.loader import PretrainingDataLoader, build_pretraining_data_loader
 from parallel_core.data.masks import attention_mask_from_document_starts, document_starts
-from parallel_core.data.parallel_batch import TensorParallelBatches, batch_for_stage, stage_needs_data
+from parallel_core.data.parallel_batch import TensorParallelBatches, stage_needs_data
 from parallel_core.data.samplers import MegatronPretrainingRandomSampler, MegatronPretrainingSampler
-from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer, vocab_size_with_padding
+from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer
 
 __all__ = [
     "Blend",
@@ -30,7 +30,6 @@ __all__ = [
     "Split",
     "TensorParallelBatches",
     "attention_mask_from_document_starts",
-    "batch_for_stage",
     "blends_from_arguments",
     "build_blending_indices",
     "build_exhaustive_blending_indices",
@@ -47,5 +46,4 @@ __all__ = [
     "prepare_bundled_corpus",
     "stage_needs_data",
     "train_valid_test_num_samples",
-    "vocab_size_with_padding",
 ]

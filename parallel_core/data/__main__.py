@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from parallel_core.data.builder import build_train_valid_test_datasets
 from parallel_core.data.config import Blend, GPTDatasetConfig, Split
 from parallel_core.data.data_order import data_order_fingerprint, describe_data_order
-from parallel_core.data.indexed_dataset import IndexedDataset
+from parallel_core.data.indexed_dataset import open_token_ids
 from parallel_core.data.inspection import (
     count_ids_outside,
     describe_batches,
@@ -17,7 +17,7 @@ from parallel_core.data.inspection import (
     describe_files,
     describe_plan,
 )
-from parallel_core.data.tokenizer import TOKENIZER_TYPES, MegatronTokenizer, NullTokenizer, build_tokenizer
+from parallel_core.data.tokenizer import MegatronTokenizer, NullTokenizer, TokenizerSpec
 from parallel_core.errors import ParallelCoreError
 
 
@@ -32,11 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("prefix", help="path without .bin or .idx")
     inspect.add_argument("--documents", type=int, default=3, help="sequences to show")
-    inspect.add_argument("--tokenizer-type", choices=list(TOKENIZER_TYPES), help="decode with this tokenizer")
-    inspect.add_argument("--tokenizer-model", help="SentencePiece model or tokenizer.json")
-    inspect.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    inspect.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    inspect.add_argument("--vocab-size", type=int, help="ids of NullTokenizer")
+    group = inspect.add_argument_group("tokenizer (decodes what is shown)")
+    TokenizerSpec.add_arguments(group, required=False)
     run = inspect.add_argument_group("batches of a run (shown when --seq-length is given)")
     run.add_argument("--seq-length", type=int, help="tokens per sample")
     run.add_argument("--train-samples", type=int, help="samples the run asks for; one epoch when left out")
@@ -56,16 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what `args.prefix` holds."""
-    dataset = IndexedDataset(args.prefix)
+    dataset = open_token_ids(args.prefix)
     tokenizer = None
     if args.tokenizer_type:
-        tokenizer = build_tokenizer(
-            args.tokenizer_type,
-            tokenizer_model=args.tokenizer_model,
-            vocab_file=args.vocab_file,
-            merge_file=args.merge_file,
-            vocab_size=args.vocab_size,
-        )
+        tokenizer = TokenizerSpec.from_arguments(args).build()
     for line in describe_files(dataset):
         print(line)
     if tokenizer is not None:

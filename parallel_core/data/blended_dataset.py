@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,10 @@ import numpy as np
 
 from parallel_core.data.blending import build_blending_indices, build_exhaustive_blending_indices
 from parallel_core.data.config import GPTDatasetConfig, normalize
-from parallel_core.data.files import atomic_save_array, atomic_write, exclusive_lock
 from parallel_core.data.gpt_dataset import GPTDataset, Sample
+from parallel_core.data.index_cache import IndexCache
+from parallel_core.data.indices import check_index_memory
 from parallel_core.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 class BlendedDataset:
@@ -43,8 +41,7 @@ class BlendedDataset:
         self.weights = list(weights) if size is None else normalize(weights)
         self.size = size
         self.config = config
-        self.built_anew_on_cache_miss = False
-        self.dataset_index, self.dataset_sample_index = self._load_or_build()
+        (self.dataset_index, self.dataset_sample_index), self.built_anew_on_cache_miss = self._load_or_build()
         used = np.bincount(np.asarray(self.dataset_index, np.int64), minlength=len(self.datasets))
         for dataset, count in zip(self.datasets, used):
             if count > len(dataset):
@@ -87,38 +84,19 @@ class BlendedDataset:
         return {"dataset_id": np.array(dataset_id, np.int32), **sample}
 
     def _build(self) -> tuple[np.ndarray, np.ndarray]:
+        total = sum(map(int, self.weights)) if self.size is None else self.size
+        check_index_memory((2 + 8) * total, total)
         if self.size is None:
             return build_exhaustive_blending_indices([int(weight) for weight in self.weights])
         return build_blending_indices(self.weights, self.size)
 
-    def _load_or_build(self) -> tuple[np.ndarray, np.ndarray]:
+    def _load_or_build(self) -> tuple[tuple[np.ndarray, np.ndarray], bool]:
+        """Return the indices and whether they were built and not found in the cache."""
         folder = self.config.path_to_cache
         if folder is None:
-            return self._build()
+            return self._build(), False
         base = os.path.join(folder, f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}")
-        try:
-            with exclusive_lock(base + ".lock"):
-                return self._load(base) or self._build_and_save(base)
-        except OSError as error:
-            logger.warning("the blend's indices are not cached: %s cannot be written (%s)", folder, error)
-            return self._build()
-
-    def _load(self, base: str) -> tuple[np.ndarray, np.ndarray] | None:
-        if not os.path.isfile(f"{base}-description.txt"):
-            return None
-        try:
-            dataset_index = np.load(f"{base}-dataset_index.npy", mmap_mode="r", allow_pickle=False)
-            sample_index = np.load(f"{base}-dataset_sample_index.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-        size = sum(int(weight) for weight in self.weights) if self.size is None else self.size
-        return (dataset_index, sample_index) if dataset_index.shape == sample_index.shape == (size,) else None
-
-    def _build_and_save(self, base: str) -> tuple[np.ndarray, np.ndarray]:
-        self.built_anew_on_cache_miss = True
-        built = self._build()
-        for name, array in zip(("dataset_index", "dataset_sample_index"), built):
-            atomic_save_array(f"{base}-{name}.npy", array)
-        with atomic_write(f"{base}-description.txt") as handle:
-            handle.write(self.unique_description.encode("utf-8"))
-        return built
+        # the description says everything that the indices of a blend depend on
+        cache = IndexCache(base, self.unique_description, "description", ("dataset_index", "dataset_sample_index"))
+        arrays, built = cache.get(lambda: dict(zip(("dataset_index", "dataset_sample_index"), self._build())))
+        return (arrays["dataset_index"], arrays["dataset_sample_index"]), built

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from parallel_core.data.files import exclusive_lock
+from parallel_core.data.files import exclusive_lock, parse_json, read_text
 from parallel_core.data.indexed_dataset import (
     IndexedDataset,
     IndexedDatasetBuilder,
@@ -15,7 +14,7 @@ from parallel_core.data.indexed_dataset import (
     optimal_dtype,
 )
 from parallel_core.data.tokenizer.base import MegatronTokenizer
-from parallel_core.data.tokenizer.sentencepiece import SentencePieceTokenizer
+from parallel_core.data.tokenizer.factory import build_tokenizer
 from parallel_core.errors import DataError
 
 _NAME = "corpus_text_document"
@@ -54,15 +53,16 @@ def prepare_bundled_corpus(cache_dir: str | None = None) -> str:
     """
     source = bundled_data_folder() / "corpus.jsonl"
     model = bundled_tokenizer_model()
+    tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=model)
     folder = Path(cache_dir) if cache_dir is not None else bundled_data_folder() / "prepared"
     prefix = str(folder / _NAME)
     newest_input = max(os.path.getmtime(source), os.path.getmtime(model))
-    if _is_ready(prefix, newest_input):
+    if _is_ready(prefix, newest_input, tokenizer):
         return prefix
     try:
         with exclusive_lock(prefix + ".lock"):
-            if not _is_ready(prefix, newest_input):
-                _tokenize(source, SentencePieceTokenizer(model), prefix)
+            if not _is_ready(prefix, newest_input, tokenizer):
+                _tokenize(source, tokenizer, prefix)
     except OSError as error:
         raise DataError(
             f"the bundled corpus cannot be prepared in {folder}: {error}. Name a folder that can be written "
@@ -71,17 +71,23 @@ def prepare_bundled_corpus(cache_dir: str | None = None) -> str:
     return prefix
 
 
-def _is_ready(prefix: str, newest_input: float) -> bool:
-    # the index is put in place last, so a new enough one means that both files are whole
-    return IndexedDataset.exists(prefix) and os.path.getmtime(idx_path(prefix)) >= newest_input
+def _is_ready(prefix: str, newest_input: float, tokenizer: MegatronTokenizer) -> bool:
+    # the index is put in place last, so a new enough one means that both files were whole
+    if not IndexedDataset.exists(prefix) or os.path.getmtime(idx_path(prefix)) < newest_input:
+        return False
+    try:
+        first = IndexedDataset(prefix).get(0)
+    except (DataError, IndexError):
+        return False  # damaged since
+    return bool(first[-1:] == tokenizer.eod)
 
 
 def _tokenize(source: Path, tokenizer: MegatronTokenizer, prefix: str) -> None:
-    with (
-        open(source, encoding="utf-8") as lines,
-        IndexedDatasetBuilder(bin_path(prefix), optimal_dtype(tokenizer.vocab_size)) as builder,
-    ):
-        for line in lines:
-            tokens = [*tokenizer.tokenize(json.loads(line)["text"]), tokenizer.eod]
+    with IndexedDatasetBuilder(bin_path(prefix), optimal_dtype(tokenizer.vocab_size)) as builder:
+        for number, line in enumerate(read_text(str(source)).rstrip("\n").split("\n"), 1):
+            try:
+                tokens = [*tokenizer.tokenize(parse_json(line)["text"]), tokenizer.eod]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{source}:{number} is no JSON object with a text ({error}). Restore data/.") from error
             builder.add_document(tokens, [len(tokens)])
         builder.finalize(idx_path(prefix))

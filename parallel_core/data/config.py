@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parallel_core.data.files import read_json, read_text
 from parallel_core.data.tokenizer.base import MegatronTokenizer
 from parallel_core.errors import ConfigError, DataError
 
@@ -59,7 +59,7 @@ def parse_blend(words: Sequence[str] | None, key: str = "data_path") -> Blend | 
             f"{key}={' '.join(names)!r} mixes prefixes with and without a weight. "
             "Write 'weight prefix' for every dataset, or prefixes only."
         )
-    if not all(np.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
+    if not all(np.isfinite(weight) and weight >= 0 for weight in weights) or not 0 < sum(weights) < np.inf:
         raise ConfigError(f"{key} has weights {weights}: each must be 0 or more, and their sum above 0.")
     return Blend(tuple(names[1::2]), tuple(weights))
 
@@ -82,7 +82,7 @@ def parse_and_normalize_split(split: str) -> list[float]:
         raise ConfigError(
             f"split={split!r} has a malformed number ({error}). Write three shares: '969,30,1'."
         ) from error
-    if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
+    if not 1 <= len(shares) <= 3 or not 0 < sum(shares) < np.inf:
         raise ConfigError(
             f"split={split!r} has {len(shares)} shares with sum {sum(shares):g}; it needs one to three, for train, "
             "valid and test, with a sum above 0. Write e.g. '969,30,1'."
@@ -225,7 +225,7 @@ def blends_from_arguments(
     if len(used) > 1:
         raise ConfigError(f"{' and '.join(used)} are given together; the data can be named in one way only.")
     if data_args_path is not None:
-        data_path = _read_text(data_args_path).split()
+        data_path = read_text(data_args_path).split()
         if not data_path:
             raise DataError(f"data_args_path={data_args_path!r} is empty. Write 'weight prefix' pairs or prefixes.")
     if per_split_data_args_path is not None:
@@ -238,21 +238,12 @@ def blends_from_arguments(
 
 
 def _read_per_split(path: str) -> list[Sequence[str] | None]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"per_split_data_args_path={path!r} is not JSON: {error}.") from error
+    content = read_json(path)
     if not isinstance(content, dict) or not set(content) <= {"train", "valid", "test"}:
         raise DataError(f'{path}: expected {{"train": [...], "valid": [...], "test": [...]}}, each a list of words.')
     for name, words in content.items():
-        if words is not None and not isinstance(words, list):
-            raise DataError(f"{path}: {name!r} must be a list of weights and prefixes, not {words!r}.")
+        if words is not None and not (
+            isinstance(words, list) and all(type(word) in (str, int, float) for word in words)
+        ):
+            raise DataError(f"{path}: {name!r} must be a list of weights and prefixes, not {str(words)[:60]!r}.")
     return [[str(word) for word in content[split.name]] if content.get(split.name) else None for split in Split]
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return handle.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from error

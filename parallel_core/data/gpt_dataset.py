@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from parallel_core.data.config import GPTDatasetConfig, Split
-from parallel_core.data.files import atomic_save_array, atomic_write, exclusive_lock
-from parallel_core.data.indexed_dataset import IndexedDataset
+from parallel_core.data.index_cache import IndexCache
+from parallel_core.data.indexed_dataset import open_token_ids
 from parallel_core.data.indices import (
     EpochPlan,
     build_document_index,
     build_sample_index,
     build_shuffle_index,
+    check_index_memory,
     num_samples_in,
     plan_epochs,
 )
@@ -30,7 +29,6 @@ from parallel_core.data.masks import (
 from parallel_core.data.tokenizer.base import MegatronTokenizer
 from parallel_core.errors import DataError
 
-logger = logging.getLogger(__name__)
 Sample = dict[str, np.ndarray]
 
 
@@ -117,10 +115,10 @@ class GPTDataset:
         tokens_per_epoch = int(np.sum(dataset.sequence_lengths[indices], dtype=np.int64))
         try:
             self.plan: EpochPlan = plan_epochs(tokens_per_epoch, num_samples, config.sequence_length, self._extra)
+            self._check_memory()
         except DataError as error:
             raise DataError(f"{dataset_path or 'mock data'} ({index_split.name}): {error}") from error
-        self.built_anew_on_cache_miss = False
-        built = self._load_or_build()
+        built, self.built_anew_on_cache_miss = self._load_or_build()
         self.document_index, self.sample_index, self.shuffle_index = built
 
     @property
@@ -202,12 +200,6 @@ class GPTDataset:
             sample["attention_mask"] = attention_mask_from_document_starts(reset_starts)
         return sample
 
-    def document_ids(self, index: int) -> np.ndarray:
-        """Return the sequences that sample `index` takes tokens from, in order, int64."""
-        row = int(self.shuffle_index[index])
-        first, last = int(self.sample_index[row, 0]), int(self.sample_index[row + 1, 0])
-        return np.asarray(self.document_index[first : last + 1], dtype=np.int64)
-
     def _text(self, index: int) -> np.ndarray:
         """Return the tokens of a sample, padded at the end when there are too few, int32."""
         if not 0 <= index < len(self):
@@ -223,8 +215,9 @@ class GPTDataset:
             parts += [self.dataset.get(int(documents[position])) for position in range(first + 1, last)]
             parts.append(self.dataset.get(int(documents[last]), 0, last_offset + self._extra))
         wanted = self.config.sequence_length + self._extra
-        text = np.concatenate(parts, dtype=np.int32, casting="unsafe")
-        self._check_vocabulary(text, index)
+        text = np.concatenate(parts)
+        self._check_vocabulary(text, index)  # in the stored type: a cast could wrap a wrong id into a legal one
+        text = text.astype(np.int32, copy=False)
         padding = np.full(max(0, wanted - len(text)), self.config.pad_token_id, np.int32)
         return np.concatenate((text, padding))
 
@@ -237,6 +230,11 @@ class GPTDataset:
                 f"vocabulary of {vocab_size} ids. The data was made with another tokenizer than this run's: give the "
                 "one it was preprocessed with."
             )
+
+    def _check_memory(self) -> None:
+        num_tokens = self.plan.num_epochs * self.plan.tokens_per_epoch
+        total = num_samples_in(num_tokens, self.config.sequence_length, self._drop_last, self._extra)
+        check_index_memory(4 * self.plan.num_epochs * len(self.indices) + 12 * max(total, 0), max(total, 0))
 
     def _build(self) -> SampleIndices:
         random_state = np.random.RandomState(self.config.random_seed)
@@ -263,83 +261,22 @@ class GPTDataset:
             return None
         return os.path.join(os.path.dirname(self.dataset_path), "cache", f"{type(self).__name__}_indices")
 
-    def _load_or_build(self) -> SampleIndices:
+    def _load_or_build(self) -> tuple[SampleIndices, bool]:
+        """Return the indices and whether they were built and not found in the cache."""
         folder = self._cache_folder()
         if folder is None:
-            return self._build()
+            return self._build(), False
         base = os.path.join(folder, f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}")
-        cached = _load_indices(base, self._indices_fit)
-        if cached is not None:
-            return cached
-        try:
-            with exclusive_lock(base + ".lock"):
-                cached = _load_indices(base, self._indices_fit)
-                if cached is not None:
-                    return cached
-                self.built_anew_on_cache_miss = True
-                built = self._build()
-                _save_indices(base, built, self.unique_description, self._source_identity())
-                return built
-        except OSError as error:
-            logger.warning(
-                "indices of %s are built in memory by every process, because the cache folder %s cannot be written "
-                "(%s); give --data-cache-path a folder that can",
-                self.dataset_path,
-                folder,
-                error,
-            )
-            return self._build()
-
-    def _source_identity(self) -> str:
-        # Megatron's hash does not change when the data is made again under the same name; this does
+        # Megatron's hash does not change when the data is made again under the same name; the lengths' does
         lengths = np.ascontiguousarray(self.dataset.sequence_lengths[self.indices])
-        return hashlib.sha256(lengths.tobytes()).hexdigest()
-
-    def _indices_fit(self, indices: SampleIndices, source: str | None) -> bool:
-        plan, config = self.plan, self.config
-        num_tokens = plan.num_epochs * plan.tokens_per_epoch
-        total = max(num_samples_in(num_tokens, config.sequence_length, self._drop_last, self._extra), 0)
-        return (
-            indices.document_index.shape == (plan.num_epochs * len(self.indices),)
-            and indices.sample_index.shape == (total + 1, 2)
-            and indices.shuffle_index.shape == (total,)
-            and (source is None or source == self._source_identity())
-        )
-
-
-def _load_indices(base: str, fits: Callable[[SampleIndices, str | None], bool]) -> SampleIndices | None:
-    names = ("document_index", "sample_index", "shuffle_index")
-    if not os.path.isfile(f"{base}-description.txt"):
-        return None
-    try:
-        arrays = [np.load(f"{base}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
-    except (OSError, ValueError, EOFError):
-        return None
-    source = None
-    if os.path.isfile(f"{base}-source.txt"):
-        with open(f"{base}-source.txt", encoding="utf-8") as handle:
-            source = handle.read().strip()
-    indices = SampleIndices(*arrays)
-    if fits(indices, source):
-        return indices
-    logger.warning("cached indices %s-* do not belong to the data as it is now; they are built again", base)
-    return None
-
-
-def _save_indices(base: str, indices: SampleIndices, description: str, source: str) -> None:
-    # the description goes last: its presence says that the arrays are whole
-    for suffix in ("description.txt", "source.txt"):
-        if os.path.exists(f"{base}-{suffix}"):
-            os.unlink(f"{base}-{suffix}")
-    for name, array in indices._asdict().items():
-        atomic_save_array(f"{base}-{name}.npy", array)
-    for suffix, content in (("source.txt", source), ("description.txt", description)):
-        with atomic_write(f"{base}-{suffix}") as handle:
-            handle.write(content.encode("utf-8"))
+        source = hashlib.sha256(lengths.tobytes()).hexdigest()
+        cache = IndexCache(base, self.unique_description, source, SampleIndices._fields)
+        arrays, built = cache.get(lambda: self._build()._asdict())
+        return SampleIndices(**arrays), built
 
 
 def open_sequences(path_prefix: str | None, config: GPTDatasetConfig) -> SequenceSource:
     """Return the dataset at `path_prefix`, or the mock one when it is None."""
     if path_prefix is None:
         return MockSequences(config.tokenizer)
-    return IndexedDataset(path_prefix, multimodal=False, mmap=config.mmap_bin_files)
+    return open_token_ids(path_prefix, mmap=config.mmap_bin_files)

@@ -6,6 +6,7 @@ Pure functions; equal inputs give bitwise the arrays Megatron builds with its C+
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,24 @@ def plan_epochs(tokens_per_epoch: int, num_samples: int | None, sequence_length:
     # int(0.80 * n) truncates a rounded product; both matter for equality with Megatron
     separate = from_final < int(_SEPARATE_FINAL_EPOCH_BELOW * per_epoch)
     return EpochPlan(num_epochs, tokens_per_epoch, separate, sans_final)
+
+
+def check_index_memory(num_bytes: int, num_samples: int) -> None:
+    """Refuse a number of samples whose order alone does not fit in this machine's memory.
+
+    Args:
+        num_bytes: Size of the indices.
+        num_samples: What was asked for, for the message.
+
+    Raises:
+        DataError: It does not fit.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > memory:
+        raise DataError(
+            f"the order of {num_samples} samples takes {num_bytes / 2**30:.0f} GB, more than the {memory / 2**30:.0f} "
+            "GB of memory there are. Ask for fewer samples (--train-iters, --train-samples, --eval-iters)."
+        )
 
 
 def build_document_index(

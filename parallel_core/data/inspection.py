@@ -56,11 +56,8 @@ def describe_documents(dataset: IndexedDataset, tokenizer: MegatronTokenizer | N
 def count_ids_outside(dataset: IndexedDataset, vocab_size: int) -> int:
     """Return how many tokens of the dataset are no ids of a vocabulary of `vocab_size`."""
     outside = 0
-    block = 1 << 22
-    flat = np.memmap(dataset.path_prefix + ".bin", dtype=dataset.dtype, mode="r") if dataset.num_tokens else np.empty(0)
-    for start in range(0, len(flat), block):
-        part = flat[start : start + block]
-        outside += int(np.count_nonzero((part >= vocab_size) | (part < 0)))
+    for tokens in dataset.blocks():
+        outside += int(np.count_nonzero((tokens >= vocab_size) | (tokens < 0)))
     return outside
 
 

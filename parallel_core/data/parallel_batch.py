@@ -117,13 +117,3 @@ class TensorParallelBatches:
         if received[0] == _FAILED:
             raise DataError("the first rank of this tensor parallel group could not read its next micro-batch.")
         return unpack_batch(received[1:], *self._shape, self._has_document_start)
-
-
-def batch_for_stage(batch: Batch, is_first_stage: bool, is_last_stage: bool) -> Batch:
-    """Return the arrays of a pipeline stage: tokens on the first, labels and loss mask on the last, the rest on all."""
-    names = {"position_ids", "document_start", "attention_mask"}
-    if is_first_stage:
-        names.add("tokens")
-    if is_last_stage:
-        names |= {"labels", "loss_mask"}
-    return {name: array for name, array in batch.items() if name in names}

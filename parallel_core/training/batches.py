@@ -55,6 +55,7 @@ def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
         vocab_file=data.vocab_file or None,
         merge_file=data.merge_file or None,
         vocab_extra_ids=data.vocab_extra_ids,
+        legacy_tokenizer=data.legacy_tokenizer,
         vocab_size=data.unpadded_vocab_size or config.model_config.vocab_size - 1,
     )
     return GPTDatasetConfig(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +24,7 @@ from parallel_core.data.indexed_dataset import (
     merge_indexed_datasets,
     optimal_dtype,
 )
-from parallel_core.data.tokenizer import MegatronTokenizer, build_tokenizer
+from parallel_core.data.tokenizer import HuggingFaceTokenizer, MegatronTokenizer, TokenizerSpec
 from parallel_core.errors import ConfigError, DataError, bullet_list
 from tools.preprocessing.sentences import split_sentences
 from tools.preprocessing.text_input import (
@@ -33,31 +35,9 @@ from tools.preprocessing.text_input import (
     read_raw_documents,
 )
 
+logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 18
 _MAX_NAMED = 10
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """Arguments of `build_tokenizer`, so that every process makes its own tokenizer."""
-
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    vocab_file: str | None = None
-    merge_file: str | None = None
-    vocab_size: int | None = None
-    vocab_extra_ids: int = 0
-
-    def build(self) -> MegatronTokenizer:
-        """Return the tokenizer."""
-        return build_tokenizer(
-            self.tokenizer_type,
-            tokenizer_model=self.tokenizer_model,
-            vocab_file=self.vocab_file,
-            merge_file=self.merge_file,
-            vocab_size=self.vocab_size,
-            vocab_extra_ids=self.vocab_extra_ids,
-        )
 
 
 @dataclass(frozen=True)
@@ -96,17 +76,25 @@ class PreprocessOptions:
 
 
 @dataclass
-class PreprocessReport:
-    """What a run did."""
+class FieldReport:
+    """What a run wrote of one field."""
 
-    output_prefixes: list[str] = field(default_factory=list)
-    """Path prefixes written, one per field."""
+    output_prefix: str
+    """Path prefix written."""
     documents: int = 0
     """Documents written."""
     empty_documents: int = 0
-    """Of these, (document, field) pairs without any token."""
+    """Of these, without any token."""
     tokens: int = 0
-    """Tokens written, all fields."""
+    """Tokens written."""
+
+
+@dataclass
+class PreprocessReport:
+    """What a run did."""
+
+    fields: dict[str, FieldReport] = field(default_factory=dict)
+    """What was written, by field."""
     bytes_read: int = 0
     """Bytes of (uncompressed) input in documents."""
     seconds: float = 0.0
@@ -115,6 +103,26 @@ class PreprocessReport:
     """Malformed documents left out."""
     bad_examples: list[str] = field(default_factory=list)
     """The first ten of them, each with file and line."""
+
+    @property
+    def output_prefixes(self) -> list[str]:
+        """Path prefixes written, one per field."""
+        return [field.output_prefix for field in self.fields.values()]
+
+    @property
+    def documents(self) -> int:
+        """Documents written, the same number of every field."""
+        return next((field.documents for field in self.fields.values()), 0)
+
+    @property
+    def empty_documents(self) -> int:
+        """(Document, field) pairs without any token."""
+        return sum(field.empty_documents for field in self.fields.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written, all fields."""
+        return sum(field.tokens for field in self.fields.values())
 
 
 Progress = Callable[[PreprocessReport], None]
@@ -142,14 +150,22 @@ class Encoder:
         self._tokenizer = options.tokenizer.build()
         self._dtype = optimal_dtype(self._tokenizer.vocab_size)
 
-    def encode(self, text: str) -> tuple[np.ndarray, list[int]]:
+    def encode(self, text: str | list[str]) -> tuple[np.ndarray, list[int]]:
         """Return the ids of `text` and the lengths of its sequences; both are empty for a text without tokens.
 
+        Args:
+            text: A text, or the sentences of one, each of which becomes a sequence.
+
         Raises:
-            DataError: The tokenizer gave an id outside its own vocabulary.
+            DataError: The tokenizer gave an id outside its own vocabulary, or sentences are to be split again.
         """
         options = self._options
-        sentences = split_sentences(text, options.keep_newlines) if options.split_sentences else [text]
+        if isinstance(text, list):
+            if options.split_sentences:
+                raise DataError("the field is a list of sentences already; leave out --split-sentences")
+            sentences = text
+        else:
+            sentences = split_sentences(text, options.keep_newlines) if options.split_sentences else [text]
         ids: list[int] = []
         lengths: list[int] = []
         for sentence in sentences:
@@ -184,7 +200,7 @@ class Encoder:
                 chunk.fields[key].append(item)
         return chunk
 
-    def _encode_named(self, raw: RawDocument, text: str) -> tuple[np.ndarray, list[int]]:
+    def _encode_named(self, raw: RawDocument, text: str | list[str]) -> tuple[np.ndarray, list[int]]:
         try:
             return self.encode(text)
         except DataError as error:
@@ -211,7 +227,7 @@ def _chunks(raws: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
     for raw in raws:
         chunk.append(raw)
         size += len(raw.content)
-        if size >= _CHUNK_BYTES:
+        if size >= _CHUNK_BYTES or raw.problem:  # a problem may be the last word: before reading on, it is said
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -244,7 +260,7 @@ def _encoded(chunks: Iterator[list[RawDocument]], options: PreprocessOptions) ->
 
 
 class _Outputs:
-    """The builders of one run: per field, one per partition."""
+    """The builders of one run: per field, one per partition. Leaving it without `finalize` leaves nothing behind."""
 
     def __init__(self, options: PreprocessOptions, dtype: np.dtype) -> None:
         level = "sentence" if options.split_sentences else "document"
@@ -253,33 +269,42 @@ class _Outputs:
         }
         # runs of documents, merged in order, give the input's order: one part does the same
         self.num_parts = 1 if options.keep_sequential_samples else options.partitions
-        self.stack = ExitStack()
-        self.builders = {
-            key: [
-                self.stack.enter_context(IndexedDatasetBuilder(bin_path(self._part(prefix, part)), dtype))
-                for part in range(self.num_parts)
-            ]
-            for key, prefix in self.prefixes.items()
-        }
+        self._stack = ExitStack()
+        try:
+            self._parts = {key: self._part_prefixes(prefix) for key, prefix in self.prefixes.items()}
+            self._builders = {
+                key: [self._stack.enter_context(IndexedDatasetBuilder(bin_path(part), dtype)) for part in parts]
+                for key, parts in self._parts.items()
+            }
+        except BaseException:
+            self._stack.close()
+            raise
 
-    def _part(self, prefix: str, part: int) -> str:
-        return prefix if self.num_parts == 1 else f"{prefix}.part{part}.{os.getpid()}"
+    def _part_prefixes(self, prefix: str) -> list[str]:
+        if self.num_parts == 1:
+            return [prefix]
+        try:
+            os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=".parts.", dir=os.path.dirname(prefix) or ".")
+        except OSError as error:
+            raise DataError(f"{prefix} cannot be written: {error}.") from error
+        return [os.path.join(self._stack.enter_context(folder), str(part)) for part in range(self.num_parts)]
 
     def add(self, key: str, number: int, ids: np.ndarray, lengths: list[int]) -> None:
-        self.builders[key][number % self.num_parts].add_document(ids, lengths)
+        self._builders[key][number % self.num_parts].add_document(ids, lengths)
 
     def finalize(self) -> None:
         for key, prefix in self.prefixes.items():
-            parts = [self._part(prefix, part) for part in range(self.num_parts)]
-            for part, builder in zip(parts, self.builders[key]):
+            for part, builder in zip(self._parts[key], self._builders[key]):
                 builder.finalize(idx_path(part))
             if self.num_parts > 1:
-                try:
-                    merge_indexed_datasets(parts, prefix)
-                finally:
-                    for part in parts:
-                        os.unlink(bin_path(part))
-                        os.unlink(idx_path(part))
+                merge_indexed_datasets(self._parts[key], prefix)
+
+    def __enter__(self) -> _Outputs:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
 
 
 def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessReport:
@@ -295,11 +320,11 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     """
     started = time.perf_counter()
     files = find_input_files(options.input)
-    dtype = optimal_dtype(options.tokenizer.build().vocab_size)
+    tokenizer = options.tokenizer.build()
+    _say_which_special_tokens(options.tokenizer, tokenizer)
     report = PreprocessReport()
-    outputs = _Outputs(options, dtype)
-    report.output_prefixes = list(outputs.prefixes.values())
-    with outputs.stack:
+    with _Outputs(options, optimal_dtype(tokenizer.vocab_size)) as outputs:
+        report.fields = {key: FieldReport(prefix) for key, prefix in outputs.prefixes.items()}
         raws = read_raw_documents(files, options.input_options)
         for chunk in _encoded(_chunks(raws), options):
             _note_bad(chunk, options, report)
@@ -319,6 +344,19 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     return report
 
 
+def _say_which_special_tokens(spec: TokenizerSpec, tokenizer: MegatronTokenizer) -> None:
+    # Megatron-core 0.16 leaves them out unless asked; its legacy class and later versions put them in
+    if (
+        spec.tokenizer_hf_include_special_tokens is None
+        and isinstance(tokenizer, HuggingFaceTokenizer)
+        and tokenizer.leaves_out_special_tokens
+    ):
+        logger.warning(
+            "the tokenizer's own special tokens are not put around documents; say which you want: "
+            "--tokenizer-hf-include-special-tokens or --tokenizer-hf-no-include-special-tokens"
+        )
+
+
 def _note_bad(chunk: _Chunk, options: PreprocessOptions, report: PreprocessReport) -> None:
     if chunk.bad and not options.skip_bad_documents:
         raise DataError(f"{chunk.bad[0]}. Correct the line, or go on without such lines with --skip-bad-documents.")
@@ -327,12 +365,11 @@ def _note_bad(chunk: _Chunk, options: PreprocessOptions, report: PreprocessRepor
 
 
 def _write_chunk(chunk: _Chunk, outputs: _Outputs, report: PreprocessReport) -> None:
-    num_documents = 0
     for key, documents in chunk.fields.items():
-        num_documents = len(documents)
-        for number, (ids, lengths) in enumerate(documents, report.documents):
-            outputs.add(key, number, ids, lengths)
-            report.tokens += len(ids)
-            report.empty_documents += not len(ids)
-    report.documents += num_documents
+        written = report.fields[key]
+        for ids, lengths in documents:
+            outputs.add(key, written.documents, ids, lengths)
+            written.documents += 1
+            written.tokens += len(ids)
+            written.empty_documents += not len(ids)
     report.bytes_read += chunk.num_bytes

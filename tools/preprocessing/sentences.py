@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_ENDINGS = re.compile(r"[.!?]+[\"'\u2019\u201d)\]]*(\s+)(?=[\"'\u2018\u201c(\[]*[A-Z0-9])")
+# a run of points is tried from its first one only: from each of n it would take n * n steps
+_ENDINGS = re.compile(r"(?<![.!?])[.!?]+[\"'\u2019\u201d)\]]*(\s+)(?=[\"'\u2018\u201c(\[]*[A-Z0-9])")
 # fmt: off
 _ABBREVIATIONS = frozenset((
     "mr", "mrs", "ms", "dr", "prof", "st", "rev", "hon", "capt", "col", "gen", "lt", "sgt", "sr", "jr", "vs", "etc",
@@ -26,9 +27,11 @@ def split_sentences(text: str, keep_newlines: bool = False) -> list[str]:
             between sentences is dropped.
     """
     sentences: list[str] = []
-    start = 0
+    start = searched = 0
     for match in _ENDINGS.finditer(text):
-        words = text[start : match.start()].rsplit(None, 1)
+        # the ending before this one was followed by white space, so the last word is not older
+        words = text[searched : match.start()].rsplit(None, 1)
+        searched = match.end()
         last_word = words[-1].strip("\"'([\u2018\u201c") if words else ""
         is_initial = len(last_word) == 1 and last_word.isupper() and last_word != "I"
         if text[match.start()] == "." and (is_initial or last_word.lower() in _ABBREVIATIONS):

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import glob
 import gzip
-import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
+from parallel_core.data.files import open_file, parse_json, why_not_a_file
 from parallel_core.errors import ConfigError, DataError
 from tools.preprocessing.wikitext import is_wikitext_heading, wikitext_clean
 
 INPUT_FORMATS = ("auto", "jsonl", "text", "lines", "wikitext")
 _TEXT_SUFFIXES = (".txt", ".text", ".md")
+_BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "",
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,19 @@ class InputOptions:
     """`jsonl`: a JSON object per line. `text`: documents separated by blank lines. `lines`: a document per line.
     `wikitext`: WikiText files, a document per section, cleaned.
     `auto`: `text` for .txt, .text and .md, else `jsonl`."""
+    max_document_bytes: int = 64 << 20
+    """Longer documents are malformed: memory is bounded, whatever a small .gz grows to."""
 
     def __post_init__(self) -> None:
         if self.input_format not in INPUT_FORMATS:
             raise ConfigError(f"input_format={self.input_format!r}: use one of {', '.join(INPUT_FORMATS)}.")
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
             raise ConfigError(f"json_keys={list(self.json_keys)} must name each field once, and at least one.")
+        for key in self.json_keys:
+            if not key or "\0" in key:
+                raise ConfigError(f"json_keys has {key!r}, which cannot be part of the output's name.")
+        if self.max_document_bytes < 1:
+            raise ConfigError(f"max_document_bytes={self.max_document_bytes} must be 1 or more.")
 
     def format_of(self, path: str) -> str:
         """Return the format of the file `path`."""
@@ -51,13 +67,15 @@ class RawDocument(NamedTuple):
     content: bytes
     kind: str
     """One of `INPUT_FORMATS` except `auto`."""
+    problem: str = ""
+    """Why its bytes were not read, if they were not."""
 
 
 class Document(NamedTuple):
     """The decoded text of one document."""
 
-    texts: dict[str, str]
-    """Text by field name."""
+    texts: dict[str, str | list[str]]
+    """Text by field name; a list where the field has its sentences one by one."""
 
 
 def find_input_files(patterns: Sequence[str]) -> list[str]:
@@ -70,7 +88,8 @@ def find_input_files(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
         if not found:
-            raise DataError(f"input {pattern!r}: no such file.")
+            problem = why_not_a_file(pattern) if os.path.lexists(pattern) else None
+            raise DataError(f"input {pattern!r}: {problem or 'no such file'}.")
         files += found
     return files
 
@@ -84,47 +103,76 @@ def read_raw_documents(files: Sequence[str], options: InputOptions) -> Iterator[
     for path in files:
         kind = options.format_of(path)
         try:
-            with _open(path) as handle:
+            with os.fdopen(open_file(path), "rb") as file, _unpacked(path, file) as handle:
+                lines = _lines(handle, options.max_document_bytes)
                 if kind in ("jsonl", "lines"):
-                    for number, line in enumerate(handle, 1):
-                        if line.strip():
-                            yield RawDocument(path, number, line.rstrip(b"\r\n"), kind)
+                    for number, line, problem in lines:
+                        if problem or line.strip():
+                            yield RawDocument(path, number, line.rstrip(b"\r\n"), kind, problem)
                 else:
-                    yield from _blocks(path, kind, handle)
-        except (OSError, EOFError) as error:
+                    yield from _blocks(path, kind, lines, options.max_document_bytes)
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _open(path: str) -> BinaryIO:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+def _unpacked(path: str, file: BinaryIO) -> AbstractContextManager[BinaryIO]:
+    return gzip.GzipFile(fileobj=file, mode="rb") if path.endswith(".gz") else nullcontext(file)  # type: ignore[return-value]
 
 
-def _blocks(path: str, kind: str, handle: BinaryIO) -> Iterator[RawDocument]:
+def _lines(handle: BinaryIO, limit: int) -> Iterator[tuple[int, bytes, str]]:
+    """Yield (number, line, problem) without a byte order mark; of a line over `limit` bytes there is only a problem."""
+    number = 0
+    while line := handle.readline(limit + 1):
+        number += 1
+        mark = next((mark for mark in _BYTE_ORDER_MARKS if number == 1 and line.startswith(mark)), b"")
+        if mark and _BYTE_ORDER_MARKS[mark]:
+            yield number, b"", f"not UTF-8 but {_BYTE_ORDER_MARKS[mark]}, by its first bytes; convert it (iconv)"
+        elif len(line) > limit:
+            yield number, b"", _too_long(limit)
+        else:
+            yield number, line[len(mark) :], ""
+        rest = line if len(line) > limit else b""
+        while rest and not rest.endswith(b"\n"):
+            rest = handle.readline(1 << 20)
+
+
+def _too_long(limit: int) -> str:
+    return f"longer than {limit >> 20} MB ({limit} bytes); cut it, or raise --max-document-bytes"
+
+
+def _blocks(path: str, kind: str, lines: Iterator[tuple[int, bytes, str]], limit: int) -> Iterator[RawDocument]:
     """Yield runs of lines: between blank lines in `text`, between headings in `wikitext`."""
     block: list[bytes] = []
-    start = 1
-    for number, line in enumerate(handle, 1):
+    start, size, problem = 1, 0, ""
+    for number, line, line_problem in lines:
         ends = is_wikitext_heading(line.decode("utf-8", "replace")) if kind == "wikitext" else not line.strip()
-        if ends:
-            if block:
-                yield RawDocument(path, start, b"".join(block).rstrip(b"\r\n"), kind)
-            block = []
-        elif line.strip():
-            if not block:
+        if ends and not line_problem:
+            if block or problem:
+                yield RawDocument(path, start, b"".join(block).rstrip(b"\r\n"), kind, problem)
+            block, size, problem = [], 0, ""
+        elif line.strip() or line_problem:
+            if not block and not problem:
                 start = number
-            block.append(line)
-    if block:
-        yield RawDocument(path, start, b"".join(block).rstrip(b"\r\n"), kind)
+            size += len(line)
+            problem = problem or line_problem or (_too_long(limit) if size > limit else "")
+            if problem:
+                block.clear()
+            else:
+                block.append(line)
+    if block or problem:
+        yield RawDocument(path, start, b"".join(block).rstrip(b"\r\n"), kind, problem)
 
 
 def parse_document(raw: RawDocument, json_keys: Sequence[str]) -> Document:
     """Return the text of `raw`.
 
     Raises:
-        DataError: It is not UTF-8, not a JSON object, or a field is missing or not text. The message begins with
-            `path:line`.
+        DataError: It is too long, not UTF-8, not a JSON object, or a field is missing or neither text nor a list of
+            sentences. The message begins with `path:line`.
     """
     place = f"{raw.path}:{raw.line}"
+    if raw.problem:
+        raise DataError(f"{place}: {raw.problem}")
     try:
         text = raw.content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -134,24 +182,32 @@ def parse_document(raw: RawDocument, json_keys: Sequence[str]) -> Document:
     if raw.kind != "jsonl":
         return Document({json_keys[0]: text})
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{place}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{place}: a {type(fields).__name__} instead of a JSON object")
-    texts = {}
+    if not isinstance(content, dict):
+        raise DataError(f"{place}: a {type(content).__name__} instead of a JSON object")
+    texts: dict[str, str | list[str]] = {}
     for key in json_keys:
-        if key not in fields:
-            present = ", ".join(map(repr, list(fields)[:8])) or "none"
+        if key not in content:
+            present = ", ".join(repr(name)[:40] for name in list(content)[:8]) or "none"
             raise DataError(f"{place}: no field {key!r}; the line has {present}")
-        if not isinstance(fields[key], str):
-            raise DataError(f"{place}: field {key!r} is a {type(fields[key]).__name__} instead of text")
-        try:
-            fields[key].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}: field {key!r} has a lone surrogate (an escape \\ud800 to \\udfff)") from error
-        texts[key] = fields[key]
+        texts[key] = _checked_text(content[key], f"{place}: field {key!r}")
     return Document(texts)
+
+
+def _checked_text(value: object, place: str) -> str | list[str]:
+    """Return `value` if it is text, or a list of the sentences of a text."""
+    sentences = value if isinstance(value, list) else [value]
+    for sentence in sentences:
+        if not isinstance(sentence, str):
+            where = " has" if isinstance(value, list) else " is"
+            raise DataError(f"{place}{where} a {type(sentence).__name__} instead of text")
+        try:
+            sentence.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place} has a lone surrogate (an escape \\ud800 to \\udfff)") from error
+    return value  # type: ignore[return-value]
 
 
 def read_documents(patterns: Sequence[str], options: InputOptions) -> Iterator[Document]:

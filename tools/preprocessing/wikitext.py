@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 # (text, replacement) in the order they are applied; most undo the spaces WikiText puts around punctuation
 _BEFORE_BRACKETS = (
     ("s '", "s'"),
@@ -18,13 +16,7 @@ _BEFORE_BRACKETS = (
     (" ? ", "? "),
     (" , ", ", "),
 )
-_ENCLOSED = (
-    (re.compile(r"\(\s*([^)]*?)\s*\)"), r"(\1)"),
-    (re.compile(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
-    (re.compile(r"{\s*([^}]*?)\s*}"), r"{\1}"),
-    (re.compile(r"\"\s*([^\"]*?)\s*\""), r'"\1"'),
-    (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
-)
+_ENCLOSED = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 _AFTER_BRACKETS = (
     ("= = = =", "===="),
     ("= = =", "==="),
@@ -51,8 +43,18 @@ def wikitext_clean(text: str) -> str:
     """
     for old, new in _BEFORE_BRACKETS:
         text = text.replace(old, new)
-    for pattern, replacement in _ENCLOSED:
-        text = pattern.sub(replacement, text)
+    for opening, closing in _ENCLOSED:
+        text = _without_inner_space(text, opening, closing)
     for old, new in _AFTER_BRACKETS:
         text = text.replace(old, new)
     return text
+
+
+def _without_inner_space(text: str, opening: str, closing: str) -> str:
+    """Return `text` without white space after each opening mark and before the first closing one that follows it."""
+    parts = []
+    position = 0
+    while (start := text.find(opening, position)) >= 0 and (end := text.find(closing, start + 1)) >= 0:
+        parts += [text[position : start + 1], text[start + 1 : end].strip(), closing]
+        position = end + 1
+    return "".join([*parts, text[position:]])

@@ -42,8 +42,10 @@ SOURCES: tuple[Argument, ...] = (
     mapped("pad_token_id", "int", None, _D + "pad_token_id", "padding token; default none", origin=_SPEED),
     mapped("tokenizer_type", "str", None, _D + "tokenizer_type", "kind of tokenizer"),
     mapped("tokenizer_model", "str", None, _D + "tokenizer_model", "file of the tokenizer"),
+    mapped("legacy_tokenizer", "flag", False, _D + "legacy_tokenizer model_config.vocab_size",
+           "Megatron's legacy classes: a SentencePieceTokenizer with its own special tokens"),
     mapped("vocab_extra_ids", "int", 0, _D + "vocab_extra_ids model_config.vocab_size",
-           "further tokens <extra_id_i> of a SentencePieceTokenizer"),
+           "further tokens <extra_id_i> of a legacy SentencePieceTokenizer"),
     mapped("vocab_file", "str", None, _D + "vocab_file", "vocabulary file of a BPE tokenizer"),
     mapped("merge_file", "str", None, _D + "merge_file", "merges file of a BPE tokenizer"),
 )

@@ -321,6 +321,25 @@ IGNORED_ROWS: tuple[Argument, ...] = (
         """,
     ),
     *ignored_rows(
+        "Hugging Face tokenizers are the fast ones",
+        """
+        tokenizer_hf_use_fast flag
+        """,
+    ),
+    *ignored_rows(
+        "training reads token ids; tools/preprocess_data.py, which makes them, has these",
+        """
+        tokenizer_hf_include_special_tokens flag
+        tokenizer_hf_no_include_special_tokens flag
+        """,
+    ),
+    *ignored_rows(
+        "it lets special_tokens be added to a SentencePiece model, and those are refused; ids are the same without it",
+        """
+        tokenizer_sentencepiece_legacy flag
+        """,
+    ),
+    *ignored_rows(
         "memory and garbage collection of the process; training is the same",
         """
         empty_unused_memory_level int = 0

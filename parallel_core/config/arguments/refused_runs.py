@@ -136,15 +136,12 @@ REFUSED_RUN_ROWS: tuple[Argument, ...] = (
         special_tokens strs --tokenizer-special-tokens
         tiktoken_pattern
         tiktoken_num_special_tokens int = 1000
-        tokenizer_sentencepiece_legacy flag
         tokenizer_sentencepiece_ignore_extra_whitespaces off
         tokenizer_hf_no_use_fast flag
-        tokenizer_hf_no_include_special_tokens flag
         null_tokenizer_eod_id int
         null_tokenizer_pad_id int = -1
         tokenizer_metadata
         tiktoken_special_tokens strs
-        legacy_tokenizer flag
         """,
     ),
     *refused_rows(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parallel_core.data.tokenizer.base import MegatronTokenizer, vocab_size_with_padding
-from parallel_core.data.tokenizer.factory import TOKENIZER_TYPES, build_tokenizer
+from parallel_core.data.tokenizer.base import MegatronTokenizer
+from parallel_core.data.tokenizer.factory import TOKENIZER_TYPES, TokenizerSpec, build_tokenizer
 from parallel_core.data.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from parallel_core.data.tokenizer.huggingface import HuggingFaceTokenizer
 from parallel_core.data.tokenizer.null import NullTokenizer
@@ -22,6 +22,6 @@ __all__ = [
     "MegatronTokenizer",
     "NullTokenizer",
     "SentencePieceTokenizer",
+    "TokenizerSpec",
     "build_tokenizer",
-    "vocab_size_with_padding",
 ]

@@ -6,19 +6,21 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2
 from __future__ import annotations
 
 import functools
-import json
+import heapq
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from parallel_core.data.tokenizer.base import MegatronTokenizer
+from parallel_core.data.files import read_json, read_text
+from parallel_core.data.tokenizer.base import MegatronTokenizer, check_ids, library_identity
 from parallel_core.errors import DataError
 
 _END_OF_TEXT = "<|endoftext|>"
 # Unicode's White_Space property; Python's own \s also takes the separators U+001C to U+001F
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _MAX_CACHED_WORDS = 1 << 18
+_MAX_CACHED_LENGTH = 64
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,19 +64,30 @@ class GPT2BPETokenizer(MegatronTokenizer):
     Args:
         vocab_file: Path of `vocab.json`, token text to id.
         merge_file: Path of `merges.txt`, one pair a line, most important first.
+        legacy: Be Megatron's legacy class, which only the identity tells.
 
     Raises:
         DataError: A file is missing or malformed, or the vocabulary has no `<|endoftext|>`.
     """
 
-    def __init__(self, vocab_file: str, merge_file: str) -> None:
+    def __init__(self, vocab_file: str, merge_file: str, legacy: bool = False) -> None:
         super().__init__("_GPT2BPETokenizer", vocab_file, merge_file)
+        if not legacy:
+            self.unique_identifiers = library_identity(
+                "GPT2BPETokenizer",
+                additional_special_tokens=[],
+                vocab_file=vocab_file,
+                merges_file=merge_file,
+                use_fast=False,
+                trust_remote_code=False,
+                include_special_tokens=False,
+            )
         self._ids = _read_vocabulary(vocab_file)
         self._ranks = _read_merges(merge_file)
         self._tokens = {token_id: token for token, token_id in self._ids.items()}
         self._bytes = {character: byte for byte, character in _byte_characters().items()}
         self._cache: dict[str, list[int]] = {}
-        self._size = max(self._ids.values()) + 1
+        self._size = check_ids(vocab_file, self._ids.values())
 
     @property
     def vocab_size(self) -> int:
@@ -93,7 +106,7 @@ class GPT2BPETokenizer(MegatronTokenizer):
             known = self._cache.get(word)
             if known is None:
                 known = self._encode_word(word)
-                if len(self._cache) < _MAX_CACHED_WORDS:
+                if len(self._cache) < _MAX_CACHED_WORDS and len(word) <= _MAX_CACHED_LENGTH:
                     self._cache[word] = known
             ids += known
         return ids
@@ -102,7 +115,7 @@ class GPT2BPETokenizer(MegatronTokenizer):
         """Return the text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
         raw = bytearray()
         for token_id in map(int, token_ids):
-            token = self._tokens[token_id]
+            token = self._tokens.get(token_id, "\ufffd")  # a hole between the vocabulary's ids
             if all(character in self._bytes for character in token):
                 raw += bytes(self._bytes[character] for character in token)
             else:
@@ -111,14 +124,7 @@ class GPT2BPETokenizer(MegatronTokenizer):
 
     def _encode_word(self, word: str) -> list[int]:
         characters = _byte_characters()
-        parts = [characters[byte] for byte in word.encode("utf-8")]
-        worst = len(self._ranks)
-        while len(parts) > 1:
-            pairs = list(zip(parts[:-1], parts[1:]))
-            best = min(pairs, key=lambda pair: self._ranks.get(pair, worst))
-            if best not in self._ranks:
-                break
-            parts = _merge(parts, best)
+        parts = merge_pairs([characters[byte] for byte in word.encode("utf-8")], self._ranks)
         try:
             return [self._ids[part] for part in parts]
         except KeyError as error:
@@ -128,43 +134,75 @@ class GPT2BPETokenizer(MegatronTokenizer):
             ) from error
 
 
-def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    position = 0
-    while position < len(parts):
-        if position + 1 < len(parts) and (parts[position], parts[position + 1]) == pair:
-            merged.append(pair[0] + pair[1])
-            position += 2
-        else:
-            merged.append(parts[position])
-            position += 1
-    return merged
+def merge_pairs(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Return `symbols` after byte pair encoding: the pair of lowest rank is joined wherever it is, again and again.
+
+    A heap holds the pairs that are next to each other, so a word of n symbols takes n log n steps.
+
+    Args:
+        symbols: What to join.
+        ranks: Order of the pairs that may be joined.
+    """
+    parts: list[str | None] = list(symbols)
+    before = list(range(-1, len(parts) - 1))
+    after = list(range(1, len(parts) + 1))
+    heap: list[tuple[int, int, str, str]] = []
+
+    def offer(left: int, right: int) -> None:
+        if left >= 0 and right < len(parts):
+            pair = (str(parts[left]), str(parts[right]))
+            if pair in ranks:
+                heapq.heappush(heap, (ranks[pair], left, *pair))
+
+    for position in range(len(parts) - 1):
+        offer(position, position + 1)
+    while heap:
+        rank = heap[0][0]
+        joined = []
+        # all of one rank first, from left to right: a pair that only now comes to be is of a later round
+        while heap and heap[0][0] == rank:
+            _, left, first, second = heapq.heappop(heap)
+            right = after[left]
+            if parts[left] != first or right >= len(parts) or parts[right] != second:
+                continue  # one of the two has been joined to something else
+            parts[left], parts[right] = first + second, None
+            after[left] = after[right]
+            if after[left] < len(parts):
+                before[after[left]] = left
+            joined.append(left)
+        for left in joined:
+            offer(before[left], left)
+            offer(left, after[left])
+    return [part for part in parts if part is not None]
 
 
 def _read_vocabulary(path: str) -> dict[str, int]:
     try:
-        with open(path, encoding="utf-8") as handle:
-            content = json.load(handle)
-    except (OSError, ValueError) as error:
+        content = read_json(path)
+    except DataError as error:
         raise DataError(f"vocab_file={path!r}: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(token_id, int) for token_id in content.values()):
+    if not isinstance(content, dict) or not all(type(token_id) is int for token_id in content.values()):
         raise DataError(f"vocab_file={path!r} must map each token to its id, as GPT-2's vocab.json does.")
     if _END_OF_TEXT not in content:
         raise DataError(f"vocab_file={path!r} has no {_END_OF_TEXT}, which GPT2BPETokenizer ends documents with.")
+    try:
+        "".join(content).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"vocab_file={path!r} has a token with a lone surrogate, which no text can hold.") from error
     return content
 
 
 def _read_merges(path: str) -> dict[tuple[str, str], int]:
     ranks: dict[tuple[str, str], int] = {}
     try:
-        with open(path, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                if (number == 1 and line.startswith("#version")) or not line.strip():
-                    continue
-                words = line.split()
-                if len(words) != 2:
-                    raise DataError(f"merge_file={path!r}, line {number}: expected two words, found {len(words)}.")
-                ranks.setdefault((words[0], words[1]), len(ranks))
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")
+    except DataError as error:
         raise DataError(f"merge_file={path!r}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if (number == 1 and line.startswith("#version")) or not line.strip():
+            continue
+        words = line.split()
+        if len(words) != 2:
+            raise DataError(f"merge_file={path!r}, line {number}: expected two words, found {len(words)}.")
+        ranks.setdefault((words[0], words[1]), len(ranks))
     return ranks

@@ -1,26 +1,36 @@
-"""SentencePiece models, with the three readings Megatron has of them."""
+"""SentencePiece models, with the readings Megatron has of them: as they are, and those of its legacy classes."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 import sentencepiece
 
-from parallel_core.data.tokenizer.base import MegatronTokenizer
+from parallel_core.data.files import read_file
+from parallel_core.data.tokenizer.base import MegatronTokenizer, library_identity
 from parallel_core.errors import DataError
 
 
 def _load_model(model_file: str) -> sentencepiece.SentencePieceProcessor:
-    if not os.path.isfile(model_file):
+    if not os.path.exists(model_file):
         raise DataError(f"tokenizer_model={model_file!r}: no such file. Give the path of a SentencePiece .model file.")
+    content = read_file(model_file)
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=model_file)
-    except (RuntimeError, OSError) as error:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        # names that are not UTF-8 would be an error in the middle of a text
+        pieces = [model.id_to_piece(index) for index in range(model.get_piece_size())]
+        if not pieces:
+            raise ValueError("it has no pieces")
+        model.encode_as_ids("a b")
+    except (RuntimeError, OSError, ValueError, TypeError, IndexError) as error:
+        # the library quotes the file, which need not be text
         raise DataError(
-            f"tokenizer_model={model_file!r} is not a SentencePiece model ({error}). For a tokenizer.json use "
-            "--tokenizer-type HuggingFaceTokenizer."
+            f"tokenizer_model={model_file!r} is not a SentencePiece model ({str(error)[:200]!r}). For a tokenizer.json "
+            "use --tokenizer-type HuggingFaceTokenizer."
         ) from error
+    return model
 
 
 class _SentencePieceBase(MegatronTokenizer):
@@ -49,7 +59,7 @@ class _SentencePieceBase(MegatronTokenizer):
 
 
 class SentencePieceTokenizer(_SentencePieceBase):
-    """A SentencePiece model plus the special tokens Megatron appends when the model has no piece of that name.
+    """A SentencePiece model plus the special tokens Megatron's legacy class appends when it has no piece of that name.
 
     Ids after the model's own go, in this order, to those of `<CLS> <SEP> <EOD> <MASK>`, the pad, begin and end pieces
     (`<PAD> <BOS> <EOS>` when the model defines none) and `<extra_id_0>...` that are missing.
@@ -79,6 +89,8 @@ class SentencePieceTokenizer(_SentencePieceBase):
         self._vocab_size = next_id
         self._pad_name = names[4]
         self._special_by_id = {token: name for name, token in self._special.items()}
+        # where two begin at one place the first in this order is taken, as Megatron takes it
+        self._any_special = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
     @property
     def vocab_size(self) -> int:
@@ -98,14 +110,9 @@ class SentencePieceTokenizer(_SentencePieceBase):
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of `text`; a special token written out in the text becomes its own id."""
         ids: list[int] = []
-        while True:
-            found = [(position, name) for name in self._special if (position := text.find(name)) >= 0]
-            if not found:
-                return ids + list(self._model.encode_as_ids(text))
-            position, name = min(found, key=lambda item: item[0])
-            ids += self._model.encode_as_ids(text[:position])
-            ids.append(self._special[name])
-            text = text[position + len(name) :]
+        for number, part in enumerate(self._any_special.split(text)):
+            ids += [self._special[part]] if number % 2 else self._model.encode_as_ids(part)
+        return ids
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`, special tokens by their names."""
@@ -123,16 +130,21 @@ class SentencePieceTokenizer(_SentencePieceBase):
 class GPTSentencePieceTokenizer(_SentencePieceBase):
     """A SentencePiece model as it is; documents end with the model's own end-of-sentence id.
 
+    This is what Megatron-core's tokenizer library makes of every SentencePiece type, and the legacy class of this name.
+
     Args:
         model_file: Path of the `.model` file.
+        legacy: Be Megatron's legacy class, which only the identity tells.
     """
 
-    def __init__(self, model_file: str) -> None:
+    def __init__(self, model_file: str, legacy: bool = False) -> None:
         super().__init__("_GPTSentencePieceTokenizer", model_file, 0)
+        if not legacy:
+            self.unique_identifiers = library_identity(model_file, legacy=False, special_tokens=None)
         if self._model.eos_id() < 0:
             raise DataError(
-                f"tokenizer_model={model_file!r} has no end-of-sentence piece, which GPTSentencePieceTokenizer ends "
-                "documents with. Use --tokenizer-type SentencePieceTokenizer (it adds <EOD>), or train with --eos_id."
+                f"tokenizer_model={model_file!r} has no end-of-sentence piece, which would end documents. Train it "
+                "with --eos_id, or use --tokenizer-type SentencePieceTokenizer --legacy-tokenizer, which adds <EOD>."
             )
 
     @property
@@ -147,19 +159,19 @@ class GPTSentencePieceTokenizer(_SentencePieceBase):
 
 
 class Llama2Tokenizer(GPTSentencePieceTokenizer):
-    """A SentencePiece model whose texts start with the begin-of-sentence id, as Llama 2 was trained.
+    """A SentencePiece model whose texts start with the begin-of-sentence id: Megatron's legacy class of this name.
 
     Args:
         model_file: Path of the `.model` file.
     """
 
     def __init__(self, model_file: str) -> None:
-        super().__init__(model_file)
+        super().__init__(model_file, legacy=True)
         self.unique_identifiers["class"] = "_Llama2Tokenizer"
         if self._model.bos_id() < 0:
             raise DataError(
                 f"tokenizer_model={model_file!r} has no begin-of-sentence piece, which Llama2Tokenizer starts texts "
-                "with. Use --tokenizer-type GPTSentencePieceTokenizer."
+                "with. Leave out --legacy-tokenizer."
             )
 
     def tokenize(self, text: str) -> list[int]:

@@ -47,7 +47,7 @@ SEEN = {
         vocab_size | --vocab-size 200 | --padded-vocab-size null | --vocab-size 100
         make_vocab_size_divisible_by | --make-vocab-size-divisible-by 8 | --padded-vocab-size null --vocab-size 33
         pad_vocab_size | --no-pad-vocab-size | --padded-vocab-size null --vocab-size 33
-        vocab_extra_ids | --vocab-extra-ids 9 | {tokenizer}
+        vocab_extra_ids | --vocab-extra-ids 9 | {tokenizer} --legacy-tokenizer
         position_embedding_type | --position-embedding-type none
         use_rotary_position_embeddings | --use-rotary-position-embeddings
         normalization | --normalization RMSNorm
@@ -206,6 +206,7 @@ SEEN = {
             | {tokenizer}
         tokenizer_model | {tokenizer} | --mock-data --padded-vocab-size 4096 \
             | --tokenizer-type NullTokenizer --vocab-size 100
+        legacy_tokenizer | --legacy-tokenizer | {tokenizer}
         vocab_file | --vocab-file {golden}/bpe/vocab.json --tokenizer-type GPT2BPETokenizer {merges} \
             | --mock-data --padded-vocab-size 99999 | --tokenizer-type NullTokenizer
         merge_file | --merge-file {golden}/bpe/merges.txt --tokenizer-type GPT2BPETokenizer {vocab} \

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pathlib
 import struct
 
@@ -95,14 +96,18 @@ def test_merge_keeps_order_and_document_bounds(tmp_path):
     assert merged.document_indices.tolist() == [0, 1, 2, 4, 5, 6]
 
 
-def test_merge_reads_sequences_where_the_index_says_they_are(tmp_path):
-    prefix = write_pair(tmp_path / "a", [[1, 2], [3, 4, 5]])
-    damage(tmp_path / "a.idx", 42, struct.pack("<2q", 12, 0))  # the two sequences lie in the other order
-    (tmp_path / "a.bin").write_bytes(np.array([3, 4, 5, 1, 2], np.int32).tobytes())
-    merge_indexed_datasets([prefix], str(tmp_path / "merged"))
-    merged = IndexedDataset(str(tmp_path / "merged"))
-    assert [merged[index].tolist() for index in range(2)] == [[1, 2], [3, 4, 5]]
-    assert (tmp_path / "merged.bin").read_bytes() == np.arange(1, 6, dtype=np.int32).tobytes()
+def test_an_input_that_shrinks_ends_the_merge(tmp_path, monkeypatch):
+    prefix = write_pair(tmp_path / "a", [np.arange(1000)])
+    tokens = IndexedDataset.tokens
+
+    def cut_then_read(self, start, stop):
+        os.truncate(tmp_path / "a.bin", 10)
+        return tokens(self, start, stop)
+
+    monkeypatch.setattr(IndexedDataset, "tokens", cut_then_read)
+    with pytest.raises(DataError, match=r"a\.bin had 4000 bytes when it was opened and is shorter now"):
+        merge_indexed_datasets([prefix], str(tmp_path / "merged"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
 def test_merge_refuses_another_dtype(tmp_path):

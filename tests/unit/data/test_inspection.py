@@ -28,7 +28,7 @@ def test_text_is_decoded_and_ids_outside_are_counted(tmp_path, capsys):
     assert main(["inspect", prefix, *tokenizer, "--documents", "0"]) == 0
     assert "WARNING: 1 ids are not in the vocabulary of 2048" in capsys.readouterr().out
     prefix = write_pair(tmp_path / "y", [[1178, 380, 6]])
-    assert main(["inspect", prefix, *tokenizer]) == 0
+    assert main(["inspect", prefix, *tokenizer, "--legacy-tokenizer"]) == 0
     output = capsys.readouterr().out
     assert "all ids are in the vocabulary" in output and "It is<EOD>" in output
 

@@ -22,6 +22,7 @@ from tools.preprocessing.wikitext import wikitext_clean
 ROOT = pathlib.Path(__file__).parents[3]
 NULL = TokenizerSpec("NullTokenizer", vocab_size=1000)
 SPM = TokenizerSpec("SentencePieceTokenizer", bundled_tokenizer_model())
+LEGACY = TokenizerSpec("SentencePieceTokenizer", bundled_tokenizer_model(), legacy_tokenizer=True)
 
 
 def run(tmp_path, content, tokenizer=NULL, name="input.jsonl", input_options=None, **options):
@@ -134,8 +135,8 @@ def test_partitions_deal_documents_round_robin_unless_sequential(tmp_path):
 
 
 def test_split_sentences_stores_sequences(tmp_path):
-    run(tmp_path, lines("It is. So was it! No?"), tokenizer=SPM, split_sentences=True, append_eod=True)
-    tokenizer = SPM.build()
+    run(tmp_path, lines("It is. So was it! No?"), tokenizer=LEGACY, split_sentences=True, append_eod=True)
+    tokenizer = LEGACY.build()
     (document,) = documents(tmp_path / "out_text_sentence")
     assert [tokenizer.detokenize(ids) for ids in document] == ["It is.", "So was it!", "No?<EOD>"]
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import builtins
 import json
 import pathlib
+import random
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_core.data import build_tokenizer, bundled_tokenizer_model, vocab_size_with_padding
+from parallel_core.data import build_tokenizer, bundled_tokenizer_model
 from parallel_core.data.tokenizer import TOKENIZER_TYPES
 from parallel_core.data.tokenizer.gpt2_bpe import _word_pattern
 from parallel_core.errors import ConfigError, DataError
@@ -51,17 +53,93 @@ def test_texts_survive_a_round_trip(text):
             assert tokenizer.detokenize(ids) == text
 
 
-def test_bundled_model():
-    tokenizer = bundled()
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_a_sentencepiece_type_is_the_model_as_it_is(kind):
+    # Megatron-core 0.16.1 and later: one reader for the three types, no added tokens, no begin-of-sentence
+    tokenizer = bundled(kind)
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (2048, 2, 3)
+    assert 6 not in tokenizer.tokenize("one<EOD>two")
+    assert 1 not in tokenizer.tokenize("one")
+
+
+def test_legacy_classes():
+    tokenizer = bundled(legacy_tokenizer=True)
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (2048, 6, 3)
     assert tokenizer.tokenize("one<EOD>two") == [*tokenizer.tokenize("one"), 6, *tokenizer.tokenize("two")]
     assert tokenizer.detokenize(tokenizer.tokenize("one<EOD>two <CLS>")) == "one<EOD>two <CLS>"
-    assert (bundled("GPTSentencePieceTokenizer").eod, bundled("GPTSentencePieceTokenizer").pad) == (2, 3)
-    assert bundled("Llama2Tokenizer").tokenize("one") == [1, *tokenizer.tokenize("one")]
+    gpt = bundled("GPTSentencePieceTokenizer", legacy_tokenizer=True)
+    assert (gpt.eod, gpt.pad) == (2, 3)
+    llama = bundled("Llama2Tokenizer", legacy_tokenizer=True)
+    assert llama.tokenize("one") == [1, *tokenizer.tokenize("one")] and llama.eod == 2
+
+
+def test_a_model_without_megatrons_names_has_512_ids_or_517(tmp_path):
+    # of Megatron-core 0.16.1 with such a model: vocabulary 512, end of document 2; with --legacy-tokenizer 517 and 514
+    path = tmp_path / "plain.model"
+    text = (pathlib.Path(bundled_tokenizer_model()).parent / "corpus.jsonl").read_text()[:200_000]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split()), model_prefix=str(path)[:-6], vocab_size=512, model_type="bpe",
+        minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    plain = build_tokenizer("SentencePieceTokenizer", tokenizer_model=str(path))
+    legacy = build_tokenizer("SentencePieceTokenizer", tokenizer_model=str(path), legacy_tokenizer=True)
+    assert (plain.vocab_size, plain.eod, plain.pad) == (512, 2, None)
+    assert (legacy.vocab_size, legacy.eod, legacy.pad) == (517, 514, 516)
+    assert legacy.tokenize("the<MASK>") == [*plain.tokenize("the"), 515]
+
+
+def test_identities_are_what_megatron_hashes():
+    """The names of cached indices depend on these: Megatron-core 0.16.1's library, and its legacy classes."""
+    model, library = bundled_tokenizer_model(), "megatron.core.tokenizers.text.models.default_tokenizer"
+    assert bundled().unique_description == json.dumps(
+        {
+            "class": f"{library}.DefaultTokenizerText",
+            "tokenizer_path": model,
+            "legacy": "False",
+            "special_tokens": "None",
+        },
+        indent=4,
+    )
+    assert bundled("Llama2Tokenizer").unique_identifiers == bundled().unique_identifiers
+    assert bundled(legacy_tokenizer=True).unique_identifiers == {
+        "class": "_SentencePieceTokenizer", "tokenizer_path": [model], "vocab_extra_ids": "0",
+    }  # fmt: skip
+    assert bundled("Llama2Tokenizer", legacy_tokenizer=True).unique_identifiers["class"] == "_Llama2Tokenizer"
+    null = build_tokenizer("NullTokenizer", vocab_size=255)
+    assert null.unique_identifiers == {
+        "class": f"{library}.DefaultTokenizerText", "tokenizer_path": None, "vocab_size": "255",
+    }  # fmt: skip
+    assert list(gpt2().unique_identifiers) == [
+        "class", "tokenizer_path", "additional_special_tokens", "vocab_file", "merges_file", "use_fast",
+        "trust_remote_code", "include_special_tokens",
+    ]  # fmt: skip
+
+
+def test_special_tokens_are_found_as_megatrons_loop_finds_them():
+    tokenizer = bundled(legacy_tokenizer=True, vocab_extra_ids=2)
+
+    def megatrons_loop(text):
+        ids, position = [], 0
+        while True:
+            found = {name: text.find(name, position) for name in tokenizer._special if name in text[position:]}
+            if not found:
+                return ids + tokenizer._model.encode_as_ids(text[position:])
+            name = min(found, key=found.get)
+            ids += [*tokenizer._model.encode_as_ids(text[position : found[name]]), tokenizer._special[name]]
+            position = found[name] + len(name)
+
+    parts = ["<EOD>", "<CLS>", "</s>", "<s>", "<extra_id_1>", "<extra", "<", ">", "a b", " ", "\n"]
+    rng = random.Random(1)
+    for _ in range(200):
+        text = "".join(rng.choices(parts, k=rng.randrange(12)))
+        assert tokenizer.tokenize(text) == megatrons_loop(text)
 
 
 def test_missing_special_tokens_are_appended_as_megatron_does():
-    tokenizer = bundled(vocab_extra_ids=3)
+    tokenizer = bundled(vocab_extra_ids=3, legacy_tokenizer=True)
     assert tokenizer.vocab_size == 2051
     assert tokenizer.tokenize("<extra_id_2>") == [2050]
     assert tokenizer.detokenize([2048]) == "<extra_id_0>"
@@ -114,8 +192,13 @@ def test_wrong_tokenizers_are_named(tmp_path):
         build_tokenizer("SentencePieceTokenizer", tokenizer_model=str(tmp_path / "missing"))
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         build_tokenizer("SentencePieceTokenizer", tokenizer_model=str(BPE / "vocab.json"))
-    with pytest.raises(ConfigError, match="vocab_extra_ids=2 is for SentencePieceTokenizer"):
-        build_tokenizer("NullTokenizer", vocab_size=3, vocab_extra_ids=2)
+    for kind in ("NullTokenizer", "SentencePieceTokenizer"):
+        with pytest.raises(ConfigError, match="vocab_extra_ids=2 is for SentencePieceTokenizer with --legacy"):
+            build_tokenizer(kind, tokenizer_model=bundled_tokenizer_model(), vocab_size=3, vocab_extra_ids=2)
+    with pytest.raises(ConfigError, match="is for HuggingFaceTokenizer, not for Llama2Tokenizer"):
+        bundled("Llama2Tokenizer", tokenizer_hf_include_special_tokens=True)
+    with pytest.raises(ConfigError, match="give one of them"):
+        bundled("HuggingFaceTokenizer", legacy_tokenizer=True, tokenizer_hf_include_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +217,3 @@ def test_wrong_bpe_files_are_named(tmp_path, vocabulary, merges, message):
         build_tokenizer(
             "GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"), merge_file=str(tmp_path / "merges.txt")
         )
-
-
-@pytest.mark.parametrize(
-    ("size", "multiple", "tp", "padded"),
-    [(50257, 128, 1, 50304), (50257, 128, 4, 50688), (256, 128, 1, 256), (257, 128, 1, 384), (2048, 128, 16, 2048)],
-)
-def test_vocabulary_padding(size, multiple, tp, padded):
-    assert vocab_size_with_padding(size, multiple, tp) == padded
