@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,21 @@ def test_wrong_requests_are_named(source, tmp_path):
     (tmp_path / "x.mindrecord.db").write_bytes(b"x")
     with pytest.raises(DataError, match="cannot be read as a MindRecord"):
         list(read_mindrecord([output]))
+
+
+def test_an_abort_inside_mindspore_is_named(source, tmp_path):
+    output = tmp_path / "x.mindrecord"
+    indexed_to_mindrecord(source, str(output), 5)
+    output.write_bytes(output.read_bytes().replace(b'"page_id":0', b'"pagx_id":0', 1))
+    with pytest.raises(DataError, match=r"x\.mindrecord is damaged: the process .* ended with signal 6"):
+        list(read_mindrecord([str(output)]))
+    with pytest.raises(DataError, match=r"is damaged"):
+        mindrecord_to_indexed([str(output)], str(tmp_path / "out"), NullTokenizer(100))
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_reader_that_is_left_early_ends(source, tmp_path):
+    output = str(tmp_path / "x.mindrecord")
+    indexed_to_mindrecord(source, output, 5)
+    assert next(read_mindrecord([output])).tolist() == [0, 1, 2, 3, 4]
+    assert not multiprocessing.active_children()
