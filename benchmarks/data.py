@@ -180,8 +180,11 @@ def benchmark_tokenizers() -> list[Row]:
     lines = (bundled_data_folder() / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     rows: list[Row] = []
-    for kind in ("GPTSentencePieceTokenizer", "SentencePieceTokenizer"):
-        tokenizer = build_tokenizer(kind, tokenizer_model=bundled_tokenizer_model())
+    for legacy in (False, True):  # the legacy class looks for special tokens in the text as well
+        kind = "SentencePieceTokenizer" + ", legacy" * legacy
+        tokenizer = build_tokenizer(
+            "SentencePieceTokenizer", tokenizer_model=bundled_tokenizer_model(), legacy_tokenizer=legacy
+        )
         best = 0.0
         for _ in range(_REPEATS):
             started = time.perf_counter()
