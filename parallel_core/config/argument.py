@@ -12,7 +12,7 @@ REFUSED = "refused"
 
 SWITCHES = ("flag", "off", "toggle")
 """Kinds whose value is a boolean. `flag`: Megatron's flag turns it on; `off`: it turns it off; `toggle`: both exist."""
-LISTS = ("ints", "floats", "strs", "layers")
+LISTS = ("ints", "floats", "strs", "layers")  # "pattern" is one word: a number, or a list for every layer
 """Kinds whose value is a list; on the command line they take all words up to the next flag."""
 
 

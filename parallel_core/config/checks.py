@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from parallel_core.config import table
 from parallel_core.config.resolution import Resolution
-from parallel_core.config.schema import ModelParallelConfig
+from parallel_core.config.schema import DEFAULTS, ROTARY, UNLIMITED, ModelParallelConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.stages import stage_layout
 
@@ -38,7 +39,9 @@ def required(r: Resolution) -> None:
 _POSITIVE = """
     num_layers hidden_size num_attention_heads ffn_hidden_size kv_channels num_query_groups seq_length
     max_position_embeddings padded_vocab_size make_vocab_size_divisible_by rotary_base norm_epsilon
-    rotary_seq_len_interpolation_factor rope_scaling_factor tensor_model_parallel_size pipeline_model_parallel_size
+    rotary_seq_len_interpolation_factor rope_scaling_factor rope_low_freq_factor rope_high_freq_factor
+    rope_original_max_position_embeddings yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow
+    yarn_attention_factor softmax_scale embedding_multiplier tensor_model_parallel_size pipeline_model_parallel_size
     virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num log_interval
     eval_interval initial_loss_scale min_loss_scale loss_scale_window hysteresis keep_checkpoint_max
     distributed_timeout_minutes adam_eps ddp_bucket_size decoder_first_pipeline_num_layers
@@ -49,7 +52,8 @@ _NOT_NEGATIVE = """
     lr_warmup_iters lr_warmup_samples lr_warmup_init lr_decay_iters lr_decay_samples lr_wsd_decay_iters
     lr_wsd_decay_samples decoupled_lr decoupled_min_lr weight_decay start_weight_decay end_weight_decay clip_grad
     loss_scale num_workers init_method_std embedding_init_method_std recompute_num_layers ckpt_step
-    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens vocab_extra_ids
+    attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens vocab_extra_ids yarn_mscale
+    yarn_mscale_all_dim
 """
 _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "sgd_momentum")
 
@@ -81,12 +85,55 @@ def positions(r: Resolution) -> None:
     """The position table covers the sequence, and rotary embeddings turn pairs of channels."""
     if r["seq_length"] and r["max_position_embeddings"] and r["max_position_embeddings"] < r["seq_length"]:
         r.fail("max_position_embeddings seq_length", "there must be a position for every token of a sample")
-    if r["use_rope_scaling"] and r["position_embedding_type"] != "rope":
-        r.fail("use_rope_scaling position_embedding_type", "scales rotary frequencies; there are none without rope")
-    if r["position_embedding_type"] == "rope" and r.positive("kv_channels"):
+    if r["position_embedding_type"] in ROTARY and r.positive("kv_channels"):
         turned = int(r["kv_channels"] * r["rotary_percent"])
         if turned % 2 or turned == 0:
             r.fail("kv_channels rotary_percent", f"rotates {turned} channels of each head; it must be an even number")
+
+
+@_rule
+def rotary_scaling(r: Resolution) -> None:
+    """Rotary frequencies are scaled in one way, and with the numbers of that way."""
+    kind = r["position_embedding_type"]
+    dynamic = r["rope_dynamic_factor"] != 1.0
+    if r["use_rope_scaling"] and kind != "rope":
+        r.fail("use_rope_scaling position_embedding_type", "scales the frequencies of rope, and of nothing else")
+    if dynamic and kind != "rope":
+        r.fail("rope_dynamic_factor position_embedding_type", "scales the frequencies of rope, and of nothing else")
+    if dynamic and r["use_rope_scaling"]:
+        r.fail("rope_dynamic_factor use_rope_scaling", "scale the same frequencies; give one")
+    if dynamic and r.positive("kv_channels") and int(r["kv_channels"] * r["rotary_percent"]) <= 2:
+        r.fail("rope_dynamic_factor kv_channels", "needs at least 4 rotated channels")
+    if r["rope_dynamic_factor"] < 1:
+        r.fail("rope_dynamic_factor", "must be at least 1")
+    for names, there, feature in (
+        (("rope_low_freq_factor", "rope_high_freq_factor"), r["use_rope_scaling"], "use_rope_scaling"),
+        (_YARN.split(), kind == "yarn", "position_embedding_type yarn"),
+        (("rope_original_max_position_embeddings",), r["use_rope_scaling"] or dynamic or kind == "yarn",
+         "use_rope_scaling, rope_dynamic_factor or position_embedding_type yarn"),
+    ):
+        for name in names:
+            if not there and r.is_given(name) and r[name] != DEFAULTS[table.BY_NAME[name].fields[0]]:
+                r.fail(name, f"belongs to {feature}")
+    if r["rope_high_freq_factor"] <= r["rope_low_freq_factor"]:
+        r.fail("rope_low_freq_factor rope_high_freq_factor", "the first must be below the second")
+    if r["yarn_beta_fast"] < r["yarn_beta_slow"]:
+        r.fail("yarn_beta_fast yarn_beta_slow", "the first must not be below the second")
+    if kind == "yarn" and r["rotary_base"] <= 1:
+        r.fail("rotary_base position_embedding_type", "must be above 1")
+
+
+_YARN = """
+    yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int yarn_mscale
+    yarn_mscale_all_dim yarn_attention_factor
+"""
+
+
+@_rule
+def residuals(r: Resolution) -> None:
+    """Attention and MLP side by side branch off before their norms."""
+    if r["parallel_residual"] and r["apply_residual_connection_post_layernorm"]:
+        r.fail("parallel_residual apply_residual_connection_post_layernorm", "place the residual twice; give one")
 
 
 @_rule
@@ -106,7 +153,11 @@ def heads(r: Resolution) -> None:
 @_rule
 def attention_window(r: Resolution) -> None:
     """An attention window has two numbers, positions before and after its own that a query sees; none come after."""
-    window = r["window_size"]
+    window, pattern = r["window_size"], r["window_attn_skip_freq"]
+    if pattern is not None and r["pre_tockens"] == UNLIMITED:
+        r.fail("window_attn_skip_freq", "says in which layers there is a window, and there is none; give window_size")
+    if isinstance(pattern, tuple) and r["num_layers"] and len(pattern) != r["num_layers"]:
+        r.fail("window_attn_skip_freq num_layers", f"has {len(pattern)} entries, one for every layer is needed")
     if window is None:
         return
     if len(window) != 2 or window[0] < -1:

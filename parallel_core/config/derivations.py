@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config.resolution import Resolution
+from parallel_core.config.schema import GATED, ROTARY
 from parallel_core.config.vocabulary import tokenizer_vocab_size
 from parallel_core.errors import ConfigError
 from parallel_core.layout.stages import decoder_layers, parse_layout
@@ -33,17 +34,22 @@ def recompute_activations(r: Resolution) -> None:
 @_rule
 def positions(r: Resolution) -> None:
     """`use_rotary_position_embeddings` is `position_embedding_type rope`; without rope there is nothing to fuse."""
-    if r["use_rotary_position_embeddings"] and r["position_embedding_type"] != "rope":
+    if r["use_rotary_position_embeddings"] and r["position_embedding_type"] not in ROTARY:
         if r.is_given("position_embedding_type"):
             r.fail("use_rotary_position_embeddings position_embedding_type", "ask for two kinds of positions")
         r.derive("position_embedding_type", "rope", "positions")
     if not r["add_position_embedding"] and r["position_embedding_type"] == "learned_absolute":
         r.fail("add_position_embedding", "write position_embedding_type none for a model without positions")
-    if r["position_embedding_type"] != "rope" or r["rotary_interleaved"]:
+    if r["position_embedding_type"] not in ROTARY or r["rotary_interleaved"]:
         if r.is_given("apply_rope_fusion") and r["apply_rope_fusion"]:
             r.note(f"{r.term('apply_rope_fusion')}: off, it needs rope that is not interleaved")
         r.derive("apply_rope_fusion", False, "positions")
     r.fill("rotary_seq_len_interpolation_factor", 1.0, "positions")
+    r.fill("yarn_beta_fast", 32.0, "positions")
+    r.fill("yarn_beta_slow", 1.0, "positions")
+
+
+_GATED_FORMS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
 @_rule
@@ -51,8 +57,6 @@ def activation(r: Resolution) -> None:
     """The activation flags name one `hidden_act`; GELU is the tanh form where Megatron fuses it with the bias."""
     named = [flag for flag in ("swiglu", "squared_relu", "openai_gelu") if r[flag]]
     chosen = r["hidden_act"]
-    if chosen == "silu" and r["gated_linear_unit"]:
-        r.derive("hidden_act", "swiglu", "activation")
     if len(named) > 1 or (named and chosen not in (None, *named)):
         r.fail(" ".join([*named, *(["hidden_act"] if chosen else [])]), "ask for several activations; give one")
     elif named and chosen is None:
@@ -60,8 +64,10 @@ def activation(r: Resolution) -> None:
     elif chosen is None:
         fused = r["bias_gelu_fusion"] and r["add_bias_linear"]
         r.derive("hidden_act", "gelu_tanh" if fused else "gelu", "activation")
-    if r["gated_linear_unit"] and r["hidden_act"] != "swiglu":
-        r.fail("gated_linear_unit hidden_act", "swiglu is the gated activation that exists")
+    if r["gated_linear_unit"] and chosen in _GATED_FORMS:
+        r.derive("hidden_act", _GATED_FORMS[chosen], "activation")
+    if r["gated_linear_unit"] and r["hidden_act"] not in GATED:
+        r.fail("gated_linear_unit hidden_act", f"name one with hidden_act; the gated activations that exist are {', '.join(GATED)}")
 
 
 @_rule
@@ -96,7 +102,7 @@ def widths(r: Resolution) -> None:
     hidden, heads = r["hidden_size"], r["num_attention_heads"]
     if r.positive("hidden_size"):
         gated = int(4 * hidden * 2 / 3) // 64 * 64 or 64
-        r.fill("ffn_hidden_size", gated if r["hidden_act"] == "swiglu" else 4 * hidden, "widths")
+        r.fill("ffn_hidden_size", gated if r["hidden_act"] in GATED else 4 * hidden, "widths")
     if r.positive("hidden_size") and r.positive("num_attention_heads") and r["kv_channels"] is None:
         if hidden % heads:
             r.fail("hidden_size num_attention_heads", f"{hidden} is not a multiple of {heads}; change one of them, "
@@ -192,6 +198,17 @@ def attention_window(r: Resolution) -> None:
         r.fail("window_size pre_tockens", "give two windows; write one of them")
     elif window[0] >= 0:
         r.derive("pre_tockens", window[0], "attention_window")
+
+
+@_rule
+def attention_window_layers(r: Resolution) -> None:
+    """`window_attn_skip_freq N` leaves out every N-th layer; a list that has the window everywhere says nothing."""
+    pattern, layers = r["window_attn_skip_freq"], r["num_layers"]
+    if isinstance(pattern, int) and r.positive("num_layers"):
+        pattern = tuple(int(number % pattern != 0) for number in range(1, layers + 1))
+        r.derive("window_attn_skip_freq", pattern, "attention_window_layers")
+    if isinstance(pattern, tuple) and all(pattern):
+        r.values["window_attn_skip_freq"] = None
 
 
 @_rule

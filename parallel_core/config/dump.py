@@ -126,7 +126,7 @@ def to_flags(arguments: Arguments) -> list[str]:
             continue
         if argument.is_switch:
             words.append(argument.flags[0] if value else argument.off_flags[0])
-        elif argument.kind == "layers":
+        elif argument.kind in ("layers", "pattern"):
             words += [argument.flag, str(value).replace(" ", "")]
         elif argument.kind in LISTS:
             words += [argument.flag, *map(str, value)]

@@ -12,6 +12,14 @@ import dataclasses
 from dataclasses import dataclass, field
 
 
+UNLIMITED = 2**31 - 1
+"""A window that hides nothing."""
+GATED = ("swiglu", "geglu", "geglu_tanh")
+"""Activations whose first linear has two halves, gate and up."""
+ROTARY = ("rope", "yarn")
+"""Kinds of positions that turn queries and keys."""
+
+
 def _fill(section: object, **derived: object) -> None:
     for name, value in derived.items():
         object.__setattr__(section, name, value)
@@ -21,7 +29,7 @@ def _fill(section: object, **derived: object) -> None:
 class FlashAttentionConfig:
     """Window and tensor layout of the fused attention kernel (Ascend `flash_attention_score`)."""
 
-    pre_tokens: int = 2**31 - 1
+    pre_tokens: int = UNLIMITED
     """How many positions before its own a query sees, whichever kernel computes it."""
     next_tokens: int = 0
     """How many positions after its own a query sees: 0, causal."""
@@ -49,14 +57,37 @@ class TransformerConfig:
     num_query_groups: int = 0
     """Number of key/value heads; 0: num_attention_heads (or 1 with group_query_attention, as in Megatron)."""
     position_embedding_type: str = "learned_absolute"
-    """learned_absolute, rope or none."""
+    """learned_absolute, rope, yarn (rotary with YaRN's frequencies) or none."""
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rotary_interleaved: bool = False
     rotary_seq_len_interpolation_factor: float = 1.0
     use_rope_scaling: bool = False
-    """Llama 3.1's frequencies: wavelengths above 8192 positions are stretched by rope_scaling_factor."""
+    """Llama 3.1's frequencies: the slow ones are divided by rope_scaling_factor."""
     rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    """Frequencies with fewer turns than this in the first training's positions are slow (use_rope_scaling)."""
+    rope_high_freq_factor: float = 4.0
+    """Frequencies with more turns than this are fast, and kept; between the two they are blended."""
+    rope_dynamic_factor: float = 1.0
+    """Dynamic NTK: sequences longer than the first training's raise rotary_base with this factor; 1: off."""
+    rope_original_max_position_embeddings: int = 0
+    """Positions of the first training, from which scaled frequencies count; 0: 8192 with use_rope_scaling, with YaRN
+    and dynamic scaling max_position_embeddings."""
+    yarn_rotary_scaling_factor: float = 1.0
+    """YaRN: divisor of slow frequencies."""
+    yarn_beta_fast: float = 32.0
+    """YaRN: frequencies with more turns than this in the first training's positions are kept."""
+    yarn_beta_slow: float = 1.0
+    """YaRN: frequencies with fewer turns than this are divided by the factor."""
+    yarn_correction_range_round_to_int: bool = True
+    """YaRN: the blend begins and ends at whole channels."""
+    yarn_mscale: float = 0.0
+    """YaRN: with yarn_mscale_all_dim, cosines and sines are multiplied by (0.1 yarn_mscale ln(factor) + 1) / (the same
+    of yarn_mscale_all_dim); where one is 0, by 0.1 ln(factor) + 1."""
+    yarn_mscale_all_dim: float = 0.0
+    yarn_attention_factor: float = 0.0
+    """YaRN: what cosines and sines are multiplied by, instead; 0: as yarn_mscale says."""
     normalization: str = "LayerNorm"
     """LayerNorm or RMSNorm."""
     norm_epsilon: float = 1e-5
@@ -64,7 +95,8 @@ class TransformerConfig:
     """The norm's stored weight is its scale minus one."""
     qk_layernorm: bool = False
     hidden_act: str = "gelu"
-    """gelu (erf), gelu_tanh (Megatron's fused bias-GELU), swiglu, squared_relu, openai_gelu, silu or relu."""
+    """gelu (erf), gelu_tanh (Megatron's fused bias-GELU), swiglu, geglu, geglu_tanh (gated by GELU), squared_relu,
+    openai_gelu, silu or relu."""
     add_bias_linear: bool = True
     """Biases in the MLP's linears."""
     qkv_has_bias: bool = True
@@ -76,11 +108,21 @@ class TransformerConfig:
     ffn_post_norm_scale: float = 1.0
     """Initial weight of the norm after the MLP (sandwich norm)."""
     apply_residual_connection_post_layernorm: bool = False
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, and both are added to it."""
+    embedding_multiplier: float = 1.0
+    """Word embeddings are multiplied by this before the first layer."""
     fp32_residual_connection: bool = False
     attention_dropout_rate: float = 0.1
     hidden_dropout_rate: float = 0.1
     attention_softmax_in_fp32: bool = False
     apply_query_key_layer_scaling: bool = False
+    softmax_scale: float = 0.0
+    """Factor of the attention scores; 0: 1 / sqrt(kv_channels)."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Attention scores are divided by the layer's number, from 1."""
+    window_attn_skip_freq: tuple[int, ...] = ()
+    """For every layer 1 where the window of fa_config.pre_tokens applies, 0 where it does not; empty: in all."""
     fp16_lm_cross_entropy: bool = False
     label_smoothing: float = 0.0
     init_method_std: float = 0.02
@@ -111,17 +153,36 @@ class TransformerConfig:
             self,
             max_position_embeddings=self.max_position_embeddings or self.seq_length,
             ffn_hidden_size=self.ffn_hidden_size
-            or ((two_thirds or 64) if self.hidden_act == "swiglu" else 4 * self.hidden_size),
+            or ((two_thirds or 64) if self.is_gated else 4 * self.hidden_size),
             kv_channels=self.kv_channels or self.hidden_size // heads,
             num_query_groups=(self.num_query_groups or 1) if self.group_query_attention else self.num_attention_heads,
+            rope_original_max_position_embeddings=self.rope_original_max_position_embeddings
+            or self._default_trained_length(),
+            window_attn_skip_freq=() if all(self.window_attn_skip_freq) else tuple(self.window_attn_skip_freq),
             embedding_init_std=self.embedding_init_std or self.init_method_std,
             embedding_init_dtype=self.embedding_init_dtype or self.params_dtype,
         )
 
+    def _default_trained_length(self) -> int:
+        if self.use_rope_scaling:
+            return 8192
+        scaled = self.position_embedding_type == "yarn" or self.rope_dynamic_factor != 1.0
+        return (self.max_position_embeddings or self.seq_length) if scaled else 0
+
     @property
     def is_gated(self) -> bool:
         """Whether the MLP's first linear has two halves, gate and up."""
-        return self.hidden_act == "swiglu"
+        return self.hidden_act in GATED
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions enter by turning queries and keys."""
+        return self.position_embedding_type in ROTARY
+
+    def window_of(self, layer_number: int) -> int:
+        """Return how many positions before its own a query of a layer (numbered from 0) sees."""
+        windowed = not self.window_attn_skip_freq or self.window_attn_skip_freq[layer_number]
+        return self.fa_config.pre_tokens if windowed else UNLIMITED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,8 @@ def convert(argument: Argument, raw: object) -> object:
         return _number(raw)
     if argument.kind == "layers":
         return _layers(raw)
+    if argument.kind == "pattern":
+        return _pattern(raw)
     if argument.kind in ("ints", "floats", "strs"):
         return _list(argument, raw)
     return _word(argument, raw)
@@ -121,6 +123,43 @@ def _layers(raw: object) -> tuple[tuple[int, ...], ...]:
     if any(number < 0 for row in layers for number in row):
         raise Unreadable(f"is {raw!r}; a number of layers is not negative")
     return layers
+
+
+_LONGEST_PATTERN = 10_000
+
+
+def _pattern(raw: object) -> int | tuple[int, ...]:
+    """Read which layers are meant: N for every N-th, or one 0 or 1 per layer, also as "([1]*3+[0])*4"."""
+    word = raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 and isinstance(raw[0], str) else raw
+    try:
+        value = _expanded(ast.parse(word.strip(), mode="eval").body) if isinstance(word, str) else word
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        value = None
+    if type(value) is int and value > 0:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(type(item) is int and item in (0, 1) for item in value):
+        return tuple(value)
+    raise Unreadable(f"is {raw!r}; it takes a number N above zero, or a list of 0 and 1 such as [1,1,0]*4")
+
+
+def _expanded(node: ast.expr) -> int | list[int]:
+    """Return the value of a literal number or list, or of lists added and repeated."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [_expanded(item) for item in node.elts]
+        if all(isinstance(item, int) for item in items):
+            return items  # type: ignore[return-value]
+    if isinstance(node, ast.BinOp):
+        left, right = _expanded(node.left), _expanded(node.right)
+        if isinstance(node.op, ast.Mult) and isinstance(left, int) and isinstance(right, list):
+            left, right = right, left
+        if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+            if len(left) * right <= _LONGEST_PATTERN:
+                return left * right
+        elif isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+    raise ValueError(ast.dump(node)[:40])
 
 
 def _list(argument: Argument, raw: object) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ V local vocabulary, T tokens (S * B).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -158,7 +159,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 # ---- activations ----------------------------------------------------------------------------------------------------
 def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """Return the activation `name` of x + bias over the last dim; swiglu halves that dim: silu(first) * second."""
+    """Return the activation `name` of x + bias over the last dim; a gated one halves that dim: act(first) * second."""
     if bias is not None:
         x = x + bias.astype(x.dtype)
     return ACTIVATIONS[name](x)
@@ -177,10 +178,16 @@ def _openai_gelu(x: Tensor) -> Tensor:
     return x * mint.sigmoid(2.0 * 0.7978845608028654 * x * (1.0 + 0.044715 * x * x))
 
 
-def _swiglu(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    gate, up = x[..., :half], x[..., half:]
-    return gate * mint.sigmoid(gate) * up
+def _gated(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gated(x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return act(x[..., :half]) * x[..., half:]
+
+    return gated
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x * mint.sigmoid(x)
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -192,9 +199,11 @@ ACTIVATIONS = {
     "gelu": _gelu_erf,
     "gelu_tanh": _gelu_tanh,
     "openai_gelu": _openai_gelu,
-    "swiglu": _swiglu,
+    "swiglu": _gated(_silu),
+    "geglu": _gated(_gelu_erf),
+    "geglu_tanh": _gated(_gelu_tanh),
     "squared_relu": _squared_relu,
-    "silu": lambda x: x * mint.sigmoid(x),
+    "silu": _silu,
     "relu": ops.relu,
 }
 

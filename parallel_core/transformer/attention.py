@@ -30,8 +30,8 @@ class CoreAttention(nn.Cell):
     values. Only this one also takes them packed as the projection leaves them (`packed`), which saves three copies.
 
     With query-key layer scaling the scores are divided by the layer's number from 1 before the (fp16) product is
-    rounded, and multiplied back inside the softmax. A window of W positions (`fa_config.pre_tokens`) is a mask like
-    that of documents: position s sees nothing before s - W.
+    rounded, and multiplied back inside the softmax. A window of W positions (`TransformerConfig.window_of` the layer)
+    is a mask like that of documents: position s sees nothing before s - W.
     """
 
     def __init__(self, stage: ModelStage, layer_number: int, name: str) -> None:
@@ -40,9 +40,10 @@ class CoreAttention(nn.Cell):
         self.streams, self.site = stage.streams, f"{name}.attention_dropout"
         self.head_size, self.dropout_rate = config.kv_channels, config.attention_dropout_rate
         self.coefficient = float(layer_number + 1) if config.apply_query_key_layer_scaling else 1.0
-        self.scale = 1.0 / (math.sqrt(config.kv_channels) * self.coefficient)
+        divisor = self.coefficient * (layer_number + 1 if config.scale_attn_by_inverse_layer_idx else 1)
+        self.scale = (config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)) / divisor
         self.softmax_in_fp32 = config.attention_softmax_in_fp32 or config.apply_query_key_layer_scaling
-        self.window = config.fa_config.pre_tokens
+        self.window = config.window_of(layer_number)
         self._window_start: Tensor | None = None
         self._attend: Any = ops.causal_attention
         self._attend_packed: Any = ops.causal_attention_packed
@@ -145,7 +146,7 @@ class SelfAttention(nn.Cell):
         )
         self.core_attention = (stage.make_core_attention or CoreAttention)(stage, layer_number, name)
         self._attend: Any = getattr(self.core_attention, "packed", None) or self._attend_apart
-        self.rotary = RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.rotary = RotaryEmbedding(config) if config.is_rotary else None
         self.q_layernorm: nn.Cell | None = None
         self.k_layernorm: nn.Cell | None = None
         if config.qk_layernorm:

@@ -17,7 +17,7 @@ from parallel_core.transformer.stage import ModelStage
 
 
 class LanguageModelEmbedding(nn.Cell):
-    """dropout(word(tokens) + position(positions)), as [S, B, H].
+    """dropout(multiplier * word(tokens) + position(positions)), as [S, B, H].
 
     With sequence parallelism every rank returns its part of the sequence, and looks up only that part's positions, so
     the gradient of the position table is partial.
@@ -28,6 +28,7 @@ class LanguageModelEmbedding(nn.Cell):
         config, name = stage.config, "embedding"
         self.tp_group, self.residual_dtype = stage.tp_group, stage.residual_dtype
         self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate
+        self.multiplier = config.embedding_multiplier
         self.cut = stage.sequence_parallel and stage.tp_group.size > 1
         self.word_embeddings = VocabParallelEmbedding(
             config.vocab_size,
@@ -57,6 +58,8 @@ class LanguageModelEmbedding(nn.Cell):
             position_ids_BS: int32 positions; None: 0..S-1 in every sample.
         """
         hidden = ops.cast(self.word_embeddings(tokens_BS.transpose(1, 0)), self.residual_dtype)
+        if self.multiplier != 1.0:
+            hidden = hidden * self.multiplier
         if self.position_embeddings is not None:
             positions = self._positions(self.position_embeddings, tokens_BS.shape, position_ids_BS)
             hidden = ops.bias_dropout_add(hidden, None, ops.cast(positions, self.residual_dtype), 0.0, (0, 0))

@@ -15,7 +15,8 @@ class TransformerLayer(nn.Cell):
     """hidden + dropout(attention(norm(hidden))), then the same with the MLP.
 
     Options: a second norm on each branch before it is added (sandwich norm); the norm's output instead of its input
-    as residual (`apply_residual_connection_post_layernorm`).
+    as residual (`apply_residual_connection_post_layernorm`); the MLP beside attention instead of after it, both on the
+    layer's input (`parallel_residual`).
 
     Args:
         stage: configuration, group, streams.
@@ -39,6 +40,7 @@ class TransformerLayer(nn.Cell):
         self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate
         self.dropout_is_sharded = stage.sequence_parallel and stage.tp_group.size > 1
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
+        self.parallel_residual = config.parallel_residual
         partial = stage.sequence_parallel
         self.input_layernorm = make_norm(config, f"{name}.input_layernorm", partial_gradient=partial)
         self.self_attention = SelfAttention(
@@ -62,11 +64,12 @@ class TransformerLayer(nn.Cell):
 
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
+        layer_input = hidden
         normed = self.input_layernorm(hidden)
         branch, bias = self.self_attention(ops.cast(normed, self.compute_dtype), document_start_BS)
         residual = normed if self.residual_after_norm else hidden
         hidden = self._add(branch, bias, residual, self.post_attention_layernorm, "attention")
-        normed = self.pre_mlp_layernorm(hidden)
+        normed = self.pre_mlp_layernorm(layer_input if self.parallel_residual else hidden)
         branch, bias = self.mlp(ops.cast(normed, self.compute_dtype))
         residual = normed if self.residual_after_norm else hidden
         return self._add(branch, bias, residual, self.post_mlp_layernorm, "mlp")

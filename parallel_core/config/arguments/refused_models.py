@@ -188,9 +188,6 @@ REFUSED_MODEL_ROWS: tuple[Argument, ...] = (
         qk_head_dim int = 128
         qk_pos_emb_head_dim int = 64
         v_head_dim int = 128
-        rotary_scaling_factor float = 1.0
-        mscale float = 1.0
-        mscale_all_dim float = 1.0 | 0.0
         cache_mla_latents flag
         mla_down_proj_fusion flag
         multi_latent_attention flag
@@ -209,21 +206,11 @@ REFUSED_MODEL_ROWS: tuple[Argument, ...] = (
         """,
     ),
     *refused_rows(
-        "rotary embeddings with scaled frequencies (YaRN; use_rope_scaling is there) or several axes",
+        "rotary embeddings of several axes, in some layers only, or of multi-latent attention",
         """
         mrope_section ints
-        yarn_original_max_position_embeddings int
-        yarn_beta_fast float
-        yarn_beta_slow float
-        yarn_correction_range_round_to_int off
         no_rope_freq
         rope_type = None | 'rope'
-        """,
-    ),
-    *refused_rows(
-        "attention windows in some layers only",
-        """
-        window_attn_skip_freq
         """,
     ),
     *refused_rows(

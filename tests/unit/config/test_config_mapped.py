@@ -12,6 +12,8 @@ from parallel_core.config.dump import field_value
 PIPE = "--num-layers 8 --pipeline-model-parallel-size 2 --global-batch-size 8"
 VPP = PIPE + " --num-layers-per-virtual-pipeline-stage 2"
 DIST = "--use-distributed-optimizer --overlap-grad-reduce"
+ROPE = "--position-embedding-type rope"
+YARN = "--position-embedding-type yarn"
 SAMPLES = "--train-samples 100"
 
 # argument -> (what else must be there, the words that set it); the others are set by their kind.
@@ -30,7 +32,16 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
     "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),
     "pre_tockens": ("", "100"), "window_size": ("", "8 0"),
-    "use_rope_scaling": ("--position-embedding-type rope", ""),
+    "use_rope_scaling": (ROPE, ""), "window_attn_skip_freq": ("--window-size 8 0", "[1,0]*2"),
+    "rope_scaling_factor": (ROPE + " --use-rope-scaling", "4"),
+    "rope_low_freq_factor": (ROPE + " --use-rope-scaling", "2"),
+    "rope_high_freq_factor": (ROPE + " --use-rope-scaling", "2"),
+    "rope_original_max_position_embeddings": (ROPE + " --use-rope-scaling", "64"),
+    "rope_dynamic_factor": (ROPE, "2"), "yarn_beta_slow": (YARN, "2"),
+    **{name: (YARN, "") for name in (
+        "yarn_rotary_scaling_factor", "yarn_correction_range_round_to_int", "yarn_mscale", "yarn_mscale_all_dim",
+        "yarn_attention_factor")},
+    "yarn_beta_fast": (YARN, "16"),
     "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
     "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),
     "microbatch_group_size_per_vp_stage": (VPP, "4"), "sequence_parallel": ("--tensor-model-parallel-size 2", ""),

@@ -19,6 +19,9 @@ from parallel_core.config.argument import MAPPED
 from parallel_core.data.bundled import bundled_tokenizer_model
 
 ROPE = "--position-embedding-type rope"
+LLAMA3 = f"{ROPE} --use-rope-scaling --kv-channels 16 --rope-original-max-position-embeddings 32"
+YARN = "--position-embedding-type yarn --rotary-scaling-factor 8 --kv-channels 16"
+YARN = f"{YARN} --yarn-original-max-position-embeddings 4096"
 PIPE = "--num-layers 8 --pipeline-model-parallel-size 2 --global-batch-size 8 --sequence-parallel"
 PIPE = PIPE.replace(" --sequence-parallel", "")
 VPP = PIPE + " --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 16"
@@ -83,6 +86,23 @@ SEEN = {
         rotary_seq_len_interpolation_factor | --rotary-seq-len-interpolation-factor 2 | {ROPE}
         use_rope_scaling | --use-rope-scaling | {ROPE} --rotary-base 1e6
         rope_scaling_factor | --rope-scaling-factor 64 | {ROPE} --rotary-base 1e6 --use-rope-scaling
+        rope_low_freq_factor | --rope-low-freq-factor 2 | {LLAMA3}
+        rope_high_freq_factor | --rope-high-freq-factor 2 | {LLAMA3}
+        rope_original_max_position_embeddings | --rope-original-max-position-embeddings 16 | {LLAMA3}
+        rope_dynamic_factor | --rope-dynamic-factor 2 | {ROPE} --rope-original-max-position-embeddings 4 \
+            | --rope-original-max-position-embeddings null
+        yarn_rotary_scaling_factor | --rotary-scaling-factor 4 | {YARN}
+        yarn_beta_fast | --yarn-beta-fast 4 | {YARN}
+        yarn_beta_slow | --yarn-beta-slow 0.25 | {YARN}
+        yarn_correction_range_round_to_int | --no-yarn-correction-range-round-to-int | {YARN}
+        yarn_mscale | --mscale 2 | {YARN} --mscale-all-dim 1
+        yarn_mscale_all_dim | --mscale-all-dim 2 | {YARN} --mscale 1
+        yarn_attention_factor | --yarn-attention-factor 2 | {YARN}
+        parallel_residual | --parallel-residual
+        embedding_multiplier | --embedding-multiplier 2
+        softmax_scale | --softmax-scale 0.25
+        scale_attn_by_inverse_layer_idx | --scale-attn-by-inverse-layer-idx
+        window_attn_skip_freq | --window-attn-skip-freq 2 | --window-size 2 0
         norm_epsilon | --norm-epsilon 0.1
         squared_relu | --squared-relu
         openai_gelu | --openai-gelu | --init-method-std 2 | --hidden-act gelu

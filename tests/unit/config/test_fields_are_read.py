@@ -14,6 +14,8 @@ WITHIN_THE_CONFIG = {
     "parallel_config.num_layers_per_virtual_pipeline_stage": "virtual_pipeline_model_parallel_size",
     "training_config.bf16": "compute_dtype and params_dtype",
     "training_config.fp16": "compute_dtype and params_dtype",
+    "model_config.fa_config.pre_tokens": "TransformerConfig.window_of",
+    "model_config.window_attn_skip_freq": "TransformerConfig.window_of",
     # Refused unless they ask for nothing.
     "parallel_config.context_parallel_algo": "context_parallel_size",
     "parallel_config.ulysses_degree_in_cp": "context_parallel_size",

@@ -60,9 +60,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 def act(x: np.ndarray, name: str) -> np.ndarray:
     erf = np.vectorize(math.erf)
-    if name == "swiglu":
+    if name in ("swiglu", "geglu", "geglu_tanh"):
         gate, up = np.split(x, 2, -1)
-        return gate * sigmoid(gate) * up
+        return act(gate, {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}[name]) * up
     if name in ("gelu_tanh", "openai_gelu"):
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     table = {
@@ -74,23 +74,67 @@ def act(x: np.ndarray, name: str) -> np.ndarray:
     return table[name]()
 
 
+def frequencies(c: TransformerConfig, width: int, length: int) -> np.ndarray:
+    """One frequency after another, as the papers write them."""
+    trained, base = c.rope_original_max_position_embeddings, c.rotary_base
+    if c.rope_dynamic_factor != 1.0 and length > trained:
+        grown = c.rope_dynamic_factor * length / trained - (c.rope_dynamic_factor - 1)
+        base *= grown ** (width / (width - 2))
+    out = []
+    for i in range(width // 2):
+        f = base ** (-2 * i / width)
+        wavelength = 2 * math.pi / f
+        if c.use_rope_scaling:
+            slow, fast, s = c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_scaling_factor
+            if wavelength > trained / slow:
+                f /= s
+            elif wavelength >= trained / fast:
+                smooth = (trained / wavelength - slow) / (fast - slow)
+                f = (1 - smooth) * f / s + smooth * f
+        if c.position_embedding_type == "yarn":
+            ends = []
+            for turns in (c.yarn_beta_fast, c.yarn_beta_slow):  # the channel whose wavelength is trained / turns
+                ends.append(width / 2 * math.log(trained / turns / 2 / math.pi) / math.log(base))
+            if c.yarn_correction_range_round_to_int:
+                ends = [math.floor(ends[0]), math.ceil(ends[1])]
+            low, high = max(ends[0], 0), min(ends[1], width - 1)
+            ramp = min(max((i - low) / (high - low), 0), 1)
+            f = (1 - ramp) * f + ramp * f / c.yarn_rotary_scaling_factor
+        out.append(f)
+    return np.array(out)
+
+
 def rope(x: np.ndarray, c: TransformerConfig) -> np.ndarray:
     """Turn pairs as complex numbers. x: [S, B, N, D]."""
     width = int(c.kv_channels * c.rotary_percent)
-    frequency = c.rotary_base ** (-np.arange(0, width, 2) / width)
+    frequency = frequencies(c, width, len(x))
+    amplitude = 1.0
+    if c.position_embedding_type == "yarn":
+        amplitude = c.yarn_attention_factor or 0.1 * math.log(c.yarn_rotary_scaling_factor) + 1.0
+        if not c.yarn_attention_factor and c.yarn_mscale and c.yarn_mscale_all_dim:
+            over, under = (
+                0.1 * m * math.log(c.yarn_rotary_scaling_factor) + 1 for m in (c.yarn_mscale, c.yarn_mscale_all_dim)
+            )
+            amplitude = over / under
     angle = np.outer(np.arange(len(x)) / c.rotary_seq_len_interpolation_factor, frequency)[:, None, None, :]
     turned, rest = x[..., :width], x[..., width:]
     if c.rotary_interleaved:
-        z = (turned[..., 0::2] + 1j * turned[..., 1::2]) * np.exp(1j * angle)
+        z = (turned[..., 0::2] + 1j * turned[..., 1::2]) * np.exp(1j * angle) * amplitude
         out = np.stack((z.real, z.imag), -1).reshape(turned.shape)
     else:
         half = width // 2
-        z = (turned[..., :half] + 1j * turned[..., half:]) * np.exp(1j * angle)
+        z = (turned[..., :half] + 1j * turned[..., half:]) * np.exp(1j * angle) * amplitude
         out = np.concatenate((z.real, z.imag), -1)
     return np.concatenate((out, rest), -1)
 
 
-def attention(x: np.ndarray, p: Arrays, name: str, c: TransformerConfig, starts: np.ndarray | None) -> np.ndarray:
+def attention(
+    x: np.ndarray, p: Arrays, name: str, c: TransformerConfig, starts: np.ndarray | None, layer: int
+) -> np.ndarray:
+    scale = c.softmax_scale or 1 / math.sqrt(c.kv_channels)
+    scale /= layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
+    pattern = c.window_attn_skip_freq
+    window = c.fa_config.pre_tokens if not pattern or pattern[layer] else 99
     S, B, _ = x.shape
     G, D = c.num_query_groups, c.kv_channels
     per_group = c.num_attention_heads // G
@@ -99,15 +143,15 @@ def attention(x: np.ndarray, p: Arrays, name: str, c: TransformerConfig, starts:
     key, value = mixed[:, :, :, per_group], mixed[:, :, :, per_group + 1]
     if c.qk_layernorm:
         query, key = norm(query, p, f"{name}.q_layernorm", c), norm(key, p, f"{name}.k_layernorm", c)
-    if c.position_embedding_type == "rope":
+    if c.position_embedding_type in ("rope", "yarn"):
         query, key = rope(query, c), rope(key, c)
     context = np.zeros((S, B, G * per_group, D))
     for b in range(B):
         for n in range(G * per_group):
             for s in range(S):
                 first = 0 if starts is None else starts[b, s]
-                seen = slice(first, s + 1)
-                scores = key[seen, b, n // per_group] @ query[s, b, n] / math.sqrt(D)
+                seen = slice(max(first, s - window), s + 1)
+                scores = key[seen, b, n // per_group] @ query[s, b, n] * scale
                 weights = np.exp(scores - scores.max())
                 context[s, b, n] = weights / weights.sum() @ value[seen, b, n // per_group]
     return linear(context.reshape(S, B, -1), p, f"{name}.linear_proj")
@@ -115,21 +159,22 @@ def attention(x: np.ndarray, p: Arrays, name: str, c: TransformerConfig, starts:
 
 def numpy_model(p: Arrays, c: TransformerConfig, tokens: np.ndarray, starts: np.ndarray | None = None) -> np.ndarray:
     """Return the logits, [S, B, V]."""
-    x = p["embedding.word_embeddings.weight"][tokens.T]
+    x = p["embedding.word_embeddings.weight"][tokens.T] * c.embedding_multiplier
     if c.position_embedding_type == "learned_absolute":
         x = x + p["embedding.position_embeddings.weight"][: len(x), None]
     for i in range(c.num_layers):
-        layer = f"decoder.layers.{i}"
+        layer, layer_input = f"decoder.layers.{i}", x
         for which, before, after in (
             ("self_attention", "input_layernorm", "post_attention_layernorm"),
             ("mlp", "pre_mlp_layernorm", "post_mlp_layernorm"),
         ):
-            normed = norm(x, p, f"{layer}.{before}", c)
+            beside = c.parallel_residual and which == "mlp"
+            normed = norm(layer_input if beside else x, p, f"{layer}.{before}", c)
             if which == "mlp":
                 wide = act(linear(normed, p, f"{layer}.mlp.linear_fc1"), c.hidden_act)
                 branch = linear(wide, p, f"{layer}.mlp.linear_fc2")
             else:
-                branch = attention(normed, p, f"{layer}.{which}", c, starts)
+                branch = attention(normed, p, f"{layer}.{which}", c, starts, i)
             if c.use_sandwich_norm:
                 branch = norm(branch, p, f"{layer}.{after}", c)
             x = (normed if c.apply_residual_connection_post_layernorm else x) + branch
@@ -214,6 +259,14 @@ LLAMA: dict[str, Any] = {
     "untie_embeddings_and_output_weights": True,
 }
 
+SCALED: dict[str, Any] = {
+    "kv_channels": 16,
+    "rotary_base": 1000.0,
+    "rope_scaling_factor": 4.0,
+    "rope_original_max_position_embeddings": 256,
+}
+YARN: dict[str, Any] = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0}
+
 
 @pytest.mark.parametrize(
     "options",
@@ -241,6 +294,20 @@ LLAMA: dict[str, Any] = {
         {**LLAMA, "rotary_interleaved": True, "rotary_percent": 0.5, "kv_channels": 8},
         {**LLAMA, "rotary_base": 100.0},
         {**LLAMA, "rotary_seq_len_interpolation_factor": 4.0},
+        {**LLAMA, **SCALED, "use_rope_scaling": True, "rope_low_freq_factor": 2.0, "rope_high_freq_factor": 8.0},
+        {**LLAMA, **SCALED, "rope_dynamic_factor": 3.0, "rope_original_max_position_embeddings": 4},
+        {**LLAMA, **SCALED, **YARN},
+        {**LLAMA, **SCALED, **YARN, "yarn_correction_range_round_to_int": False, "yarn_beta_fast": 16.0},
+        {**LLAMA, **SCALED, **YARN, "yarn_mscale": 2.0, "yarn_mscale_all_dim": 0.5, "rotary_percent": 0.5},
+        {**LLAMA, **SCALED, **YARN, "yarn_attention_factor": 1.5, "rotary_interleaved": True},
+        {"parallel_residual": True},
+        {**LLAMA, "parallel_residual": True, "use_sandwich_norm": True},
+        {"embedding_multiplier": 4.0},
+        {"softmax_scale": 1.0},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_by_inverse_layer_idx": True, "apply_query_key_layer_scaling": True},
+        {"fa_config": FlashAttentionConfig(pre_tokens=2)},
+        {"fa_config": FlashAttentionConfig(pre_tokens=1), "window_attn_skip_freq": (0, 1)},
     ],
     ids=lambda options: ", ".join(f"{k}={v}" for k, v in options.items() if LLAMA.get(k) != v) or "plain",
 )
