@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from parallel_core.config import table
+from parallel_core.config.forms import says_nothing
+from parallel_core.config.model_keys import FIELD_OF
 from parallel_core.config.values import Given
 from parallel_core.errors import ConfigError, ParallelCoreError
 
-MODEL_NAMES = """
-    num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups group_query_attention
-    kv_channels max_position_embeddings position_embedding_type add_position_embedding use_rotary_position_embeddings
-    rotary_base rotary_percent rotary_interleaved rotary_seq_len_interpolation_factor add_bias_linear add_qkv_bias
-    squared_relu swiglu openai_gelu hidden_act untie_embeddings_and_output_weights apply_layernorm_1p normalization
-    norm_epsilon qk_layernorm apply_query_key_layer_scaling attention_dropout hidden_dropout
-    make_vocab_size_divisible_by padded_vocab_size vocab_size qkv_has_bias add_dense_bias use_sandwich_norm
-    num_experts multi_latent_attention
-"""
-LAYOUT_NAMES = """
-    tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-    num_layers_per_virtual_pipeline_stage
-"""
-TOKENIZER_NAMES = "tokenizer_type tokenizer_model vocab_file merge_file legacy_tokenizer vocab_extra_ids"
+MODEL_NAMES = frozenset({*FIELD_OF, "group_query_attention", "seq_length"})
+"""Arguments that a checkpoint gives, whatever it is."""
+_RUN_NAMES = (
+    "seq_length", "attention_dropout", "hidden_dropout", "apply_query_key_layer_scaling",
+    "make_vocab_size_divisible_by", "vocab_size",
+)  # fmt: skip
+_LAYOUT_NAMES = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+)  # fmt: skip
+_TOKENIZER_NAMES = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "legacy_tokenizer", "vocab_extra_ids")
+_OLDER_WORDS = {"swiglu": "hidden_act", "add_qkv_bias": "qkv_has_bias"}
+"""What checkpoints without the newer setting say instead."""
 
 
 def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:
@@ -41,20 +43,60 @@ def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:
         common = open_checkpoint(find_checkpoint(root, step, check=False)).common  # type: ignore[arg-type]
     except ParallelCoreError as error:
         raise ConfigError(str(error)) from None
-    stored = common.get("megatron_args") or common.get("model_config") or {}
-    if not stored:
+    settings = common.get("model_config")
+    if not isinstance(settings, Mapping) or not settings:
         raise ConfigError(f"{given['load'].terms}: has no arguments in it")
-    by_field = "padded_vocab_size" not in stored
-    names = MODEL_NAMES.split()
+    names = list(_RUN_NAMES)
     if "use_mp_args_from_checkpoint_args" in given:
-        names += LAYOUT_NAMES.split()
+        names += _LAYOUT_NAMES
     keep = given.get("use_tokenizer_model_from_checkpoint_args")
     if keep is None or keep.value:
-        names += TOKENIZER_NAMES.split()
-    values = []
-    for key, value in stored.items():
-        direct = table.DIRECT.get(f"model_config.{key}") if by_field else None
-        found = (direct, False) if direct else table.find(str(key))
-        if found and not found[1] and found[0].name in names and value is not None:
-            values.append(Given(found[0].name, value, f"checkpoint {root}", str(key), value))
-    return values
+        names += _TOKENIZER_NAMES
+    found = {**_of_the_model(settings), **dict(_of_the_run(common, names))}
+    if "padded_vocab_size" in given:  # padding belongs to the layout; the real rows are checked where they are loaded
+        found.pop("padded_vocab_size", None)
+    return [
+        Given(name, value, f"checkpoint {root}", name, value) for name, value in found.items() if value is not None
+    ]
+
+
+def superseded(given: Mapping[str, Given], stored: Mapping[str, Given]) -> dict[str, str]:
+    """Return the given arguments that say in other words what the checkpoint says, each with what it says."""
+    paths = {table.BY_NAME[name].fields[0]: name for name in stored}
+    replaced: dict[str, str] = {}
+    for name in given:
+        argument = table.BY_NAME.get(name)
+        if argument is None or argument.direct or not argument.fields or name in stored:
+            continue
+        if all(path in paths for path in argument.fields):
+            told = paths[argument.fields[0]]
+            replaced[name] = f"{told}={stored[told].value}"
+    return replaced
+
+
+def _of_the_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in settings.items() if name in FIELD_OF}
+    for word, newer in _OLDER_WORDS.items():
+        if newer not in found and settings.get(word) is not None:
+            found[word] = settings[word]
+    groups, heads = found.get("num_query_groups"), found.get("num_attention_heads")
+    if groups is not None and heads is not None:
+        found["group_query_attention"] = groups != heads
+    return found
+
+
+def _of_the_run(common: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what is known of the run: Megatron's arguments, or the tree that this program writes."""
+    args, tree = common.get("megatron_args"), common.get("config")
+    for name in names:
+        argument = table.BY_NAME[name]
+        if isinstance(args, Mapping):
+            written = [key for key in (name, *argument.aliases) if args.get(key) is not None]
+            if written:
+                yield name, args[written[0]]
+            continue
+        value: Any = tree
+        for part in argument.fields[0].split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and not says_nothing(argument.fields[0], value):
+            yield name, value

@@ -67,7 +67,8 @@ def activation(r: Resolution) -> None:
     if r["gated_linear_unit"] and chosen in _GATED_FORMS:
         r.derive("hidden_act", _GATED_FORMS[chosen], "activation")
     if r["gated_linear_unit"] and r["hidden_act"] not in GATED:
-        r.fail("gated_linear_unit hidden_act", f"name one with hidden_act; the gated activations that exist are {', '.join(GATED)}")
+        exist = ", ".join(GATED)
+        r.fail("gated_linear_unit hidden_act", f"name one with hidden_act; the gated ones that exist are {exist}")
 
 
 @_rule

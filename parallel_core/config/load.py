@@ -10,7 +10,7 @@ from typing import Any
 
 from parallel_core.config import table
 from parallel_core.config.argument import IGNORED, REFUSED
-from parallel_core.config.checkpoint_args import MODEL_NAMES, checkpoint_values
+from parallel_core.config.checkpoint_args import MODEL_NAMES, checkpoint_values, superseded
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.flags import ExtraArgsProvider, UserArguments, read_flags
@@ -180,7 +180,9 @@ def _take_checkpoint_values(
         stored, _ = _merge([checkpoint_values(given)], user, problems, notes)
     except ConfigError as error:
         problems.append(str(error))
-        return set(MODEL_NAMES.split())
+        return set(MODEL_NAMES)
+    for name, told in superseded(given, stored).items():
+        notes.append(f"{given.pop(name).terms}: not used, the checkpoint has {told}")
     for name, entry in stored.items():
         if name in given and given[name].value != entry.value:
             notes.append(f"{given[name].terms}: not used, the checkpoint has {name}={entry.value}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-
 UNLIMITED = 2**31 - 1
 """A window that hides nothing."""
 GATED = ("swiglu", "geglu", "geglu_tanh")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
+from parallel_core.config.schema import DatasetConfig
 from parallel_core.errors import ConfigError, ParallelCoreError
 
 
@@ -42,6 +44,22 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
             f"tokenizer_type={kind}: {error}; give padded_vocab_size to describe the model without its tokenizer"
         ) from None
     return tokenizer.vocab_size
+
+
+@lru_cache(maxsize=1)
+def known_vocabulary(data: DatasetConfig) -> int | None:
+    """Return the number of tokens of a run's tokenizer; None where its files, or a tokenizer, are not there."""
+    values = {
+        name: getattr(data, name) or None
+        for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", "data_path",
+                     "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "mock_data")
+    }  # fmt: skip
+    if values["tokenizer_type"] == "NullTokenizer":
+        return None
+    try:
+        return tokenizer_vocab_size(values)
+    except ConfigError:
+        return None
 
 
 def _count(values: Mapping[str, object], name: str) -> int:

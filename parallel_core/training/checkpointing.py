@@ -24,7 +24,9 @@ from parallel_core.checkpoint import (
     open_checkpoint,
     share_among_replicas,
 )
-from parallel_core.config.schema import AllConfig, TransformerConfig
+from parallel_core.config.model_keys import comparable, model_settings
+from parallel_core.config.schema import AllConfig
+from parallel_core.config.vocabulary import known_vocabulary
 from parallel_core.context import ParallelContext
 from parallel_core.errors import CheckpointError, ParallelCoreError, bullet_list
 from parallel_core.layout.shard import shard_of
@@ -176,7 +178,7 @@ class Checkpointer:
         common: dict[str, Any] = {
             **asdict(progress),
             "config": self._config.to_dict(),
-            "model_config": megatron_model_config(self._config),
+            "model_config": stored_settings(self._config),
             "mesh": {
                 "tensor_model_parallel_size": mesh.size("tp"),
                 "pipeline_model_parallel_size": mesh.size("pp"),
@@ -250,11 +252,12 @@ class Checkpointer:
         return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._say))
 
     def _check_model(self, common: dict[str, Any], path: Path) -> None:
-        asked, saved = megatron_model_config(self._config), dict(common.get("model_config", {}))
-        for key in ("vocab_size", "padded_vocab_size"):  # padding depends on the layout; real rows are checked on load
-            asked.pop(key, None)
-            saved.pop(key, None)
-        both = [key for key in asked if saved.get(key) is not None]
+        length = self._config.model_config.seq_length
+        asked, saved = (
+            comparable(settings, length)
+            for settings in (stored_settings(self._config), dict(common.get("model_config") or {}))
+        )
+        both = asked.keys() & saved.keys()
         differences = compare_model_config({key: saved[key] for key in both}, {key: asked[key] for key in both})
         if differences:
             raise CheckpointError(f"{path} holds another model:\n{bullet_list(differences, 20)}")
@@ -289,21 +292,13 @@ class Checkpointer:
         )
 
 
-def megatron_model_config(config: AllConfig) -> dict[str, Any]:
-    """Return the settings that decide what the tensors are, by Megatron's argument names."""
-    model: TransformerConfig = config.model_config
-    same = (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-        "max_position_embeddings position_embedding_type rotary_base rotary_percent rotary_interleaved normalization "
-        "norm_epsilon add_bias_linear qk_layernorm untie_embeddings_and_output_weights"
-    )
-    return {
-        **{key: getattr(model, key) for key in same.split()},
-        "padded_vocab_size": model.vocab_size,
-        "vocab_size": config.dataset_config.unpadded_vocab_size or None,
-        "swiglu": model.hidden_act == "swiglu",
-        "add_qkv_bias": model.qkv_has_bias,
-    }
+def stored_settings(config: AllConfig) -> dict[str, Any]:
+    """Return the settings that define the model as a checkpoint keeps them, with the vocabulary's true size."""
+    data = config.dataset_config
+    true_size = data.unpadded_vocab_size or known_vocabulary(data)
+    if data.unpadded_vocab_size and data.tokenizer_type == "NullTokenizer":
+        true_size += 1  # its end-of-document token comes after the vocabulary
+    return {**model_settings(config.model_config), "vocab_size": true_size}
 
 
 def _nothing() -> None:

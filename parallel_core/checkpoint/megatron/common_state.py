@@ -9,31 +9,8 @@ from typing import Any
 import numpy as np
 
 from parallel_core.checkpoint.megatron.safe_pickle import Inert, Symbol, TorchTensor
-from parallel_core.errors import CheckpointError
-
-MODEL_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "padded_vocab_size",
-    "vocab_size",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_interleaved",
-    "normalization",
-    "norm_epsilon",
-    "swiglu",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "untie_embeddings_and_output_weights",
-)
-"""Settings that decide what the tensors are, by Megatron's argument names."""
+from parallel_core.config.megatron_model import refused_by, settings_of_megatron
+from parallel_core.errors import CheckpointError, ConfigError
 
 _SCHEDULER_ALIASES = {
     "start_lr": "max_lr",
@@ -78,49 +55,35 @@ def scalar(value: Any) -> float | int | None:
 
 
 def model_config_of(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide what the tensors are, from Megatron's arguments of any version.
+    """Return the settings that define the model, from Megatron's arguments of any version.
 
     Args:
         args: `plain` arguments.
+
+    Raises:
+        CheckpointError: an argument has a value that cannot be read.
     """
-    found = dict(args)
-    if "add_bias_linear" not in found and "disable_bias_linear" in found:
-        found["add_bias_linear"] = not found["disable_bias_linear"]
-    found.setdefault("norm_epsilon", args.get("layernorm_epsilon"))
-    heads = found.get("num_attention_heads")
-    if not found.get("group_query_attention") or not found.get("num_query_groups"):
-        found["num_query_groups"] = heads
-    if not found.get("kv_channels") and heads and found.get("hidden_size"):
-        found["kv_channels"] = found["hidden_size"] // heads
-    if not found.get("ffn_hidden_size") and found.get("hidden_size"):
-        found["ffn_hidden_size"] = 4 * found["hidden_size"]
-    if found.get("add_bias_linear", True):
-        found["add_qkv_bias"] = True  # Megatron: biases everywhere include qkv's
-    if found.get("tokenizer_type") == "NullTokenizer" and found.get("vocab_size"):
-        found["vocab_size"] += 1  # its end-of-document token comes after the vocabulary
-    defaults = {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "add_bias_linear": True}
-    return {key: found.get(key) if found.get(key) is not None else defaults.get(key) for key in MODEL_KEYS}
+    try:
+        settings = settings_of_megatron(args)
+    except ConfigError as error:
+        raise CheckpointError(f"the arguments in the checkpoint: {error}") from None
+    true_size = args.get("vocab_size")
+    if isinstance(true_size, int) and args.get("tokenizer_type") == "NullTokenizer":
+        true_size += 1  # its end-of-document token comes after the vocabulary
+    return {**settings, "vocab_size": true_size}
 
 
 def refuse_unsupported(args: Mapping[str, Any], where: str) -> None:
     """Raise for models this project has no counterpart of, by the argument that says so.
 
     Raises:
-        CheckpointError: mixture of experts, multi-latent attention, multi-token prediction, a Mamba hybrid, or FSDP.
+        CheckpointError: the model is not built (a mixture of experts, multi-latent attention, ...), or FSDP wrote it.
     """
-    reasons = {
-        "num_experts": "a mixture of experts",
-        "multi_latent_attention": "multi-latent attention",
-        "mtp_num_layers": "multi-token prediction",
-        "hybrid_override_pattern": "a Mamba hybrid",
-        "attention_output_gate": "attention output gates",
-        "use_torch_fsdp2": "torch FSDP2",
-        "use_megatron_fsdp": "Megatron-FSDP",
-        "use_custom_fsdp": "Megatron-FSDP",
-    }
-    for key, what in reasons.items():
-        if args.get(key):
-            raise CheckpointError(f"{where} holds {what} ({key}={args[key]!r}), which cannot be read")
+    reason = refused_by(args)
+    for key in ("use_torch_fsdp2", "use_megatron_fsdp", "use_custom_fsdp"):
+        reason = reason or (f"the format of FSDP ({key}={args[key]!r})" if args.get(key) else None)
+    if reason:
+        raise CheckpointError(f"{where} holds {reason}, which cannot be read")
 
 
 def common_of(state: Mapping[str, Any], args: Mapping[str, Any], iteration: int) -> dict[str, Any]:

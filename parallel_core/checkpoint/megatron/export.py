@@ -22,7 +22,8 @@ from parallel_core.checkpoint.megatron.names import (
 from parallel_core.checkpoint.megatron.pickle_emitter import torch_dtype
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorInfo, TensorSource
-from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.config.megatron_model import megatron_arguments
+from parallel_core.errors import CheckpointError, ConfigError, bullet_list
 from parallel_core.layout.shard import TensorShard
 
 KINDS = ("exp_avg", "exp_avg_sq")
@@ -250,7 +251,13 @@ def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, 
             "Megatron checkpoint can be written"
         )
     args = {**_TRAINING_DEFAULTS, **_known(common.get("config")), **saved}
-    args.update({key: value for key, value in model.items() if key != "vocab_size" or "vocab_size" not in saved})
+    try:
+        words = megatron_arguments(model)
+    except ConfigError as error:
+        raise CheckpointError(f"no Megatron run has this model: {error}") from None
+    args.update({key: value for key, value in words.items() if key != "vocab_size" or "vocab_size" not in saved})
+    if "vocab_size" not in saved and args.get("vocab_size") and args["tokenizer_type"] == "NullTokenizer":
+        args["vocab_size"] -= 1  # the tokenizer adds its end-of-document token itself
     mesh = {**(common.get("mesh") or {}), **{key: saved[key] for key in saved if key.endswith("parallel_size")}}
     sizes = {
         "tensor_model_parallel_size": target.tensor_parallel,

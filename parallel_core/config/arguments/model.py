@@ -91,7 +91,8 @@ LAYERS: tuple[Argument, ...] = (
            "on, with biases and GELU: the tanh form that Megatron's fused kernel computes; off: the erf form",
            direct=False, flags=("--no-bias-gelu-fusion",)),
     mapped("hidden_act", "str", None, "model_config.hidden_act", "the activation by name; instead of the flags above",
-           origin=_SPEED, choices=("gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "squared_relu", "openai_gelu", "silu", "relu"),
+           origin=_SPEED, choices=(
+               "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "squared_relu", "openai_gelu", "silu", "relu"),
            renamed=(("squaredrelu", "squared_relu"),), aliases=("activation_func",)),
     mapped("gated_linear_unit", "toggle", None, "model_config.hidden_act",
            "with hidden_act silu, gelu or gelu_tanh: swiglu, geglu or geglu_tanh", origin=_SPEED, direct=False),

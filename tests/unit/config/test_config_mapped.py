@@ -38,9 +38,8 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "rope_high_freq_factor": (ROPE + " --use-rope-scaling", "2"),
     "rope_original_max_position_embeddings": (ROPE + " --use-rope-scaling", "64"),
     "rope_dynamic_factor": (ROPE, "2"), "yarn_beta_slow": (YARN, "2"),
-    **{name: (YARN, "") for name in (
-        "yarn_rotary_scaling_factor", "yarn_correction_range_round_to_int", "yarn_mscale", "yarn_mscale_all_dim",
-        "yarn_attention_factor")},
+    "yarn_rotary_scaling_factor": (YARN, ""), "yarn_correction_range_round_to_int": (YARN, ""),
+    "yarn_mscale": (YARN, ""), "yarn_mscale_all_dim": (YARN, ""), "yarn_attention_factor": (YARN, ""),
     "yarn_beta_fast": (YARN, "16"),
     "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
     "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),

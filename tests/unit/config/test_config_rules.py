@@ -170,7 +170,7 @@ REFUSED = [
     ("rotary_scaling", "--rotary-scaling-factor 40", "--rotary-scaling-factor 40: belongs to position_embedding_type"),
     ("rotary_scaling", "--rope-low-freq-factor 2", "belongs to use_rope_scaling"),
     ("rotary_scaling", "--yarn-original-max-position-embeddings 64", "belongs to use_rope_scaling, rope_dynamic"),
-    ("rotary_scaling", "--rope-low-freq-factor 4 --use-rope-scaling --position-embedding-type rope", "below the second"),
+    ("rotary_scaling", "--rope-low-freq-factor 4 --use-rope-scaling --position-embedding-type rope", "below the"),
     ("rotary_scaling", "--yarn-beta-slow 40 --position-embedding-type yarn", "the first must not be below"),
     ("rotary_scaling", "--rotary-base 1 --position-embedding-type yarn", "must be above 1"),
     ("residuals", "--parallel-residual --apply-residual-connection-post-layernorm", "place the residual twice"),

@@ -1,0 +1,153 @@
+"""What a model is: which fields of `TransformerConfig` decide what it computes, and how checkpoints spell them.
+
+A checkpoint stores these settings, `--load` compares them, `--use-checkpoint-args` reads them back, and importers and
+exporters map them. This is the one list; a field belongs to `DEFINING` or, with a reason, to `NOT_DEFINING`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from parallel_core.config import table
+from parallel_core.config.schema import DEFAULTS, UNLIMITED, FlashAttentionConfig, TransformerConfig
+from parallel_core.config.values import Unreadable, convert
+
+DEFINING: tuple[str, ...] = tuple(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size
+    max_position_embeddings position_embedding_type rotary_base rotary_percent rotary_interleaved
+    rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor rope_low_freq_factor rope_high_freq_factor
+    rope_dynamic_factor rope_original_max_position_embeddings yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow
+    yarn_correction_range_round_to_int yarn_mscale yarn_mscale_all_dim yarn_attention_factor
+    normalization norm_epsilon apply_layernorm_1p qk_layernorm hidden_act add_bias_linear qkv_has_bias
+    out_proj_has_bias untie_embeddings_and_output_weights use_sandwich_norm apply_residual_connection_post_layernorm
+    parallel_residual embedding_multiplier softmax_scale scale_attn_by_inverse_layer_idx fa_config.pre_tokens
+    window_attn_skip_freq
+    """.split()
+)
+"""Fields that decide what a model computes from given weights, or what its weights are."""
+
+_KERNEL = "which kernel computes it"
+_PRECISION = "in which type it is computed or kept"
+_FIRST = "first values of weights, which a checkpoint replaces"
+NOT_DEFINING: dict[str, str] = {
+    "seq_length": "how the data is cut",
+    "group_query_attention": "says whether num_query_groups counts, which is stored resolved",
+    "attention_dropout_rate": "training alone",
+    "hidden_dropout_rate": "training alone",
+    "label_smoothing": "the training loss alone",
+    "attn_post_norm_scale": _FIRST,
+    "ffn_post_norm_scale": _FIRST,
+    "init_method_std": _FIRST,
+    "embedding_init_std": _FIRST,
+    "init_method_xavier_uniform": _FIRST,
+    "fp32_residual_connection": _PRECISION,
+    "attention_softmax_in_fp32": _PRECISION,
+    "apply_query_key_layer_scaling": _PRECISION,
+    "fp16_lm_cross_entropy": _PRECISION,
+    "params_dtype": _PRECISION,
+    "compute_dtype": _PRECISION,
+    "embedding_init_dtype": _PRECISION,
+    "transformer_impl": _KERNEL,
+    "use_flash_attention": _KERNEL,
+    "fa_config.next_tokens": "0 in every model that is built",
+    "fa_config.input_layout": _KERNEL,
+    "apply_swiglu_fusion": _KERNEL,
+    "apply_rope_fusion": _KERNEL,
+    "recompute_granularity": "what is computed again",
+    "recompute_method": "what is computed again",
+    "recompute_num_layers": "what is computed again",
+}
+
+NAME_OF: dict[str, str] = {field: table.DIRECT[f"model_config.{field}"].name for field in DEFINING}
+"""Defining field -> the argument that holds its value, which is its key in checkpoints."""
+FIELD_OF: dict[str, str] = {name: field for field, name in NAME_OF.items()}
+
+
+def model_settings(model: TransformerConfig) -> dict[str, Any]:
+    """Return what defines `model`, by argument name and ready for JSON; settings without an effect are left out.
+
+    `swiglu` and `add_qkv_bias` repeat `hidden_act` and `qkv_has_bias` in Megatron's words.
+    """
+    values = {field: value_of(model, field) for field in DEFINING if has_effect(model, field)}
+    settings = {NAME_OF[field]: list(v) if isinstance(v, tuple) else v for field, v in values.items()}
+    return {**settings, "swiglu": model.hidden_act == "swiglu", "add_qkv_bias": model.qkv_has_bias}
+
+
+def value_of(model: TransformerConfig, field: str) -> Any:
+    """Return the value of a field by its path below `model_config`."""
+    outer, _, inner = field.partition(".")
+    return getattr(getattr(model, outer), inner) if inner else getattr(model, outer)
+
+
+def has_effect(model: TransformerConfig, field: str) -> bool:
+    """Tell whether a defining field says anything about this model, given the others."""
+    if field.startswith(("rotary_", "rope_", "use_rope")):
+        if field in ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
+            return model.is_rotary and model.use_rope_scaling
+        if field == "rope_original_max_position_embeddings":
+            scaled = model.use_rope_scaling or model.rope_dynamic_factor != 1.0
+            return model.position_embedding_type == "yarn" or (model.is_rotary and scaled)
+        return model.is_rotary
+    if field.startswith("yarn_"):
+        return model.position_embedding_type == "yarn"
+    if field == "window_attn_skip_freq":
+        return model.fa_config.pre_tokens < UNLIMITED
+    return True
+
+
+def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
+    """Return the model that stored settings describe; what they do not say has the schema's default.
+
+    Args:
+        settings: as `model_settings` returns them, or an older or hand-written part of them.
+
+    Raises:
+        Unreadable: a value is not of its argument's type.
+    """
+    values: dict[str, Any] = {}
+    for name, raw in settings.items():
+        argument = table.BY_NAME.get(name)
+        if argument is None or raw is None or name not in FIELD_OF:
+            continue
+        try:
+            values[FIELD_OF[name]] = convert(argument, raw)
+        except Unreadable as error:
+            raise Unreadable(f"{name} {error}") from None
+    if "hidden_act" not in values and settings.get("swiglu") is not None:
+        values["hidden_act"] = "swiglu" if settings["swiglu"] else "gelu_tanh"
+    if "qkv_has_bias" not in values and settings.get("add_qkv_bias") is not None:
+        values["qkv_has_bias"] = bool(settings["add_qkv_bias"])
+    values.setdefault("out_proj_has_bias", values.get("add_bias_linear", True))
+    groups = values.pop("num_query_groups", None)
+    if groups is not None:
+        values.update(num_query_groups=groups, group_query_attention=True)
+    window = values.pop("fa_config.pre_tokens", UNLIMITED)
+    values["fa_config"] = FlashAttentionConfig(pre_tokens=window)
+    values.setdefault("seq_length", values.get("max_position_embeddings", 1))
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        values.setdefault(name, 1)
+    return TransformerConfig(**values)
+
+
+def comparable(settings: Mapping[str, Any], seq_length: int) -> dict[str, Any]:
+    """Return the settings that must agree for two runs on sequences of `seq_length` to have the same model.
+
+    Padding of the vocabulary depends on the layout, and its real rows are checked where they are loaded; only a learned
+    table has as many rows as there are positions; a window that covers the sequence is none.
+    """
+    left_out = {"vocab_size", "padded_vocab_size"}
+    if settings.get("position_embedding_type", "learned_absolute") != "learned_absolute":
+        left_out.add("max_position_embeddings")
+    kept = {name: value for name, value in settings.items() if name not in left_out and value is not None}
+    window = kept.get("pre_tockens")
+    if isinstance(window, int) and window >= seq_length - 1:
+        kept["pre_tockens"] = UNLIMITED
+        kept.pop("window_attn_skip_freq", None)
+    return kept
+
+
+def default_of(field: str) -> Any:
+    """Return what a defining field has when nothing is said; None for sizes, which always are."""
+    return DEFAULTS.get(f"model_config.{field}")
