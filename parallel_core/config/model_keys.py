@@ -70,8 +70,9 @@ def model_settings(model: TransformerConfig) -> dict[str, Any]:
 
     `swiglu` and `add_qkv_bias` repeat `hidden_act` and `qkv_has_bias` in Megatron's words.
     """
-    values = {field: value_of(model, field) for field in DEFINING if has_effect(model, field)}
-    settings = {NAME_OF[field]: list(v) if isinstance(v, tuple) else v for field, v in values.items()}
+    settings = {NAME_OF[field]: value_of(model, field) for field in DEFINING if has_effect(model, field)}
+    if "window_attn_skip_freq" in settings:
+        settings["window_attn_skip_freq"] = list(model.window_attn_skip_freq) or [1] * model.num_layers
     return {**settings, "swiglu": model.hidden_act == "swiglu", "add_qkv_bias": model.qkv_has_bias}
 
 

@@ -8,6 +8,9 @@ from functools import lru_cache
 from parallel_core.config.schema import DatasetConfig
 from parallel_core.errors import ConfigError, ParallelCoreError
 
+DATA_SOURCES = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "mock_data")
+"""Where data may come from; with none of them, and no tokenizer, both are the bundled ones."""
+
 
 def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
     """Return the number of tokens of the tokenizer that `values` (Megatron names) describe, or None without one.
@@ -18,8 +21,7 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
         ConfigError: The tokenizer's files are missing or unreadable; the message names them.
     """
     kind = values.get("tokenizer_type")
-    has_data = any(values.get(name) for name in (
-        "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "mock_data"))
+    has_data = any(values.get(name) for name in DATA_SOURCES)
     if kind is None and (has_data or values.get("tokenizer_model")):
         return None
     from parallel_core.data.bundled import bundled_tokenizer_model  # Tokenizers load only when one is needed.
@@ -51,9 +53,8 @@ def known_vocabulary(data: DatasetConfig) -> int | None:
     """Return the number of tokens of a run's tokenizer; None where its files, or a tokenizer, are not there."""
     values = {
         name: getattr(data, name) or None
-        for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", "data_path",
-                     "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "mock_data")
-    }  # fmt: skip
+        for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", *DATA_SOURCES)
+    }
     if values["tokenizer_type"] == "NullTokenizer":
         return None
     try:

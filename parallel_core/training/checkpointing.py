@@ -296,7 +296,7 @@ def stored_settings(config: AllConfig) -> dict[str, Any]:
     """Return the settings that define the model as a checkpoint keeps them, with the vocabulary's true size."""
     data = config.dataset_config
     true_size = data.unpadded_vocab_size or known_vocabulary(data)
-    if data.unpadded_vocab_size and data.tokenizer_type == "NullTokenizer":
+    if true_size and data.tokenizer_type == "NullTokenizer":
         true_size += 1  # its end-of-document token comes after the vocabulary
     return {**model_settings(config.model_config), "vocab_size": true_size}
 

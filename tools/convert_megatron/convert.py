@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -170,6 +171,8 @@ def _write_dist(
 def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) -> Path:
     """Write the parameters as a Hugging Face directory and return it.
 
+    What the reader of the directory should know, such as tokenizer files that are not there, goes to the console.
+
     Args:
         source: the opened checkpoint.
         save: the directory; it must not exist.
@@ -184,13 +187,15 @@ def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) ->
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_hugging_face(source, partial, bar.add)
+        notes = write_hugging_face(source, partial, bar.add)
         bar.finish()
         os.replace(partial, save)
     except OSError as error:
         raise CheckpointError(f"{save} could not be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    for note in notes:
+        print(note, file=sys.stderr)
     return save
 
 

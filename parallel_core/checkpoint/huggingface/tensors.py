@@ -1,0 +1,124 @@
+"""Where the tensors of a Hugging Face model are, as rows of tensors here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from parallel_core.config.schema import TransformerConfig
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one of our tensors that are rows of one of theirs.
+
+    Attributes:
+        name: their tensor.
+        ours: first row in our tensor.
+        theirs: first row in their tensor (after `transpose`).
+        rows: how many.
+        transpose: whether theirs is stored [in, out], as GPT-2's are.
+    """
+
+    name: str
+    ours: int
+    theirs: int
+    rows: int
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """The names of an architecture's modules.
+
+    Attributes:
+        prefix: what stands before the names of the base model.
+        top: our parameter -> theirs.
+        layers: their name of layer `{}`, below the prefix.
+        modules: our module in a layer -> theirs. Several names are stacked along the rows; for `linear_qkv` three names
+            are queries, keys and values, and one name is all three, one after another.
+        transposed: whether matrices are stored [in, out].
+        interleaved_qkv: queries, keys and values of each head stand together, as they do here.
+        ignored: stored buffers that are no parameters.
+    """
+
+    prefix: str
+    top: Mapping[str, str]
+    layers: str
+    modules: Mapping[str, tuple[str, ...]]
+    transposed: bool = False
+    interleaved_qkv: bool = False
+    ignored: re.Pattern[str] = field(default=re.compile(r".*rotary_emb\.inv_freq"))
+
+    def parts(self, model: TransformerConfig) -> dict[str, list[Part]]:
+        """Return, for every tensor of `model`, which of theirs it consists of."""
+        found: dict[str, list[Part]] = {}
+        for name, shape in our_shapes(model).items():
+            module, _, kind = name.rpartition(".")
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
+            if match is None:
+                found[name] = [Part(self.top[name], 0, 0, shape[0])]
+                continue
+            base = self.prefix + self.layers.format(match[1])
+            names = [f"{base}.{theirs}.{kind}" for theirs in self.modules[match[2]]]
+            turned = self.transposed and len(shape) == 2
+            if match[2] == "self_attention.linear_qkv" and not self.interleaved_qkv:
+                found[name] = list(_qkv_parts(model, names, turned))
+            else:
+                rows = shape[0] // len(names)
+                found[name] = [Part(theirs, i * rows, 0, rows, turned) for i, theirs in enumerate(names)]
+        return found
+
+
+def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of `model`, by name and in the order of the layers."""
+    H, D, F, V = model.hidden_size, model.kv_channels, model.ffn_hidden_size, model.vocab_size
+    N, G = model.num_attention_heads, model.num_query_groups
+    norm = ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
+    shapes: dict[str, tuple[int, ...]] = {WORD_EMBEDDINGS: (V, H)}
+    if model.position_embedding_type == "learned_absolute":
+        shapes[POSITIONS] = (model.max_position_embeddings, H)
+    linears = {
+        "self_attention.linear_qkv": ((N + 2 * G) * D, H, model.qkv_has_bias),
+        "self_attention.linear_proj": (H, N * D, model.out_proj_has_bias),
+        "mlp.linear_fc1": ((2 if model.is_gated else 1) * F, H, model.add_bias_linear),
+        "mlp.linear_fc2": (H, F, model.add_bias_linear),
+    }
+    norms = {"input_layernorm": H, "pre_mlp_layernorm": H}
+    if model.qk_layernorm:
+        norms.update({"self_attention.q_layernorm": D, "self_attention.k_layernorm": D})
+    for i in range(model.num_layers):
+        layer = f"decoder.layers.{i}"
+        for module, (rows, columns, has_bias) in linears.items():
+            shapes[f"{layer}.{module}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{layer}.{module}.bias"] = (rows,)
+        shapes.update({f"{layer}.{name}.{kind}": (size,) for name, size in norms.items() for kind in norm})
+    shapes.update({f"{FINAL_NORM}.{kind}": (H,) for kind in norm})
+    if model.untie_embeddings_and_output_weights:
+        shapes[OUTPUT] = (V, H)
+    return shapes
+
+
+def is_norm(name: str) -> bool:
+    """Tell whether a tensor of ours is the weight of a norm."""
+    return name.endswith("layernorm.weight")
+
+
+def _qkv_parts(model: TransformerConfig, names: list[str], transpose: bool) -> Iterator[Part]:
+    """Yield the parts of a group-interleaved qkv: per group its query heads, its key, its value."""
+    size, groups = model.kv_channels, model.num_query_groups
+    queries, all_queries = model.num_attention_heads // groups * size, model.num_attention_heads * size
+    begins = (0, 0, 0) if len(names) == 3 else (0, all_queries, all_queries + groups * size)
+    three = names if len(names) == 3 else names * 3
+    at = 0
+    for group in range(groups):
+        for name, begin, rows in zip(three, begins, (queries, size, size)):
+            yield Part(name, at, begin + group * rows, rows, transpose)
+            at += rows
