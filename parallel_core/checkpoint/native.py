@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_core.checkpoint.dtypes import storage_dtype
+from parallel_core.checkpoint.huggingface.files import is_hugging_face
 from parallel_core.checkpoint.layout_files import (
     CHECKSUMS_NAME,
     FORMAT_NAME,
@@ -163,6 +164,7 @@ def is_checkpoint_dir(path: Path) -> bool:
         or (path / ".metadata").exists()
         or (path / "metadata.json").exists()
         or any(path.glob("mp_rank_*"))
+        or is_hugging_face(path)
         or any(path.glob("*.safetensors"))
     )
 

@@ -75,7 +75,11 @@ def superseded(given: Mapping[str, Given], stored: Mapping[str, Given]) -> dict[
 
 
 def _of_the_model(settings: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: value for name, value in settings.items() if name in FIELD_OF}
+    found = {
+        name: value
+        for name, value in settings.items()
+        if name in FIELD_OF and not says_nothing(table.BY_NAME[name].fields[0], value)
+    }
     for word, newer in _OLDER_WORDS.items():
         if newer not in found and settings.get(word) is not None:
             found[word] = settings[word]

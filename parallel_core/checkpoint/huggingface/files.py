@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel_core.checkpoint.huggingface.values import read_json
+from parallel_core.checkpoint.layout_files import TRACKER_NAME
 from parallel_core.checkpoint.safetensors_file import read_header
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError, bullet_list
@@ -28,10 +29,8 @@ _CONVERT = (
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Tell whether a directory holds a Hugging Face model: `config.json`, and weights in whatever form."""
-    if not (path / CONFIG_NAME).exists():
-        return False
-    return any(any(path.glob(pattern)) for pattern in ("*.safetensors", INDEX_NAME, *_OTHERS))
+    """Tell whether a directory is a Hugging Face model's, whatever form its weights have, if they are there at all."""
+    return (path / CONFIG_NAME).exists() and not (path / TRACKER_NAME).exists()
 
 
 def stored_tensors(path: Path) -> dict[str, Blob]:
@@ -101,7 +100,8 @@ def _shards(path: Path) -> Iterator[Path]:
             how = _CONVERT.format(path=path) if what != "GGUF files" else "take the model's safetensors files"
             raise CheckpointError(f"{path} holds {what} ({files[0]}), which are not read; {how}")
     others = sorted(file.name for file in path.glob("*.safetensors"))
-    raise CheckpointError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}, only {', '.join(others)}")
+    only = f", only {', '.join(others)}" if others else ""
+    raise CheckpointError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}{only}")
 
 
 def _header(file: Path) -> dict[str, Blob]:

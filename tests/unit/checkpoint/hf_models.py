@@ -1,4 +1,4 @@
-"""Hugging Face models in this project: loaded into the real model, run, and compared with what `transformers` computes."""
+"""Checkpoints in the real model, and what it computes of them."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ def test_gpt2_matrices_are_stored_the_other_way_round(tmp_path):
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     qkv = read_tensor(source, "decoder.layers.0.self_attention.linear_qkv.weight").reshape(4, 3, 16, 64)
     theirs = qkv.transpose(1, 0, 2, 3).reshape(192, 64).T  # all queries, all keys, all values; [in, out]
-    np.testing.assert_array_equal(tensors["h.0.attn.c_attn.weight"], theirs)
+    np.testing.assert_array_equal(tensors["transformer.h.0.attn.c_attn.weight"], theirs)
     fc1 = read_tensor(source, "decoder.layers.0.mlp.linear_fc1.weight")
-    np.testing.assert_array_equal(tensors["h.0.mlp.c_fc.weight"], fc1.T)
+    np.testing.assert_array_equal(tensors["transformer.h.0.mlp.c_fc.weight"], fc1.T)
 
 
 def test_prefixes_buffers_and_surprises(tmp_path):
@@ -63,7 +63,13 @@ def test_prefixes_buffers_and_surprises(tmp_path):
     (tmp_path / "hf").mkdir()
     write_hugging_face(source, tmp_path / "hf", lambda count: None)
     file = tmp_path / "hf" / "model.safetensors"
-    tensors = {f"transformer.{k}": v for k, v in load_file(file).items()}
+    tensors = load_file(file)
+    bare = {k.removeprefix("transformer."): v for k, v in tensors.items()}  # as the model without its head saves it
+    save_file(bare, file)
+    assert compare(source, open_checkpoint(tmp_path / "hf"), with_optimizer=False).same
+    save_file({**bare, "transformer.ln_f.bias": bare["ln_f.bias"]}, file)
+    with pytest.raises(CheckpointError, match="transformer.ln_f.bias is stored twice"):
+        open_checkpoint(tmp_path / "hf")
     tensors["transformer.h.0.attn.bias"] = np.zeros((1, 1, 4, 4), np.float32)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     save_file(tensors, file)
@@ -73,8 +79,8 @@ def test_prefixes_buffers_and_surprises(tmp_path):
         open_checkpoint(tmp_path / "hf")
     del tensors["transformer.h.2.mlp.c_proj.weight"]
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match="missing decoder.layers.2.mlp.linear_fc2.weight"):
+    with pytest.raises(CheckpointError, match="missing transformer.h.2.mlp.c_proj.weight"):
         open_checkpoint(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="'bert' is not gpt2"):
+    with pytest.raises(CheckpointError, match="'bert' needs an encoder, which is not built"):
         open_checkpoint(tmp_path / "hf")
