@@ -83,7 +83,8 @@ def ranges(r: Resolution) -> None:
 @_rule
 def positions(r: Resolution) -> None:
     """The position table covers the sequence, and rotary embeddings turn pairs of channels."""
-    if r["seq_length"] and r["max_position_embeddings"] and r["max_position_embeddings"] < r["seq_length"]:
+    longest = r["max_position_embeddings"]
+    if r["seq_length"] and longest and longest < r["seq_length"] and r["rope_dynamic_factor"] == 1.0:
         r.fail("max_position_embeddings seq_length", "there must be a position for every token of a sample")
     if r["position_embedding_type"] in ROTARY and r.positive("kv_channels"):
         turned = int(r["kv_channels"] * r["rotary_percent"])

@@ -31,6 +31,19 @@ _ALSO_SAID_BY = {
 }
 """Settings that follow from arguments which are not theirs by name."""
 
+_MEGATRON_HAS_ONLY: dict[str, Any] = {
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_dynamic_factor": 1.0,
+    "yarn_attention_factor": 0.0,
+    "use_sandwich_norm": False,
+    "parallel_residual": False,
+    "embedding_multiplier": 1.0,
+    "softmax_scale": 0.0,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+"""Fields that Megatron has no argument for, with the value of all its models."""
+
 NOT_BUILT = """
     num_experts multi_latent_attention mtp_num_layers hybrid_override_pattern hybrid_layer_pattern is_hybrid_model
     attention_output_gate qk_l2_norm softmax_type mrope_section no_rope_freq quick_geglu glu_linear_offset
@@ -60,11 +73,15 @@ def settings_of_megatron(args: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an argument has a value that cannot be read.
     """
     given: dict[str, Given] = {}
+    said: set[str] = set()
     for key, raw in args.items():
         found = table.find(str(key))
-        if raw is None or found is None or found[0].status != MAPPED or not _defines(found[0].fields):
+        if found is None or found[0].status != MAPPED or not _defines(found[0].fields):
             continue
         argument, negated = found
+        said.update(argument.fields)
+        if raw is None:  # the version has the argument, and the run its default
+            continue
         try:
             value = convert(argument, raw)
         except Unreadable as error:
@@ -76,10 +93,11 @@ def settings_of_megatron(args: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("seq_length", "padded_vocab_size"):  # of no interest here, and the model cannot be made without
         given.setdefault(name, Given(name, 1, "checkpoint", name))
     model = build_config(run_rules(given, None, quiet=True)).model_config
-    said = {field for name in given for field in table.BY_NAME[name].fields}
+    if model.use_rope_scaling:
+        said.add("model_config.rope_original_max_position_embeddings")
     settings = model_settings(model)
     known = {name: value for name, value in settings.items() if _is_said(name, settings, given, said)}
-    if "padded_vocab_size" not in args:
+    if args.get("padded_vocab_size") is None:
         known.pop("padded_vocab_size", None)
     return known
 
@@ -90,8 +108,8 @@ def _defines(fields: tuple[str, ...]) -> bool:
 
 
 def _is_said(name: str, settings: Mapping[str, Any], given: Mapping[str, Given], said: set[str]) -> bool:
-    if name in _SIZES:
-        return True
+    if name in _SIZES or FIELD_OF.get(name) in _MEGATRON_HAS_ONLY or name == "pre_tockens":
+        return True  # a version without the argument has no such models
     if name == "hidden_act" and settings[name] == "swiglu":
         return True
     if name in _ALSO_SAID_BY and any(other in given for other in _ALSO_SAID_BY[name]):
@@ -127,17 +145,6 @@ def megatron_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 _OWN = "parallel_core"
 _SPEED_ONLY = ("hidden_act", "add_dense_bias", "use_sandwich_norm", "pre_tockens")
-_MEGATRON_HAS_ONLY: dict[str, Any] = {
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_dynamic_factor": 1.0,
-    "yarn_attention_factor": 0.0,
-    "use_sandwich_norm": False,
-    "parallel_residual": False,
-    "embedding_multiplier": 1.0,
-    "softmax_scale": 0.0,
-    "scale_attn_by_inverse_layer_idx": False,
-}
 
 
 def _activation(model: TransformerConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ _FACTORS: dict[str, dict[str, tuple[str, Callable[[Any], Any], Any]]] = {
         "original_max_position_embeddings": ("rope_original_max_position_embeddings", count, "max"),
     },
     "yarn": {
-        "factor": ("yarn_rotary_scaling_factor", number, "ratio"),
         "original_max_position_embeddings": ("rope_original_max_position_embeddings", count, "max"),
+        "factor": ("yarn_rotary_scaling_factor", number, "ratio"),
         "beta_fast": ("yarn_beta_fast", number, 32.0),
         "beta_slow": ("yarn_beta_slow", number, 1.0),
         "attention_factor": ("yarn_attention_factor", number, 0.0),
@@ -76,7 +76,10 @@ def rope(
         shared = {"rope_theta": float(model.rotary_base)}
         if model.rotary_percent != percent or percent != 1.0:
             shared["partial_rotary_factor"] = model.rotary_percent
-        written: dict[str, Any] = {"rope_parameters": {**shared, **scaling}}
+        written: dict[str, Any] = {}
+        if scaling["rope_type"] == "dynamic":  # there the trained length has no key of its own
+            written["max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+        written["rope_parameters"] = {**shared, **scaling}
         for name, value in shared.items():
             written.update(dict.fromkeys(names[name], value))
         if scaling["rope_type"] != "default":
@@ -141,6 +144,8 @@ def _numbers(
 ) -> Fields:
     result: Fields = {}
     trained = found.get("original_max_position_embeddings")
+    if kind == "dynamic":  # which counts from max_position_embeddings, whatever the others count from
+        trained = assumed = None
     for name, (field, reader, default) in _FACTORS[kind].items():
         value = params.get(name)
         if name == "original_max_position_embeddings" and trained is not None:
@@ -191,7 +196,4 @@ def _scaling(model: TransformerConfig) -> dict[str, Any]:
         value = getattr(model, field)
         if default in (None, "max", "ratio") or value != default:
             scaling[name] = value
-    if kind == "dynamic" and scaling.pop("original_max_position_embeddings") != model.max_position_embeddings:
-        raise Wrong(f"rope_original_max_position_embeddings={model.rope_original_max_position_embeddings}, "
-                    f"max_position_embeddings={model.max_position_embeddings} there")  # fmt: skip
     return scaling
