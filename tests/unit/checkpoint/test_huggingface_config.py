@@ -190,6 +190,13 @@ def _random_keys(model_type: str, rng: random.Random) -> dict[str, Any]:
     return keys
 
 
+def test_the_guide_names_every_mapped_key():
+    text = (Path(__file__).resolve().parents[3] / "docs" / "checkpoints.md").read_text()
+    keys = {key for architecture in ARCHITECTURES.values() for key in architecture.keys}
+    keys |= {key for architecture in ARCHITECTURES.values() for group in architecture.groups for key in group.keys}
+    assert {name for name in (*keys, *ARCHITECTURES) if f"`{name}`" not in text} == set()
+
+
 # ---- damaged directories --------------------------------------------------------------------------------------------
 def directory(folder: Path, config: bytes) -> Path:
     folder.mkdir(exist_ok=True)

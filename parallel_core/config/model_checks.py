@@ -1,0 +1,77 @@
+"""Rules across the model's options: rotary scaling, residuals, attention windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parallel_core.config import table
+from parallel_core.config.resolution import Resolution
+from parallel_core.config.schema import DEFAULTS, UNLIMITED
+
+MODEL_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+
+
+def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
+    MODEL_CHECKS[function.__name__] = function
+    return function
+
+
+@_rule
+def rotary_scaling(r: Resolution) -> None:
+    """Rotary frequencies are scaled in one way, and with the numbers of that way."""
+    kind = r["position_embedding_type"]
+    dynamic = r["rope_dynamic_factor"] != 1.0
+    if r["use_rope_scaling"] and kind != "rope":
+        r.fail("use_rope_scaling position_embedding_type", "scales the frequencies of rope, and of nothing else")
+    if dynamic and kind != "rope":
+        r.fail("rope_dynamic_factor position_embedding_type", "scales the frequencies of rope, and of nothing else")
+    if dynamic and r["use_rope_scaling"]:
+        r.fail("rope_dynamic_factor use_rope_scaling", "scale the same frequencies; give one")
+    if dynamic and r.positive("kv_channels") and int(r["kv_channels"] * r["rotary_percent"]) <= 2:
+        r.fail("rope_dynamic_factor kv_channels", "needs at least 4 rotated channels")
+    if r["rope_dynamic_factor"] < 1:
+        r.fail("rope_dynamic_factor", "must be at least 1")
+    for names, there, feature in (
+        (("rope_low_freq_factor", "rope_high_freq_factor"), r["use_rope_scaling"], "use_rope_scaling"),
+        (_YARN.split(), kind == "yarn", "position_embedding_type yarn"),
+        (("rope_original_max_position_embeddings",), r["use_rope_scaling"] or dynamic or kind == "yarn",
+         "use_rope_scaling, rope_dynamic_factor or position_embedding_type yarn"),
+    ):
+        for name in names:
+            if not there and r.is_given(name) and r[name] != DEFAULTS[table.BY_NAME[name].fields[0]]:
+                r.fail(name, f"belongs to {feature}")
+    if r["rope_high_freq_factor"] <= r["rope_low_freq_factor"]:
+        r.fail("rope_low_freq_factor rope_high_freq_factor", "the first must be below the second")
+    if r["yarn_beta_fast"] < r["yarn_beta_slow"]:
+        r.fail("yarn_beta_fast yarn_beta_slow", "the first must not be below the second")
+    if kind == "yarn" and r["rotary_base"] <= 1:
+        r.fail("rotary_base position_embedding_type", "must be above 1")
+
+
+_YARN = """
+    yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int yarn_mscale
+    yarn_mscale_all_dim yarn_attention_factor
+"""
+
+
+@_rule
+def residuals(r: Resolution) -> None:
+    """Attention and MLP side by side branch off before their norms."""
+    if r["parallel_residual"] and r["apply_residual_connection_post_layernorm"]:
+        r.fail("parallel_residual apply_residual_connection_post_layernorm", "place the residual twice; give one")
+
+
+@_rule
+def attention_window(r: Resolution) -> None:
+    """An attention window has two numbers, positions before and after its own that a query sees; none come after."""
+    window, pattern = r["window_size"], r["window_attn_skip_freq"]
+    if pattern is not None and r["pre_tockens"] == UNLIMITED:
+        r.fail("window_attn_skip_freq", "says in which layers there is a window, and there is none; give window_size")
+    if isinstance(pattern, tuple) and r["num_layers"] and len(pattern) != r["num_layers"]:
+        r.fail("window_attn_skip_freq num_layers", f"has {len(pattern)} entries, one for every layer is needed")
+    if window is None:
+        return
+    if len(window) != 2 or window[0] < -1:
+        r.fail("window_size", "takes two numbers: positions before (-1: all) and after its own that a query sees")
+    elif window[1] not in (0, -1) or (window[1] == -1 and window[0] != -1):
+        r.fail("window_size", "the second number must be 0, causal attention")
