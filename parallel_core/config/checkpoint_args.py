@@ -21,7 +21,10 @@ _LAYOUT_NAMES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage",
 )  # fmt: skip
-_TOKENIZER_NAMES = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "legacy_tokenizer", "vocab_extra_ids")
+_TOKENIZER_NAMES = (
+    "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "legacy_tokenizer", "vocab_extra_ids",
+)  # fmt: skip
+_ASKING = ("use_checkpoint_args", "use_mp_args_from_checkpoint_args", "use_tokenizer_model_from_checkpoint_args")
 _OLDER_WORDS = {"swiglu": "hidden_act", "add_qkv_bias": "qkv_has_bias"}
 """What checkpoints without the newer setting say instead."""
 
@@ -66,7 +69,7 @@ def superseded(given: Mapping[str, Given], stored: Mapping[str, Given]) -> dict[
     replaced: dict[str, str] = {}
     for name in given:
         argument = table.BY_NAME.get(name)
-        if argument is None or argument.direct or not argument.fields or name in stored:
+        if argument is None or argument.direct or not argument.fields or name in stored or name in _ASKING:
             continue
         if all(path in paths for path in argument.fields):
             told = paths[argument.fields[0]]

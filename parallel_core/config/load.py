@@ -182,7 +182,9 @@ def _take_checkpoint_values(
         problems.append(str(error))
         return set(MODEL_NAMES)
     for name, told in superseded(given, stored).items():
-        notes.append(f"{given.pop(name).terms}: not used, the checkpoint has {told}")
+        terms = given.pop(name).terms
+        if not told.endswith(f"={name}"):  # --swiglu and hidden_act=swiglu agree
+            notes.append(f"{terms}: not used, the checkpoint has {told}")
     for name, entry in stored.items():
         if name in given and given[name].value != entry.value:
             notes.append(f"{given[name].terms}: not used, the checkpoint has {name}={entry.value}")

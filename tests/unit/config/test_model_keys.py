@@ -168,6 +168,7 @@ def test_use_checkpoint_args_gives_the_model_back(tmp_path, field):
     common = {"iteration": 3, "model_config": stored_settings(config), "config": config.to_dict()}
     writer.commit([writer.write_rank_file({"x": shard})], common)
     loaded = load_config(["--load", str(tmp_path), "--use-checkpoint-args", "--micro-batch-size", "1", "--mock-data"])
+    assert not any("not used" in note for note in loaded.notes)
     for other in DEFINING:
         assert value_of(loaded.config.model_config, other) == value_of(config.model_config, other), other
     assert loaded.config.model_config.attention_dropout_rate == 0.25
