@@ -11,7 +11,8 @@ import yaml
 from parallel_core.config import table
 from parallel_core.config.argument import LISTS
 from parallel_core.config.forms import NESTED, says_nothing
-from parallel_core.config.load import LoadedConfig, build_config, required_world_size, run_rules
+from parallel_core.config.load import LoadedConfig, required_world_size
+from parallel_core.config.rules import build_config, run_rules
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.values import Given
 

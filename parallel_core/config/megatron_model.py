@@ -7,7 +7,6 @@ from typing import Any
 
 from parallel_core.config import table
 from parallel_core.config.argument import MAPPED
-from parallel_core.config.load import asks_for_nothing, build_config, run_rules
 from parallel_core.config.model_keys import (
     DEFINING,
     FIELD_OF,
@@ -17,6 +16,7 @@ from parallel_core.config.model_keys import (
     model_settings,
     value_of,
 )
+from parallel_core.config.rules import asks_for_nothing, build_config, run_rules
 from parallel_core.config.schema import UNLIMITED, TransformerConfig
 from parallel_core.config.values import Given, Unreadable, convert
 from parallel_core.errors import ConfigError

@@ -53,8 +53,9 @@ def known_vocabulary(data: DatasetConfig) -> int | None:
     """Return the number of tokens of a run's tokenizer; None where its files, or a tokenizer, are not there."""
     values = {
         name: getattr(data, name) or None
-        for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", *DATA_SOURCES)
-    }
+        for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids",
+                     "legacy_tokenizer", *DATA_SOURCES)
+    }  # fmt: skip
     if values["tokenizer_type"] == "NullTokenizer":
         return None
     try:

@@ -15,7 +15,7 @@ from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.vocabulary import DATA_SOURCES
 from parallel_core.data.bundled import bundled_tokenizer_model
 from parallel_core.data.tokenizer.base import MegatronTokenizer
-from parallel_core.data.tokenizer.factory import build_tokenizer
+from parallel_core.data.tokenizer.factory import TokenizerSpec
 from parallel_core.errors import ParallelCoreError
 
 _FILES = (
@@ -43,14 +43,7 @@ def write_tokenizer(source: TensorSource, path: Path) -> tuple[dict[str, int], l
     if not kind:
         return {}, ["no tokenizer is written: the checkpoint knows of none"]
     try:
-        tokenizer = build_tokenizer(
-            str(kind),
-            tokenizer_model=settings.get("tokenizer_model"),
-            vocab_file=settings.get("vocab_file"),
-            merge_file=settings.get("merge_file"),
-            vocab_extra_ids=int(settings.get("vocab_extra_ids") or 0),
-            vocab_size=settings.get("vocab_size"),
-        )
+        tokenizer = TokenizerSpec(**settings).build()
         _write_files(str(kind), settings, tokenizer, path)
     except (ParallelCoreError, OSError) as error:
         return {}, [f"no tokenizer is written: {error}"]
@@ -63,7 +56,8 @@ def write_tokenizer(source: TensorSource, path: Path) -> tuple[dict[str, int], l
 def _settings(common: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tokenizer's arguments, from Megatron's or from the tree this program writes."""
     args, tree = common.get("megatron_args"), common.get("config")
-    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", "vocab_size")
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", "vocab_size",
+             "legacy_tokenizer")  # fmt: skip
     if isinstance(args, Mapping):
         found = {name: args.get(name) for name in names}
     else:
@@ -81,7 +75,8 @@ def _write_files(kind: str, settings: Mapping[str, Any], tokenizer: MegatronToke
         _copy(model if model.is_dir() else model.parent, path)
     elif kind in _SENTENCE_PIECE:
         shutil.copyfile(str(settings["tokenizer_model"]), path / "tokenizer.model")
-        _write_sentence_piece_words(kind, tokenizer, path)
+        begins = kind == "Llama2Tokenizer" and bool(settings.get("legacy_tokenizer"))
+        _write_sentence_piece_words(tokenizer, path, begins)
     elif kind == "GPT2BPETokenizer":
         shutil.copyfile(str(settings["vocab_file"]), path / "vocab.json")
         shutil.copyfile(str(settings["merge_file"]), path / "merges.txt")
@@ -90,7 +85,7 @@ def _write_files(kind: str, settings: Mapping[str, Any], tokenizer: MegatronToke
         write_durably(path / "tokenizer_config.json", json.dumps(config, indent=2))
 
 
-def _write_sentence_piece_words(kind: str, tokenizer: MegatronTokenizer, path: Path) -> None:
+def _write_sentence_piece_words(tokenizer: MegatronTokenizer, path: Path, begins: bool) -> None:
     """Write what `tokenizer.model` alone does not say: added tokens, what ends a document, what begins a text."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     pieces = model.get_piece_size()
@@ -99,7 +94,7 @@ def _write_sentence_piece_words(kind: str, tokenizer: MegatronTokenizer, path: P
         write_durably(path / "added_tokens.json", json.dumps(added, indent=2))
     config = {
         "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": kind == "Llama2Tokenizer",
+        "add_bos_token": begins,
         "add_eos_token": False,
         "eos_token": {token: word for word, token in added.items()}.get(tokenizer.eod)
         or model.id_to_piece(tokenizer.eod),

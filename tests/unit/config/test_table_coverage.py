@@ -12,7 +12,7 @@ from config_helpers import GOLDEN
 
 from parallel_core.config import schema, table
 from parallel_core.config.argument import IGNORED, MAPPED, REFUSED
-from parallel_core.config.load import asks_for_nothing
+from parallel_core.config.rules import asks_for_nothing
 
 ROWS = list(csv.DictReader((GOLDEN / "megatron_args.tsv").open(encoding="utf-8"), delimiter="\t", quotechar="\0"))
 SEED = [line.split("\t") for line in (GOLDEN / "seed_rows.tsv").read_text().splitlines()]
