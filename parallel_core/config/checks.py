@@ -7,6 +7,7 @@ from collections.abc import Callable
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_place
 from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
@@ -151,17 +152,12 @@ def microbatches(r: Resolution) -> None:
         r.fail("micro_batch_num global_batch_size micro_batch_size",
                f"{micro} x data parallel size {dp} x {number} microbatches = {micro * dp * number}, not {total}; "
                "leave out micro_batch_num")
-    ramp = r["rampup_batch_size"]
-    if ramp is None:
+    if r["rampup_batch_size"] is None:
         return
-    if len(ramp) != 3 or min(ramp) <= 0:
-        r.fail("rampup_batch_size", "takes three numbers above zero: start, increment, samples")
-    elif total < ramp[0] or (total - ramp[0]) % ramp[1] or total == ramp[0]:
-        r.fail("rampup_batch_size global_batch_size",
-               f"from {ramp[0]} in steps of {ramp[1]} does not arrive at {total}")
-    elif ramp[0] % (micro * dp) or ramp[1] % (micro * dp):
-        r.fail("rampup_batch_size micro_batch_size",
-               f"start and increment must be multiples of micro batch size {micro} x data parallel size {dp}")
+    try:
+        BatchSizes(total, micro, dp, r["rampup_batch_size"])
+    except ConfigError as error:
+        r.fail("rampup_batch_size global_batch_size micro_batch_size", str(error))
 
 
 @_rule
@@ -197,7 +193,9 @@ def layers(r: Resolution) -> None:
 
 
 def _counted(r: Resolution) -> int:
-    return int(r["num_layers"] + r["account_for_embedding_in_pipeline_split"] + r["account_for_loss_in_pipeline_split"])
+    return layers_to_place(
+        r["num_layers"], r["account_for_embedding_in_pipeline_split"], r["account_for_loss_in_pipeline_split"]
+    )
 
 
 def _place(r: Resolution, pp: int, chunks: int) -> None:
@@ -299,11 +297,11 @@ def learning_rate(r: Resolution) -> None:
         r.fail("decoupled_min_lr decoupled_lr", "decoupled_min_lr must not be above decoupled_lr")
     if r["lr_warmup_fraction"] and (r["lr_warmup_iters"] or r["lr_warmup_samples"]):
         r.fail("lr_warmup_fraction " + ("lr_warmup_iters" if r["lr_warmup_iters"] else "lr_warmup_samples"), "give one")
-    decay = r["lr_decay_iters"] or (r["train_iters"] if r["train_samples"] is None else None)
+    decay = decay_length(r["lr_decay_iters"], r["train_iters"] if r["train_samples"] is None else None)
     if decay and r["lr_warmup_iters"] and r["lr_warmup_iters"] >= decay:
         r.fail(f"lr_warmup_iters {'lr_decay_iters' if r['lr_decay_iters'] else 'train_iters'}",
                "the warm-up must be shorter than the decay")
-    samples = r["lr_decay_samples"] or r["train_samples"]
+    samples = decay_length(r["lr_decay_samples"], r["train_samples"])
     if samples and r["lr_warmup_samples"] and r["lr_warmup_samples"] >= samples:
         r.fail(f"lr_warmup_samples {'lr_decay_samples' if r['lr_decay_samples'] else 'train_samples'}",
                "the warm-up must be shorter than the decay")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from parallel_core.config import table
-from parallel_core.config.schema import DEFAULTS
+from parallel_core.config.schema import DEFAULTS, NOTHING
 from parallel_core.config.values import Given
 from parallel_core.config.yaml_tree import Leaf
 
@@ -180,15 +180,16 @@ def _section(dotted: str, last: str, value: object) -> _Values | None:
     return {last: value} if table.find(last) else None
 
 
-_NOTHING: tuple[object, ...] = (0, -1, 1, "", "none", ())
-
-
 def says_nothing(path: str, value: object) -> bool:
     """Whether a field's value is its own word for "derive it" or "none", which its argument says by being absent."""
     if isinstance(value, bool) or table.DIRECT[path].default is not None:
         return False
     value = tuple(value) if isinstance(value, list) else value
-    return value in _NOTHING and value == DEFAULTS.get(path)
+    return value in (*NOTHING, 1) and value == _RESOLVED_NOTHING.get(path, DEFAULTS.get(path))
+
+
+_RESOLVED_NOTHING = {"parallel_config.virtual_pipeline_model_parallel_size": 1}
+"""What a resolved configuration has where nothing was said, if that is not the field's default."""
 
 
 def _unknown(leaf: Leaf, user: set[str]) -> str:

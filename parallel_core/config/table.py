@@ -6,18 +6,9 @@ import difflib
 from functools import lru_cache
 
 from parallel_core.config.argument import MAPPED, Argument
-from parallel_core.config.arguments.data import DATA
-from parallel_core.config.arguments.ignored import IGNORED_ROWS
-from parallel_core.config.arguments.model import MODEL
-from parallel_core.config.arguments.other import OTHER_ROWS
-from parallel_core.config.arguments.parallel import PARALLEL
-from parallel_core.config.arguments.refused_models import REFUSED_MODEL_ROWS
-from parallel_core.config.arguments.refused_runs import REFUSED_RUN_ROWS
-from parallel_core.config.arguments.training import TRAINING
+from parallel_core.config.arguments import read_tables
 
-TABLE: tuple[Argument, ...] = (
-    *MODEL, *PARALLEL, *TRAINING, *DATA, *OTHER_ROWS, *IGNORED_ROWS, *REFUSED_MODEL_ROWS, *REFUSED_RUN_ROWS,
-)
+TABLE: tuple[Argument, ...] = read_tables()
 BY_NAME: dict[str, Argument] = {argument.name: argument for argument in TABLE}
 DIRECT: dict[str, Argument] = {argument.fields[0]: argument for argument in TABLE if argument.direct}
 """The one argument that holds each field's value, by field path."""

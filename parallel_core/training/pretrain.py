@@ -153,7 +153,7 @@ class TrainingRun:
         for note in notes:
             self.log.warn(note)
         if config.training_config.print_schedule:
-            table = format_steps(self.step.schedule(self.sizes.num_microbatches(self.sizes.global_batch_size)))
+            table = format_steps(self.step.schedule(self.sizes.microbatches_of(self.sizes.global_batch_size)))
             for line in table.splitlines():
                 self.log.info(line)
         self.progress = Progress()
@@ -172,7 +172,8 @@ class TrainingRun:
             train_iters=self.iterations,
             eval_interval=training.eval_interval or None,
             eval_iters=training.eval_iters + (self._process_non_loss_data is not None),
-            train_samples=training.train_samples or None,
+            train_samples=max(training.train_samples, self.sizes.samples_of(self.iterations))
+            if training.train_samples else None,  # the last iteration of a ramp-up may go beyond train_samples
         )
         train, valid, test = provider(sizes)
         if train_data_loader is not None:
@@ -259,7 +260,7 @@ class TrainingRun:
         if data is None or not training.eval_iters:
             return
         iteration = self.progress.iteration
-        microbatches = self.sizes.global_batch_size // (self.sizes.micro_batch_size * self.sizes.data_parallel_size)
+        microbatches = self.sizes.microbatches_of(self.sizes.global_batch_size)
         losses = self.step.evaluate(data, iteration, microbatches, training.eval_iters)
         if split == "validation":
             batches = training.eval_iters + (self._process_non_loss_data is not None)

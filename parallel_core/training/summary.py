@@ -9,8 +9,8 @@ import mindspore as ms
 import parallel_core
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.layout.derived import BatchSizes
 from parallel_core.layout.shard import shard_of
-from parallel_core.training.microbatches import BatchSizes
 from parallel_core.training.step import TrainingStep
 
 
@@ -32,7 +32,7 @@ def describe_run(
         f"sequence {model.seq_length}, vocabulary {model.vocab_size}, {total:,} parameters, "
         f"{model.params_dtype} parameters, {model.compute_dtype} computation",
         f"Batch: {sizes.global_batch_size} samples = {mesh.size('dp')} x "
-        f"{sizes.num_microbatches(sizes.global_batch_size * iterations)} microbatches of {sizes.micro_batch_size}; "
+        f"{sizes.microbatches_of(sizes.global_batch_size)} microbatches of {sizes.micro_batch_size}; "
         f"{iterations} iterations",
         f"Memory of rank 0: parameters {memory['parameters'] / 1e6:.1f} MB, gradients "
         f"{memory['gradients'] / 1e6:.1f} MB, optimizer {step.optimizer.memory_bytes() / 1e6:.1f} MB",

@@ -159,7 +159,7 @@ REFUSED = [
     ("tensor_parallel", "--vocab-size 300", "the padded vocabulary is smaller than the vocabulary"),
     ("microbatches", "--global-batch-size 8 --micro-batch-num 3", "= 6, not 8; leave out micro_batch_num"),
     ("microbatches", "--global-batch-size 8 --rampup-batch-size 3 2 10", "does not arrive at 8"),
-    ("microbatches", "--global-batch-size 8 --rampup-batch-size 1 1 10", "multiples of micro batch size 2"),
+    ("microbatches", "--global-batch-size 8 --rampup-batch-size 1 1 10", "not a multiple of micro_batch_size=2"),
     ("microbatches", "--global-batch-size 8 --rampup-batch-size 4 4", "takes three numbers above zero"),
     ("layers", "--pipeline-model-parallel-size 3", "Use 3 or 6 layers, or give num_layer_list"),
     ("layers", "--virtual-pipeline-model-parallel-size 2", "several chunks per rank need at least two pipeline stages"),
