@@ -221,15 +221,13 @@ def run_rules(
     problems: Iterable[str] = (),
     notes: Iterable[str] = (),
     unreadable: frozenset[str] = frozenset(),
-    *,
-    quiet: bool = False,
 ) -> Resolution:
-    """Return the state after the rules: values, derivations, notes and problems; `quiet` derives without checking."""
+    """Return the state after the rules: values, derivations, notes and problems."""
     resolution = Resolution(given, world_size, unreadable, problems=list(problems), notes=list(notes))
     _sort_out(resolution)
     for rule in DERIVATIONS.values():
         rule(resolution)
-    for check in () if quiet else CHECKS.values():
+    for check in CHECKS.values():
         check(resolution)
     return resolution
 
