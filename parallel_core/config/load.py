@@ -290,8 +290,19 @@ def build_config(resolution: Resolution) -> AllConfig:
         else:
             sections[section][outer] = value
     for (section, outer), values in nested.items():
-        sections[section][outer] = _NESTED_TYPES[outer](**values)
-    return AllConfig(**{name: kind(**sections[name]) for name, kind in _SECTION_TYPES.items()})
+        sections[section][outer] = values
+    return config_of_sections(sections)
+
+
+def config_of_sections(sections: Mapping[str, Mapping[str, Any]]) -> AllConfig:
+    """Return the config tree of field values by section, the inverse of `AllConfig.to_dict`."""
+    built = {}
+    for name, kind in _SECTION_TYPES.items():
+        values = dict(sections[name])
+        for outer in _NESTED_TYPES.keys() & values.keys():
+            values[outer] = _NESTED_TYPES[outer](**values[outer])
+        built[name] = kind(**values)
+    return AllConfig(**built)
 
 
 def required_world_size(config: AllConfig) -> int:

@@ -8,10 +8,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from parallel_core.config.handover import HANDOVER_VARIABLE, write_handover
+from parallel_core.config.load import LoadedConfig
 from parallel_core.errors import ConfigError
-from parallel_core.launch.job import Job
+from parallel_core.launch.job import Job, JobSpec
 from parallel_core.launch.layout import check_configuration, describe_layout
 from parallel_core.launch.plan import DEFAULT_LOG_DIR, integer, plan_job, prepare_log_dir
 from parallel_core.launch.report import CONFIG_ERROR_STATUS
@@ -39,12 +42,13 @@ def _launch(arguments: list[str]) -> int:
     if not command or command[0].startswith("-"):
         raise ConfigError(_USAGE)
     num_ranks = integer(os.environ, "NPROC", 0)
-    layout, log_dir, timeout_minutes = "", DEFAULT_LOG_DIR, 10.0
+    loaded, layout, log_dir, timeout_minutes = None, "", DEFAULT_LOG_DIR, 10.0
     if not plain:
         try:
-            num_ranks, config = check_configuration(list(command[1:]), num_ranks)
+            loaded = check_configuration(list(command[1:]), num_ranks)
         except ConfigError as error:
             raise ConfigError(f"{error}{_hint(command[0], str(error))}") from None
+        num_ranks, config = loaded.world_size, loaded.config
         layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
         timeout_minutes = config.parallel_config.distributed_timeout_minutes
     elif not num_ranks:
@@ -53,10 +57,19 @@ def _launch(arguments: list[str]) -> int:
     spec = plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
     with _log_dir_claimed(spec.log_dir):
         prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)
+        if loaded is not None:
+            spec = _handed_over(spec, loaded)
         ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{layout and f' ({layout})'}"
         target = spec.environment["DEVICE_TARGET"]
         print(f"INFO - starting {ranks} on {target}; logs: {spec.log_dir}/worker_*.log", flush=True)
         return Job(spec).run()
+
+
+def _handed_over(spec: JobSpec, loaded: LoadedConfig) -> JobSpec:
+    """Return `spec` with the ranks told where the resolved configuration stands: in the log directory, per node."""
+    file = spec.log_dir.resolve() / f"resolved_config_{spec.node_rank}.json"
+    write_handover(loaded, spec.command[1:], file)
+    return replace(spec, environment={**spec.environment, HANDOVER_VARIABLE: str(file)})
 
 
 def _hint(script: str, error: str) -> str:

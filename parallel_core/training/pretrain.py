@@ -14,7 +14,7 @@ import mindspore as ms
 
 from parallel_core import ops
 from parallel_core.config.dump import resolved_yaml, sections_yaml
-from parallel_core.config.load import load_config
+from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
@@ -82,7 +82,7 @@ def pretrain(
     notes: list[str] = []
     resolved = ""
     if all_config is None:
-        loaded = load_config(
+        loaded = load_run_config(
             sys.argv[1:] if argv is None else argv,
             world_size=world_size,
             extra_args_provider=extra_args_provider,

@@ -267,3 +267,15 @@ def bare_python(directory: Path) -> str:
     script.write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')
     script.chmod(0o755)
     return str(script)
+
+
+def test_the_ranks_read_the_configuration_that_the_launcher_resolved(log_dir, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text((REPO / "configs/gpt_tiny.yaml").read_text())
+    console = subprocess.run(
+        [sys.executable, "-m", "parallel_core.launch", str(REPO / "tests/e2e/scripts/read_configuration.py"),
+         "--config", str(file), "--pipeline-model-parallel-size", "1", "--num-layers", "3"],
+        env=launcher_environment(log_dir), capture_output=True, text=True, timeout=PATIENCE_S,
+    )
+    assert console.returncode == 0, console.stdout + console.stderr
+    assert console.stdout.count("INFO - 3 layers on 2 ranks") == 2
