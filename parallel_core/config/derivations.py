@@ -212,7 +212,8 @@ def virtual_pipeline(r: Resolution) -> None:
     layers, per_stage = r["num_layer_list"], r["num_layers_per_virtual_pipeline_stage"]
     if layers:
         r.fill("virtual_pipeline_model_parallel_size", len(layers[0]), "virtual_pipeline")
-    elif per_stage and r["virtual_pipeline_model_parallel_size"] is None and r.positive("num_layers"):
+    elif (per_stage and r["virtual_pipeline_model_parallel_size"] is None and r.positive("num_layers")
+          and not (r["decoder_first_pipeline_num_layers"] or r["decoder_last_pipeline_num_layers"])):
         counted = derived.layers_to_place(r["num_layers"], r["account_for_embedding_in_pipeline_split"],
                                           r["account_for_loss_in_pipeline_split"])
         try:

@@ -60,7 +60,8 @@ class UserArguments:
 
 
 _ABSENT = object()
-_FILE_FLAGS = ("--config", "--yaml-cfg", "--yaml_cfg")
+FILE_FLAGS = ("--config", "--yaml-cfg", "--yaml_cfg")
+"""Flags that name a YAML file."""
 
 
 def looks_like_flag(word: str) -> bool:
@@ -91,7 +92,7 @@ def read_flags(argv: Sequence[str], user: UserArguments) -> tuple[list[Given], l
     pairs, stray = split_words(argv)
     problems += [f"{word}: stands before any flag; values follow their flag" for word in stray]
     for flag, words in pairs:
-        if flag in _FILE_FLAGS:
+        if flag in FILE_FLAGS:
             if len(words) == 1:
                 files.append(words[0])
             else:

@@ -209,8 +209,10 @@ class TrainingRun:
                     "the samples come in another order than in the run this checkpoint is from, so some are seen twice "
                     "and some not at all (--new-dataset starts the data afresh):\n" + changes
                 )
-        consumed = 0 if self.config.training_config.new_dataset else self.progress.consumed_train_samples
-        self.progress = _replace(self.progress, data_order=order, consumed_train_samples=consumed)
+        if self.config.training_config.new_dataset:
+            earlier = self.progress.trained_samples
+            self.progress = _replace(self.progress, earlier_samples=earlier, consumed_train_samples=0)
+        self.progress = _replace(self.progress, data_order=order)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def train(self) -> None:
@@ -233,8 +235,8 @@ class TrainingRun:
 
     def _iteration(self, watch: Stopwatch) -> StepReport:
         done = self.progress
-        samples = self.sizes.current(done.consumed_train_samples)
-        microbatches = self.sizes.num_microbatches(done.consumed_train_samples)
+        samples = self.sizes.current(done.trained_samples)
+        microbatches = self.sizes.num_microbatches(done.trained_samples)
         iteration = done.iteration + 1
         self.profiler.before_step(iteration)
         report = self.step.train(self.train_data, iteration, microbatches, samples, self._wants_to_stop())
