@@ -29,11 +29,12 @@ from parallel_core.training.checkpointing import Checkpointer, Progress
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.log import RunLog, Stopwatch, log_folder
 from parallel_core.training.model import ModelProvider, get_model
+from parallel_core.training.next_commands import Invocation, next_commands
 from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.runtime import start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 from parallel_core.training.step import StepReport, TrainingStep
-from parallel_core.training.summary import describe_run, next_commands
+from parallel_core.training.summary import describe_run
 
 DatasetsProvider = Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]
 """`train_valid_test_datasets_provider((train, valid, test) samples) -> (train, valid, test) datasets or None`."""
@@ -80,14 +81,13 @@ def pretrain(
         raise ConfigError("give forward_step_func or get_batch_func: a forward step gets its batches itself")
     rank, world_size = start_runtime()
     notes: list[str] = []
-    resolved = ""
+    resolved, invocation = "", None
     if all_config is None:
-        loaded = load_run_config(
-            sys.argv[1:] if argv is None else argv,
-            world_size=world_size,
-            extra_args_provider=extra_args_provider,
-            args_defaults=args_defaults,
-        )
+        options: dict[str, Any] = {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults}
+        words = sys.argv[1:] if argv is None else argv
+        loaded = load_run_config(words, world_size=world_size, **options)
+        if argv is None:
+            invocation = Invocation(sys.argv[0], tuple(words), loaded.given, options)
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
     if rank == 0:
         save_configuration(all_config, resolved or sections_yaml(all_config))
@@ -102,6 +102,7 @@ def pretrain(
         forward_step_func or forward_step_with(get_batch_func or get_batch),
         process_non_loss_data_func,
         notes + ([changed] if changed else []),
+        invocation,
     )
     run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)
     run.train()
@@ -134,8 +135,9 @@ class TrainingRun:
         forward_step_func: ForwardStep,
         process_non_loss_data_func: Callable[[list[Any], int, Any], None] | None,
         notes: Sequence[str],
+        invocation: Invocation | None = None,
     ) -> None:
-        self.config, self.context = config, context
+        self.config, self.context, self.invocation = config, context, invocation
         self.sizes = batch_sizes(config, context.dp.size)
         self.iterations = train_iterations(config, self.sizes)
         flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
@@ -275,7 +277,6 @@ class TrainingRun:
                 self._process_non_loss_data(collected, iteration, None)
 
     def _finish(self, stopped: bool) -> None:
-        training = self.config.training_config
         if not stopped:
             self._evaluate("validation", self.valid_data)
             self._evaluate("test", self.test_data)
@@ -287,7 +288,8 @@ class TrainingRun:
                 source.close()
         if stopped:
             self.log.info(f"Stopped after iteration {self.progress.iteration} of {self.iterations}")
-        for line in next_commands(self.config, self.progress.iteration, bool(training.output_dir)):
+        ranks = self.context.mesh.world_size
+        for line in next_commands(self.config, self.progress.iteration, ranks, self.invocation):
             self.log.info(line)
         self.log.close()
 
