@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import LARGEST, Resolution
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_place
@@ -70,13 +70,16 @@ _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1
 
 @_rule
 def ranges(r: Resolution) -> None:
-    """Counts and sizes are above zero, rates are not negative, dropout and decays lie in [0, 1)."""
+    """Counts and sizes are above zero and can be meant, rates are not negative, dropout and decays lie in [0, 1)."""
     for name in _POSITIVE.split():
         if r[name] is not None and r[name] <= 0 and name not in r.derived:
             r.fail(name, "must be above zero")
     for name in _NOT_NEGATIVE.split():
         if r[name] is not None and r[name] < 0 and name not in r.derived:
             r.fail(name, "must not be negative")
+    for name, most in LARGEST.items():
+        if r[name] is not None and r[name] > most:
+            r.fail(name, f"must be at most {most}")
     for name in _SHARES:
         if not 0 <= r[name] < 1:
             r.fail(name, "must be at least 0 and below 1")

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from parallel_core.config import table
 from parallel_core.config.argument import LISTS
-from parallel_core.config.values import Given
+from parallel_core.config.values import Given, shortened
 
 ExtraArgsProvider = Callable[[argparse.ArgumentParser], "argparse.ArgumentParser | None"]
 
@@ -116,7 +116,8 @@ def _user_flag(flag: str, words: list[str], user: UserArguments, given: list[Giv
 def _table_flag(flag: str, words: list[str], user: UserArguments, given: list[Given], problems: list[str]) -> None:
     found = table.find(flag)
     if found is None:
-        problems.append(f"{flag}: unknown argument{table.suggestion(flag, tuple(map(table.normal, user.actions)))}")
+        near = table.suggestion(flag, tuple(map(table.normal, user.actions)))
+        problems.append(f"{shortened(flag)}: unknown argument{near}")
         return
     argument, negated = found
     if argument.is_switch:

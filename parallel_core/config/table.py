@@ -47,8 +47,14 @@ def is_flag(written: str) -> bool:
     return normal(written) in _spellings()
 
 
+_LONGEST = 100
+"""No argument has a longer name, and comparing takes time that grows with it."""
+
+
 def suggestion(written: str, extra: tuple[str, ...] = ()) -> str:
     """Return "; did you mean X?" for the nearest known spelling, or an empty string."""
+    if len(written) > _LONGEST:
+        return ""
     usable = [name for name, (argument, _) in _spellings().items() if argument.status == MAPPED]
     for candidates in ([*usable, *extra], list(_spellings())):
         near = difflib.get_close_matches(normal(written), candidates, n=1, cutoff=0.75)
