@@ -42,11 +42,6 @@ def find(written: str) -> tuple[Argument, bool] | None:
     return _spellings().get(normal(written))
 
 
-def is_flag(written: str) -> bool:
-    """Return whether `written` is a spelling of a command-line flag."""
-    return normal(written) in _spellings()
-
-
 _LONGEST = 100
 """No argument has a longer name, and comparing takes time that grows with it."""
 
