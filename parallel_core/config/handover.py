@@ -17,10 +17,8 @@ from typing import Any
 from parallel_core.config.flags import ExtraArgsProvider
 from parallel_core.config.load import LoadedConfig, config_of_sections, load_config
 from parallel_core.config.values import Given
+from parallel_core.environment import HANDOVER_VARIABLE
 from parallel_core.errors import ConfigError
-
-HANDOVER_VARIABLE = "PARALLEL_CORE_RESOLVED_CONFIG"
-"""Set by the launcher: the file with the configuration it resolved."""
 
 
 def write_handover(loaded: LoadedConfig, argv: Sequence[str], path: Path) -> None:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel_core.config.bundled import describes_a_run
-from parallel_core.config.handover import HANDOVER_VARIABLE, write_handover
+from parallel_core.config.handover import write_handover
 from parallel_core.config.load import LoadedConfig
+from parallel_core.environment import HANDOVER_VARIABLE
 from parallel_core.errors import ConfigError
 from parallel_core.launch.job import Job, JobSpec
 from parallel_core.launch.layout import check_configuration, describe_layout

@@ -11,12 +11,11 @@ from typing import Any
 
 from parallel_core.config import table
 from parallel_core.config.flags import split_words
-from parallel_core.config.handover import HANDOVER_VARIABLE
 from parallel_core.config.load import load_config
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.values import Given
+from parallel_core.environment import HANDOVER_VARIABLE, LOG_DIR_VARIABLE
 from parallel_core.errors import ConfigError
-from parallel_core.launch.report import LOG_DIR_VARIABLE
 
 _RESUME = """
     load ckpt_step train_iters train_samples finetune resume_training pretrained_checkpoint no_load_optim new_dataset

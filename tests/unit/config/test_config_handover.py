@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from test_config_round_trip import configurations
 
 from parallel_core.config import load_config
-from parallel_core.config.handover import HANDOVER_VARIABLE, load_run_config, write_handover
+from parallel_core.config.handover import load_run_config, write_handover
+from parallel_core.environment import HANDOVER_VARIABLE
 from parallel_core.errors import ConfigError
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel_core.config.handover import HANDOVER_VARIABLE
 from parallel_core.config.load import load_config
-from parallel_core.launch.report import LOG_DIR_VARIABLE
+from parallel_core.environment import HANDOVER_VARIABLE, LOG_DIR_VARIABLE
 from parallel_core.training.next_commands import Invocation, next_commands
 
 REPO = Path(__file__).resolve().parents[3]
