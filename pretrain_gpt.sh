@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrain a GPT: pretrain_gpt.sh [--config FILE] [--megatron-flag value ...]
 #
-# Without --config it trains configs/gpt_tiny.yaml. A flag: python -m parallel_core.config explain NAME
+# Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml.
+# A flag: python -m parallel_core.config explain NAME
 # Environment, all optional:
 #   NPROC          ranks (default: what the layout needs)
 #   MASTER_PORT    port of msrun's scheduler (default: a free one)
@@ -22,10 +23,8 @@ if [[ -z "$python" ]]; then
     exit 2
 fi
 
-config=(--config "$here/configs/gpt_tiny.yaml")
 for argument in "$@"; do
     case "$argument" in
-        --config | --config=* | --yaml-cfg | --yaml-cfg=*) config=() ;;
         -h | --help)
             while IFS= read -r line && [[ "$line" != "set -"* ]]; do
                 [[ "$line" == "# "* ]] && printf '%s\n' "${line#\# }"
@@ -36,4 +35,4 @@ for argument in "$@"; do
 done
 
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m parallel_core.launch "$here/pretrain_gpt.py" ${config[@]+"${config[@]}"} "$@"
+exec "$python" -m parallel_core.launch --bundled "$here/configs/gpt_tiny.yaml" "$here/pretrain_gpt.py" "$@"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from parallel_core.config.schema import DEFAULTS, NOTHING
 
 MAPPED = "mapped"
 IGNORED = "ignored"
@@ -72,7 +75,6 @@ def dashed(name: str) -> str:
 
 
 def build(
-    status: str,
     name: str,
     kind: str = "str",
     default: object = None,
@@ -95,40 +97,86 @@ def build(
     if dashed(name) not in on and kind != "off":
         on = (*on, dashed(name))
     off = (*off, *older_off_flags)
-    return Argument(status=status, name=name, kind=kind, default=default, flags=on, off_flags=off, **rest)  # type: ignore[arg-type]
+    return Argument(name=name, kind=kind, default=default, flags=on, off_flags=off, **rest)  # type: ignore[arg-type]
 
 
-def mapped(
-    name: str, kind: str, default: object, fields: str, help_text: str, *, direct: bool = True, **rest: object
-) -> Argument:
-    """Return a row whose value reaches the config; `fields` are dotted paths separated by spaces."""
-    return build(MAPPED, name, kind, default, fields=tuple(fields.split()), direct=direct, help=help_text, **rest)  # type: ignore[arg-type]
+_HEADER = re.compile(r"\[(.+?)(?: from ([\w-]+))?(?:: (.*))?\]")
+_HOLDS, _REACHES = " -> ", " ~> "
 
 
-def parse_rows(text: str, status: str, **rest: object) -> tuple[Argument, ...]:
-    """Return the rows of a block of lines `name [kind] [= default [| other default ...]] [--flag ...]`.
+def parse_rows(text: str) -> tuple[Argument, ...]:
+    """Return the rows of a table written as text.
 
-    The kind is `str` where none is written; defaults are Python literals, those after the first are what other
-    Megatron versions take. Switches start off (`flag`) or on (`off`) unless a default is written.
+    A header `[ignored: reason]`, `[refused: feature]` or `[title]` (of mapped rows, a group of the documentation)
+    stands over the rows it is about; `from PROJECT` before its colon or bracket names where they come from, Megatron-LM
+    if nothing does. A row is one line
+
+        name [kind] [(PROJECT)] [= default [| other default ...]] [--flag ...] [-> field ... : effect]
+
+    with indented lines after it for what few rows have: `also` (other names), `values` (the choices), `means` (words of
+    the form written=meant) and `older_off` (further flags that turn a switch off). `->` names the field that holds the
+    value, `~>` the fields that a rule fills from it. The kind is `str` where none is written. Defaults are Python
+    literals, those after the first are what other Megatron versions take; a row without one has its field's default,
+    and without a field None, or for switches off (`flag`) and on (`off`).
     """
-    rows = []
-    for line in text.strip().splitlines():
-        words = line.split()
-        flags = tuple(word for word in words if word.startswith("--"))
-        head, _, tail = " ".join(word for word in words if not word.startswith("--")).partition(" = ")
-        name, _, kind = head.partition(" ")
-        values = [ast.literal_eval(value) for value in tail.split(" | ")] if tail else [kind == "off"]
-        default = values[0] if tail or kind in SWITCHES else None
-        row = build(status, name, kind or "str", default, flags=flags, harmless=tuple(values[1:]), **rest)  # type: ignore[arg-type]
-        rows.append(row)
+    rows: list[Argument] = []
+    about: dict[str, object] = {}
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        header = _HEADER.fullmatch(line)
+        if header:
+            about = _about(header[1], header[2] or "Megatron-LM", header[3] or "")
+        elif line.startswith(" "):
+            rows[-1] = _with_detail(rows[-1], *line.split())
+        else:
+            rows.append(_row(line, about))
     return tuple(rows)
 
 
-def ignored_rows(reason: str, text: str, origin: str = "Megatron-LM") -> tuple[Argument, ...]:
-    """Return rows that change nothing, for `reason`."""
-    return parse_rows(text, IGNORED, reason=reason, origin=origin)
+def _about(title: str, origin: str, reason: str) -> dict[str, object]:
+    """Return what a header says about the rows below it."""
+    status = title if title in (IGNORED, REFUSED) else MAPPED
+    group = title if status == MAPPED else ""
+    return {"status": status, "group": group, "origin": origin, "reason": reason}
 
 
-def refused_rows(feature: str, text: str, origin: str = "Megatron-LM") -> tuple[Argument, ...]:
-    """Return rows that belong to `feature`, which is not built: any value that asks for it is an error."""
-    return parse_rows(text, REFUSED, reason=feature, origin=origin)
+def _row(line: str, about: dict[str, object]) -> Argument:
+    direct = _HOLDS in line
+    line, _, effect = line.partition(_HOLDS if direct else _REACHES)
+    targets, _, help_text = effect.partition(": ")
+    fields = tuple(targets.split())
+    words = line.split()
+    flags = [word for word in words if word.startswith("--")]
+    origin = [word[1:-1] for word in words if re.fullmatch(r"\([\w-]+\)", word)]
+    head, _, tail = " ".join(w for w in words if w not in flags and w[1:-1] not in origin).partition(" = ")
+    name, _, kind = head.partition(" ")
+    kind = kind or "str"
+    values = [ast.literal_eval(value) for value in tail.split(" | ")] if tail else [_default(kind, fields, direct)]
+    rest = {**about, "help": help_text, **({"origin": origin[0]} if origin else {})}
+    return build(
+        name, kind, values[0], flags=flags, harmless=tuple(values[1:]), fields=fields, direct=direct,
+        **rest,  # type: ignore[arg-type]
+    )
+
+
+def _default(kind: str, fields: tuple[str, ...], direct: bool) -> object:
+    """Return what a row takes that states no default: its field's, where one is "derive it" or "none", None."""
+    if not direct:
+        return kind == "off" if kind in SWITCHES else None
+    value = DEFAULTS.get(fields[0])
+    return None if not isinstance(value, bool) and value in NOTHING else value
+
+
+def _with_detail(row: Argument, word: str, *rest: str) -> Argument:
+    """Return `row` with one of its indented lines taken in."""
+    if word == "also":
+        return replace(row, aliases=rest)
+    if word == "values":
+        return replace(row, choices=rest)
+    if word == "means":
+        pairs = tuple((written, meant) for written, _, meant in (pair.partition("=") for pair in rest))
+        return replace(row, renamed=row.renamed + pairs)
+    if word == "older_off":
+        return replace(row, off_flags=(*row.off_flags, *rest))
+    raise ValueError(f"{row.name}: {word}: a line under a row starts with also, values, means or older_off")

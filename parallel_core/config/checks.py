@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 from parallel_core.config.model_checks import MODEL_CHECKS
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import LARGEST, Resolution
 from parallel_core.config.schema import ROTARY, ModelParallelConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_place
 from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
@@ -22,6 +24,18 @@ def _rule(function: Rule) -> Rule:
 def _not_a_multiple(value: int, of: int) -> str:
     below, above = value // of * of, (value // of + 1) * of
     return f"{value} is not a multiple of {of}; write {f'{below} or {above}' if below else above}"
+
+
+def _divisors_near(value: int, near: int) -> str:
+    """Return the divisors of `value` on both sides of `near`, in words."""
+    start = min(near, value)
+    below = next((n for n in range(start, max(0, start - _FAR), -1) if value % n == 0), 1)
+    above = next((n for n in range(near + 1, near + _FAR) if value % n == 0), None)
+    return f"{below}{'' if above is None else f' or {above}'}"
+
+
+_FAR = 4096
+"""How far from a wrong size a right one is looked for."""
 
 
 @_rule
@@ -60,13 +74,16 @@ _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1
 
 @_rule
 def ranges(r: Resolution) -> None:
-    """Counts and sizes are above zero, rates are not negative, dropout and decays lie in [0, 1)."""
+    """Counts and sizes are above zero and can be meant, rates are not negative, dropout and decays lie in [0, 1)."""
     for name in _POSITIVE.split():
         if r[name] is not None and r[name] <= 0 and name not in r.derived:
             r.fail(name, "must be above zero")
     for name in _NOT_NEGATIVE.split():
         if r[name] is not None and r[name] < 0 and name not in r.derived:
             r.fail(name, "must not be negative")
+    for name, most in LARGEST.items():
+        if r[name] is not None and r[name] > most:
+            r.fail(name, f"must be at most {most}")
     for name in _SHARES:
         if not 0 <= r[name] < 1:
             r.fail(name, "must be at least 0 and below 1")
@@ -94,25 +111,27 @@ def positions(r: Resolution) -> None:
 
 @_rule
 def heads(r: Resolution) -> None:
-    """Heads divide over groups, and heads and groups over tensor parallel ranks."""
-    tp = r["tensor_model_parallel_size"]
-    if not all(map(r.positive, ("num_attention_heads", "num_query_groups", "tensor_model_parallel_size"))):
+    """Heads divide over groups."""
+    if not all(map(r.positive, ("num_attention_heads", "num_query_groups"))):
         return
     if r["num_attention_heads"] % r["num_query_groups"]:
         r.fail("num_attention_heads num_query_groups", "heads must be a multiple of groups")
-    if r["num_attention_heads"] % tp:
-        r.fail("num_attention_heads tensor_model_parallel_size", _not_a_multiple(r["num_attention_heads"], tp))
-    elif r["num_query_groups"] % tp and r["group_query_attention"]:
-        r.fail("num_query_groups tensor_model_parallel_size", _not_a_multiple(r["num_query_groups"], tp))
 
 
 @_rule
 def tensor_parallel(r: Resolution) -> None:
-    """What tensor parallel ranks share must divide: FFN width, vocabulary and, under sequence parallelism, sequence."""
+    """What tensor parallel ranks share must divide: heads and groups, FFN width, vocabulary, and sequence under SP."""
     tp = r["tensor_model_parallel_size"]
-    for name in ("ffn_hidden_size", "padded_vocab_size", *(["seq_length"] if r["sequence_parallel"] else [])):
-        if r.positive(name) and r.positive("tensor_model_parallel_size") and r[name] % tp:
-            r.fail(f"{name} tensor_model_parallel_size", _not_a_multiple(r[name], tp))
+    shared = ["num_attention_heads", *(["num_query_groups"] if r["group_query_attention"] else []), "ffn_hidden_size",
+              "padded_vocab_size", *(["seq_length"] if r["sequence_parallel"] else [])]
+    shared = [name for name in shared if r.positive(name)]
+    wrong = [name for name in shared if r.positive("tensor_model_parallel_size") and r[name] % tp]
+    if len(wrong) == 1:
+        r.fail(f"{wrong[0]} tensor_model_parallel_size", _not_a_multiple(r[wrong[0]], tp))
+    elif wrong:  # then the size is the odd one out
+        common = math.gcd(*(r[name] for name in shared))
+        r.fail("tensor_model_parallel_size",
+               f"does not divide {', '.join(map(r.term, wrong))}; write {_divisors_near(common, tp)}, or change them")
     if r["vocab_size"] and r["padded_vocab_size"] and r["padded_vocab_size"] < r["vocab_size"]:
         r.fail("padded_vocab_size vocab_size", "the padded vocabulary is smaller than the vocabulary")
 
@@ -142,17 +161,12 @@ def microbatches(r: Resolution) -> None:
         r.fail("micro_batch_num global_batch_size micro_batch_size",
                f"{micro} x data parallel size {dp} x {number} microbatches = {micro * dp * number}, not {total}; "
                "leave out micro_batch_num")
-    ramp = r["rampup_batch_size"]
-    if ramp is None:
+    if r["rampup_batch_size"] is None:
         return
-    if len(ramp) != 3 or min(ramp) <= 0:
-        r.fail("rampup_batch_size", "takes three numbers above zero: start, increment, samples")
-    elif total < ramp[0] or (total - ramp[0]) % ramp[1] or total == ramp[0]:
-        r.fail("rampup_batch_size global_batch_size",
-               f"from {ramp[0]} in steps of {ramp[1]} does not arrive at {total}")
-    elif ramp[0] % (micro * dp) or ramp[1] % (micro * dp):
-        r.fail("rampup_batch_size micro_batch_size",
-               f"start and increment must be multiples of micro batch size {micro} x data parallel size {dp}")
+    try:
+        BatchSizes(total, micro, dp, r["rampup_batch_size"])
+    except ConfigError as error:
+        r.fail("rampup_batch_size global_batch_size micro_batch_size", str(error))
 
 
 @_rule
@@ -169,15 +183,16 @@ def layers(r: Resolution) -> None:
     if listed and per_stage and per_stage != max(map(max, listed)):
         r.fail("num_layers_per_virtual_pipeline_stage num_layer_list",
                f"the largest chunk of the list has {max(map(max, listed))} layers")
+    if not _one_way(r, pp):
+        return
+    known = r.is_given("virtual_pipeline_model_parallel_size")
+    if per_stage and not listed and not known and "virtual_pipeline_model_parallel_size" not in r.derived:
+        return  # The derivation of the chunks has said why there are none.
     if per_stage and not listed and _counted(r) != per_stage * pp * chunks:
         r.fail("num_layers_per_virtual_pipeline_stage num_layers virtual_pipeline_model_parallel_size",
                f"{per_stage} layers x {pp} ranks x {chunks} chunks = {per_stage * pp * chunks}, not {_counted(r)}; "
                "give num_layer_list for chunks of different sizes")
         return
-    ends = [name for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers") if r[name]]
-    counted = [f"account_for_{part}_in_pipeline_split" for part in ("embedding", "loss")]
-    if ends and any(r[name] for name in counted):
-        r.fail(" ".join([*ends, *(name for name in counted if r[name])]), "cannot be combined")
     _place(r, pp, chunks)
     for name in ("recompute", "select_recompute", "select_comm_recompute"):
         rows = r[name]
@@ -187,8 +202,32 @@ def layers(r: Resolution) -> None:
         r.fail("noop_layers num_layers", f"layers are numbered from 0 to {r['num_layers'] - 1}")
 
 
+_ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+_COUNTED = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+
+
+def _one_way(r: Resolution, pp: int) -> bool:
+    """Whether layers are shared out in one way; of two, only one could be followed."""
+    ways = [("num_layer_list",), _ENDS, _COUNTED, ("standalone_embedding_stage",)]
+    asked = [given for given in ([name for name in way if r[name]] for way in ways) if given]
+    if len(asked) > 1:
+        r.fail(" ".join(sum(asked, [])), "cannot be combined, each says where the layers go; give num_layer_list alone "
+               "for any other split")
+    elif asked and asked[0][0] in _ENDS and r["num_layers_per_virtual_pipeline_stage"]:
+        r.fail(" ".join([*asked[0], "num_layers_per_virtual_pipeline_stage"]),
+               "cannot be combined, as in Megatron; give the number of chunks, virtual_pipeline_model_parallel_size, "
+               "in place of num_layers_per_virtual_pipeline_stage")
+    elif r["standalone_embedding_stage"] and pp == 1:
+        r.fail("standalone_embedding_stage pipeline_model_parallel_size", "a stage of its own needs a second one")
+    else:
+        return True
+    return False
+
+
 def _counted(r: Resolution) -> int:
-    return int(r["num_layers"] + r["account_for_embedding_in_pipeline_split"] + r["account_for_loss_in_pipeline_split"])
+    return layers_to_place(
+        r["num_layers"], r["account_for_embedding_in_pipeline_split"], r["account_for_loss_in_pipeline_split"]
+    )
 
 
 def _place(r: Resolution, pp: int, chunks: int) -> None:
@@ -221,15 +260,31 @@ def interleaving(r: Resolution) -> None:
         return
     if chunks == 1 or pp < 2 or not number:
         return
-    counts = [number]
-    if r["rampup_batch_size"] and r.positive("micro_batch_size") and r.positive("global_batch_size"):
-        counts.append(number * r["rampup_batch_size"][0] // r["global_batch_size"])
-    for count in counts:
-        size = group or pp
+    size = group or pp
+    for batch, count in _batches(r):
         if count < size or 0 < count % size < pp:
-            r.fail("virtual_pipeline_model_parallel_size global_batch_size",
+            ramp = " rampup_batch_size" if batch != r["global_batch_size"] else ""
+            where = f" (batch size {batch} of the ramp-up)" if ramp else ""
+            r.fail(f"virtual_pipeline_model_parallel_size global_batch_size{ramp}",
                    f"the interleaved schedule takes microbatches in groups of {size}, at least {pp} in the last; "
-                   f"{count} do not fit, {max(1, round(count / size)) * size} would")
+                   f"{count}{where} do not fit, {max(1, round(count / size)) * size} would")
+            return
+
+
+def _batches(r: Resolution) -> Iterator[tuple[int, int]]:
+    """Yield every batch size that an iteration can have, the full one first, with its number of microbatches."""
+    yield r["global_batch_size"], r["micro_batch_num"]
+    sizes_known = all(map(r.positive, ("global_batch_size", "micro_batch_size", "data_parallel_size")))
+    if not r["rampup_batch_size"] or not sizes_known:
+        return
+    try:
+        sizes = BatchSizes(
+            r["global_batch_size"], r["micro_batch_size"], r["data_parallel_size"], r["rampup_batch_size"]
+        )
+    except ConfigError:
+        return  # The check of the microbatches says why.
+    for size in sizes.sizes():
+        yield size, sizes.microbatches_of(size)
 
 
 @_rule
@@ -290,11 +345,11 @@ def learning_rate(r: Resolution) -> None:
         r.fail("decoupled_min_lr decoupled_lr", "decoupled_min_lr must not be above decoupled_lr")
     if r["lr_warmup_fraction"] and (r["lr_warmup_iters"] or r["lr_warmup_samples"]):
         r.fail("lr_warmup_fraction " + ("lr_warmup_iters" if r["lr_warmup_iters"] else "lr_warmup_samples"), "give one")
-    decay = r["lr_decay_iters"] or (r["train_iters"] if r["train_samples"] is None else None)
+    decay = decay_length(r["lr_decay_iters"], r["train_iters"] if r["train_samples"] is None else None)
     if decay and r["lr_warmup_iters"] and r["lr_warmup_iters"] >= decay:
         r.fail(f"lr_warmup_iters {'lr_decay_iters' if r['lr_decay_iters'] else 'train_iters'}",
                "the warm-up must be shorter than the decay")
-    samples = r["lr_decay_samples"] or r["train_samples"]
+    samples = decay_length(r["lr_decay_samples"], r["train_samples"])
     if samples and r["lr_warmup_samples"] and r["lr_warmup_samples"] >= samples:
         r.fail(f"lr_warmup_samples {'lr_decay_samples' if r['lr_decay_samples'] else 'train_samples'}",
                "the warm-up must be shorter than the decay")
@@ -302,6 +357,10 @@ def learning_rate(r: Resolution) -> None:
         r.fail("lr_decay_style", "WSD needs lr_wsd_decay_iters or lr_wsd_decay_samples")
     if r["use_checkpoint_opt_param_scheduler"] and r["override_opt_param_scheduler"]:
         r.fail("use_checkpoint_opt_param_scheduler override_opt_param_scheduler", "give one of them")
+    for name, on in (("no_load_optim", True), ("finetune", True), ("resume_training", False)):
+        if r["use_checkpoint_opt_param_scheduler"] and bool(r[name]) is on:
+            r.fail(f"use_checkpoint_opt_param_scheduler {name}",
+                   "the schedule is loaded with the optimizer's state, which is left out here; give one of them")
 
 
 @_rule

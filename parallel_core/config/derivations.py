@@ -8,6 +8,7 @@ from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import GATED, ROTARY
 from parallel_core.config.vocabulary import tokenizer_vocab_size
 from parallel_core.errors import ConfigError
+from parallel_core.layout import derived
 from parallel_core.layout.stages import decoder_layers, parse_layout
 
 Rule = Callable[[Resolution], None]
@@ -40,7 +41,7 @@ def positions(r: Resolution) -> None:
         r.derive("position_embedding_type", "rope", "positions")
     if not r["add_position_embedding"] and r["position_embedding_type"] == "learned_absolute":
         r.fail("add_position_embedding", "write position_embedding_type none for a model without positions")
-    if r["position_embedding_type"] not in ROTARY or r["rotary_interleaved"]:
+    if not derived.rotary_fusion_applies(r["position_embedding_type"], r["rotary_interleaved"]):
         if r.is_given("apply_rope_fusion") and r["apply_rope_fusion"]:
             r.note(f"{r.term('apply_rope_fusion')}: off, it needs rope that is not interleaved")
         r.derive("apply_rope_fusion", False, "positions")
@@ -62,8 +63,7 @@ def activation(r: Resolution) -> None:
     elif named and chosen is None:
         r.derive("hidden_act", named[0], "activation")
     elif chosen is None:
-        fused = r["bias_gelu_fusion"] and r["add_bias_linear"]
-        r.derive("hidden_act", "gelu_tanh" if fused else "gelu", "activation")
+        r.derive("hidden_act", derived.default_activation(r["add_bias_linear"], r["bias_gelu_fusion"]), "activation")
     if r["gated_linear_unit"] and chosen in _GATED_FORMS:
         r.derive("hidden_act", _GATED_FORMS[chosen], "activation")
     if r["gated_linear_unit"] and r["hidden_act"] not in GATED:
@@ -102,17 +102,16 @@ def widths(r: Resolution) -> None:
     """FFN width 4h, or int(8h/3/64)*64 for swiglu; head size h/heads; key/value heads = heads without groups."""
     hidden, heads = r["hidden_size"], r["num_attention_heads"]
     if r.positive("hidden_size"):
-        gated = int(4 * hidden * 2 / 3) // 64 * 64 or 64
-        r.fill("ffn_hidden_size", gated if r["hidden_act"] in GATED else 4 * hidden, "widths")
+        r.fill("ffn_hidden_size", derived.feed_forward_width(hidden, r["hidden_act"] in GATED), "widths")
     if r.positive("hidden_size") and r.positive("num_attention_heads") and r["kv_channels"] is None:
         if hidden % heads:
             r.fail("hidden_size num_attention_heads", f"{hidden} is not a multiple of {heads}; change one of them, "
                    "or give kv_channels")
-        r.derive("kv_channels", hidden // heads, "widths")
+        r.derive("kv_channels", derived.head_size(hidden, heads), "widths")
     if not r["group_query_attention"]:
         if r.is_given("num_query_groups") and r["num_query_groups"] not in (1, heads):
             r.note(f"{r.term('num_query_groups')}: not used without group_query_attention, as in Megatron")
-        r.derive("num_query_groups", heads, "widths")
+        r.derive("num_query_groups", derived.key_value_heads(heads, 0, grouped=False), "widths")
 
 
 @_rule
@@ -132,8 +131,9 @@ def vocabulary(r: Resolution) -> None:
     if size is None:
         r.fail("padded_vocab_size", "give padded_vocab_size, vocab_size, or a tokenizer to take it from")
     elif r.positive("make_vocab_size_divisible_by") and r.positive("tensor_model_parallel_size"):
-        multiple = r["make_vocab_size_divisible_by"] * r["tensor_model_parallel_size"] if r["pad_vocab_size"] else 1
-        r.derive("padded_vocab_size", -(-size // multiple) * multiple, "vocabulary")
+        if r["pad_vocab_size"]:
+            size = derived.padded_vocab_size(size, r["make_vocab_size_divisible_by"], r["tensor_model_parallel_size"])
+        r.derive("padded_vocab_size", size, "vocabulary")
 
 
 @_rule
@@ -230,14 +230,15 @@ def virtual_pipeline(r: Resolution) -> None:
     layers, per_stage = r["num_layer_list"], r["num_layers_per_virtual_pipeline_stage"]
     if layers:
         r.fill("virtual_pipeline_model_parallel_size", len(layers[0]), "virtual_pipeline")
-    elif per_stage and r["virtual_pipeline_model_parallel_size"] is None and r.positive("num_layers"):
-        counted = (r["num_layers"] + r["account_for_embedding_in_pipeline_split"]
-                   + r["account_for_loss_in_pipeline_split"])
-        if per_stage < 1 or not r.positive("pipeline_model_parallel_size") or counted % (pp * per_stage):
-            r.fail("num_layers_per_virtual_pipeline_stage num_layers pipeline_model_parallel_size",
-                   f"{counted} layers are not a whole number of chunks of {per_stage} on each of {pp} ranks")
-        else:
-            r.derive("virtual_pipeline_model_parallel_size", counted // pp // per_stage, "virtual_pipeline")
+    elif (per_stage and r["virtual_pipeline_model_parallel_size"] is None and r.positive("num_layers")
+          and not (r["decoder_first_pipeline_num_layers"] or r["decoder_last_pipeline_num_layers"])):
+        counted = derived.layers_to_place(r["num_layers"], r["account_for_embedding_in_pipeline_split"],
+                                          r["account_for_loss_in_pipeline_split"])
+        try:
+            r.derive("virtual_pipeline_model_parallel_size", derived.chunks_per_rank(counted, pp, per_stage),
+                     "virtual_pipeline")
+        except ConfigError as error:
+            r.fail("num_layers_per_virtual_pipeline_stage num_layers pipeline_model_parallel_size", str(error))
     if r["virtual_pipeline_model_parallel_size"] is None:
         r.values["virtual_pipeline_model_parallel_size"] = 1
 
@@ -280,17 +281,13 @@ def _fewest_microbatches(r: Resolution) -> int:
 @_rule
 def run_length(r: Resolution) -> None:
     """`train_samples` becomes `train_iters`, walking through the ramp-up; a partial last batch is left out."""
-    if r["train_samples"] is None or not r.positive("global_batch_size"):
+    if not r["train_samples"] or not r.positive("global_batch_size"):
         return
-    samples, full, ramp = r["train_samples"], r["global_batch_size"], r["rampup_batch_size"]
-    consumed = steps = 0
-    if ramp and len(ramp) == 3 and ramp[1] > 0 and full > ramp[0] > 0:
-        start, step, length = ramp
-        growths = (full - start) // step
-        while growths and consumed <= length and consumed <= samples:
-            consumed += min(full, start + int(consumed / (length / growths)) * step)
-            steps += 1
-    steps += max(0, samples - consumed) // full
+    samples = r["train_samples"]
+    try:
+        steps = derived.BatchSizes(r["global_batch_size"], 1, 1, r["rampup_batch_size"] or ()).iterations_of(samples)
+    except ConfigError:
+        return  # The check of the microbatches says what is wrong with the ramp-up.
     if r["train_iters"] not in (None, steps):
         r.fail("train_iters train_samples", f"give one of them; {samples} samples are {steps} iterations")
         return
@@ -308,8 +305,9 @@ def schedule(r: Resolution) -> None:
                 r.fail(f"betas {name}", "disagree; give one")
             r.derive(name, value, "schedule")
     if r["weight_decay_incr_style"] == "constant":
-        r.fill("start_weight_decay", r["weight_decay"], "schedule")
-        r.fill("end_weight_decay", r["weight_decay"], "schedule")
+        ends = ("start_weight_decay", "end_weight_decay")
+        for name, value in zip(ends, derived.weight_decay_range(r["weight_decay"], *map(r.__getitem__, ends))):
+            r.fill(name, value, "schedule")
     r.fill("dataloader_type", "single", "schedule")
     if r["embedding_init_method_std"] is None:
         r.derive("embedding_init_method_std", r["init_method_std"], "schedule")

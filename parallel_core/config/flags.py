@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from parallel_core.config import table
 from parallel_core.config.argument import LISTS
-from parallel_core.config.values import Given
+from parallel_core.config.values import Given, shortened
 
 ExtraArgsProvider = Callable[[argparse.ArgumentParser], "argparse.ArgumentParser | None"]
 
@@ -60,7 +60,8 @@ class UserArguments:
 
 
 _ABSENT = object()
-_FILE_FLAGS = ("--config", "--yaml-cfg", "--yaml_cfg")
+FILE_FLAGS = ("--config", "--yaml-cfg", "--yaml_cfg")
+"""Flags that name a YAML file."""
 
 
 def looks_like_flag(word: str) -> bool:
@@ -91,7 +92,7 @@ def read_flags(argv: Sequence[str], user: UserArguments) -> tuple[list[Given], l
     pairs, stray = split_words(argv)
     problems += [f"{word}: stands before any flag; values follow their flag" for word in stray]
     for flag, words in pairs:
-        if flag in _FILE_FLAGS:
+        if flag in FILE_FLAGS:
             if len(words) == 1:
                 files.append(words[0])
             else:
@@ -115,7 +116,8 @@ def _user_flag(flag: str, words: list[str], user: UserArguments, given: list[Giv
 def _table_flag(flag: str, words: list[str], user: UserArguments, given: list[Given], problems: list[str]) -> None:
     found = table.find(flag)
     if found is None:
-        problems.append(f"{flag}: unknown argument{table.suggestion(flag, tuple(map(table.normal, user.actions)))}")
+        near = table.suggestion(flag, tuple(map(table.normal, user.actions)))
+        problems.append(f"{shortened(flag)}: unknown argument{near}")
         return
     argument, negated = found
     if argument.is_switch:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from parallel_core.config import table
-from parallel_core.config.schema import DEFAULTS
-from parallel_core.config.values import Given
+from parallel_core.config.schema import DEFAULTS, NOTHING
+from parallel_core.config.values import Given, shortened
 from parallel_core.config.yaml_tree import Leaf
 
 SECTIONS = ("model_config", "parallel_config", "training_config", "dataset_config", "optimizer_config")
@@ -137,7 +137,7 @@ def read_forms(leaves: Iterable[Leaf], user_names: Iterable[str] = ()) -> tuple[
         for name, value in values.items():
             written = ".".join(leaf.path)
             if name in user:
-                given.append(Given(name, value, leaf.source, written, leaf.value))
+                given.append(Given(name, value, leaf.source, written, leaf.written))
                 continue
             found = table.find(name)
             if found is None:
@@ -146,7 +146,7 @@ def read_forms(leaves: Iterable[Leaf], user_names: Iterable[str] = ()) -> tuple[
             argument, negated = found
             if negated and value is not None:
                 value = str(value).lower() in ("false", "no", "off", "0")
-            given.append(Given(argument.name, value, leaf.source, written, leaf.value))
+            given.append(Given(argument.name, value, leaf.source, written, leaf.written))
     return given, problems
 
 
@@ -180,20 +180,21 @@ def _section(dotted: str, last: str, value: object) -> _Values | None:
     return {last: value} if table.find(last) else None
 
 
-_NOTHING: tuple[object, ...] = (0, -1, 1, "", "none", ())
-
-
 def says_nothing(path: str, value: object) -> bool:
     """Whether a field's value is its own word for "derive it" or "none", which its argument says by being absent."""
     if isinstance(value, bool) or table.DIRECT[path].default is not None:
         return False
     value = tuple(value) if isinstance(value, list) else value
-    return value in _NOTHING and value == DEFAULTS.get(path)
+    return value in (*NOTHING, 1) and value == _RESOLVED_NOTHING.get(path, DEFAULTS.get(path))
+
+
+_RESOLVED_NOTHING = {"parallel_config.virtual_pipeline_model_parallel_size": 1}
+"""What a resolved configuration has where nothing was said, if that is not the field's default."""
 
 
 def _unknown(leaf: Leaf, user: set[str]) -> str:
-    written = ".".join(leaf.path)
+    written = shortened(".".join(leaf.path))
     if len(leaf.path) > 1 and leaf.path[0] not in (*SECTIONS, *MEGATRON_SECTIONS, *NESTED_SECTIONS):
         known = ", ".join((*SECTIONS, *MEGATRON_SECTIONS, *NESTED_SECTIONS))
-        return f"{leaf.source}: {leaf.path[0]}: unknown section; there are {known}"
+        return f"{leaf.source}: {shortened(leaf.path[0])}: unknown section; there are {known}"
     return f"{leaf.source}: {written}: unknown argument{table.suggestion(leaf.path[-1], tuple(user))}"

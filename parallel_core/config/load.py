@@ -129,7 +129,7 @@ def _merge(
                 typed = _typed(entry)
             except Unreadable as error:
                 where = entry.written if entry.written.startswith("--") else f"{entry.source}: {entry.written}"
-                problems.append(f"{where} {error}")
+                problems.append(f"{where} {error.about(entry.raw if entry.is_substituted else error.raw)}")
                 unreadable.add(entry.name)
                 continue
             before = here.get(entry.name)

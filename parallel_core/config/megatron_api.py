@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from parallel_core.config import table
 from parallel_core.config.flags import ExtraArgsProvider, UserArguments
+from parallel_core.config.handover import load_run_config
 from parallel_core.config.load import LoadedConfig, load_config, resolve
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.values import Given
@@ -47,7 +48,7 @@ def initialize_megatron(
     Raises:
         ConfigError: As `load_config`.
     """
-    loaded = load_config(
+    loaded = load_run_config(
         sys.argv[1:] if argv is None else argv,
         world_size=world_size or world_size_of_job(),
         extra_args_provider=extra_args_provider,

@@ -92,7 +92,7 @@ def settings_of_megatron(args: Mapping[str, Any]) -> dict[str, Any]:
         return {name: entry.value for name, entry in given.items() if name in FIELD_OF and entry.value is not None}
     for name in ("seq_length", "padded_vocab_size"):  # of no interest here, and the model cannot be made without
         given.setdefault(name, Given(name, 1, "checkpoint", name))
-    model = build_config(run_rules(given, None, quiet=True)).model_config
+    model = build_config(run_rules(given, None)).model_config
     if model.use_rope_scaling:
         said.add("model_config.rope_original_max_position_embeddings")
     settings = model_settings(model)

@@ -12,6 +12,7 @@ from typing import Any
 from parallel_core.config import table
 from parallel_core.config.schema import DEFAULTS, UNLIMITED, FlashAttentionConfig, TransformerConfig
 from parallel_core.config.values import Unreadable, convert
+from parallel_core.errors import ConfigError
 
 DEFINING: tuple[str, ...] = tuple(
     """
@@ -105,7 +106,7 @@ def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
         settings: as `model_settings` returns them, or an older or hand-written part of them.
 
     Raises:
-        Unreadable: a value is not of its argument's type.
+        ConfigError: a value is not of its argument's type.
     """
     values: dict[str, Any] = {}
     for name, raw in settings.items():
@@ -115,7 +116,7 @@ def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
         try:
             values[FIELD_OF[name]] = convert(argument, raw)
         except Unreadable as error:
-            raise Unreadable(f"{name} {error}") from None
+            raise ConfigError(f"{name} {error}") from None
     if "hidden_act" not in values and settings.get("swiglu") is not None:
         values["hidden_act"] = "swiglu" if settings["swiglu"] else "gelu_tanh"
     if "qkv_has_bias" not in values and settings.get("add_qkv_bias") is not None:

@@ -6,9 +6,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parallel_core.config.table import TABLE
-from parallel_core.config.values import Given
+from parallel_core.config.values import Given, shortened
 
 _WHEN_ABSENT: dict[str, Any] = {argument.name: argument.value_when_absent for argument in TABLE}
+
+
+LARGEST: dict[str, int] = {
+    "num_layers": 100_000,
+    "tensor_model_parallel_size": 65_536,
+    "pipeline_model_parallel_size": 65_536,
+    "context_parallel_size": 65_536,
+    "virtual_pipeline_model_parallel_size": 65_536,
+    "micro_batch_num": 1_000_000,
+    "vocab_extra_ids": 1_000_000,
+    "num_workers": 1024,
+    "keep_checkpoint_max": 1_000_000,
+    "seed": 2**32 - 1,
+}
+"""The largest value that can be meant, of numbers that something counts up to or that a library bounds."""
 
 
 @dataclass
@@ -71,11 +86,11 @@ class Resolution:
         return "default"
 
     def positive(self, name: str) -> bool:
-        """Whether `name` is a number above zero, so that rules may divide by it."""
+        """Whether `name` is a number above zero that can be meant: rules may divide by it and count up to it."""
         value = self.values.get(name)
-        return isinstance(value, (int, float)) and value > 0
+        return isinstance(value, (int, float)) and 0 < value <= LARGEST.get(name, value)
 
 
 def _plain(value: object) -> str:
     nested = isinstance(value, tuple) and value and isinstance(value[0], tuple)
-    return str([list(row) for row in value]) if nested else str(value)  # type: ignore[attr-defined]
+    return shortened(str([list(row) for row in value]) if nested else str(value))  # type: ignore[attr-defined]

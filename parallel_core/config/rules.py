@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from parallel_core.config import table
@@ -29,15 +29,13 @@ def run_rules(
     problems: Iterable[str] = (),
     notes: Iterable[str] = (),
     unreadable: frozenset[str] = frozenset(),
-    *,
-    quiet: bool = False,
 ) -> Resolution:
-    """Return the state after the rules: values, derivations, notes and problems; `quiet` derives without checking."""
+    """Return the state after the rules: values, derivations, notes and problems."""
     resolution = Resolution(given, world_size, unreadable, problems=list(problems), notes=list(notes))
     _sort_out(resolution)
     for rule in DERIVATIONS.values():
         rule(resolution)
-    for check in () if quiet else CHECKS.values():
+    for check in CHECKS.values():
         check(resolution)
     return resolution
 
@@ -100,5 +98,16 @@ def build_config(resolution: Resolution) -> AllConfig:
         else:
             sections[section][outer] = value
     for (section, outer), values in nested.items():
-        sections[section][outer] = _NESTED_TYPES[outer](**values)
-    return AllConfig(**{name: kind(**sections[name]) for name, kind in _SECTION_TYPES.items()})
+        sections[section][outer] = values
+    return config_of_sections(sections)
+
+
+def config_of_sections(sections: Mapping[str, Mapping[str, Any]]) -> AllConfig:
+    """Return the config tree of field values by section, the inverse of `AllConfig.to_dict`."""
+    built = {}
+    for name, kind in _SECTION_TYPES.items():
+        values = dict(sections[name])
+        for outer in _NESTED_TYPES.keys() & values.keys():
+            values[outer] = _NESTED_TYPES[outer](**values[outer])
+        built[name] = kind(**values)
+    return AllConfig(**built)

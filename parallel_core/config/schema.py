@@ -1,22 +1,29 @@
 """The configuration tree: five frozen sections, one value each for everything the program can be told.
 
 Field names are the ones the five mapping tables of the MindSpeed-Core-MS pretraining guide give; the Megatron name of
-each stands in `megatron_args.py`. Values here are resolved: what Megatron derives (ffn size, kv channels, ...) is
-filled in by `__post_init__`, where an integer 0 or an empty string means "derive it". Rules across fields live in
-`rules.py`, so that all violations can be reported together.
+each stands in `arguments/*.txt`. Values here are resolved: what Megatron derives (ffn size, kv channels, ...) is
+filled in by `__post_init__`, where 0, an empty string or None means "derive it". Rules across fields live in
+`checks.py`, so that all violations can be reported together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
+
+from parallel_core.layout import derived
+from parallel_core.layout.derived import ROTARY
+
+
+def _follows() -> Any:
+    """Return the default of a switch whose value follows from other fields unless it is given."""
+    return field(default=None)
 
 UNLIMITED = 2**31 - 1
 """A window that hides nothing."""
 GATED = ("swiglu", "geglu", "geglu_tanh")
 """Activations whose first linear has two halves, gate and up."""
-ROTARY = ("rope", "yarn")
-"""Kinds of positions that turn queries and keys."""
 
 
 def _fill(section: object, **derived: object) -> None:
@@ -93,13 +100,15 @@ class TransformerConfig:
     apply_layernorm_1p: bool = False
     """The norm's stored weight is its scale minus one."""
     qk_layernorm: bool = False
-    hidden_act: str = "gelu"
+    hidden_act: str = ""
     """gelu (erf), gelu_tanh (Megatron's fused bias-GELU), swiglu, geglu, geglu_tanh (gated by GELU), squared_relu,
-    openai_gelu, silu or relu."""
+    openai_gelu, silu or relu; empty: gelu_tanh with add_bias_linear, else gelu."""
     add_bias_linear: bool = True
     """Biases in the MLP's linears."""
-    qkv_has_bias: bool = True
-    out_proj_has_bias: bool = True
+    qkv_has_bias: bool = _follows()
+    """None: add_bias_linear."""
+    out_proj_has_bias: bool = _follows()
+    """None: add_bias_linear."""
     untie_embeddings_and_output_weights: bool = False
     use_sandwich_norm: bool = False
     attn_post_norm_scale: float = 1.0
@@ -146,15 +155,21 @@ class TransformerConfig:
     recompute_num_layers: int = 0
 
     def __post_init__(self) -> None:
-        heads = max(self.num_attention_heads, 1)
-        two_thirds = int(4 * self.hidden_size * 2 / 3) // 64 * 64
+        has_bias = self.add_bias_linear
+        fusable = derived.rotary_fusion_applies(self.position_embedding_type, self.rotary_interleaved)
         _fill(
             self,
             max_position_embeddings=self.max_position_embeddings or self.seq_length,
-            ffn_hidden_size=self.ffn_hidden_size
-            or ((two_thirds or 64) if self.is_gated else 4 * self.hidden_size),
-            kv_channels=self.kv_channels or self.hidden_size // heads,
-            num_query_groups=(self.num_query_groups or 1) if self.group_query_attention else self.num_attention_heads,
+            ffn_hidden_size=self.ffn_hidden_size or derived.feed_forward_width(self.hidden_size, self.is_gated),
+            kv_channels=self.kv_channels or derived.head_size(self.hidden_size, self.num_attention_heads),
+            num_query_groups=derived.key_value_heads(
+                self.num_attention_heads, self.num_query_groups, self.group_query_attention
+            ),
+            hidden_act=self.hidden_act or derived.default_activation(has_bias),
+            qkv_has_bias=has_bias if self.qkv_has_bias is None else self.qkv_has_bias,
+            out_proj_has_bias=has_bias if self.out_proj_has_bias is None else self.out_proj_has_bias,
+            apply_rope_fusion=self.apply_rope_fusion and fusable,
+            attention_softmax_in_fp32=self.attention_softmax_in_fp32 or self.apply_query_key_layer_scaling,
             rope_original_max_position_embeddings=self.rope_original_max_position_embeddings
             or self._default_trained_length(),
             window_attn_skip_freq=() if all(self.window_attn_skip_freq) else tuple(self.window_attn_skip_freq),
@@ -194,8 +209,8 @@ class ModelParallelConfig:
     context_parallel_algo: str = "megatron_cp_algo"
     ulysses_degree_in_cp: int = 1
     expert_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1
-    """Model chunks on each pipeline rank."""
+    virtual_pipeline_model_parallel_size: int = 0
+    """Model chunks on each pipeline rank; 0: as num_layer_list or num_layers_per_virtual_pipeline_stage say, else 1."""
     num_layers_per_virtual_pipeline_stage: int = 0
     """0: follows from the other sizes."""
     microbatch_group_size_per_virtual_pipeline_stage: int = 0
@@ -222,6 +237,11 @@ class ModelParallelConfig:
     distributed_backend: str = "auto"
     """auto, shm (shared memory, ranks of one host), mccl or hccl."""
     distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        _fill(self, sequence_parallel=self.sequence_parallel and self.tensor_model_parallel_size > 1)
+        if not self.virtual_pipeline_model_parallel_size:
+            _fill(self, virtual_pipeline_model_parallel_size=len(self.num_layer_list[0]) if self.num_layer_list else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,10 +328,12 @@ class OptimizerConfig:
     overlap_param_gather: bool = False
 
     def __post_init__(self) -> None:
+        given = (None if value < 0 else value for value in (self.start_weight_decay, self.end_weight_decay))
+        start, end = derived.weight_decay_range(self.weight_decay, *given)
         _fill(
             self,
-            start_weight_decay=self.weight_decay if self.start_weight_decay < 0 else self.start_weight_decay,
-            end_weight_decay=self.weight_decay if self.end_weight_decay < 0 else self.end_weight_decay,
+            start_weight_decay=start,
+            end_weight_decay=end,
             decoupled_min_lr=self.min_lr if self.decoupled_min_lr < 0 else self.decoupled_min_lr,
         )
 
@@ -384,7 +406,8 @@ class TrainingConfig:
     """With the distributed optimizer, parameters start at 512-byte boundaries; off: at every 64th element."""
     overlap_grad_reduce: bool = False
     delay_grad_reduce: bool = False
-    accumulate_allreduce_grads_in_fp32: bool = True
+    accumulate_allreduce_grads_in_fp32: bool = _follows()
+    """Gradients of 16-bit parameters are summed in float32; None: with bf16."""
     average_in_collective: bool = False
     use_distributed_optimizer: bool = False
     output_dir: str = ""
@@ -410,8 +433,15 @@ class TrainingConfig:
     log_throughput: bool = False
     """Report TFLOP/s of each device, by the model's formula."""
     print_schedule: bool = False
-    deterministic_mode: bool = True
+    deterministic_mode: bool = False
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        handles_overflow = self.fp16 and not self.loss_scale  # A NaN is an overflow then, and the step is skipped.
+        _fill(self, check_for_nan_in_loss_and_grad=self.check_for_nan_in_loss_and_grad and not handles_overflow)
+        if self.bf16 and self.accumulate_allreduce_grads_in_fp32 is None:
+            _fill(self, accumulate_allreduce_grads_in_fp32=True)
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,6 +453,45 @@ class AllConfig:
     training_config: TrainingConfig = field(default_factory=TrainingConfig)
     dataset_config: DatasetConfig = field(default_factory=DatasetConfig)
     optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from fields of several sections.
+
+        Raises:
+            ConfigError: the layers are not a whole number of the chunks that the layout asks for.
+        """
+        for name, filled in (("training_config", self._training()), ("parallel_config", self._parallel())):
+            if filled != getattr(self, name):
+                _fill(self, **{name: filled})
+
+    def _training(self) -> TrainingConfig:
+        """Return the run's section with the flag of a 16-bit type, and the iterations of a run counted in samples."""
+        training, data = self.training_config, self.dataset_config
+        computes_in = self.model_config.compute_dtype
+        training = dataclasses.replace(
+            training, bf16=training.bf16 or computes_in == "bfloat16", fp16=training.fp16 or computes_in == "float16"
+        )
+        if training.accumulate_allreduce_grads_in_fp32 is None:  # only now is it known that bfloat16 is not in play
+            training = dataclasses.replace(training, accumulate_allreduce_grads_in_fp32=False)
+        if training.train_samples and not training.training_iters and data.global_batch_size:
+            sizes = derived.BatchSizes(data.global_batch_size, 1, 1, data.rampup_batch_size)
+            training = dataclasses.replace(training, training_iters=sizes.iterations_of(training.train_samples))
+        return training
+
+    def _parallel(self) -> ModelParallelConfig:
+        """Return the layout's section with the chunks that `num_layers_per_virtual_pipeline_stage` makes."""
+        parallel = self.parallel_config
+        per_chunk = parallel.num_layers_per_virtual_pipeline_stage
+        if not per_chunk or parallel.virtual_pipeline_model_parallel_size > 1 or parallel.num_layer_list:
+            return parallel
+        to_place = derived.layers_to_place(
+            self.model_config.num_layers,
+            parallel.account_for_embedding_in_pipeline_split,
+            parallel.account_for_loss_in_pipeline_split,
+        )
+        ranks = parallel.pipeline_model_parallel_size
+        chunks = derived.chunks_per_rank(to_place, ranks, per_chunk)
+        return dataclasses.replace(parallel, virtual_pipeline_model_parallel_size=chunks)
 
     def to_dict(self) -> dict[str, dict[str, object]]:
         """Return the tree as plain nested dictionaries, ready for JSON or YAML."""
@@ -443,3 +512,6 @@ def _defaults(kind: type, prefix: str) -> dict[str, object]:
 
 DEFAULTS: dict[str, object] = _defaults(AllConfig, "")
 """Field path -> the value it has when nothing is said."""
+
+NOTHING: tuple[object, ...] = (0, -1, "", "none", ())
+"""Values by which a field says "derive it" or "none"; an argument says the same by not being given."""

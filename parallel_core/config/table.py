@@ -6,18 +6,9 @@ import difflib
 from functools import lru_cache
 
 from parallel_core.config.argument import MAPPED, Argument
-from parallel_core.config.arguments.data import DATA
-from parallel_core.config.arguments.ignored import IGNORED_ROWS
-from parallel_core.config.arguments.model import MODEL
-from parallel_core.config.arguments.other import OTHER_ROWS
-from parallel_core.config.arguments.parallel import PARALLEL
-from parallel_core.config.arguments.refused_models import REFUSED_MODEL_ROWS
-from parallel_core.config.arguments.refused_runs import REFUSED_RUN_ROWS
-from parallel_core.config.arguments.training import TRAINING
+from parallel_core.config.arguments import read_tables
 
-TABLE: tuple[Argument, ...] = (
-    *MODEL, *PARALLEL, *TRAINING, *DATA, *OTHER_ROWS, *IGNORED_ROWS, *REFUSED_MODEL_ROWS, *REFUSED_RUN_ROWS,
-)
+TABLE: tuple[Argument, ...] = read_tables()
 BY_NAME: dict[str, Argument] = {argument.name: argument for argument in TABLE}
 DIRECT: dict[str, Argument] = {argument.fields[0]: argument for argument in TABLE if argument.direct}
 """The one argument that holds each field's value, by field path."""
@@ -51,13 +42,14 @@ def find(written: str) -> tuple[Argument, bool] | None:
     return _spellings().get(normal(written))
 
 
-def is_flag(written: str) -> bool:
-    """Return whether `written` is a spelling of a command-line flag."""
-    return normal(written) in _spellings()
+_LONGEST = 100
+"""No argument has a longer name, and comparing takes time that grows with it."""
 
 
 def suggestion(written: str, extra: tuple[str, ...] = ()) -> str:
     """Return "; did you mean X?" for the nearest known spelling, or an empty string."""
+    if len(written) > _LONGEST:
+        return ""
     usable = [name for name, (argument, _) in _spellings().items() if argument.status == MAPPED]
     for candidates in ([*usable, *extra], list(_spellings())):
         near = difflib.get_close_matches(normal(written), candidates, n=1, cutoff=0.75)

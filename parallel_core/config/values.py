@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from dataclasses import dataclass
 
 from parallel_core.config.argument import Argument
@@ -24,6 +25,11 @@ class Given:
     """The value as it was typed."""
 
     @property
+    def is_substituted(self) -> bool:
+        """Whether the value stands in an environment variable, which may be secret: it is not shown."""
+        return self.value != self.raw and "${" in str(self.raw)
+
+    @property
     def terms(self) -> str:
         """The value as the user would recognise it: `--flag value`, or `file:line: key: value`."""
         if self.written.startswith("--"):
@@ -33,12 +39,41 @@ class Given:
 
 def _shown(raw: object) -> str:
     if isinstance(raw, (list, tuple)) and all(isinstance(item, (str, int, float)) for item in raw):
-        return " ".join(map(str, raw))
-    return str(raw).lower() if isinstance(raw, bool) else str(raw)
+        raw = " ".join(map(_safe_text, raw))
+    text = str(raw).lower() if isinstance(raw, bool) else _safe_text(raw)
+    return shortened(text if text.isprintable() else repr(text))
+
+
+def _safe_text(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits.
+        return "a number of thousands of digits"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Return `text`, cut where it would fill the screen."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 class Unreadable(ValueError):
-    """The value has the wrong type; the text says what would be right."""
+    """The value has the wrong type.
+
+    Attributes:
+        raw: the value.
+        rule: what would be right.
+    """
+
+    def __init__(self, raw: object, rule: str) -> None:
+        super().__init__(raw, rule)
+        self.raw, self.rule = raw, rule
+
+    def __str__(self) -> str:
+        return self.about(self.raw)
+
+    def about(self, raw: object) -> str:
+        """Return what is wrong in terms of `raw`, the value as it was written."""
+        return f"is {shortened(repr(raw) if isinstance(raw, str) else _safe_text(raw))}; {self.rule}"
 
 
 _TRUE = {"true", "yes", "on", "1"}
@@ -75,35 +110,50 @@ def _boolean(raw: object) -> bool:
     word = str(raw).strip().lower()
     if word in _TRUE | _FALSE:
         return word in _TRUE
-    raise Unreadable(f"is {raw!r}; it takes true or false")
+    raise Unreadable(raw, "it takes true or false")
 
 
 def _integer(raw: object) -> int:
     value = _number(raw, "a whole number")
     if value != int(value):
-        raise Unreadable(f"is {raw!r}; it takes a whole number")
+        raise Unreadable(raw, "it takes a whole number")
+    if abs(value) >= 2**63:
+        raise Unreadable(raw, "it takes a whole number of at most 18 digits")
     return int(raw) if isinstance(raw, int) else int(value)
 
 
 def _number(raw: object, wanted: str = "a number") -> float:
     if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
-        raise Unreadable(f"is {raw!r}; it takes {wanted}")
+        raise Unreadable(raw, f"it takes {wanted}")
     try:
         value = float(str(raw).replace("_", "") if isinstance(raw, str) else raw)
     except (ValueError, OverflowError):
-        raise Unreadable(f"is {raw!r}; it takes {wanted}") from None
+        raise Unreadable(raw, f"it takes {wanted}") from None
     if not math.isfinite(value):
-        raise Unreadable(f"is {raw!r}; it takes a finite number")
+        raise Unreadable(raw, "it takes a finite number")
     return value
 
 
+_NUMBERS = re.compile(r"[-+\d\s,.()\[\]eE_]*")
+_DEEPEST = 4
+"""Brackets within brackets: a list of lists takes two."""
+
+
 def _literal(raw: object) -> object:
+    """Return the numbers of a text such as `[[4,4],[4,3]]`, or else its words."""
     if not isinstance(raw, str):
         return raw
-    try:
-        return ast.literal_eval(raw)
-    except (ValueError, SyntaxError):
-        return [word for word in raw.replace(",", " ").split() if word]
+    # What Python's parser is given is small and flat: it fails in many ways, and crashes, on other texts.
+    depth = deepest = 0
+    for character in raw:
+        depth += (character in "([") - (character in ")]")
+        deepest = max(deepest, depth)
+    if _NUMBERS.fullmatch(raw) and deepest <= _DEEPEST and not re.search(r"[-+]\s*[-+]", raw):
+        try:
+            return ast.literal_eval(raw)
+        except (ValueError, SyntaxError):
+            pass
+    return [word for word in raw.replace(",", " ").split() if word]
 
 
 def _layers(raw: object) -> tuple[tuple[int, ...], ...]:
@@ -117,11 +167,11 @@ def _layers(raw: object) -> tuple[tuple[int, ...], ...]:
     try:
         layers = tuple(tuple(_integer(number) for number in row) for row in rows)
     except Unreadable as error:
-        raise Unreadable(f"{error}, layers of [pipeline rank][chunk] such as [[4,4],[4,3]]") from None
+        raise Unreadable(error.raw, f"{error.rule}, layers of [pipeline rank][chunk] such as [[4,4],[4,3]]") from None
     if len({len(row) for row in layers}) > 1:
-        raise Unreadable(f"is {raw!r}; every pipeline rank needs the same number of chunks")
+        raise Unreadable(raw, "every pipeline rank needs the same number of chunks")
     if any(number < 0 for row in layers for number in row):
-        raise Unreadable(f"is {raw!r}; a number of layers is not negative")
+        raise Unreadable(raw, "a number of layers is not negative")
     return layers
 
 
@@ -132,14 +182,15 @@ def _pattern(raw: object) -> int | tuple[int, ...]:
     """Read which layers are meant: N for every N-th, or one 0 or 1 per layer, also as "([1]*3+[0])*4"."""
     word = raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 and isinstance(raw[0], str) else raw
     try:
-        value = _expanded(ast.parse(word.strip(), mode="eval").body) if isinstance(word, str) else word
+        text = word.strip()[:_LONGEST_PATTERN] if isinstance(word, str) else ""
+        value = _expanded(ast.parse(text, mode="eval").body) if isinstance(word, str) else word
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         value = None
     if type(value) is int and value > 0:
         return value
     if isinstance(value, (list, tuple)) and value and all(type(item) is int and item in (0, 1) for item in value):
         return tuple(value)
-    raise Unreadable(f"is {raw!r}; it takes a number N above zero, or a list of 0 and 1 such as [1,1,0]*4")
+    raise Unreadable(raw, "it takes a number N above zero, or a list of 0 and 1 such as [1,1,0]*4")
 
 
 def _expanded(node: ast.expr) -> int | list[int]:
@@ -179,12 +230,12 @@ def _list(argument: Argument, raw: object) -> tuple[object, ...]:
 
 def _word(argument: Argument, raw: object) -> object:
     if isinstance(raw, (list, tuple, dict)) and not (len(raw) == 1 and isinstance(raw, (list, tuple))):
-        raise Unreadable(f"is {raw!r}; it takes one word")
+        raise Unreadable(raw, "it takes one word")
     word = str(raw[0] if isinstance(raw, (list, tuple)) else raw)
     word = dict(argument.renamed).get(word, word)
     if argument.choices and word not in argument.choices:
         by_case = {choice.lower(): choice for choice in argument.choices}
         if word.lower() not in by_case:
-            raise Unreadable(f"is {raw!r}; it takes {', '.join(argument.choices)}")
+            raise Unreadable(raw, f"it takes {', '.join(argument.choices)}")
         word = by_case[word.lower()]
     return word

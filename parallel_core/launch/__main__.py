@@ -1,7 +1,8 @@
-"""`python -m parallel_core.launch [--plain] SCRIPT args...`: run a script on the ranks its configuration needs.
+"""`python -m parallel_core.launch [--plain | --bundled FILE] SCRIPT args...`: run a script on the ranks it needs.
 
 The arguments after the script are a training configuration (`--config FILE --megatron-flag value ...`), which is
-checked here, before any process exists. With `--plain` they are passed on unread, and `NPROC` must be set.
+checked here, before any process exists. With `--plain` they are passed on unread, and `NPROC` must be set. With
+`--bundled`, FILE is the configuration where no argument of the model, the layout or the data is given.
 """
 
 from __future__ import annotations

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from parallel_core.config.bundled import describes_a_run
+from parallel_core.config.handover import write_handover
+from parallel_core.config.load import LoadedConfig
+from parallel_core.environment import HANDOVER_VARIABLE
 from parallel_core.errors import ConfigError
-from parallel_core.launch.job import Job
+from parallel_core.launch.job import Job, JobSpec
 from parallel_core.launch.layout import check_configuration, describe_layout
 from parallel_core.launch.plan import DEFAULT_LOG_DIR, integer, plan_job, prepare_log_dir
 from parallel_core.launch.report import CONFIG_ERROR_STATUS
 
-_USAGE = "usage: python -m parallel_core.launch [--plain] SCRIPT [--config FILE] [--megatron-flag value ...]"
+_USAGE = (
+    "usage: python -m parallel_core.launch [--plain | --bundled FILE] SCRIPT [--config FILE] "
+    "[--megatron-flag value ...]"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,17 +43,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(arguments: list[str]) -> int:
-    plain = arguments[:1] == ["--plain"]
-    command = tuple(arguments[1:] if plain else arguments)
+    plain, bundled = arguments[:1] == ["--plain"], arguments[1] if arguments[:1] == ["--bundled"] else ""
+    command = tuple(arguments[2 if bundled else int(plain):])
     if not command or command[0].startswith("-"):
         raise ConfigError(_USAGE)
+    if bundled and not describes_a_run(command[1:]):
+        print(f"INFO - no argument of the model, the layout or the data: --config {bundled} is used", flush=True)
+        command = (command[0], "--config", bundled, *command[1:])
     num_ranks = integer(os.environ, "NPROC", 0)
-    layout, log_dir, timeout_minutes = "", DEFAULT_LOG_DIR, 10.0
+    loaded, layout, log_dir, timeout_minutes = None, "", DEFAULT_LOG_DIR, 10.0
     if not plain:
         try:
-            num_ranks, config = check_configuration(list(command[1:]), num_ranks)
+            loaded = check_configuration(list(command[1:]), num_ranks)
         except ConfigError as error:
-            raise ConfigError(f"{error}{_hint(command[0], str(error))}") from None
+            raise ConfigError(f"{error}{_hint(command, str(error), bundled)}") from None
+        num_ranks, config = loaded.world_size, loaded.config
         layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
         timeout_minutes = config.parallel_config.distributed_timeout_minutes
     elif not num_ranks:
@@ -53,19 +66,31 @@ def _launch(arguments: list[str]) -> int:
     spec = plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
     with _log_dir_claimed(spec.log_dir):
         prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)
+        if loaded is not None:
+            spec = _handed_over(spec, loaded)
         ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{layout and f' ({layout})'}"
         target = spec.environment["DEVICE_TARGET"]
         print(f"INFO - starting {ranks} on {target}; logs: {spec.log_dir}/worker_*.log", flush=True)
         return Job(spec).run()
 
 
-def _hint(script: str, error: str) -> str:
-    """Return what to do if the arguments that are unknown here are known to the script."""
+def _handed_over(spec: JobSpec, loaded: LoadedConfig) -> JobSpec:
+    """Return `spec` with the ranks told where the resolved configuration stands: in the log directory, per node."""
+    file = spec.log_dir.resolve() / f"resolved_config_{spec.node_rank}.json"
+    write_handover(loaded, spec.command[1:], file)
+    return replace(spec, environment={**spec.environment, HANDOVER_VARIABLE: str(file)})
+
+
+def _hint(command: Sequence[str], error: str, bundled: str) -> str:
+    """Return what to do if the arguments are unknown here and known to the script, or meant to change `bundled`."""
+    script = command[0]
+    if bundled and bundled not in command and ": required, and not given" in error:
+        return f"\nTo change the small model that runs without arguments, add --config {shlex.quote(bundled)}"
     if ": unknown argument" not in error or Path(script).name == "pretrain_gpt.py":
         return ""
     return (
         f"\nIf {script} itself adds arguments (extra_args_provider), leave the check to it: "
-        f"NPROC=N python -m parallel_core.launch --plain {script} ..."
+        f"NPROC=N python -m parallel_core.launch --plain {shlex.quote(script)} ..."
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from parallel_core.config.load import load_config, required_world_size
+from parallel_core.config.load import LoadedConfig, load_config, required_world_size
 from parallel_core.config.schema import AllConfig, ModelParallelConfig
 from parallel_core.errors import ConfigError
 
 
-def check_configuration(arguments: list[str], num_ranks: int) -> tuple[int, AllConfig]:
-    """Return the number of ranks to start and the configuration, checked against it.
+def check_configuration(arguments: list[str], num_ranks: int) -> LoadedConfig:
+    """Return the configuration, resolved for the number of ranks to start (its `world_size`).
 
     Args:
         arguments: `--config FILE --megatron-flag value …`.
@@ -17,12 +17,11 @@ def check_configuration(arguments: list[str], num_ranks: int) -> tuple[int, AllC
     Raises:
         ConfigError: if the configuration breaks a rule, or the layout does not fit `num_ranks`.
     """
-    config = load_config(arguments, world_size=None).config
-    needed = required_world_size(config)
+    loaded = load_config(arguments)
+    needed = required_world_size(loaded.config)
     if num_ranks % needed:
-        raise ConfigError(_mismatch(config.parallel_config, num_ranks, needed))
-    num_ranks = num_ranks or needed
-    return num_ranks, load_config(arguments, world_size=num_ranks).config
+        raise ConfigError(_mismatch(loaded.config.parallel_config, num_ranks, needed))
+    return loaded if num_ranks in (0, loaded.world_size) else load_config(arguments, world_size=num_ranks)
 
 
 def _mismatch(sizes: ModelParallelConfig, num_ranks: int, needed: int) -> str:

@@ -204,6 +204,15 @@ def _uneven_ends(num_layers: int, ranks: int, chunks: int, split: LayerSplit) ->
     first, last = split.decoder_first_pipeline_num_layers, split.decoder_last_pipeline_num_layers
     middle_ranks = ranks - bool(first) - bool(last)
     middle = num_layers - first - last
+    if middle_ranks <= 0 and middle:
+        ends = " and ".join(
+            f"decoder_{end}_pipeline_num_layers={count}" for end, count in (("first", first), ("last", last)) if count
+        )
+        raise ConfigError(
+            f"num_layers={num_layers} is not what {ends} hold{'' if first and last else 's'} on "
+            f"pipeline_model_parallel_size={ranks}, which has no other stage; give {first + last} layers, other counts "
+            "or more stages"
+        )
     # Middle stages without layers are what Megatron builds too when the ends take all.
     if middle_ranks < 0 or middle < 0 or (middle % middle_ranks if middle_ranks else middle):
         raise ConfigError(

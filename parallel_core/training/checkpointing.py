@@ -43,15 +43,22 @@ class Progress:
 
     Attributes:
         iteration: iterations completed.
-        consumed_train_samples: training samples seen by all ranks.
+        consumed_train_samples: training samples seen by all ranks, of the present data.
         consumed_valid_samples: validation samples seen by all ranks.
         data_order: what determined the order of the samples.
+        earlier_samples: training samples of data before the present one (`--new-dataset`).
     """
 
     iteration: int = 0
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
     data_order: dict[str, Any] | None = None
+    earlier_samples: int = 0
+
+    @property
+    def trained_samples(self) -> int:
+        """Every training sample of the run, which the batch ramp-up and the schedules go by."""
+        return self.earlier_samples + self.consumed_train_samples
 
 
 class Checkpointer:
@@ -266,6 +273,13 @@ class Checkpointer:
         training, step = self._config.training_config, self._step
         if self._starts_anew:
             return Progress()
+        progress = Progress(
+            int(common["iteration"]),
+            int(common.get("consumed_train_samples", 0)),
+            int(common.get("consumed_valid_samples", 0)),
+            common.get("data_order"),
+            int(common.get("earlier_samples", 0)),
+        )
         if not weights_only:
             step.optimizer.step_count = int(common.get("adam_step", common["iteration"]))
             optimizer = self._config.optimizer_config
@@ -278,18 +292,13 @@ class Checkpointer:
             if common.get("loss_scaler") and "growth_tracker" in common["loss_scaler"]:
                 step.scaler.load_state_dict(common["loss_scaler"])
         else:
-            step.scheduler.num_samples = int(common.get("consumed_train_samples", 0))
+            step.scheduler.num_samples = progress.trained_samples
         rng = common.get("rng") or {}
         if not training.no_load_rng and "seed" in rng:
             step.model.streams.set_seed(int(rng["seed"]))
             kind, keys, position = rng["numpy"]
             np.random.set_state((kind, np.array(keys, np.uint32), position, 0, 0.0))
-        return Progress(
-            int(common["iteration"]),
-            int(common.get("consumed_train_samples", 0)),
-            int(common.get("consumed_valid_samples", 0)),
-            common.get("data_order"),
-        )
+        return progress
 
 
 def stored_settings(config: AllConfig) -> dict[str, Any]:

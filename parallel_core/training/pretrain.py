@@ -14,7 +14,7 @@ import mindspore as ms
 
 from parallel_core import ops
 from parallel_core.config.dump import resolved_yaml, sections_yaml
-from parallel_core.config.load import load_config
+from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
@@ -29,11 +29,12 @@ from parallel_core.training.checkpointing import Checkpointer, Progress
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.log import RunLog, Stopwatch, log_folder
 from parallel_core.training.model import ModelProvider, get_model
+from parallel_core.training.next_commands import Invocation, next_commands
 from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.runtime import start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 from parallel_core.training.step import StepReport, TrainingStep
-from parallel_core.training.summary import describe_run, next_commands
+from parallel_core.training.summary import describe_run
 
 DatasetsProvider = Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]
 """`train_valid_test_datasets_provider((train, valid, test) samples) -> (train, valid, test) datasets or None`."""
@@ -80,14 +81,13 @@ def pretrain(
         raise ConfigError("give forward_step_func or get_batch_func: a forward step gets its batches itself")
     rank, world_size = start_runtime()
     notes: list[str] = []
-    resolved = ""
+    resolved, invocation = "", None
     if all_config is None:
-        loaded = load_config(
-            sys.argv[1:] if argv is None else argv,
-            world_size=world_size,
-            extra_args_provider=extra_args_provider,
-            args_defaults=args_defaults,
-        )
+        options: dict[str, Any] = {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults}
+        words = sys.argv[1:] if argv is None else argv
+        loaded = load_run_config(words, world_size=world_size, **options)
+        if argv is None:
+            invocation = Invocation(sys.argv[0], tuple(words), loaded.given, options)
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
     if rank == 0:
         save_configuration(all_config, resolved or sections_yaml(all_config))
@@ -102,6 +102,7 @@ def pretrain(
         forward_step_func or forward_step_with(get_batch_func or get_batch),
         process_non_loss_data_func,
         notes + ([changed] if changed else []),
+        invocation,
     )
     run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)
     run.train()
@@ -134,8 +135,9 @@ class TrainingRun:
         forward_step_func: ForwardStep,
         process_non_loss_data_func: Callable[[list[Any], int, Any], None] | None,
         notes: Sequence[str],
+        invocation: Invocation | None = None,
     ) -> None:
-        self.config, self.context = config, context
+        self.config, self.context, self.invocation = config, context, invocation
         self.sizes = batch_sizes(config, context.dp.size)
         self.iterations = train_iterations(config, self.sizes)
         flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
@@ -153,7 +155,7 @@ class TrainingRun:
         for note in notes:
             self.log.warn(note)
         if config.training_config.print_schedule:
-            table = format_steps(self.step.schedule(self.sizes.num_microbatches(self.sizes.global_batch_size)))
+            table = format_steps(self.step.schedule(self.sizes.microbatches_of(self.sizes.global_batch_size)))
             for line in table.splitlines():
                 self.log.info(line)
         self.progress = Progress()
@@ -172,7 +174,8 @@ class TrainingRun:
             train_iters=self.iterations,
             eval_interval=training.eval_interval or None,
             eval_iters=training.eval_iters + (self._process_non_loss_data is not None),
-            train_samples=training.train_samples or None,
+            train_samples=max(training.train_samples, self.sizes.samples_of(self.iterations))
+            if training.train_samples else None,  # the last iteration of a ramp-up may go beyond train_samples
         )
         train, valid, test = provider(sizes)
         if train_data_loader is not None:
@@ -208,8 +211,10 @@ class TrainingRun:
                     "the samples come in another order than in the run this checkpoint is from, so some are seen twice "
                     "and some not at all (--new-dataset starts the data afresh):\n" + changes
                 )
-        consumed = 0 if self.config.training_config.new_dataset else self.progress.consumed_train_samples
-        self.progress = _replace(self.progress, data_order=order, consumed_train_samples=consumed)
+        if self.config.training_config.new_dataset:
+            earlier = self.progress.trained_samples
+            self.progress = _replace(self.progress, earlier_samples=earlier, consumed_train_samples=0)
+        self.progress = _replace(self.progress, data_order=order)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def train(self) -> None:
@@ -232,8 +237,8 @@ class TrainingRun:
 
     def _iteration(self, watch: Stopwatch) -> StepReport:
         done = self.progress
-        samples = self.sizes.current(done.consumed_train_samples)
-        microbatches = self.sizes.num_microbatches(done.consumed_train_samples)
+        samples = self.sizes.current(done.trained_samples)
+        microbatches = self.sizes.num_microbatches(done.trained_samples)
         iteration = done.iteration + 1
         self.profiler.before_step(iteration)
         report = self.step.train(self.train_data, iteration, microbatches, samples, self._wants_to_stop())
@@ -259,7 +264,7 @@ class TrainingRun:
         if data is None or not training.eval_iters:
             return
         iteration = self.progress.iteration
-        microbatches = self.sizes.global_batch_size // (self.sizes.micro_batch_size * self.sizes.data_parallel_size)
+        microbatches = self.sizes.microbatches_of(self.sizes.global_batch_size)
         losses = self.step.evaluate(data, iteration, microbatches, training.eval_iters)
         if split == "validation":
             batches = training.eval_iters + (self._process_non_loss_data is not None)
@@ -272,7 +277,6 @@ class TrainingRun:
                 self._process_non_loss_data(collected, iteration, None)
 
     def _finish(self, stopped: bool) -> None:
-        training = self.config.training_config
         if not stopped:
             self._evaluate("validation", self.valid_data)
             self._evaluate("test", self.test_data)
@@ -284,7 +288,8 @@ class TrainingRun:
                 source.close()
         if stopped:
             self.log.info(f"Stopped after iteration {self.progress.iteration} of {self.iterations}")
-        for line in next_commands(self.config, self.progress.iteration, bool(training.output_dir)):
+        ranks = self.context.mesh.world_size
+        for line in next_commands(self.config, self.progress.iteration, ranks, self.invocation):
             self.log.info(line)
         self.log.close()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.derived import BatchSizes, decay_length
 from parallel_core.optimizer.loss_scaler import DynamicLossScaler, LossScaler
 from parallel_core.optimizer.schedules import ScheduleShape
-from parallel_core.training.microbatches import BatchSizes
 
 
 def batch_sizes(config: AllConfig, data_parallel_size: int) -> BatchSizes:
@@ -31,10 +31,10 @@ def schedule_shape(config: AllConfig, sizes: BatchSizes, iterations: int) -> Sch
     optimizer, training = config.optimizer_config, config.training_config
     batch = sizes.global_batch_size
     if training.train_samples:
-        decay = optimizer.lr_decay_samples or training.train_samples
+        decay = decay_length(optimizer.lr_decay_samples, training.train_samples)
         wsd, warmup, total = optimizer.lr_wsd_decay_samples, optimizer.lr_warmup_samples, training.train_samples
     else:
-        decay = (optimizer.lr_decay_iters or iterations) * batch
+        decay = decay_length(optimizer.lr_decay_iters, iterations) * batch
         wsd, warmup = optimizer.lr_wsd_decay_iters * batch, optimizer.lr_warmup_iters * batch
         total = iterations * batch
     return ScheduleShape(

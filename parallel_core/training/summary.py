@@ -1,16 +1,14 @@
-"""The facts a run starts with, and the commands it ends with."""
+"""The facts a run starts with."""
 
 from __future__ import annotations
-
-import os
 
 import mindspore as ms
 
 import parallel_core
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.layout.derived import BatchSizes
 from parallel_core.layout.shard import shard_of
-from parallel_core.training.microbatches import BatchSizes
 from parallel_core.training.step import TrainingStep
 
 
@@ -32,26 +30,10 @@ def describe_run(
         f"sequence {model.seq_length}, vocabulary {model.vocab_size}, {total:,} parameters, "
         f"{model.params_dtype} parameters, {model.compute_dtype} computation",
         f"Batch: {sizes.global_batch_size} samples = {mesh.size('dp')} x "
-        f"{sizes.num_microbatches(sizes.global_batch_size * iterations)} microbatches of {sizes.micro_batch_size}; "
+        f"{sizes.microbatches_of(sizes.global_batch_size)} microbatches of {sizes.micro_batch_size}; "
         f"{iterations} iterations",
         f"Memory of rank 0: parameters {memory['parameters'] / 1e6:.1f} MB, gradients "
         f"{memory['gradients'] / 1e6:.1f} MB, optimizer {step.optimizer.memory_bytes() / 1e6:.1f} MB",
-    ]
-
-
-def next_commands(config: AllConfig, iteration: int, saved: bool) -> list[str]:
-    """Return what to try after the run."""
-    if not saved:
-        return []
-    folder = config.training_config.output_dir
-    more = max(2 * iteration, iteration + 50)
-    launcher = "bash pretrain_gpt.sh" if "MS_ROLE" in os.environ else "python pretrain_gpt.py"
-    return [
-        f"Checkpoints are in {folder}. Next:",
-        f"  {launcher} --load {folder} --train-iters {more} --override-opt_param-scheduler    # train on",
-        f"  {launcher} --load {folder} --train-iters {more} --override-opt_param-scheduler "
-        "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 --no-sequence-parallel    # in another layout",
-        f"  python -m tools.convert_megatron --inspect {folder}    # look inside",
     ]
 
 

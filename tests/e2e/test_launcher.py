@@ -24,7 +24,8 @@ from tests.helpers.launching import (
 )
 
 SCRIPT = str(REPO / "tests/e2e/scripts/rank_script.py")
-TWO_RANKS = ["--pipeline-model-parallel-size", "1", "--num-layers", "1", "--eval-iters", "0"]
+TINY = str(REPO / "configs/gpt_tiny.yaml")
+TWO_RANKS = ["--config", TINY, "--pipeline-model-parallel-size", "1", "--num-layers", "1", "--eval-iters", "0"]
 
 
 @pytest.fixture
@@ -203,12 +204,24 @@ def run_wrapper(directory: Path, *arguments: str, **variables: str) -> subproces
 
 
 def test_the_wrapper_checks_the_bundled_configuration_from_any_directory(tmp_path):
-    done = run_wrapper(tmp_path, "--num-layers", "3", "--tensor-model-paralel-size", "2")
+    done = run_wrapper(tmp_path, "--train-iters", "3", "--tensor-model-paralel-size", "2")
     assert done.returncode == 2
-    assert done.stdout == ""
+    assert done.stdout == f"INFO - no argument of the model, the layout or the data: --config {TINY} is used\n"
     assert "--tensor-model-paralel-size: unknown argument; did you mean --tensor-model-parallel-size?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_wrapper_adds_nothing_to_a_command_line_of_ones_own(tmp_path):
+    """A pasted Megatron command keeps Megatron's defaults: the bundled configuration has width 128 and 2 x 2 ranks."""
+    done = run_wrapper(tmp_path, "--num-layers", "3", "--seq-length", "8", "--micro-batch-size", "1", "--lr", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "2 problems in the configuration:\n"
+        "  hidden_size: required, and not given; add hidden_size to the file or --hidden-size N\n"
+        "  num_attention_heads: required, and not given; add num_attention_heads to the file or --num-attention-heads "
+        f"N\nTo change the small model that runs without arguments, add --config {TINY}\n"
+    )
 
 
 def test_the_wrapper_takes_a_given_configuration_instead_of_the_bundled_one(tmp_path):
@@ -267,3 +280,15 @@ def bare_python(directory: Path) -> str:
     script.write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')
     script.chmod(0o755)
     return str(script)
+
+
+def test_the_ranks_read_the_configuration_that_the_launcher_resolved(log_dir, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text((REPO / "configs/gpt_tiny.yaml").read_text())
+    console = subprocess.run(
+        [sys.executable, "-m", "parallel_core.launch", str(REPO / "tests/e2e/scripts/read_configuration.py"),
+         "--config", str(file), "--pipeline-model-parallel-size", "1", "--num-layers", "3"],
+        env=launcher_environment(log_dir), capture_output=True, text=True, timeout=PATIENCE_S,
+    )
+    assert console.returncode == 0, console.stdout + console.stderr
+    assert console.stdout.count("INFO - 3 layers on 2 ranks") == 2

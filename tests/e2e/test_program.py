@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from parallel_core.checkpoint import find_checkpoint
 from parallel_core.launch.processes import environment_of
 from tests.e2e.runs import SMALL, finish, pretrain_gpt, read_rows, start, working_directory
-from tests.helpers.launching import processes_of, wait_until
+from tests.helpers.launching import REPO, launcher_environment, processes_of, wait_until
 
 STEP_LINE = re.compile(
     r"^INFO - Epoch: \d+, Step: \d+, Loss: -?[\d.]+, Time: [\d.]+ ms, LR: [\d.e+-]+, Grad norm: [\d.]+, "
@@ -171,3 +173,46 @@ def test_a_loss_that_is_no_number_is_printed(workplace: Path, log_dir):
     assert lost and lost[-1] == 6 and sorted(run.steps) == [1, 2, 3, 4, 5, 6]
     for iteration in lost:
         assert re.search(rf"INFO - Epoch: \d+, Step: {iteration}, Loss: nan, Time: ", run.console)
+
+
+def printed_commands(console: str) -> list[str]:
+    """The commands under `Next:`, as they stand on the console."""
+    lines = [line.removeprefix("INFO - ") for line in console.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.endswith("Next:")) + 1
+    return [line for line in lines[start:] if line.startswith("  ")]
+
+
+def test_the_commands_printed_at_the_end_run_as_printed(workplace: Path, log_dir, tmp_path):
+    """From the same directory and environment: the run goes on, in two layouts, and the checkpoint is shown."""
+    environment = {**launcher_environment(log_dir), "PYTHON": sys.executable}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    flags = small(train_iters="2", lr_warmup_iters="1", save=str(tmp_path / "my ck"), eval_iters="0")
+    first = pretrain_gpt(log_dir, [*flags, *TWO_STAGES], cwd=workplace)
+    commands = printed_commands(first.console)
+    assert [command.partition("    # ")[2] for command in commands] == ["train on", "in another layout", "look inside"]
+    for command, iterations in zip(commands, (52, 52, 0)):
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, command + "\n" + done.stdout + done.stderr
+        if iterations:
+            assert f"Saved checkpoint {tmp_path}/my ck/iter_{iterations:07d}" in done.stdout
+        (tmp_path / "my ck" / "latest_checkpointed_iteration.txt").write_text("2")
+
+
+def test_the_commands_of_a_script_of_ones_own_run_as_printed(workplace: Path, tmp_path):
+    environment = {**launcher_environment(tmp_path / "logs"), "PATH": os.environ["PATH"]}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    script = tmp_path / "my own.py"
+    script.write_text((REPO / "pretrain_gpt.py").read_text())
+    flags = small(train_iters="2", lr_warmup_iters="1", save=str(tmp_path / "ck"), eval_iters="0")
+
+    def run(command: list[str]) -> str:
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    commands = printed_commands(run(["python", str(script), *flags]))
+    assert [command.partition("    # ")[2] for command in commands] == ["train on", "look inside"]
+    assert f"Saved checkpoint {tmp_path}/ck/iter_0000052" in run(["bash", "-c", commands[0]])
+    assert "52" in run(["bash", "-c", commands[1]])

@@ -22,8 +22,7 @@ from parallel_core.checkpoint.safetensors_file import StreamTensor, write_safete
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.config.schema import TransformerConfig
-from parallel_core.config.values import Unreadable
-from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.errors import CheckpointError, ConfigError, bullet_list
 
 
 def write_hugging_face(
@@ -67,7 +66,7 @@ def _model(source: TensorSource) -> TransformerConfig:
         raise CheckpointError(f"{source.path}: the checkpoint does not say what model it is (no `model_config`)")
     try:
         model = model_of_settings(settings)
-    except (Unreadable, TypeError, ValueError) as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source.path}: `model_config`: {error}") from None
     rows, true_size = source.info(WORD_EMBEDDINGS).shape[0], settings.get("vocab_size")
     if isinstance(true_size, int) and not isinstance(true_size, bool) and 0 < true_size <= rows:

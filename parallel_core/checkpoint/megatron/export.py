@@ -24,6 +24,7 @@ from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorInfo, TensorSource
 from parallel_core.config.megatron_model import megatron_arguments
 from parallel_core.errors import CheckpointError, ConfigError, bullet_list
+from parallel_core.layout.derived import padded_vocab_size
 from parallel_core.layout.shard import TensorShard
 
 KINDS = ("exp_avg", "exp_avg_sq")
@@ -315,8 +316,7 @@ def _padded_vocab(args: Mapping[str, Any], common: Mapping[str, Any], stored: in
                 "not divide, and its true size is not known"
             )
         return stored
-    multiple = int(args["make_vocab_size_divisible_by"] or 1) * tp
-    return -(-int(true_size) // multiple) * multiple
+    return padded_vocab_size(int(true_size), int(args["make_vocab_size_divisible_by"] or 1), tp)
 
 
 def _known(config: Any) -> dict[str, Any]:

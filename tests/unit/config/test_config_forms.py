@@ -201,7 +201,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(ConfigError, match="takes one file name"):
         load_config(["--config"])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read as text"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_config(["--config", str(tmp_path / "binary.yaml")])
 
 

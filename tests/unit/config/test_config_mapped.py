@@ -32,7 +32,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
     "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),
     "pre_tockens": ("", "100"), "window_size": ("", "8 0"),
-    "use_rope_scaling": (ROPE, ""), "window_attn_skip_freq": ("--window-size 8 0", "[1,0]*2"),
+    "use_rope_scaling": (ROPE, ""), "window_attn_skip_freq": ("--pre-tockens 8", "[1,0]*2"),
     "rope_scaling_factor": (ROPE + " --use-rope-scaling", "4"),
     "rope_low_freq_factor": (ROPE + " --use-rope-scaling", "2"),
     "rope_high_freq_factor": (ROPE + " --use-rope-scaling", "2"),

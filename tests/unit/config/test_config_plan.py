@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from config_helpers import ROOT, load
+from config_helpers import ROOT, argv, load
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from parallel_core.config import load_config
 from parallel_core.config.plan import (
@@ -15,6 +17,8 @@ from parallel_core.config.plan import (
     rank_memory,
 )
 from parallel_core.config.plan_text import plan_text
+from parallel_core.errors import ConfigError
+from parallel_core.layout.derived import BatchSizes
 from parallel_core.layout.stages import stage_layout
 from parallel_core.pipeline.schedule import make_schedule, peak_in_flight
 
@@ -126,3 +130,37 @@ def test_ten_thousand_ranks():
     assert "layers per pipeline rank: 16, 16, 16, 14" in text and "interleaved 1F1B, 4 chunks per rank" in text
     everything = plan_text(make_plan(loaded.config, 10240), every_rank=True)
     assert len(everything.splitlines()) > 10240
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pp=st.integers(2, 3), dp=st.integers(1, 2), start=st.integers(1, 8), increment=st.integers(1, 5),
+    steps=st.integers(1, 4), extra=st.none() | st.integers(0, 3),
+)
+def test_every_size_of_a_ramp_up_has_a_schedule_or_the_configuration_is_refused(
+    pp, dp, start, increment, steps, extra
+):
+    """The plan and the run ask the same rules: nothing that passes them ends a run in its middle."""
+    group = None if extra is None else pp + extra
+    counts = [start + increment * step for step in range(steps + 1)]
+    words = argv(
+        "--num-layers", str(2 * pp), "--pipeline-model-parallel-size", str(pp),
+        "--num-layers-per-virtual-pipeline-stage", "1", "--train-samples", "1000",
+        "--global-batch-size", str(2 * dp * counts[-1]),
+        "--rampup-batch-size", str(2 * dp * start), str(2 * dp * increment), "100",
+        *([] if group is None else ["--microbatch-group-size-per-virtual-pipeline-stage", str(group)]),
+        without=("num_layers", "train_iters"),
+    )
+    try:
+        loaded = load_config(words, world_size=pp * dp)
+    except ConfigError as error:
+        assert "the interleaved schedule takes microbatches in groups" in str(error)
+        with pytest.raises(ConfigError):
+            [make_schedule(pp, 2, count, group_size=group or 0) for count in counts]
+        return
+    data = loaded.config.dataset_config
+    sizes = BatchSizes(data.global_batch_size, data.batch_size, dp, data.rampup_batch_size)
+    for size in sizes.sizes():
+        make_schedule(pp, 2, sizes.microbatches_of(size), group_size=group or 0)
+    assert loaded.config.training_config.training_iters == sizes.iterations_of(1000)
+    make_plan(loaded.config, pp * dp)

@@ -144,3 +144,10 @@ def test_string_values_that_look_like_other_types(tmp_path):
     first = load("--save", "0", "--data-path", "1", "2")
     for form in FORMS:
         assert again(write_form(first, form), form, tmp_path, 1).config == first.config
+
+
+def test_values_that_look_like_flags_and_switches_without_an_opposite_come_back(tmp_path):
+    (tmp_path / "given.yaml").write_text("no_load_optim: false\nsave: --x\nload: 'a b'\nuse_mcore_models: true\n")
+    first = load("--config", str(tmp_path / "given.yaml"))
+    for form in FORMS:
+        assert again(write_form(first, form), form, tmp_path, 1).config == first.config

@@ -183,7 +183,7 @@ REFUSED = [
     ("tensor_parallel", "--vocab-size 300", "the padded vocabulary is smaller than the vocabulary"),
     ("microbatches", "--global-batch-size 8 --micro-batch-num 3", "= 6, not 8; leave out micro_batch_num"),
     ("microbatches", "--global-batch-size 8 --rampup-batch-size 3 2 10", "does not arrive at 8"),
-    ("microbatches", "--global-batch-size 8 --rampup-batch-size 1 1 10", "multiples of micro batch size 2"),
+    ("microbatches", "--global-batch-size 8 --rampup-batch-size 1 1 10", "not a multiple of micro_batch_size=2"),
     ("microbatches", "--global-batch-size 8 --rampup-batch-size 4 4", "takes three numbers above zero"),
     ("layers", "--pipeline-model-parallel-size 3", "Use 3 or 6 layers, or give num_layer_list"),
     ("layers", "--virtual-pipeline-model-parallel-size 2", "several chunks per rank need at least two pipeline stages"),
@@ -193,6 +193,24 @@ REFUSED = [
     ("layers", " ".join([*PP4, "--decoder-first-pipeline-num-layers", "1",
                          "--account-for-loss-in-pipeline-split"]), "cannot be combined"),
     ("layers", " ".join([*PP4, "--decoder-first-pipeline-num-layers", "1"]), "leaves 7 layers for 3 stages"),
+    ("layers", " ".join([*PP4, "--decoder-first-pipeline-num-layers", "1", "--num-layer-list", "2,2,2,2"]),
+     "--num-layer-list 2,2,2,2, --decoder-first-pipeline-num-layers 1: cannot be combined"),
+    ("layers", " ".join([*PP4, "--standalone-embedding-stage", "--account-for-loss-in-pipeline-split"]),
+     "cannot be combined"),
+    ("layers", "--standalone-embedding-stage", "a stage of its own needs a second one"),
+    ("layers", " ".join([*PP4, "--decoder-first-pipeline-num-layers", "2", "--decoder-last-pipeline-num-layers", "2",
+                         GIVEN, "1"]), "give the number of chunks, virtual_pipeline_model_parallel_size, in place of"),
+    ("layers", "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 "
+               "--decoder-last-pipeline-num-layers 2",
+     "num_layers=4 is not what decoder_first_pipeline_num_layers=1 and decoder_last_pipeline_num_layers=2 hold on "
+     "pipeline_model_parallel_size=2, which has no other stage; give 3 layers"),
+    ("layers", "--decoder-last-pipeline-num-layers 2", "decoder_last_pipeline_num_layers=2 holds on"),
+    ("tensor_parallel", "--tensor-model-parallel-size 3 --sequence-parallel",
+     "--tensor-model-parallel-size 3: does not divide --num-attention-heads 4, ffn_hidden_size=256 (widths), "
+     "--padded-vocab-size 256, --seq-length 32; write 2 or 4, or change them"),
+    ("learning_rate", "--use-checkpoint-opt_param-scheduler --no-load-optim", "give one of them"),
+    ("learning_rate", "--use-checkpoint-opt_param-scheduler --finetune", "give one of them"),
+    ("learning_rate", "--use-checkpoint-opt_param-scheduler --no-resume-training", "give one of them"),
     ("layers", " ".join([*PP4, "--recompute", "[1,1]"]), "needs one row for each of the 4 pipeline ranks"),
     ("layers", "--noop-layers 4", "layers are numbered from 0 to 3"),
     ("interleaving", " ".join([*VPP, GIVEN, "2", "--global-batch-size", "6"]), "3 do not fit"),
@@ -290,3 +308,13 @@ def test_layout_strings(text, ranks, layers):
 def test_bad_layout_strings(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_layout(text, 2)
+
+
+@pytest.mark.parametrize("words", [
+    [*PP4, "--num-layers", "7", GIVEN, "2"],
+    ["--tensor-model-parallel-size", "3", "--sequence-parallel"],
+    ["--decoder-first-pipeline-num-layers", "2", "--decoder-last-pipeline-num-layers", "2", *PP4, GIVEN, "1"],
+    ["--virtual-pipeline-model-parallel-size", "2", GIVEN, "2"],
+])
+def test_one_mistake_is_one_line(words):
+    assert "problems in the configuration" not in problems(*words, without=replaced(words))

@@ -241,3 +241,38 @@ def test_the_saved_configuration_gives_the_same_run(tmp_path):
 @pytest.mark.parametrize("check", dict.fromkeys(RUNS.values()), ids=lambda check: check.__name__)
 def test_effect(check, tmp_path):
     check(tmp_path)
+
+
+# ---- the batch ramp-up ----------------------------------------------------------------------------------------------
+RAMP = "--train-iters null --micro-batch-size 1 --global-batch-size 8 --rampup-batch-size 2 2 16"
+SIZES = [2, 2, 2, 4, 4, 6, 8, 8]
+"""Two more samples each 16 / 3 samples, the whole batch after 16: the iterations begin after 0, 2, 4, 6, 10, 14, 20."""
+
+
+def batch_sizes(seen) -> list[int]:
+    totals = [0, *(row["consumed_samples"] for row in seen.metrics if "split" not in row)]
+    return [after - before for before, after in zip(totals, totals[1:])]
+
+
+def test_a_ramp_up_runs_the_iterations_that_the_configuration_says(tmp_path):
+    """18 samples end inside the ramp-up, whose last iteration goes beyond them."""
+    for samples, number in ((18, 6), (36, 8), (43, 8)):
+        seen = run(tmp_path, f"{RAMP} --train-samples {samples}", f"run{samples}")
+        written = yaml.safe_load(next((tmp_path / f"run{samples}").rglob("config.yaml")).read_text())
+        assert written["training_config"]["training_iters"] == len(seen.iterations) == number
+        assert batch_sizes(seen) == SIZES[:number]
+
+
+def test_the_printed_schedule_is_that_of_the_whole_batch(tmp_path):
+    seen = run(tmp_path, f"{RAMP} --train-samples 2 --print-schedule")
+    assert [sum(f"F{number}" in line for line in seen.lines) for number in (0, 7, 8)] == [1, 1, 0]
+
+
+def test_new_data_do_not_start_the_ramp_up_again(tmp_path):
+    first = run(tmp_path, f"{RAMP} --train-samples 36 --exit-interval 4 --save {tmp_path}/ck")
+    assert batch_sizes(first) == SIZES[:4]
+    words = f"{RAMP} --train-samples 36 --load {tmp_path}/ck --new-dataset"
+    second = run(tmp_path, f"{words} --exit-interval 6 --save {tmp_path}/ck2", "second")
+    assert batch_sizes(second) == SIZES[4:6]
+    third = run(tmp_path, f"{RAMP} --train-samples 36 --load {tmp_path}/ck2", "third")
+    assert [row["consumed_samples"] for row in third.metrics] == [sum(SIZES[4:7]), sum(SIZES[4:8])]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import re
 from collections import Counter
 
 import pytest
-from config_helpers import GOLDEN
+from config_helpers import GOLDEN, ROOT
 
 from parallel_core.config import schema, table
 from parallel_core.config.argument import IGNORED, MAPPED, REFUSED
@@ -47,6 +48,16 @@ def test_switches_read_as_megatron_reads_them():
             argument, negated = table.find(flag)
             if row["action"] in ("StoreTrue", "StoreFalse") and flag not in shared and "msc" not in flag:
                 assert argument.is_switch and negated == (row["action"] == "StoreFalse"), flag
+
+
+def test_the_tables_are_packaged():
+    """Everything beside the code that it reads is in the wheel: each file matches a pattern of package-data."""
+    patterns = re.search(r"^parallel_core = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    package = ROOT / "parallel_core"
+    packaged = {file for pattern in ast.literal_eval(patterns) for file in package.glob(pattern)}
+    beside = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert len(list((package / "config" / "arguments").glob("*.txt"))) == 8
+    assert beside <= packaged
 
 
 def test_names_and_spellings_are_unique():

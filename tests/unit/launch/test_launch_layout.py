@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel_core.config.load import load_config
 from parallel_core.errors import ConfigError
 from parallel_core.launch.layout import check_configuration, describe_layout
 
@@ -22,9 +23,10 @@ TINY = ["--config", str(Path(__file__).resolve().parents[3] / "configs/gpt_tiny.
     ],
 )
 def test_ranks_follow_from_the_layout_or_are_a_multiple_of_it(flags, asked, expected, words):
-    num_ranks, config = check_configuration([*TINY, *flags], asked)
-    assert num_ranks == expected
-    assert describe_layout(config, num_ranks) == words
+    loaded = check_configuration([*TINY, *flags], asked)
+    assert loaded.world_size == expected == load_config([*TINY, *flags], world_size=expected).world_size
+    assert loaded.config == load_config([*TINY, *flags], world_size=expected).config
+    assert describe_layout(loaded.config, expected) == words
 
 
 @pytest.mark.parametrize(

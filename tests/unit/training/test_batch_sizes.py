@@ -17,8 +17,8 @@ from parallel_core.config.schema import (
     TransformerConfig,
 )
 from parallel_core.errors import ConfigError
+from parallel_core.layout.derived import BatchSizes
 from parallel_core.optimizer.loss_scaler import DynamicLossScaler, LossScaler
-from parallel_core.training.microbatches import BatchSizes
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 
 
@@ -41,24 +41,41 @@ def test_a_ramp_up_grows_in_equal_distances() -> None:
     assert BatchSizes(32, 2, 2).current(0) == 32
 
 
+def megatron_sizes(sizes: BatchSizes, train_samples: int) -> list[int]:
+    """Return the batch size of every iteration as Megatron-LM's `update_train_iters` walks through them."""
+    found, consumed, ramp = [], 0, sizes.rampup[2] if sizes.rampup else -1
+    while consumed <= ramp and consumed <= train_samples:
+        found.append(sizes.current(consumed))
+        consumed += found[-1]
+    return found + [sizes.global_batch_size] * (max(0, train_samples - consumed) // sizes.global_batch_size)
+
+
 @settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(1, 500), st.integers(0, 2000))
-def test_iterations_of_a_sample_count_are_those_that_fit(
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(1, 5000), st.integers(1, 5000))
+def test_a_sample_count_has_megatrons_number_of_iterations(
     start: int, increment: int, steps: int, ramp: int, train_samples: int
 ) -> None:
     sizes = BatchSizes(start + steps * increment, 1, 1, (start, increment, ramp) if steps else ())
-    consumed = iterations = 0
-    while consumed + sizes.current(consumed) <= train_samples:
-        consumed += sizes.current(consumed)
-        iterations += 1
-    assert sizes.iterations_of(train_samples) == iterations
+    expected = megatron_sizes(sizes, train_samples)
+    assert sizes.iterations_of(train_samples) == len(expected)
+    for iterations in (0, len(expected) // 3, len(expected) // 2, len(expected)):
+        assert sizes.samples_of(iterations) == sum(expected[:iterations])
+    assert set(expected) <= set(sizes.sizes())
+
+
+def test_a_ramp_up_of_any_length_is_counted_at_once() -> None:
+    """1 to 4 over 10^18 samples: a third of 10^15 samples' distance is never reached, so every batch has one sample."""
+    sizes = BatchSizes(4, 1, 1, (1, 1, 10**18))
+    assert sizes.iterations_of(10**15) == 10**15 + 1
+    with pytest.raises(ConfigError, match="more than 100000; choose a larger increment"):
+        BatchSizes(10**15, 1, 1, (1, 1, 100))
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     """A floor division would train another batch size, and count the schedule's samples wrong."""
     with pytest.raises(ConfigError, match="batch size 15 is not a multiple of micro_batch_size=2 x .* = 4; .* 16"):
         BatchSizes(15, 2, 2)
-    with pytest.raises(ConfigError, match="is not reached from 8 in steps of 7"):
+    with pytest.raises(ConfigError, match="from 8 in steps of 7 does not arrive at 32"):
         BatchSizes(32, 1, 1, (8, 7, 100))
     with pytest.raises(ConfigError, match="batch size 10 is not a multiple"):
         BatchSizes(12, 2, 2, (8, 2, 100))
