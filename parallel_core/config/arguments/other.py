@@ -20,7 +20,6 @@ OTHER_ROWS: tuple[Argument, ...] = (
     _field("expert_model_parallel_size", "int", 1, "mixture of experts"),
     _field("next_tockens", "int", 0, "attention to later positions", "model_config.fa_config.next_tokens",
            origin=_SPEED, aliases=("next_tokens",)),
-    *ignored_rows("a checkpoint that is named and missing is always an error", "exit_on_missing_checkpoint flag"),
     *ignored_rows("replicas start equal, and each draws its own dropout anyway", "data_parallel_random_init flag"),
     *ignored_rows("rope has no learned table anyway", "add_position_embedding off --no-position-embedding"),
     *refused_rows("removed from Megatron-LM; write micro_batch_size", "batch_size int"),

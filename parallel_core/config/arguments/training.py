@@ -55,6 +55,8 @@ CHECKPOINTS: tuple[Argument, ...] = (
     mapped("load", "str", None, "training_config.load_checkpoint", "checkpoint to start from",
            aliases=("load_checkpoint",)),
     mapped("ckpt_step", "int", None, "training_config.ckpt_step", "iteration to load; default the latest"),
+    mapped("exit_on_missing_checkpoint", "flag", False, "training_config.exit_on_missing_checkpoint",
+           "a load that holds no checkpoint yet is an error; else the run starts from random weights"),
     mapped("ckpt_format", "str", "torch_dist", "training_config.ckpt_format",
            "files that checkpoints are written in; Megatron's own formats are for the converter",
            choices=("safetensors", "ckpt"),
