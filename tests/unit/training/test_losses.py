@@ -131,7 +131,7 @@ REFUSED = {
 def test_what_is_no_loss_is_refused_by_part_and_shape(message):
     with pytest.raises(ConfigError) as error:
         checked_loss(REFUSED[message](Tensor(np.ones((2, 8), np.float32))))
-    assert str(error.value).startswith("loss_func must return (sum of the loss, number of tokens, {name: (sum, number)})")
+    assert str(error.value).startswith("loss_func must return (sum of the loss, number of tokens, {name: ")
     assert message in str(error.value)
 
 
