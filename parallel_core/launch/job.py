@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from parallel_core.environment import promise_path
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
-from parallel_core.launch.patience import promise_path
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
 from parallel_core.launch.rank import LAUNCHER_VARIABLE
 from parallel_core.launch.report import LOG_DIR_VARIABLE, read_report, report_path

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from parallel_core.autograd import backward, no_grad
+from parallel_core.autograd import backward, forget_recording, no_grad
 from parallel_core.errors import ParallelCoreError
 from parallel_core.pipeline.loss_contract import checked_loss, collects_non_loss_data
 
@@ -98,7 +98,11 @@ class PipelineStage:
         if self._forward_only:
             with no_grad():
                 return self._cell(entry)
-        output = self._cell(entry)
+        try:
+            output = self._cell(entry)
+        except BaseException:
+            forget_recording()
+            raise
         self._in_flight[microbatch] = entry
         return output
 

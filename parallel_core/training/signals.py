@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from parallel_core.launch.patience import promise_to_stop
+from parallel_core.environment import promise_to_stop
 
 
 class StopRequests:

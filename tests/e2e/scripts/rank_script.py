@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from parallel_core.environment import promise_to_stop
 from parallel_core.errors import CommError, ConfigError
 from parallel_core.launch.entry import run_as_rank
-from parallel_core.launch.patience import promise_to_stop
 
 ACTIONS = ("spawn", "fail", "mistake", "kill", "chatter", "hang", "save", "save_slowly", "lose_peer", "stuck")
 

@@ -16,8 +16,8 @@ import pytest
 from parallel_core.checkpoint import CheckpointWriter, find_checkpoint, open_checkpoint
 from parallel_core.checkpoint.claim import claimed
 from parallel_core.data.samplers import MegatronPretrainingSampler
+from parallel_core.environment import promise_to_stop
 from parallel_core.errors import CheckpointError, ConfigError, DataError, ParallelCoreError
-from parallel_core.launch.patience import promise_to_stop
 from parallel_core.training.checkpointing import Checkpointer
 from parallel_core.training.forward_step import forward_step
 from parallel_core.training.metrics_file import MetricsFile, up_to
@@ -98,6 +98,18 @@ def test_an_evaluation_that_fails_finds_the_run_saved(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         run(tmp_path, "--save ck --eval-iters 1", forward_step_func=broken)
     assert saved(tmp_path) == 4
+
+
+def test_a_run_after_one_whose_forward_pass_raised_trains_as_if_alone(tmp_path):
+    def broken(data_iterator, model):
+        forward_step(data_iterator, model)
+        raise DataError("no such file")
+
+    usual = run(tmp_path / "before", "--eval-iters 1").rows
+    with pytest.raises(DataError):
+        run(tmp_path / "broken", forward_step_func=broken)
+    again = run(tmp_path / "after", "--eval-iters 1").rows
+    assert [row["loss"] for row in again] == [row["loss"] for row in usual]
 
 
 def test_signal_handlers_are_as_they_were_after_a_run_and_after_a_failed_one(tmp_path):
