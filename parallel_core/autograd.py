@@ -1,4 +1,4 @@
-"""The three things this program takes from MindSpore's autograd, imported in this one place.
+"""What this program takes from MindSpore's autograd, imported in this one place.
 
 `Function` is MindSpore's torch-like custom function; it is private there (`mindspore.common._grad_function`).
 """
@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.common._grad_function import _Function as Function
+from mindspore.common.api import _pynative_executor
 from mindspore.ops.composite import GradOperation
 
 __all__ = [
@@ -50,6 +51,12 @@ def backward(
     """
     of_inputs, of_parameters = _GRAD_OF_INPUTS_AND_PARAMETERS(cell, ParameterTuple(parameters))(*inputs, grad_output)
     return of_inputs, of_parameters
+
+
+def forget_recording() -> None:
+    """Forget a call whose forward pass raised; else MindSpore takes every later one for a part of it."""
+    _pynative_executor.clear_res()
+    _pynative_executor.set_grad_flag(False)
 
 
 _inner_backwards = 0

@@ -8,17 +8,18 @@ The phases, which the caller orders with its own barriers:
     rank 0:     writer.commit(manifests, common)     # index, rename, tracker, then the old ones go
 
 With no gather (a background thread must not communicate), rank 0 collects the manifests from the directory instead:
-`writer.commit(writer.collect_manifests(timeout_s), common)`.
+`writer.commit(writer.collect_manifests(), common)`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,22 @@ class CheckpointWriter:
         except OSError:
             return  # a full disk cannot take the note either; rank 0 then ends by its timeout
 
-    def collect_manifests(self, timeout_s: float, poll_s: float = 0.05) -> list[Manifest]:
+    def collect_manifests(
+        self,
+        timeout_s: float = math.inf,
+        poll_s: float = 0.05,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> list[Manifest]:
         """Return every rank's manifest, read from the directory; rank 0, without communication.
 
+        Args:
+            timeout_s: how long to wait; a healthy rank may need any time for a large file.
+            poll_s: seconds between two looks.
+            given_up: tells that a rank will not deliver and could not say so in the directory.
+
         Raises:
-            CheckpointError: a rank reported a failure, or some have not written within `timeout_s` seconds.
+            CheckpointError: a rank reported a failure, some have not written within `timeout_s` seconds, or the save
+                is given up.
         """
         deadline = time.monotonic() + timeout_s
         manifests: dict[int, Manifest] = {}
@@ -183,11 +195,11 @@ class CheckpointWriter:
                         raise CheckpointError(f"{self.final_path.name} was not saved: {manifests[rank]['failed']}")
             if len(manifests) == self.world_size:
                 return [manifests[rank] for rank in range(self.world_size)]
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or given_up():
                 late = [str(rank) for rank in range(self.world_size) if rank not in manifests]
+                within = f" within {timeout_s:g} s" if time.monotonic() > deadline else ""
                 raise CheckpointError(
-                    f"{self.final_path.name} was not saved: rank(s) {', '.join(late)} wrote nothing "
-                    f"within {timeout_s:g} s"
+                    f"{self.final_path.name} was not saved: rank(s) {', '.join(late)} wrote nothing{within}"
                 )
             time.sleep(poll_s)
 

@@ -413,6 +413,8 @@ class TrainingConfig:
     output_dir: str = ""
     """Where checkpoints go (Megatron's --save); empty: none are written."""
     load_checkpoint: str = ""
+    exit_on_missing_checkpoint: bool = False
+    """A load_checkpoint that holds none yet is an error; off: the run starts from random weights."""
     ckpt_step: int = 0
     """Iteration to load; 0: the latest."""
     ckpt_format: str = "safetensors"

@@ -157,6 +157,7 @@ def build_pretraining_data_loader(
     prefetch_factor: int = 2,
     data_sharding: bool = True,
     drop_last: bool = True,
+    wraps: bool = False,
 ) -> PretrainingDataLoader | Any | None:
     """Return an iterator of this rank's micro-batches, starting after `consumed_samples`.
 
@@ -175,6 +176,7 @@ def build_pretraining_data_loader(
         prefetch_factor: Micro-batches in preparation per thread.
         data_sharding: For `cyclic`: each rank permutes its own share.
         drop_last: For `single`: leave out a last group that does not fill all ranks.
+        wraps: For `single`: go through the dataset again and again, whole groups only.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -189,7 +191,7 @@ def build_pretraining_data_loader(
     position = (len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
     sampler: Iterable[list[int]]
     if dataloader_type == "single":
-        sampler = MegatronPretrainingSampler(*position, drop_last=drop_last)
+        sampler = MegatronPretrainingSampler(*position, drop_last=drop_last, wraps=wraps)
     else:
         sampler = MegatronPretrainingRandomSampler(*position, data_sharding=data_sharding)
     return PretrainingDataLoader(dataset, sampler, num_workers, prefetch_factor)

@@ -42,7 +42,7 @@ class _Sampler:
 
 
 class MegatronPretrainingSampler(_Sampler):
-    """Yields this rank's micro-batches in dataset order, once, from `consumed_samples` on.
+    """Yields this rank's micro-batches in dataset order from `consumed_samples` on, once or again and again.
 
     Micro-batch m of rank r holds samples `consumed + m * mbs * dp + r * mbs ...`; together the ranks see every sample
     once, whatever `data_parallel_size` is.
@@ -55,6 +55,8 @@ class MegatronPretrainingSampler(_Sampler):
         data_parallel_size: Number of ranks that share the samples.
         drop_last: Leave out a last group that does not fill all ranks; otherwise ranks get what there is, which may be
             fewer samples or none.
+        wraps: After the last whole group start again with the first sample; `consumed_samples` then counts over all
+            rounds, and an incomplete last group is left out.
     """
 
     def __init__(
@@ -65,9 +67,19 @@ class MegatronPretrainingSampler(_Sampler):
         data_parallel_rank: int,
         data_parallel_size: int,
         drop_last: bool = True,
+        wraps: bool = False,
     ) -> None:
         super().__init__(total_samples, consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
-        if consumed_samples >= total_samples:
+        group = self.micro_batch_times_data_parallel_size
+        self.wraps = wraps
+        if wraps:
+            if total_samples < group:
+                raise DataError(
+                    f"{total_samples} samples are fewer than micro_batch_size={micro_batch_size} x "
+                    f"data_parallel_size={data_parallel_size} = {group}. Use more data or smaller batches."
+                )
+            self.consumed_samples %= total_samples // group * group
+        elif consumed_samples >= total_samples:
             raise DataError(
                 f"no samples are left: {consumed_samples} of {total_samples} are consumed. Train with more data or "
                 "fewer iterations."
@@ -83,6 +95,9 @@ class MegatronPretrainingSampler(_Sampler):
         full_end = self.consumed_samples + (self.total_samples - self.consumed_samples) // group * group
         for start in range(self.consumed_samples + offset, full_end, group):
             yield list(range(start, start + self.micro_batch_size))
+        while self.wraps:
+            for start in range(offset, self.total_samples // group * group, group):
+                yield list(range(start, start + self.micro_batch_size))
         if full_end < self.total_samples and not self.drop_last:
             start = full_end + offset
             yield list(range(start, min(start + self.micro_batch_size, self.total_samples)))

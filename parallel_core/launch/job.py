@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from parallel_core.environment import promise_path
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
@@ -44,7 +45,9 @@ class JobSpec:
     cluster_timeout_s: int = 300
     """How long the ranks wait for each other at start-up."""
     stop_grace_s: float = 15.0
-    """How long ranks asked to stop may go on, to end the iteration and save, before they are killed."""
+    """How long ranks asked to stop may go on before they are killed."""
+    stop_grace_is_given: bool = False
+    """The grace is the user's, so it holds for training ranks too; else those get the time their save takes."""
 
     @property
     def local_ranks(self) -> range:
@@ -236,13 +239,39 @@ class Job:
                 send(pid, signal.SIGTERM)
         self._stop_signal = None
         self._stopping = True
-        grace = self.spec.stop_grace_s
-        deadline = time.monotonic() + (min(grace, _FAILURE_GRACE_S) if self._failures else grace)
-        while self._role_of and not self._all_ranks_ended() and time.monotonic() < deadline:
+        patient = stop_signal is not None and not self.spec.stop_grace_is_given and self._will_stop()
+        if patient:
+            self._say("they end the running iteration and save first, however long that takes")
+        self._await_ranks(signals, patient)
+        self._stop_signal = stop_signal
+
+    def _await_ranks(self, signals: set[signal.Signals], patient: bool) -> None:
+        """Wait for ranks that were asked to end, and say which have to be killed because the grace is over.
+
+        Args:
+            signals: what `_tick` takes; another request to stop ends the wait.
+            patient: the grace begins only when no rank is left that has promised to end by itself, or one has failed.
+        """
+        grace, begun = self.spec.stop_grace_s, time.monotonic()
+        grace = min(grace, _FAILURE_GRACE_S) if self._failures else grace
+        while self._role_of and not self._all_ranks_ended():
+            left = [rank for rank in self.spec.local_ranks if rank not in self._statuses]
+            ended_badly = any(self._statuses.get(rank) for rank in self.spec.local_ranks)
+            if patient and not ended_badly and self._will_stop():
+                begun = time.monotonic()
+            elif time.monotonic() - begun > grace:
+                if not self._failures:
+                    self._say(f"killing rank(s) {', '.join(map(str, left))}, which did not end within STOP_GRACE_S="
+                              f"{grace:g} s: what they had not saved is lost", "WARNING")  # fmt: skip
+                return
             self._tick(signals)
             if self._stop_signal is not None:
-                break
-        self._stop_signal = stop_signal
+                return
+
+    def _will_stop(self) -> bool:
+        """Tell whether a rank that is left has promised to end by itself."""
+        ranks = [rank for rank in self.spec.local_ranks if rank not in self._statuses]
+        return any(promise_path(self.spec.log_dir, rank).exists() for rank in ranks)
 
     def _await_scheduler(self, signals: set[signal.Signals]) -> None:
         """Keep the scheduler for the ranks of other nodes; it ends by itself some seconds after the last of them."""
@@ -276,8 +305,8 @@ class Job:
         self._say(f"{spec.num_ranks} ranks ended well; logs: {spec.log_dir}/worker_*.log")
         return 0
 
-    def _say(self, text: str) -> None:
-        print(f"INFO - {text}", file=self._out, flush=True)
+    def _say(self, text: str, level: str = "INFO") -> None:
+        print(f"{level} - {text}", file=self._out, flush=True)
 
 
 @contextmanager

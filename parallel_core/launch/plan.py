@@ -19,8 +19,8 @@ from parallel_core.launch.job import JobSpec
 DEFAULT_LOG_DIR = "msrun_log"
 _PORTS = range(10000, 32000)
 """Below Linux's range for outgoing connections (32768 up), so that none of those takes the port in between."""
-_OLD_LOGS = ("worker_*.log", "error_rank_*.json", "scheduler.log", "msrun.log", "metrics.jsonl")
-_PER_RANK_LOGS = (("worker", "log"), ("error_rank", "json"))
+_OLD_LOGS = ("worker_*.log", "error_rank_*.json", "scheduler.log", "msrun.log", "stops_itself_rank_*")
+_PER_RANK_LOGS = ("worker_{}.log", "error_rank_{}.json", "stops_itself_rank_{}")
 _COMM_TIMEOUT_MARGIN_S = 60
 _ASCEND_DEFAULTS = {"HCCL_BUFFSIZE": "200", "HCCL_EXEC_TIMEOUT": "600"}
 
@@ -128,6 +128,8 @@ def master_port(environment: Mapping[str, str], check: bool = True) -> int:
 def prepare_log_dir(log_dir: Path, own_ranks: range | None = None) -> None:
     """Create `log_dir` and remove the logs an earlier run left there, and nothing else.
 
+    Metrics stay: the run itself begins the file anew or, when it resumes, continues it.
+
     Args:
         log_dir: the directory.
         own_ranks: with several nodes sharing the directory, the ranks whose logs may go; None for all logs.
@@ -137,15 +139,23 @@ def prepare_log_dir(log_dir: Path, own_ranks: range | None = None) -> None:
     """
     patterns: tuple[str, ...] = _OLD_LOGS
     if own_ranks is not None:
-        patterns = tuple(f"{stem}_{rank}.{end}" for rank in own_ranks for stem, end in _PER_RANK_LOGS)
+        patterns = tuple(name.format(rank) for rank in own_ranks for name in _PER_RANK_LOGS)
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         for pattern in patterns:
             for old in log_dir.glob(pattern):
                 old.unlink()
+        metrics = log_dir / "metrics.jsonl"
+        if own_ranks is None and metrics.is_file() and not _has_rows(metrics):
+            metrics.unlink()
         (log_dir / "msrun.log").touch()
     except OSError as error:
         raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
+
+
+def _has_rows(metrics: Path) -> bool:
+    with open(metrics, "rb") as lines:
+        return lines.read(1) == b"{"
 
 
 def rank_environment(spec: JobSpec, environment: Mapping[str, str], comm_timeout_s: float) -> dict[str, str]:
@@ -212,5 +222,6 @@ def plan_job(
         node_rank=node_rank,
         cluster_timeout_s=integer(environment, "CLUSTER_TIME_OUT", 300, example=300),
         stop_grace_s=seconds(environment, "STOP_GRACE_S", 15.0),
+        stop_grace_is_given=bool(environment.get("STOP_GRACE_S", "").strip()),
     )
     return replace(spec, environment=rank_environment(spec, environment, comm_timeout_s))

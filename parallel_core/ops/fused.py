@@ -19,7 +19,7 @@ class _LayerNorm(Function):
         x = x.contiguous()
         H = x.shape[-1]
         T = x.size // H
-        y, mean, rstd = raw.new(x.shape), raw.new((T,)), raw.new((T,))
+        y, mean, rstd = raw.new(x.shape), raw.new((2, T)), raw.new((T,))
         raw.lib.pc_layer_norm(
             x.data_ptr(),
             weight.data_ptr(),

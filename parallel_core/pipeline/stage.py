@@ -9,11 +9,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from parallel_core.autograd import backward, no_grad
-from parallel_core.errors import ConfigError, ParallelCoreError
-
-LossResult = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
-"""What a loss function returns: sum of the loss, number of tokens, and {name: (sum, number)} to report."""
+from parallel_core.autograd import backward, forget_recording, no_grad
+from parallel_core.errors import ParallelCoreError
+from parallel_core.pipeline.loss_contract import checked_loss, collects_non_loss_data
 
 ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[..., Any]]]
 """`forward_step_func(data_iterator, model) -> (output, loss_func)`, as in Megatron-LM."""
@@ -71,13 +69,15 @@ class PipelineStage:
             num_microbatches: how many of them this rank has in the iteration.
             loss_scale: factor of the gradients.
             forward_only: keep nothing for backward.
-            non_loss_data: call `loss_func(output, non_loss_data=True)` and keep what it returns as reports.
+            non_loss_data: call `loss_func(output, non_loss_data=True)` and keep what it returns as reports; of a
+                loss_func without such an argument, the output.
         """
         self._in_flight.clear()
         self._cell.reports.clear()
         self._cell.data, self._cell.non_loss_data = data, non_loss_data
         self._forward_only = forward_only
         self._cell.set_grad(not forward_only)
+        self._cell.set_train(not forward_only)
         self._loss_gradient = Tensor(np.float32(loss_scale if self._per_token_loss else loss_scale / num_microbatches))
 
     @property
@@ -98,7 +98,11 @@ class PipelineStage:
         if self._forward_only:
             with no_grad():
                 return self._cell(entry)
-        output = self._cell(entry)
+        try:
+            output = self._cell(entry)
+        except BaseException:
+            forget_recording()
+            raise
         self._in_flight[microbatch] = entry
         return output
 
@@ -138,25 +142,11 @@ class _StageCell(nn.Cell):
         if not self._is_last:
             return output
         if self.non_loss_data:
-            self.reports.append(loss_func(output, non_loss_data=True))
+            takes = collects_non_loss_data(loss_func)
+            self.reports.append(loss_func(output, non_loss_data=True) if takes else output)
             return output
-        loss_sum, num_tokens, report = _checked_loss(loss_func(output))
+        loss_sum, num_tokens, report = checked_loss(loss_func(output))
         self.reports.append((num_tokens, report))
         if self._per_token_loss:
             return loss_sum
         return loss_sum / ms.ops.maximum(num_tokens, Tensor(np.float32(1.0)))
-
-
-def _checked_loss(result: Any) -> LossResult:
-    """Return the loss function's result, in Megatron's three-part form whatever form it came in."""
-    if isinstance(result, tuple) and len(result) == 3:
-        loss, tokens, report = result
-        return loss, tokens.astype(ms.float32), report
-    if isinstance(result, tuple) and len(result) == 2:
-        loss, report = result
-        one = Tensor(np.float32(1.0))
-        return loss, one, {name: value if isinstance(value, tuple) else (value, one) for name, value in report.items()}
-    raise ConfigError(
-        "loss_func must return (sum of the loss, number of tokens, {name: (sum, number)}) or "
-        f"(mean loss, {{name: value}}), got {type(result).__name__}"
-    )

@@ -172,7 +172,7 @@ def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     for iteration in (1, 2, 3):
         if iteration == 3:
             meter.start()
-        step.train(data, iteration, microbatches, sizes.current(0), False)
+        step.train(data, iteration, microbatches, sizes.current(0))
     peak = meter.stop()
     bytes_of = step.ddp.memory_bytes()
     memory = Memory(bytes_of["parameters"], bytes_of["gradients"], step.optimizer.memory_bytes(), peak)

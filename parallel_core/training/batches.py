@@ -182,6 +182,7 @@ def make_batch_source(
     context: ParallelContext,
     num_chunks: int,
     external: bool = False,
+    wraps: bool = False,
 ) -> BatchSource:
     """Return this rank's microbatches of `dataset`, starting after `consumed_samples`.
 
@@ -192,6 +193,7 @@ def make_batch_source(
         context: this rank's groups.
         num_chunks: model chunks on this rank.
         external: `dataset` is an iterator of NumPy microbatches whatever `dataloader_type` says.
+        wraps: after the last sample comes the first (evaluations; training data must suffice).
     """
     data = config.dataset_config
     needs = stage_needs_data(context.is_first_stage, context.is_last_stage, data.reset_attention_mask)
@@ -206,6 +208,7 @@ def make_batch_source(
             dataloader_type="external" if external else data.dataloader_type,
             num_workers=data.num_workers,
             drop_last=data.drop_remainder,
+            wraps=wraps,
         )
     return BatchSource(loader, config, context, num_chunks, needs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from parallel_core.checkpoint import (
     TensorShard,
     compare_model_config,
     find_checkpoint,
+    holds_checkpoint,
     load_shards,
     open_checkpoint,
     share_among_replicas,
@@ -31,8 +33,10 @@ from parallel_core.context import ParallelContext
 from parallel_core.errors import CheckpointError, ParallelCoreError, bullet_list
 from parallel_core.layout.shard import shard_of
 from parallel_core.optimizer.flat import Flat
+from parallel_core.optimizer.loss_scaler import DynamicLossScaler
 from parallel_core.optimizer.optimizer import STATE_OF
 from parallel_core.training.step import TrainingStep
+from parallel_core.training.together import together
 
 Shards = dict[str, tuple[TensorShard, np.ndarray]]
 
@@ -47,12 +51,14 @@ class Progress:
         consumed_valid_samples: validation samples seen by all ranks.
         data_order: what determined the order of the samples.
         earlier_samples: training samples of data before the present one (`--new-dataset`).
+        skipped_iterations: iterations without an update.
     """
 
     iteration: int = 0
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
     data_order: dict[str, Any] | None = None
+    skipped_iterations: int = 0
     earlier_samples: int = 0
 
     @property
@@ -69,13 +75,21 @@ class Checkpointer:
         context: this rank's groups.
         step: parameters, optimizer, schedule, loss scale.
         say: prints on rank 0.
+        warn: prints a warning on rank 0.
     """
 
     def __init__(
-        self, config: AllConfig, context: ParallelContext, step: TrainingStep, say: Callable[[str], None]
+        self,
+        config: AllConfig,
+        context: ParallelContext,
+        step: TrainingStep,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
-        self._config, self._context, self._step, self._say = config, context, step, say
+        self._config, self._context, self._step, self._say, self._warn = config, context, step, say, warn
         self._async = AsyncSaver()
+        self._given_up = threading.Event()
+        self._timeout_s = config.parallel_config.distributed_timeout_minutes * 60
 
     # ---- saving -----------------------------------------------------------------------------------------------------
     def save(self, progress: Progress) -> None:
@@ -92,7 +106,7 @@ class Checkpointer:
             ckpt_prefix=training.prefix,
             token="".join(c if c.isalnum() else "-" for c in str(token)),
         )
-        self._async.wait()
+        self._everywhere(self._async.wait)
         self._everywhere(writer.begin if context.rank == 0 else _nothing)
         shards = self._shards_to_save()
         common = self._common(progress)
@@ -110,25 +124,28 @@ class Checkpointer:
         """Wait for a save in the background; collective."""
         self._everywhere(self._async.wait)
 
+    def settle(self) -> None:
+        """Wait for this rank's part of a save in the background, after an error; not collective."""
+        try:
+            self._async.wait()
+        except ParallelCoreError as error:
+            self._warn(f"the checkpoint in the background was not saved either: {error}")
+
     def _write_alone(self, writer: CheckpointWriter, shards: Shards, common: dict[str, Any]) -> None:
         """Write without communication: rank 0 collects what the others wrote from the directory."""
         manifest = writer.write_rank_file(shards)
         if self._context.rank == 0:
-            timeout_s = self._config.parallel_config.distributed_timeout_minutes * 60
-            manifests = writer.collect_manifests(timeout_s) if self._context.world.size > 1 else [manifest]
+            alone = self._context.world.size == 1
+            manifests = [manifest] if alone else writer.collect_manifests(given_up=self._given_up.is_set)
             writer.commit(manifests, common, self._config.training_config.keep_checkpoint_max)
 
     def _everywhere(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on this rank; if it fails on any rank, raise that rank's error on all of them."""
-        result, failure = None, None
+        """Run `action` on this rank, and raise on all ranks if it fails on one; see `together`."""
         try:
-            result = action()
-        except ParallelCoreError as error:
-            failure = f"{error}"
-        failures = [text for text in self._context.world.all_gather_object(failure) if text]
-        if failures:
-            raise CheckpointError(failures[0])
-        return result
+            return together(self._context.world, action, self._timeout_s)
+        except CheckpointError:
+            self._given_up.set()
+            raise
 
     def _shards_to_save(self) -> Shards:
         context, training = self._context, self._config.training_config
@@ -214,15 +231,24 @@ class Checkpointer:
     def load(self) -> Progress:
         """Load `load_checkpoint` into this layout, and return where the run stands; collective.
 
+        Where no checkpoint has been written yet, the run begins (so that one command starts and restarts it), unless
+        the weights are what it is about or `exit_on_missing_checkpoint` says otherwise.
+
         Raises:
-            CheckpointError: if there is none, it is damaged, or it holds another model.
+            CheckpointError: if there is none to be had, it is damaged, or it holds another model.
         """
         training, context = self._config.training_config, self._context
-        found = self._everywhere(self._find if context.rank == 0 else _nothing)
-        path = Path(context.world.broadcast_object(found))
+        found = context.world.broadcast_object(self._everywhere(self._find if context.rank == 0 else _nothing))
+        if not found:
+            self._warn(
+                f"--load {training.load_checkpoint}: there is no checkpoint yet; the run starts from random weights "
+                "(--exit-on-missing-checkpoint makes this an error)"
+            )
+            return Progress()
+        path = Path(found)
         source = self._everywhere(lambda: open_checkpoint(path))
         self._everywhere(lambda: self._check_model(source.common, path))
-        weights_only = self._starts_anew or training.no_load_optim
+        weights_only = self._starts_anew or training.no_load_optim or training.skip_train
         wanted = {shard_of(p).name: shard_of(p) for p in self._parameters()}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for _, key, shard, _ in state})
@@ -254,9 +280,13 @@ class Checkpointer:
         return training.finetune or not training.resume_training
 
     def _find(self) -> str:
+        """Return the directory to load, empty if the run may begin without one."""
         training = self._config.training_config
         step = training.ckpt_step or None
-        return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._say))
+        needed = step or training.finetune or training.skip_train or training.exit_on_missing_checkpoint
+        if not needed and not holds_checkpoint(training.load_checkpoint):
+            return ""
+        return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._warn))
 
     def _check_model(self, common: dict[str, Any], path: Path) -> None:
         length = self._config.model_config.seq_length
@@ -278,6 +308,7 @@ class Checkpointer:
             int(common.get("consumed_train_samples", 0)),
             int(common.get("consumed_valid_samples", 0)),
             common.get("data_order"),
+            int(common.get("skipped_iterations", 0)),
             int(common.get("earlier_samples", 0)),
         )
         if not weights_only:
@@ -289,7 +320,8 @@ class Checkpointer:
                     use_checkpoint=optimizer.use_checkpoint_opt_param_scheduler,
                     override=optimizer.override_opt_param_scheduler,
                 )
-            if common.get("loss_scaler") and "growth_tracker" in common["loss_scaler"]:
+            # A constant scale is the configuration's; only a dynamic one has a state, and its state is another's.
+            if isinstance(step.scaler, DynamicLossScaler) and "growth_tracker" in (common.get("loss_scaler") or {}):
                 step.scaler.load_state_dict(common["loss_scaler"])
         else:
             step.scheduler.num_samples = progress.trained_samples

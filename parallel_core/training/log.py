@@ -5,19 +5,19 @@ The launcher shows every line that begins with INFO, WARNING or ERROR of any ran
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from parallel_core.context import ParallelContext
 from parallel_core.environment import LOG_DIR_VARIABLE
+from parallel_core.training.metrics_file import MetricsFile, up_to
 from parallel_core.training.step import StepReport
 
 
@@ -41,12 +41,22 @@ class RunLog:
         self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp_cp.rank == 0
         self._seq_length, self._flops, self._devices = seq_length, flops, context.world.size
         self._recent: deque[float] = deque(maxlen=20)
-        self._skipped = 0
-        self._metrics: TextIO | None = None
-        folder = log_folder(log_dir)
+        self._path = log_folder(log_dir) / "metrics.jsonl"
+        self._metrics: MetricsFile | None = None
+
+    def begin(self, iteration: int, evaluates_only: bool = False) -> None:
+        """Open `metrics.jsonl`: a resumed run continues it, what lies past the loaded iteration goes.
+
+        Args:
+            iteration: iterations completed; 0 begins the file anew.
+            evaluates_only: the run adds no iteration, so every row stays.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
         if self._tells_steps:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            keeps = up_to(iteration if iteration else -1)
+            self._metrics = MetricsFile(self._path, (lambda row: True) if evaluates_only else keeps)
 
     def info(self, text: str) -> None:
         """Print on rank 0."""
@@ -65,12 +75,12 @@ class RunLog:
         epoch: int,
         consumed_samples: int,
         samples: int,
+        skipped: int,
         elapsed_s: float,
         show: bool,
     ) -> None:
         """Write one iteration's metrics, and its line if it is to be shown."""
         self._recent.append(elapsed_s)
-        self._skipped += report.skipped
         if not self._tells_steps:
             return
         tokens_per_s = samples * self._seq_length / elapsed_s
@@ -79,7 +89,7 @@ class RunLog:
         if self._flops is not None:
             rates["tflops_per_device"] = self._flops(samples) / elapsed_s / self._devices / 1e12
             rate_text += f", TFLOP/s per device: {rates['tflops_per_device']:.4g}"
-        loss = report.losses.get("lm loss", next(iter(report.losses.values()), float("nan")))
+        loss = report.losses.get("lm loss", next(iter(report.losses.values()), None))
         self._write(
             {
                 "iteration": iteration,
@@ -99,25 +109,28 @@ class RunLog:
             left = (last_iteration - iteration) * sum(self._recent) / len(self._recent)
             self._print(
                 "INFO",
-                f"Epoch: {epoch}, Step: {iteration}, Loss: {loss:.10f}, Time: {elapsed_s * 1e3:.2f} ms, "
+                f"Epoch: {epoch}, Step: {iteration}, Loss: {format_loss(loss)}, Time: {elapsed_s * 1e3:.2f} ms, "
                 f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, {rate_text}, "
-                f"Loss scale: {report.loss_scale:g}, Skipped: {self._skipped}, Memory: {peak_memory_mb():.0f} MB, "
+                f"Loss scale: {report.loss_scale:g}, Skipped: {skipped}, Memory: {peak_memory_mb():.0f} MB, "
                 f"Progress: {iteration}/{last_iteration} ({100 * iteration / last_iteration:.0f}%), "
                 f"Left: {format_duration(left)}",
                 True,
             )
 
-    def evaluation(self, split: str, iteration: int, losses: dict[str, float]) -> None:
+    def evaluation(self, split: str, iteration: int, losses: Mapping[str, float | None]) -> None:
         """Write and print one evaluation: a row and a line for each loss, with its name if it is not `lm loss`."""
         if not self._tells_steps:
             return
         for name, loss in losses.items():
-            perplexity = math.exp(min(loss, 20.0))  # in this order, so that a loss of NaN stays one
+            perplexity = None if loss is None else math.exp(min(loss, 20.0))  # in this order: a loss of NaN stays one
             other = {} if name == "lm loss" else {"name": name}
             self._write({"iteration": iteration, "split": split, "loss": loss, "ppl": perplexity, **other})
             text = "".join(f"{value}, " for value in other.values())
             self._print(
-                "INFO", f"Evaluation: {text}{split}, Step: {iteration}, Loss: {loss:.10f}, PPL: {perplexity:.4f}", True
+                "INFO",
+                f"Evaluation: {text}{split}, Step: {iteration}, Loss: {format_loss(loss)}, "
+                f"PPL: {format_loss(perplexity, 4)}",
+                True,
             )
 
     def close(self) -> None:
@@ -127,13 +140,17 @@ class RunLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps(row) + "\n")
-            self._metrics.flush()
+            self._metrics.write(row)
 
     @staticmethod
     def _print(level: str, text: str, visible: bool) -> None:
         if visible:
             print(f"{level} - {text}", file=sys.stdout, flush=True)
+
+
+def format_loss(loss: float | None, digits: int = 10) -> str:
+    """Return a loss as text, `none` if no token counted."""
+    return "none" if loss is None else f"{loss:.{digits}f}"
 
 
 def log_folder(log_dir: str) -> Path:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import mindspore as ms
 
 from parallel_core import ops
+from parallel_core.checkpoint.claim import claimed
 from parallel_core.config.dump import resolved_yaml, sections_yaml
 from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
@@ -26,13 +26,16 @@ from parallel_core.pipeline.schedule import format_steps
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
+from parallel_core.training.evaluation import Evaluator, NonLossDataFunction
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.log import RunLog, Stopwatch, log_folder
 from parallel_core.training.model import ModelProvider, get_model
+from parallel_core.training.names import check_parameter_names
 from parallel_core.training.next_commands import Invocation, next_commands
 from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.runtime import start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
+from parallel_core.training.signals import StopRequests
 from parallel_core.training.step import StepReport, TrainingStep
 from parallel_core.training.summary import describe_run
 
@@ -45,7 +48,7 @@ def pretrain(
     model_provider_func: ModelProvider,
     model_type: Any = None,
     forward_step_func: ForwardStep | None = None,
-    process_non_loss_data_func: Callable[[list[Any], int, Any], None] | None = None,
+    process_non_loss_data_func: NonLossDataFunction | None = None,
     *,
     extra_args_provider: Callable[[Any], Any] | None = None,
     args_defaults: Mapping[str, Any] | None = None,
@@ -62,8 +65,9 @@ def pretrain(
         model_provider_func: builds a pipeline stage's chunk: `(pre_process, post_process[, vp_stage][, stage])`.
         model_type: None or Megatron's ModelType.encoder_or_decoder; nothing else is built here.
         forward_step_func: `(data_iterator, model) -> (output, loss_func)`; None: Megatron's for GPT.
-        process_non_loss_data_func: called on the last stage after each evaluation with what
-            `loss_func(output, non_loss_data=True)` gave for one batch, the iteration, and None (no writer).
+        process_non_loss_data_func: called on the last stage after each validation with what
+            `loss_func(output, non_loss_data=True)` gave for each microbatch of one batch (of a loss_func without such
+            an argument: the outputs), the iteration, and None (no writer).
         extra_args_provider: adds argument groups to the command line's parser.
         args_defaults: values of arguments that nobody gave.
         all_config: the configuration; None: from the command line.
@@ -89,34 +93,46 @@ def pretrain(
         if argv is None:
             invocation = Invocation(sys.argv[0], tuple(words), loaded.given, options)
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
-    if rank == 0:
-        save_configuration(all_config, resolved or sections_yaml(all_config))
-    if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
-        ms.set_deterministic(True)  # MindSpore takes it once
-    config, changed = supported_precision(all_config)
-    context = start_context(config, rank, world_size)
-    run = TrainingRun(
-        config,
-        context,
-        model_provider_func,
-        forward_step_func or forward_step_with(get_batch_func or get_batch),
-        process_non_loss_data_func,
-        notes + ([changed] if changed else []),
-        invocation,
-    )
-    run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)
-    run.train()
-    context.destroy()
+    with own_directories(all_config, resolved or sections_yaml(all_config), rank):
+        if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
+            ms.set_deterministic(True)  # MindSpore takes it once
+        config, changed = supported_precision(all_config)
+        context = start_context(config, rank, world_size)
+        run = TrainingRun(
+            config,
+            context,
+            model_provider_func,
+            forward_step_func or forward_step_with(get_batch_func or get_batch),
+            process_non_loss_data_func,
+            notes + ([changed] if changed else []),
+            invocation,
+        )
+        run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)
+        run.train()
+        context.destroy()
 
 
-def save_configuration(config: AllConfig, text: str) -> None:
-    """Write the resolved configuration as config.yaml beside the logs and beside the checkpoints.
+@contextmanager
+def own_directories(config: AllConfig, text: str, rank: int) -> Iterator[None]:
+    """Hold the directory of checkpoints while the block runs, and write the configuration; rank 0 does it for all.
+
+    The resolved configuration becomes config.yaml beside the logs and beside the checkpoints.
 
     Raises:
-        ConfigError: if one of the directories cannot be written.
+        ConfigError: if one of the directories cannot be written, or another run writes checkpoints there.
     """
     training = config.training_config
-    for folder in [log_folder(training.log_dir), *([Path(training.output_dir)] if training.output_dir else [])]:
+    writes = [training.output_dir] if training.output_dir and not training.skip_train else []
+    with ExitStack() as held:
+        if rank == 0:
+            for root in writes:
+                held.enter_context(claimed(root, lambda text: print(f"WARNING - {text}", flush=True)))
+            _save_configuration([log_folder(training.log_dir), *map(Path, writes)], text)
+        yield
+
+
+def _save_configuration(folders: Sequence[Path], text: str) -> None:
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
@@ -133,7 +149,7 @@ class TrainingRun:
         context: ParallelContext,
         model_provider_func: ModelProvider,
         forward_step_func: ForwardStep,
-        process_non_loss_data_func: Callable[[list[Any], int, Any], None] | None,
+        process_non_loss_data_func: NonLossDataFunction | None,
         notes: Sequence[str],
         invocation: Invocation | None = None,
     ) -> None:
@@ -144,11 +160,15 @@ class TrainingRun:
         self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops)
         self.profiler = StepProfiler(config.training_config, context.rank)
         kernels = ops.use_kernels(config.model_config.transformer_impl)
-        self._process_non_loss_data = process_non_loss_data_func
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
+        check_parameter_names(model.chunks, context)
         self.step = TrainingStep(config, context, model, forward_step_func, scheduler, loss_scaler(config))
-        self.checkpointer = Checkpointer(config, context, self.step, self.log.info)
+        self.stops = StopRequests(config.training_config.exit_duration_in_mins)
+        self.evaluator = Evaluator(
+            config, self.step, self.sizes, self.log, self.stops.wanted, process_non_loss_data_func
+        )
+        self.checkpointer = Checkpointer(config, context, self.step, self.log.info, self.log.warn)
         for line in describe_run(config, context, self.step, self.sizes, self.iterations):
             self.log.info(line)
         self.log.info(f"Kernels: {kernels}")
@@ -161,36 +181,51 @@ class TrainingRun:
         self.progress = Progress()
         if config.training_config.load_checkpoint:
             self.progress = self.checkpointer.load()
-        self._interrupted = False
+        self.log.begin(self.progress.iteration, evaluates_only=config.training_config.skip_train)
         self._saved_at = -1
-        self._started = time.monotonic()
+        self.train_data: BatchSource | None = None
+        self.valid_data: BatchSource | None = None
+        self.test_data: BatchSource | None = None
 
     # ---- data -------------------------------------------------------------------------------------------------------
     def load_data(self, provider: DatasetsProvider, train_data_loader: Iterator[Any] | None) -> None:
         """Build the datasets and this rank's readers."""
         training = self.config.training_config
-        sizes = count_samples(
-            global_batch_size=self.sizes.global_batch_size,
-            train_iters=self.iterations,
+        evaluates_only, batch = training.skip_train, self.sizes.global_batch_size
+        wanted = count_samples(
+            global_batch_size=batch,
+            train_iters=0 if evaluates_only else self.iterations,
             eval_interval=training.eval_interval or None,
-            eval_iters=training.eval_iters + (self._process_non_loss_data is not None),
-            train_samples=max(training.train_samples, self.sizes.samples_of(self.iterations))
-            if training.train_samples else None,  # the last iteration of a ramp-up may go beyond train_samples
+            eval_iters=self.evaluator.samples // batch,
+            train_samples=self._samples_to_train(),
         )
-        train, valid, test = provider(sizes)
+        train, valid, test = provider(wanted)
         if train_data_loader is not None:
             train = train_data_loader
-        self._check_data_order(train if train_data_loader is None else None)
         external = train_data_loader is not None
-        done = self.progress
-        self.train_data = self._source(train, done.consumed_train_samples, external)
-        has_eval = training.eval_iters > 0
-        self.valid_data = self._source(valid, done.consumed_valid_samples) if valid is not None and has_eval else None
-        self.test_data = self._source(test, 0) if test is not None and has_eval else None
         self._train_dataset = train
+        if not evaluates_only:
+            self._check_data_order(None if external else train)
+            self.train_data = self._source(train, self.progress.consumed_train_samples, external)
+        if training.eval_iters:
+            # Without training every checkpoint is judged by the same samples, the first ones.
+            seen = 0 if evaluates_only else self.progress.consumed_valid_samples
+            self.valid_data = self._source(valid, seen, wraps=True) if valid is not None else None
+            self.test_data = self._source(test, 0, wraps=True) if test is not None else None
 
-    def _source(self, dataset: Any, consumed: int, external: bool = False) -> BatchSource:
-        return make_batch_source(dataset, consumed, self.config, self.context, len(self.step.model.chunks), external)
+    def _samples_to_train(self) -> int | None:
+        """Return the samples that training asks the dataset for; None: iterations times the global batch size."""
+        training = self.config.training_config
+        if training.skip_train:
+            return self.sizes.global_batch_size
+        if not training.train_samples:
+            return None
+        # the last iteration of a ramp-up may go beyond train_samples
+        return max(training.train_samples, self.sizes.samples_of(self.iterations))
+
+    def _source(self, dataset: Any, consumed: int, external: bool = False, wraps: bool = False) -> BatchSource:
+        chunks = len(self.step.model.chunks)
+        return make_batch_source(dataset, consumed, self.config, self.context, chunks, external, wraps)
 
     def _check_data_order(self, dataset: Any) -> None:
         """Say so when the samples come in another order than in the run that was loaded."""
@@ -219,21 +254,34 @@ class TrainingRun:
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def train(self) -> None:
         """Run the iterations that are left, evaluations and checkpoints among them."""
-        training = self.config.training_config
-        self._listen_to_signals()
-        watch = Stopwatch()
-        stop = training.skip_train
-        while self.progress.iteration < self.iterations and not stop:
-            report = self._iteration(watch)
+        with self.stops:
+            try:
+                stopped = not self.config.training_config.skip_train and self._train_iterations()
+                self._finish(stopped)
+            except Exception:
+                self.checkpointer.settle()  # what ends the run must not cost the checkpoint that is being written
+                raise
+
+    def _train_iterations(self) -> bool:
+        """Run iterations; return whether something ended them before the last one's evaluation."""
+        training, watch = self.config.training_config, Stopwatch()
+        while self.progress.iteration < self.iterations:
+            told = self._iteration(watch).stop
             iteration = self.progress.iteration
             if training.eval_interval and iteration % training.eval_interval == 0 and iteration < self.iterations:
-                self._evaluate("validation", self.valid_data)
+                told = told or not self.evaluator.run("validation", self.valid_data, iteration)
+                self._count_validation()
                 watch.lap()
-            stop = self._stop_reason(report) is not None
-            if stop or (training.save_interval and iteration % training.save_interval == 0):
+            if told:
+                self.log.info("Stopping: a rank was told to end, or --exit-duration-in-mins has passed")
+            leave = told or self._is_exit_interval()
+            if leave or (training.save_interval and iteration % training.save_interval == 0):
                 self._save()
+                leave = leave or any(self.context.world.all_gather_object(self.stops.wanted()))
                 watch.lap()
-        self._finish(stopped=stop and not training.skip_train)
+            if leave:
+                return True
+        return False
 
     def _iteration(self, watch: Stopwatch) -> StepReport:
         done = self.progress
@@ -241,10 +289,15 @@ class TrainingRun:
         microbatches = self.sizes.num_microbatches(done.trained_samples)
         iteration = done.iteration + 1
         self.profiler.before_step(iteration)
-        report = self.step.train(self.train_data, iteration, microbatches, samples, self._wants_to_stop())
+        if self.train_data is None:
+            raise ConfigError("there is no training data: call load_data before train")
+        report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
         self.profiler.after_step(iteration)
         self.progress = _replace(
-            done, iteration=iteration, consumed_train_samples=done.consumed_train_samples + samples
+            done,
+            iteration=iteration,
+            consumed_train_samples=done.consumed_train_samples + samples,
+            skipped_iterations=done.skipped_iterations + report.skipped,
         )
         interval = self.config.training_config.log_interval
         self.log.step(
@@ -254,75 +307,51 @@ class TrainingRun:
             epoch=self._epoch(),
             consumed_samples=self.progress.consumed_train_samples,
             samples=samples,
+            skipped=self.progress.skipped_iterations,
             elapsed_s=watch.lap(),
             show=bool(interval) and (iteration % interval == 0 or iteration == self.iterations),
         )
         return report
 
-    def _evaluate(self, split: str, data: BatchSource | None) -> None:
-        training = self.config.training_config
-        if data is None or not training.eval_iters:
-            return
-        iteration = self.progress.iteration
-        microbatches = self.sizes.microbatches_of(self.sizes.global_batch_size)
-        losses = self.step.evaluate(data, iteration, microbatches, training.eval_iters)
-        if split == "validation":
-            batches = training.eval_iters + (self._process_non_loss_data is not None)
-            seen = self.progress.consumed_valid_samples + batches * self.sizes.global_batch_size
+    def _count_validation(self) -> None:
+        """Count an evaluation's samples, also of one that was broken off, so that a resumed run goes on as if not."""
+        if self.valid_data is not None:
+            seen = self.progress.consumed_valid_samples + self.evaluator.samples
             self.progress = _replace(self.progress, consumed_valid_samples=seen)
-        self.log.evaluation(split, iteration, losses)
-        if self._process_non_loss_data is not None and split == "validation":
-            collected = self.step.collect_non_loss_data(data, iteration, microbatches)
-            if self.context.is_last_stage:
-                self._process_non_loss_data(collected, iteration, None)
 
     def _finish(self, stopped: bool) -> None:
+        iteration = self.progress.iteration
         if not stopped:
-            self._evaluate("validation", self.valid_data)
-            self._evaluate("test", self.test_data)
-            self._save()
+            self._save()  # first, so that nothing that happens in the evaluation costs the training
+            ends = (("validation", self.valid_data), ("test", self.test_data))
+            stopped = not all(self.evaluator.run(split, data, iteration) for split, data in ends)
         self.profiler.stop()
         self.checkpointer.finish()
         for source in (self.train_data, self.valid_data, self.test_data):
             if source is not None:
                 source.close()
         if stopped:
-            self.log.info(f"Stopped after iteration {self.progress.iteration} of {self.iterations}")
-        ranks = self.context.mesh.world_size
-        for line in next_commands(self.config, self.progress.iteration, ranks, self.invocation):
+            self.log.info(f"Stopped after iteration {iteration} of {self.iterations}")
+        for line in next_commands(self.config, iteration, self.context.mesh.world_size, self.invocation):
             self.log.info(line)
         self.log.close()
 
     def _save(self) -> None:
-        if self.config.training_config.output_dir and self._saved_at != self.progress.iteration:
+        training = self.config.training_config
+        if training.output_dir and not training.skip_train and self._saved_at != self.progress.iteration:
             self.checkpointer.save(self.progress)
             self._saved_at = self.progress.iteration
+
+    def _is_exit_interval(self) -> bool:
+        interval = self.config.training_config.exit_interval
+        if not interval or self.progress.iteration % interval:
+            return False
+        self.log.info(f"Stopping at a multiple of --exit-interval {interval}")
+        return True
 
     def _epoch(self) -> int:
         per_epoch = getattr(self._train_dataset, "samples_per_epoch", 0)
         return (self.progress.consumed_train_samples - 1) // per_epoch if per_epoch else 0
-
-    # ---- stopping early ---------------------------------------------------------------------------------------------
-    def _listen_to_signals(self) -> None:
-        def interrupt(*_: object) -> None:
-            self._interrupted = True
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
-
-    def _wants_to_stop(self) -> bool:
-        minutes = self.config.training_config.exit_duration_in_mins
-        return self._interrupted or bool(minutes and time.monotonic() - self._started > minutes * 60)
-
-    def _stop_reason(self, report: StepReport) -> str | None:
-        interval = self.config.training_config.exit_interval
-        if report.stop:
-            self.log.info("Stopping: a rank was told to end, or --exit-duration-in-mins has passed")
-            return "signal"
-        if interval and self.progress.iteration % interval == 0:
-            self.log.info(f"Stopping at a multiple of --exit-interval {interval}")
-            return "interval"
-        return None
 
 
 def _replace(progress: Progress, **changes: Any) -> Progress:

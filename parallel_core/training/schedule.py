@@ -17,11 +17,15 @@ def batch_sizes(config: AllConfig, data_parallel_size: int) -> BatchSizes:
 
 
 def train_iterations(config: AllConfig, sizes: BatchSizes) -> int:
-    """Return the iterations of the run, from `training_iters` or from `train_samples`."""
+    """Return the iterations of the run, by `training_iters` or `train_samples`; evaluations alone need neither.
+
+    Raises:
+        ConfigError: if neither is given.
+    """
     training = config.training_config
     if training.train_samples:
         return sizes.iterations_of(training.train_samples)
-    if not training.training_iters:
+    if not training.training_iters and not training.skip_train:
         raise ConfigError("the run has no length: give --train-iters or --train-samples")
     return training.training_iters
 

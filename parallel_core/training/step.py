@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
-import numpy as np
-from mindspore import Tensor
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.errors import ParallelCoreError
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
 from parallel_core.optimizer.finalize import finalize_model_grads
-from parallel_core.optimizer.loss_scaler import LossScaler
+from parallel_core.optimizer.loss_scaler import DynamicLossScaler, LossScaler
 from parallel_core.optimizer.optimizer import Optimizer
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.check import check_schedule
@@ -24,6 +24,7 @@ from parallel_core.pipeline.schedule import Step, make_schedule
 from parallel_core.pipeline.stage import ForwardStep, PipelineStage
 from parallel_core.training.batches import BatchSource
 from parallel_core.training.model import RankModel
+from parallel_core.training.scalars import LossTotals, ScalarReducer, Scalars
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class StepReport:
     """What one iteration did; the same on every rank.
 
     Attributes:
-        losses: mean over all tokens of the global batch, by name.
+        losses: mean over all tokens of the global batch, by name; None if no token counts.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the update.
         weight_decay: weight decay of the update.
         loss_scale: loss scale that the gradients carried.
-        skipped: no update was made, because the gradients overflowed.
+        skipped: no update was made, because the gradients overflowed or no token of the batch counts.
         stop: a rank asks for the run to end.
     """
 
-    losses: dict[str, float]
+    losses: dict[str, float | None]
     grad_norm: float
     lr: float
     weight_decay: float
@@ -74,6 +75,8 @@ class TrainingStep:
         self.config, self.context, self.model = config, context, model
         self.scheduler, self.scaler = scheduler, scaler
         self._per_token = training.calculate_per_token_loss
+        dynamic = isinstance(scaler, DynamicLossScaler)  # reacts to what is not finite by itself
+        self._check_losses = training.check_for_nan_in_loss_and_grad and not dynamic
         self.ddp = DistributedDataParallel(
             model.chunks,
             training,
@@ -98,7 +101,7 @@ class TrainingStep:
             model.layout.placement,
         )
         self._schedules: dict[tuple[int, bool], list[Step]] = {}
-        self._report_names: list[str] | None = None
+        self._scalars = ScalarReducer(context.world)
         self._iteration = 0
 
     def _make_stage(self, chunk: int, forward_step_func: ForwardStep) -> PipelineStage:
@@ -120,15 +123,29 @@ class TrainingStep:
             before_last_backward=lambda: self.ddp.enable_sync(chunk),
         )
 
-    def train(self, data: BatchSource, iteration: int, num_microbatches: int, samples: int, stop: bool) -> StepReport:
+    def train(
+        self,
+        data: BatchSource,
+        iteration: int,
+        num_microbatches: int,
+        samples: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> StepReport:
         """Run one iteration and make its update.
+
+        A batch of which no token counts says nothing: it makes no update (Megatron-LM makes one with gradients of zero,
+        in which weight decay and momentum move the weights).
 
         Args:
             data: this rank's microbatches.
             iteration: number of the iteration, from 1.
             num_microbatches: microbatches of this rank.
             samples: samples of the iteration over all ranks.
-            stop: this rank asks for the run to end.
+            stop: asked, when the iteration is nearly done, whether this rank wants the run to end.
+
+        Raises:
+            ParallelCoreError: if a loss or a gradient is not finite, and check_for_nan_in_loss_and_grad asks for that;
+                if overflows have brought training to a halt.
 
         Communication: the schedule's transfers, the gradients' reductions, and one all-reduce of scalars.
         """
@@ -137,25 +154,50 @@ class TrainingStep:
         self.ddp.start_iteration()
         self._run(data, num_microbatches, forward_only=False)
         finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
-        losses, tokens, squares, stops = self._reduce_scalars(self.optimizer.local_squares(), stop)
-        lr, weight_decay, scale = self.scheduler.get_lr(), self.scheduler.get_wd(), self.scaler.scale
-        factor = 1.0 / max(tokens, 1.0) if self._per_token else 1.0
-        result = self.optimizer.step(self.scheduler, squares, factor)
+        found = self._reduce_scalars(self.optimizer.local_squares(), stop)
+        losses, scale = found.losses.means(), self.scaler.scale
+        lr, weight_decay = self.scheduler.get_lr(), self.scheduler.get_wd()
+        if found.tokens == 0 and found.squares == 0:
+            return StepReport(losses, 0.0, lr, weight_decay, scale, skipped=True, stop=found.stop)
+        if self._check_losses and math.isfinite(found.squares):  # the optimizer tells of gradients, by name
+            require_finite(losses, iteration)
+        factor = 1.0 / max(found.tokens, 1.0) if self._per_token else 1.0
+        result = self.optimizer.step(self.scheduler, found.squares, factor)
+        self.scaler.require_progress()
         if result.success:
             self.scheduler.step(samples)
-        return StepReport(losses, result.grad_norm, lr, weight_decay, scale, not result.success, stops > 0)
+        return StepReport(losses, result.grad_norm, lr, weight_decay, scale, not result.success, found.stop)
 
-    def evaluate(self, data: BatchSource, iteration: int, num_microbatches: int, batches: int) -> dict[str, float]:
-        """Return the mean losses over `batches` global batches, without dropout; the same on every rank."""
+    def evaluate(
+        self,
+        data: BatchSource,
+        iteration: int,
+        num_microbatches: int,
+        batches: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float | None] | None:
+        """Return the mean losses over all tokens of `batches` global batches, without dropout; the same on every rank.
+
+        Args:
+            data: this rank's microbatches.
+            iteration: iterations completed.
+            num_microbatches: microbatches of this rank in one batch.
+            batches: global batches.
+            stop: asked after each batch whether this rank wants the run to end.
+
+        Returns:
+            Mean by name, None where no token counts; None in place of it all if a rank asked to stop on the way.
+        """
         self._iteration = iteration
         self.model.streams.training = False
-        sums: dict[str, float] = {}
+        totals = LossTotals()
         for _ in range(batches):
             self._run(data, num_microbatches, forward_only=True)
-            losses, *_ = self._reduce_scalars(0.0, False)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value / batches
-        return sums
+            found = self._reduce_scalars(0.0, stop)
+            if found.stop:
+                return None
+            totals.add(found.losses)
+        return totals.means()
 
     def collect_non_loss_data(self, data: BatchSource, iteration: int, num_microbatches: int) -> list[Any]:
         """Return what `loss_func(output, non_loss_data=True)` gives for one global batch; on the last stage."""
@@ -199,26 +241,26 @@ class TrainingStep:
         )
         self._exchange.finish()
 
-    def _reduce_scalars(self, squares: float, stop: bool) -> tuple[dict[str, float], float, float, float]:
-        """Return (mean losses, tokens, squared gradient norm, ranks that ask to stop), in one all-reduce of the world.
+    def _reduce_scalars(self, squares: float, stop: Callable[[], bool]) -> Scalars:
+        """Sum over the world; every number is contributed once.
 
-        Every number is contributed once: losses and tokens by the last stage's tensor parallel rank 0, squares as
-        `Optimizer.local_squares` counts them.
+        Losses and tokens come from the last stage's tensor parallel rank 0, squares are as `Optimizer.local_squares`
+        counts them.
         """
         context = self.context
         speaks = context.is_last_stage and context.tp.rank == 0
-        reports = self._stages[-1].reports if speaks else []
-        if self._report_names is None:
-            names = list(reports[0][1]) if reports else []
-            self._report_names = next(filter(None, context.world.all_gather_object(names)), [])
-        tokens = sum(float(count) for count, _ in reports)
-        sums = [sum(float(report[name][0]) for _, report in reports) for name in self._report_names]
-        numbers = [sum(float(report[name][1]) for _, report in reports) for name in self._report_names]
-        vector = np.array([squares, tokens, float(stop), *sums, *numbers], np.float32)
-        total = context.world.all_reduce_(Tensor(vector)).asnumpy().astype(np.float64)
-        count = len(self._report_names)
-        means = {
-            name: float(total[3 + i] / total[3 + count + i]) if total[3 + count + i] else math.nan
-            for i, name in enumerate(self._report_names)
-        }
-        return means, float(total[1]), float(total[0]), float(total[2])
+        return self._scalars.reduce(self._stages[-1].reports if speaks else [], squares, stop)
+
+
+def require_finite(losses: Mapping[str, float | None], iteration: int) -> None:
+    """Refuse losses that are not finite.
+
+    Raises:
+        ParallelCoreError: for the first one, by name.
+    """
+    for name, value in losses.items():
+        if value is not None and not math.isfinite(value):
+            raise ParallelCoreError(
+                f"iteration {iteration}: the reported {name!r} is {value}, though every gradient is finite; no update "
+                "was made. Look at what loss_func reports, or use --no-check-for-nan-in-loss-and-grad to go on."
+            )

@@ -122,6 +122,60 @@ def test_a_rank_deaf_to_the_request_is_killed_after_the_grace(log_dir):
     assert (log_dir / "saved_1").exists()
 
 
+SHORT_GRACE = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+from parallel_core.launch.job import Job
+from parallel_core.launch.plan import plan_job, prepare_log_dir
+
+spec = replace(plan_job(tuple(sys.argv[1:]), 2, Path(os.environ["LOG_DIR"]), os.environ), stop_grace_s=0.5)
+prepare_log_dir(spec.log_dir)
+sys.exit(Job(spec).run())
+"""
+"""The launcher with a grace that is over before a rank has saved, and that nobody asked for."""
+
+
+def start_with_short_grace(log_dir: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SHORT_GRACE, SCRIPT, *arguments], env=launcher_environment(log_dir, **variables),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_ranks_that_save_get_the_time_it_takes(log_dir):
+    process = start_with_short_grace(log_dir, "--save_slowly", "0", "1")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    process.send_signal(signal.SIGTERM)
+    console, _ = process.communicate()
+    assert process.returncode == 143
+    assert "INFO - they end the running iteration and save first, however long that takes" in console
+    assert "killing" not in console
+    assert sorted(path.name for path in log_dir.glob("sav*")) == ["saved_0", "saved_1"]
+
+
+def test_patience_ends_with_the_ranks_that_promised(log_dir):
+    process = start_with_short_grace(log_dir, "--save_slowly", "0", "--stuck", "1")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    process.send_signal(signal.SIGTERM)
+    console, _ = process.communicate()
+    assert (log_dir / "saved_0").exists()
+    assert (
+        "WARNING - killing rank(s) 1, which did not end within STOP_GRACE_S=0.5 s: what they had not saved is lost"
+    ) in console
+
+
+def test_a_grace_that_is_given_holds_and_the_launcher_says_what_it_cost(log_dir):
+    process = start_launcher(log_dir, SCRIPT, "--save_slowly", "0", "1", NPROC="2", STOP_GRACE_S="0.5")
+    console_when(process, ["INFO - rank 0 waits", "INFO - rank 1 waits"])
+    process.send_signal(signal.SIGINT)
+    console, _ = process.communicate()
+    assert process.returncode == 130 and not list(log_dir.glob("saved_*"))
+    assert (
+        "WARNING - killing rank(s) 0, 1, which did not end within STOP_GRACE_S=0.5 s: what they had not saved is lost"
+    ) in console
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_grace(log_dir):
     process = start_launcher(log_dir, SCRIPT, "--stuck", "0", NPROC="1", STOP_GRACE_S="3600")
     console_when(process, ["INFO - rank 0 waits"])

@@ -200,7 +200,7 @@ class TinyRun:
             count = self.sizes.num_microbatches(0)
             data: Any = SampleSource(self.config, self.context, count, self.iteration)
             samples = self.sizes.global_batch_size
-            reports.append(self.step.train(data, self.iteration, count, samples, stop=False))
+            reports.append(self.step.train(data, self.iteration, count, samples))
         return reports
 
     def evaluate(self) -> dict[str, float]:

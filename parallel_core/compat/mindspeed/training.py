@@ -23,7 +23,7 @@ from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import default_datasets_provider
 from parallel_core.training.forward_step import get_batch
 from parallel_core.training.model import ModelProvider
-from parallel_core.training.pretrain import DatasetsProvider, TrainingRun, save_configuration
+from parallel_core.training.pretrain import DatasetsProvider, TrainingRun, own_directories
 from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.transformer.stage import ModelStage
 
@@ -113,23 +113,22 @@ def pretrain(
     config, changed = supported_precision(plain(all_config))
     if config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
         ms.set_deterministic(True)
-    if context.rank == 0:
-        save_configuration(config, sections_yaml(config))
-    run = TrainingRun(
-        config,
-        context,
-        _with_stage(model_provider_func),
-        forward_step_func or _forward_step(get_batch_func or get_batch),
-        process_non_loss_data_func,
-        [changed] if changed else [],
-    )
-    provider = train_valid_test_datasets_provider or default_datasets_provider(config)
-    if isinstance(train_data_loader, PretrainingBatches) and not train_data_loader.consumed_samples:
-        run.load_data(_with_training_set(provider, train_data_loader.dataset), None)
-    else:
-        run.load_data(provider, train_data_loader)
-    run.train()
-    parallel_state.destroy_model_parallel()
+    with own_directories(config, sections_yaml(config), context.rank):
+        run = TrainingRun(
+            config,
+            context,
+            _with_stage(model_provider_func),
+            forward_step_func or _forward_step(get_batch_func or get_batch),
+            process_non_loss_data_func,
+            [changed] if changed else [],
+        )
+        provider = train_valid_test_datasets_provider or default_datasets_provider(config)
+        if isinstance(train_data_loader, PretrainingBatches) and not train_data_loader.consumed_samples:
+            run.load_data(_with_training_set(provider, train_data_loader.dataset), None)
+        else:
+            run.load_data(provider, train_data_loader)
+        run.train()
+        parallel_state.destroy_model_parallel()
 
 
 def _context_of(config: AllConfig) -> ParallelContext:

@@ -35,23 +35,34 @@ void combine(const std::vector<std::vector<float>>& totals, float* dw, float* db
 
 }  // namespace
 
+// mean is [2, T]: the mean as the float nearest to it, and what that one lacks. With a mean far from zero the second part
+// is as large as the rounding of the sum, 1e-3 standard deviations at an offset of 1e4, and would shift every output.
 PC_API void pc_layer_norm(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd, i64 T,
                           i64 H, float eps) {
   parallel(T * H, [&](int part, int parts) {
     const Range r = share(T, part, parts);
+    const float share_of_one = 1.0f / static_cast<float>(H);
     for (i64 t = r.begin; t < r.end; ++t) {
       const float* row = x + t * H;
       float* out = y + t * H;
-      float sum = 0.0f, square = 0.0f;
+      float sum = 0.0f, rest = 0.0f, square = 0.0f;
 #pragma omp simd reduction(+ : sum)
       for (i64 h = 0; h < H; ++h) sum += row[h];
-      const float m = sum / static_cast<float>(H);
-#pragma omp simd reduction(+ : square)
-      for (i64 h = 0; h < H; ++h) square += (row[h] - m) * (row[h] - m);
-      const float s = 1.0f / std::sqrt(square / static_cast<float>(H) + eps);
+      const float m = sum * share_of_one;
+#pragma omp simd reduction(+ : rest, square)
+      for (i64 h = 0; h < H; ++h) {
+        const float d = row[h] - m;
+        rest += d;
+        square += d * d;
+      }
+      const float e = rest * share_of_one;
+      // Of equal elements the difference may round to less than nothing.
+      const float variance = std::fmax(square * share_of_one - e * e, 0.0f);
+      const float s = 1.0f / std::sqrt(variance + eps);
 #pragma omp simd
-      for (i64 h = 0; h < H; ++h) out[h] = (row[h] - m) * s * w[h] + b[h];
+      for (i64 h = 0; h < H; ++h) out[h] = ((row[h] - m) * s - e * s) * w[h] + b[h];
       mean[t] = m;
+      mean[T + t] = e;
       rstd[t] = s;
     }
   });
@@ -65,11 +76,11 @@ PC_API void pc_layer_norm_grad(const float* dy, const float* x, const float* w, 
     ColumnSums sums(H, 2);
     float *dw_block = sums.sum(0), *db_block = sums.sum(1);
     for (i64 t = r.begin; t < r.end; ++t) {
-      const float *row = x + t * H, *g = dy + t * H, m = mean[t], s = rstd[t];
+      const float *row = x + t * H, *g = dy + t * H, m = mean[t], s = rstd[t], shift = mean[T + t] * s;
       float a = 0.0f, b = 0.0f;
 #pragma omp simd reduction(+ : a, b)
       for (i64 h = 0; h < H; ++h) {
-        const float normal = (row[h] - m) * s;
+        const float normal = (row[h] - m) * s - shift;
         a += g[h] * w[h];
         b += g[h] * w[h] * normal;
         dw_block[h] += g[h] * normal;
@@ -77,6 +88,7 @@ PC_API void pc_layer_norm_grad(const float* dy, const float* x, const float* w, 
       }
       a /= static_cast<float>(H);
       b /= static_cast<float>(H);
+      a -= shift * b;
       float* out = dx + t * H;
 #pragma omp simd
       for (i64 h = 0; h < H; ++h) out[h] = s * (g[h] * w[h] - a - (row[h] - m) * s * b);

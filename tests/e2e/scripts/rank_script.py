@@ -2,7 +2,8 @@
 
 `rank_script.py [--communicate] [--DO RANK...]...` with DO one of: fail (an exception), mistake (a ConfigError), kill
 (SIGKILL to itself), lose_peer (a CommError), hang (wait until told to stop), stuck (the same, deaf to SIGTERM), spawn
-(leave a child in a session of its own), save (write a file on SIGTERM), chatter (print for ever).
+(leave a child in a session of its own), save (write a file on SIGTERM), save_slowly (promise to stop, and write it
+three seconds after SIGTERM), chatter (print for ever).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+from parallel_core.environment import promise_to_stop
 from parallel_core.errors import CommError, ConfigError
 from parallel_core.launch.entry import run_as_rank
 
-ACTIONS = ("spawn", "fail", "mistake", "kill", "chatter", "hang", "save", "lose_peer", "stuck")
+ACTIONS = ("spawn", "fail", "mistake", "kill", "chatter", "hang", "save", "save_slowly", "lose_peer", "stuck")
 
 
 def act(action: str, rank: int) -> None:
@@ -36,6 +38,15 @@ def act(action: str, rank: int) -> None:
     if action == "save":
         saved = Path(os.environ["LOG_DIR"], f"saved_{rank}")
         signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), os._exit(0)))
+    if action == "save_slowly":
+        asked: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+        with promise_to_stop():
+            print(f"INFO - rank {rank} waits", flush=True)
+            while not asked:
+                time.sleep(0.05)
+            time.sleep(3)
+            Path(os.environ["LOG_DIR"], f"saved_{rank}").touch()
     if action == "stuck":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if action == "chatter":

@@ -24,8 +24,8 @@ import pretrain_gpt  # noqa: E402
 from parallel_core.errors import ParallelCoreError  # noqa: E402
 from parallel_core.launch.entry import run_as_rank  # noqa: E402
 from parallel_core.launch.report import LOG_DIR_VARIABLE  # noqa: E402
+from parallel_core.layout.shard import shard_of  # noqa: E402
 from parallel_core.optimizer.optimizer import Optimizer  # noqa: E402
-from parallel_core.tensor_parallel.parameter import shard_of  # noqa: E402
 from parallel_core.training import pretrain, runtime  # noqa: E402
 from parallel_core.training.step import TrainingStep  # noqa: E402
 from parallel_core.transformer import GPTModel  # noqa: E402
@@ -59,7 +59,7 @@ class Probe:
                 part = optimizer.ddp.buffers[s.buffer].grads.part(s.start, s.end).numpy()
                 local[s.offset : s.offset + s.end - s.start] = part * (factor / optimizer.scaler.scale)
             out[f"grad/{name}"] = local.reshape(parameter.shape)
-            boxes = [[[(s.start, s.stop) for s in side] for side in box] for box in spec.boxes()]
+            boxes = [[list(box.local), list(box.globe)] for box in spec.boxes]
             places[name] = {"global_shape": spec.global_shape, "boxes": boxes}
         out["places"] = np.array(json.dumps(places))
         np.savez(self.folder / f"probe_{self.now}_{rank}.npz", **out)

@@ -151,7 +151,7 @@ def trained(words: tuple[str, ...]) -> SimpleNamespace:
     count = config.dataset_config.micro_batch_num
     samples_of_step = config.dataset_config.global_batch_size
     data: list[Any] = [Batches(config, count, number) for number in (1, 2)]
-    reports = [step.train(batches, i + 1, count, samples_of_step, False) for i, batches in enumerate(data)]
+    reports = [step.train(batches, i + 1, count, samples_of_step) for i, batches in enumerate(data)]
     parameters = [p for buffer in step.ddp.buffers for p in buffer.parameters]
     weights_now = {shard_of(p).name: p.asnumpy().tobytes() for p in parameters}
     return SimpleNamespace(loss=reports[0].losses["lm loss"], norm=reports[0].grad_norm, weights=weights_now)
@@ -238,7 +238,7 @@ def traffic(words: tuple[str, ...]) -> Any:
         finish()
 
     step.ddp.finish_grad_sync = noted  # type: ignore[method-assign]
-    step.train(Batches(config, 1, 0), 1, 1, 4, False)  # type: ignore[arg-type]
+    step.train(Batches(config, 1, 0), 1, 1, 4)  # type: ignore[arg-type]
     return start, recorder.done, [sorted(buffer._gathering) for buffer in step.ddp.buffers]
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from parallel_core.config import load_config
-from parallel_core.errors import ParallelCoreError
+from parallel_core.errors import CheckpointError, ParallelCoreError
 
 Check = Callable[[Path], None]
 RUNS: dict[str, Check] = {}
@@ -136,6 +136,13 @@ def saving_less(folder):
 def loading(folder):
     assert resumed(folder).iterations == [5, 6]
     assert resumed(folder, "--ckpt-step 2", "older").iterations == [3, 4, 5, 6]
+
+
+@shows("exit_on_missing_checkpoint")
+def loading_nothing(folder):
+    assert run(folder, "--load nowhere").iterations == [1, 2, 3, 4]
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        run(folder, "--load nowhere --exit-on-missing-checkpoint", "required")
 
 
 @shows("finetune", "resume_training", "pretrained_checkpoint")

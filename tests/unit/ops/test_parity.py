@@ -72,6 +72,37 @@ def test_norms(shape):
     compare(lambda *a: ops.rms_norm(*a, 1e-5), lambda *a: reference.rms_norm(*a, 1e-5), [x, w], rng, summed=(1,))
 
 
+def exact_layer_norm(x, w, b, dy, eps):
+    """Return value and gradients for x, w and b, in float64."""
+    x, w, b, dy = (a.astype(np.float64) for a in (x, w, b, dy))
+    scale = 1 / np.sqrt(x.var(-1, keepdims=True) + eps)
+    normal, g = (x - x.mean(-1, keepdims=True)) * scale, dy * w
+    dx = scale * (g - g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
+    return normal * w + b, dx, (dy * normal).sum(0), dy.sum(0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e5])
+@pytest.mark.parametrize("width", [63, 256, 1031])
+def test_layer_norm_of_data_far_from_zero(offset, width):
+    """The rounded mean of such data is off by up to 1e-2 standard deviations, and must not shift the output by that."""
+    rng = np.random.default_rng(width)
+    x = (rng.standard_normal((40, width)) + offset).astype(np.float32)
+    w, b, dy = array(rng, width), array(rng, width), array(rng, 40, width)
+    exact = exact_layer_norm(x, w, b, dy, 1e-5)
+    errors = []
+    for norm in (ops.layer_norm, reference.layer_norm):
+        value, gradients = run(lambda *a, norm=norm: norm(*a, 1e-5), [x, w, b], dy)
+        errors.append([np.abs(got.asnumpy() - want).max() for got, want in zip((value, *gradients), exact)])
+    for fused, plain, bound in zip(*errors, (5e-6, 5e-6, 2e-5, 2e-5)):
+        assert fused <= max(plain, 5e-6) and fused <= bound
+
+
+def test_layer_norm_of_equal_elements_is_its_bias():
+    x = Tensor(np.full((3, 7), 1e5 / 3, np.float32))
+    y = ops.layer_norm(x, Tensor(np.ones(7, np.float32)), Tensor(np.full(7, 0.5, np.float32)), 1e-12).asnumpy()
+    np.testing.assert_allclose(y, 0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(ops.ACTIVATIONS))
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_activations(name, with_bias):

@@ -1,0 +1,98 @@
+"""The numbers of one pass over a batch, summed over all ranks in one all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel_core.comm.interface import Group
+
+Report = tuple[Any, Mapping[str, tuple[Any, Any]]]
+"""Of one microbatch: number of tokens, and {name: (sum, number)}; see `pipeline.stage`."""
+
+
+@dataclass
+class LossTotals:
+    """Sum and count of every reported loss, over any number of batches."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: LossTotals) -> None:
+        """Add what further batches reported."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
+
+    def means(self) -> dict[str, float | None]:
+        """Return the mean of each loss over everything that counted; None where nothing did."""
+        return {name: value / self.counts[name] if self.counts[name] else None for name, value in self.sums.items()}
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What all ranks found in one pass; the same on every rank.
+
+    Attributes:
+        losses: every reported loss.
+        tokens: tokens that count.
+        squares: squared gradient norm.
+        stop: a rank asks for the run to end.
+    """
+
+    losses: LossTotals
+    tokens: float
+    squares: float
+    stop: bool
+
+
+class ScalarReducer:
+    """Sums the ranks' numbers; the names of the losses are agreed on once, and again when a rank has others.
+
+    Args:
+        world: all ranks.
+    """
+
+    def __init__(self, world: Group) -> None:
+        self._world = world
+        self._own: list[str] | None = None
+        self._names: list[str] = []
+
+    def reduce(self, reports: Sequence[Report], squares: float, stop: Callable[[], bool]) -> Scalars:
+        """Return the sums over all ranks.
+
+        Args:
+            reports: of each microbatch, on the one rank that tells of it; empty elsewhere.
+            squares: this rank's share of the squared gradient norm.
+            stop: asked as late as possible whether this rank wants the run to end.
+
+        Communication: one all-reduce of 4 + 2 * losses float32; a second one, after a gather of the names, at first
+        and whenever they change.
+        """
+        own = list(dict.fromkeys(name for _, report in reports for name in report))
+        head = [squares, sum(float(count) for count, _ in reports), float(stop())]
+        if self._own is None:
+            self._agree(own)
+        total = self._sum([*head, float(own != self._own)], reports)
+        if total[3]:
+            self._agree(own)
+            total = self._sum([*head, 0.0], reports)
+        count = len(self._names)
+        sums, counts = total[4 : 4 + count].tolist(), total[4 + count :].tolist()
+        losses = LossTotals(dict(zip(self._names, sums)), dict(zip(self._names, counts)))
+        return Scalars(losses, tokens=float(total[1]), squares=float(total[0]), stop=total[2] > 0)
+
+    def _agree(self, own: list[str]) -> None:
+        self._own = own
+        self._names = list(dict.fromkeys(name for names in self._world.all_gather_object(own) for name in names))
+
+    def _sum(self, head: list[float], reports: Sequence[Report]) -> np.ndarray:
+        pairs = [[report[name] for _, report in reports if name in report] for name in self._names]
+        sums = [sum(float(value) for value, _ in of_name) for of_name in pairs]
+        counts = [sum(float(number) for _, number in of_name) for of_name in pairs]
+        vector = np.array([*head, *sums, *counts], np.float32)
+        return self._world.all_reduce_(Tensor(vector)).asnumpy().astype(np.float64)
