@@ -13,6 +13,8 @@ from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.megatron.safe_pickle import Storage, safe_loads
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError
+from parallel_core.files import open_regular
+from parallel_core.records import show
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # 0x1950a86a20f9469cfc6c as the pickled integer stores it
 MAX_PICKLE_BYTES = 2 << 30
@@ -60,7 +62,7 @@ def load_torch_zip(path: Path, offset: int = 0, length: int | None = None, allow
             entries, or its pickle is refused by `safe_loads`.
     """
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             size = handle.seek(0, 2)
             length = size - offset if length is None else length
             if offset < 0 or length < 0 or offset + length > size:
@@ -93,9 +95,9 @@ def _load(
     def storage(tag: str, key: str, numel: int) -> Storage:
         place = places.get(f"{root}data/{key}")
         if place is None:
-            raise CheckpointError(f"{path}: storage {key!r} is missing")
+            raise CheckpointError(f"{path}: storage {show(key)} is missing")
         if place[1] != numel * storage_dtype(tag).itemsize:
-            raise CheckpointError(f"{path}: storage {key!r} has {place[1]} bytes, not {numel} elements of {tag}")
+            raise CheckpointError(f"{path}: storage {show(key)} has {place[1]} bytes, not {numel} elements of {tag}")
         return Storage(Blob.contiguous(path, place[0], tag, (numel,)))
 
     return safe_loads(archive.read(pickles[0]), str(path), storage, allow_inert)
@@ -107,16 +109,16 @@ def _places(path: Path, archive: zipfile.ZipFile, handle: BinaryIO, base: int, e
     previous = base
     for entry in sorted(archive.infolist(), key=lambda item: item.header_offset):
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise CheckpointError(f"{path}: entry {entry.filename!r} is compressed, which torch.save never does")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} is compressed, which torch.save never does")
         if entry.flag_bits & 1 or entry.filename in places:
-            raise CheckpointError(f"{path}: entry {entry.filename!r} is encrypted or there twice")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} is encrypted or there twice")
         handle.seek(base + entry.header_offset)
         header = handle.read(30)
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"{path}: entry {entry.filename!r} has no header where the directory says")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} has no header where the directory says")
         start = base + entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if base + entry.header_offset < previous or start + entry.file_size > end:
-            raise CheckpointError(f"{path}: entry {entry.filename!r} overlaps another or leaves the file")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} overlaps another or leaves the file")
         previous = start + entry.file_size
         places[entry.filename] = (start, entry.file_size)
     return places
