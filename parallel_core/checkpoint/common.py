@@ -39,6 +39,8 @@ _FLAGS = (
 def checked_common(common: Any, where: str) -> dict[str, Any]:
     """Return `common` when every key this project knows holds what belongs there; other keys are kept as they are.
 
+    A key whose value is null is left out: it says nothing.
+
     Args:
         common: what the checkpoint says.
         where: the checkpoint, for messages.
@@ -48,6 +50,8 @@ def checked_common(common: Any, where: str) -> dict[str, Any]:
     """
     record = Record(common, f"{where}: `common`", CheckpointError)
     check_tree(common, record.where, CheckpointError)
+    said = {key: value for key, value in record.values.items() if value is not None}
+    record = Record(said, record.where, CheckpointError)
     record.integer("iteration", 0, maximum=MAX_ITERATION)
     for key in _COUNTERS:
         record.integer(key, 0)
@@ -58,9 +62,10 @@ def checked_common(common: Any, where: str) -> dict[str, Any]:
         mesh.integer(key, None, maximum=MAX_RANKS)
     _check_scheduler(record.record("opt_param_scheduler", {}))
     scaler = record.record("loss_scaler", {})
-    scaler.number("scale", None, minimum=0)
-    for key in ("growth_tracker", "hysteresis_tracker"):
-        scaler.number(key, None)
+    if scaler.values:
+        scaler.number("scale", minimum=0)
+    for key in {"growth_tracker", "hysteresis_tracker"} & scaler.values.keys():
+        scaler.number(key)
     _check_generators(record.record("rng", {}))
     record.record("data_order", {})
     return dict(record.values)
@@ -111,8 +116,10 @@ def _check_scheduler(record: Record) -> None:
 
 
 def _check_generators(record: Record) -> None:
-    record.integer("seed", None, minimum=-(1 << 63))
-    if record.values.get("numpy") is not None:
+    if "seed" in record.values:
+        record.integer("seed")
+        _check_mersenne_twister(record.values.get("numpy"), record, "numpy")
+    elif record.values.get("numpy") is not None:
         _check_mersenne_twister(record.values["numpy"], record, "numpy")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from parallel_core.checkpoint.layout_files import (
     os_errors_named,
     sealed_checksums,
 )
+from parallel_core.checkpoint.megatron.integrity import verify_zips
 from parallel_core.checkpoint.mindspore_container import CkptBlob
 from parallel_core.checkpoint.safetensors_file import FileDigest, file_digest
 from parallel_core.checkpoint.source import Blob, Piece, PieceSource, TensorInfo
@@ -118,6 +120,7 @@ def find_checkpoint(
     *,
     check: bool = True,
     report: Callable[[str], None] = _log.warning,
+    allow_inert: Iterable[str] = (),
 ) -> Path:
     """Return the directory of the checkpoint to load.
 
@@ -129,30 +132,35 @@ def find_checkpoint(
         step: `--ckpt-step`: exactly this iteration, with no other in its place.
         check: compare every file with its checksum (`resume_crc_check`).
         report: told, in one sentence, whenever the result is not simply what the tracker says.
+        allow_inert: further class names that a Megatron pickle may mention.
 
     Raises:
         CheckpointError: there is no such directory, it holds no checkpoint, the asked step is absent or damaged, or
             none is intact.
     """
     with os_errors_named(Path(root)):
-        return _find(Path(root), step, check, report)
+        problems = partial(_problems, check=check, allow_inert=tuple(allow_inert))
+        return _find(Path(root), step, problems, report)
 
 
-def _find(root: Path, step: int | None, check: bool, report: Callable[[str], None]) -> Path:
+def _find(
+    root: Path, step: int | None, problems_of: Callable[[Path], list[str]], report: Callable[[str], None]
+) -> Path:
     if not root.is_dir():
         raise CheckpointError(f"--load {root}: there is no such directory")
     if is_checkpoint_dir(root):
-        _require_intact(root, check)
+        _require_intact(root, problems_of)
         return root
     iterations = list_iterations(root)
     if step is not None:
         if step not in iterations:
             name = iteration_dir_name(step)
             raise CheckpointError(f"--load {root} --ckpt-step {step}: no {name}; {_have(iterations)}")
-        _require_intact(iterations[step], check)
+        _require_intact(iterations[step], problems_of)
         return iterations[step]
     tracked, note = _read_tracker(root, iterations)
     if tracked == "release":
+        _require_intact(root / "release", problems_of)
         return root / "release"
     first = [tracked] if isinstance(tracked, int) else []
     newest = sorted(iterations, reverse=True)
@@ -160,7 +168,7 @@ def _find(root: Path, step: int | None, check: bool, report: Callable[[str], Non
     rest = [i for i in newest if not first or i < first[0]] + [i for i in newest if first and i > first[0]]
     notes = [note] if note else []
     for iteration in first + rest:
-        problems = _problems(iterations[iteration], check)
+        problems = problems_of(iterations[iteration])
         if not problems:
             if notes:
                 report(f"--load {root}: " + "; ".join(notes) + f". Loading {iterations[iteration].name} instead.")
@@ -175,9 +183,8 @@ def is_checkpoint_dir(path: Path) -> bool:
     """Tell whether `path` is one checkpoint's own directory, of any format this project reads."""
     return (
         is_native(path)
-        or (path / ".metadata").exists()
+        or _is_megatron(path)
         or (path / "metadata.json").exists()
-        or any(path.glob("mp_rank_*"))
         or any(path.glob("*.safetensors"))
     )
 
@@ -204,16 +211,21 @@ def _read_tracker(root: Path, iterations: dict[int, Path]) -> tuple[int | str | 
     return int(text), ""
 
 
-def _problems(path: Path, check: bool) -> list[str]:
-    if (path / ".metadata").exists() or any(path.glob("mp_rank_*")):
-        return []  # Megatron's own formats carry no checksums
+def _problems(path: Path, check: bool, allow_inert: tuple[str, ...]) -> list[str]:
+    if _is_megatron(path):
+        return verify_zips(path, allow_inert) if check else []
     if check:
         return verify(path)
     return [] if (path / INDEX_NAME).exists() else [f"{path / INDEX_NAME} is missing"]
 
 
-def _require_intact(path: Path, check: bool) -> None:
-    problems = _problems(path, check) if is_native(path) or path.name.startswith("iter_") else []
+def _is_megatron(path: Path) -> bool:
+    return (path / ".metadata").exists() or any(path.glob("mp_rank_*"))
+
+
+def _require_intact(path: Path, problems_of: Callable[[Path], list[str]]) -> None:
+    checked = is_native(path) or _is_megatron(path) or path.name.startswith("iter_")
+    problems = problems_of(path) if checked else []
     if problems:
         raise CheckpointError(f"{path} is damaged:\n{bullet_list(problems)}")
 

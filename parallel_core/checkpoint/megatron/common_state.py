@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from parallel_core.checkpoint.megatron.safe_pickle import Inert, Symbol, TorchTensor
 from parallel_core.errors import CheckpointError
+from parallel_core.records import Record
 
 MODEL_KEYS = (
     "num_layers",
@@ -56,6 +58,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
     if isinstance(value, SimpleNamespace):
         return plain(vars(value))
     if isinstance(value, np.ndarray):
@@ -72,9 +76,20 @@ def plain(value: Any) -> Any:
 def scalar(value: Any) -> float | int | None:
     """Return a number that may be stored as a tensor without dims."""
     if isinstance(value, TorchTensor):
+        if math.prod(value.shape) != 1:
+            return None
         number: float | int = value.blob.read().reshape(-1)[0].item()
         return number
     return value if isinstance(value, (int, float)) else None
+
+
+def step_of(value: Any, where: str) -> int:
+    """Return Adam's step count from a number that may be stored as a float.
+
+    Raises:
+        CheckpointError: it is no count.
+    """
+    return int(Record({"step": value}, where, CheckpointError).number("step", minimum=0))
 
 
 def model_config_of(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,6 +63,43 @@ def load_torch_zip(path: Path, offset: int = 0, length: int | None = None, allow
         CheckpointError: the file is missing or no such zip, has compressed, encrypted, duplicate or overlapping
             entries, or its pickle is refused by `safe_loads`.
     """
+    with _opened(path, offset, length) as (archive, handle, end):
+        return _load(path, archive, handle, offset, end, allow_inert)
+
+
+def damaged_entries(path: Path, offset: int = 0, length: int | None = None) -> list[str]:
+    """Return the names of the entries whose bytes do not have the checksum that the zip's directory gives them.
+
+    torch can be told to write no checksums (`torch.serialization.set_crc32_options(False)`): where all of them are
+    zero, none was written.
+
+    Args:
+        path: the file.
+        offset: where in it the zip starts.
+        length: how many bytes the zip has; the rest of the file when None.
+
+    Raises:
+        CheckpointError: the file is missing or no such zip.
+    """
+    with _opened(path, offset, length) as (archive, handle, end):
+        places = _places(path, archive, handle, offset, end)
+        stored = {entry.filename: entry.CRC for entry in archive.infolist()}
+        if not any(stored[name] for name, (_, size) in places.items() if size):
+            return []
+        return [name for name, place in places.items() if _crc32(handle, *place) != stored[name]]
+
+
+def _crc32(handle: BinaryIO, start: int, length: int) -> int:
+    crc = 0
+    handle.seek(start)
+    while length and (block := handle.read(min(length, 1 << 20))):
+        crc, length = zlib.crc32(block, crc), length - len(block)
+    return crc
+
+
+@contextmanager
+def _opened(path: Path, offset: int, length: int | None) -> Iterator[tuple[zipfile.ZipFile, BinaryIO, int]]:
+    """Open the zip at `offset`; gives it, the file, and where in the file the zip ends."""
     try:
         with open_regular(path) as handle:
             size = handle.seek(0, 2)
@@ -72,7 +111,7 @@ def load_torch_zip(path: Path, offset: int = 0, length: int | None = None, allow
                 raise CheckpointError(f"{path} was written by torch before 1.6; save it again with a newer torch")
             window = _Window(handle, offset, length)
             with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
-                return _load(path, archive, handle, offset, offset + length, allow_inert)
+                yield archive, handle, offset + length
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, OSError, ValueError) as error:
