@@ -137,7 +137,7 @@ class Record:
         if value is None and default is not _REQUIRED:
             return default
         if type(value) is not int or not minimum <= value <= maximum:
-            self.refuse(key, f"an integer from {minimum} to {maximum}")
+            self.refuse(key, f"an integer {_between(minimum, maximum)}")
         return value
 
     def number(
@@ -173,7 +173,7 @@ class Record:
         """Return a list of integers of a range."""
         value: Any = self.values.get(key)
         if not isinstance(value, (list, tuple)) or not all(type(n) is int and minimum <= n <= maximum for n in value):
-            self.refuse(key, f"a list of integers from {minimum} to {maximum}")
+            self.refuse(key, f"a list of integers {_between(minimum, maximum)}")
         return tuple(value)
 
     def sequence(self, key: str) -> list[Any]:
@@ -211,3 +211,7 @@ class Record:
         """
         found = show(self.values[key]) if key in self.values else "nothing"
         raise self._error(f"{self.where} is damaged: {key} is {found}, where {wanted} belongs")
+
+
+def _between(minimum: int, maximum: int) -> str:
+    return f"of at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"

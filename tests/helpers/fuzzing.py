@@ -110,7 +110,7 @@ def _mutate_once(rng: random.Random, value: Any) -> Any:
     if type(value) is int and rng.random() < 0.5:
         return value + rng.choice((-2, -1, 1, 2, 64, 10**6, -value, -2 * value, 2**40))
     if rng.random() < 0.05:
-        for _ in range(rng.choice((50, 300, 3000))):
+        for _ in range(rng.choice((50, 90, 200))):
             value = [value]
         return value
     return rng.choice(ODD_VALUES)
