@@ -15,10 +15,12 @@ MAX_ITERATION = 10**12
 """Far beyond any run; names of directories stay short."""
 MAX_RANKS = 1 << 20
 MAX_LAYERS = 1 << 16
+MAX_PADDING = 1 << 16
+"""Rows a vocabulary may be padded to the next multiple of."""
 _COUNTERS = ("consumed_train_samples", "consumed_valid_samples", "adam_step")
 _SIZES = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"),
-    *("padded_vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by", "seq_length"),
+    *("padded_vocab_size", "max_position_embeddings", "seq_length"),
     *("ddp_bucket_size", "ddp_num_buckets"),
 )
 _PARALLEL_SIZES = (
@@ -90,6 +92,7 @@ def checked_args(args: Any, where: str) -> dict[str, Any]:
 def _check_settings(record: Record) -> None:
     for key in _SIZES:
         record.integer(key, None)
+    record.integer("make_vocab_size_divisible_by", None, maximum=MAX_PADDING)
     for key in ("num_layers", *_STAGE_LAYERS):
         record.integer(key, None, maximum=MAX_LAYERS)
     sizes = {key: record.integer(key, None, maximum=MAX_RANKS) or 1 for key in _PARALLEL_SIZES}

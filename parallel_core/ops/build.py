@@ -97,6 +97,8 @@ def _built_library() -> int:
     try:
         library = read_sealed(folder, name)
         if library is None:
+            if name in os.listdir(folder):
+                logger.warning("kernels: the cached library %s is damaged and is made again", name)
             known = partial(_is_there, folder, name)
             with building_lock(folder, f"{name}.lock", COMPILE_LIMIT_S, known):
                 library = read_sealed(folder, name) or _compile_into(folder, name, compiler)

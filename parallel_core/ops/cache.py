@@ -67,7 +67,6 @@ def read_sealed(folder: int, name: str) -> int | None:
     if data[-_SEAL_BYTES:] == _SEAL + hashlib.sha256(data[:-_SEAL_BYTES]).hexdigest().encode():
         return descriptor
     os.close(descriptor)
-    logger.warning("kernels: the cached library %s is damaged and is made again", name)
     return None
 
 

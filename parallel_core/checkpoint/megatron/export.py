@@ -109,6 +109,10 @@ class Export:
             )
         if WORD_EMBEDDINGS not in names:
             raise CheckpointError(f"{source.path} holds no {WORD_EMBEDDINGS}")
+        for name in {*VOCABULARY_TENSORS} & {*names}:
+            if len(source.info(name).shape) != 2:
+                shape = list(source.info(name).shape)
+                raise CheckpointError(f"{source.path}: {name} of shape {shape} is no matrix of rows and hidden size")
         self.has_optimizer = target.with_optimizer and _has_optimizer(source, names)
         self.args = _target_args(source.common, target, {name: source.info(name) for name in names})
         refuse_unsupported(self.args, str(source.path))
@@ -312,6 +316,8 @@ def _padded_vocab(args: Mapping[str, Any], common: Mapping[str, Any], stored: in
                 "not divide, and its true size is not known"
             )
         return stored
+    if true_size > stored:
+        raise CheckpointError(f"the vocabulary has {stored} rows, its saved vocab_size={true_size} does not fit")
     multiple = int(args["make_vocab_size_divisible_by"] or 1) * tp
     return -(-int(true_size) // multiple) * multiple
 

@@ -49,7 +49,7 @@ def test_ranks_that_start_together_compile_once(tmp_path, monkeypatch):
         touch "$last"
         """,
     )
-    code = "import os; from parallel_core.ops.build import _built_library as b; print(os.readlink(f'/proc/self/fd/{b()}'))"
+    code = "import os; from parallel_core.ops import build as b; print(os.readlink(f'/dev/fd/{b._built_library()}'))"
     environment = {"CXX": compiler, "PARALLEL_CORE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
