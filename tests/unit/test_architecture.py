@@ -16,7 +16,7 @@ PACKAGE = REPO / "parallel_core"
 
 LAYERS: dict[str, int] = {
     "files": 0,
-    "records": 0,
+    "records": 1,
     "errors": 0,
     "environment": 0,
     "layout": 1,

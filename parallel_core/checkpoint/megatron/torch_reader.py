@@ -111,9 +111,8 @@ class MegatronTorchCheckpoint(PieceSource):
 
 def rank_dir(path: Path, tp: int, pp: int) -> Path:
     """Return a rank's directory; its name has no pipeline part where there is one stage."""
-    if pp == 0 and (path / f"mp_rank_{tp:02d}").is_dir():
-        return path / f"mp_rank_{tp:02d}"
-    return path / f"mp_rank_{tp:02d}_{pp:03d}"
+    full, short = path / f"mp_rank_{tp:02d}_{pp:03d}", path / f"mp_rank_{tp:02d}"
+    return short if pp == 0 and short.is_dir() and not full.is_dir() else full
 
 
 def _model_file(directory: Path) -> Path:
