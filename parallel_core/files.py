@@ -54,25 +54,6 @@ def create_file(path: str | Path) -> TextIO:
     return os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8")
 
 
-def open_to_append(path: str | Path) -> TextIO:
-    """Open a text file to add to it; a link, or a file that somebody else owns, is refused.
-
-    Raises:
-        OSError: it cannot be opened, or is not this user's own regular file.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        _require_regular(descriptor, path)
-        status = os.fstat(descriptor)
-        if status.st_uid != os.geteuid() or status.st_nlink != 1:
-            raise OSError(errno.EPERM, "belongs to another user or has a second name", str(path))
-        return os.fdopen(descriptor, "a", encoding="utf-8")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
 def _require_regular(descriptor: int, path: str | Path) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))

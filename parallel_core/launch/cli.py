@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def _hint(script: str, error: str) -> str:
         return ""
     return (
         f"\nIf {script} itself adds arguments (extra_args_provider), leave the check to it: "
-        f"NPROC=N python -m parallel_core.launch --plain {script} ..."
+        f"NPROC=N python -m parallel_core.launch --plain {shlex.quote(script)} ..."
     )
 
 
@@ -75,7 +76,7 @@ def _log_dir_claimed(log_dir: Path) -> Iterator[None]:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(log_dir, os.O_RDONLY)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from parallel_core.files import create_file
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
@@ -142,7 +143,7 @@ class Job:
             die_with_parent()
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-        with open(spec.log_dir / "msrun.log", "wb") as log:
+        with create_file(spec.log_dir / "msrun.log") as log:
             self._msrun = subprocess.Popen(
                 spec.msrun_command(),
                 stdin=subprocess.DEVNULL,

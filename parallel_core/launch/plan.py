@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel_core.errors import ConfigError
+from parallel_core.files import create_file
 from parallel_core.launch.job import JobSpec
 
 DEFAULT_LOG_DIR = "msrun_log"
@@ -143,8 +144,8 @@ def prepare_log_dir(log_dir: Path, own_ranks: range | None = None) -> None:
         for pattern in patterns:
             for old in log_dir.glob(pattern):
                 old.unlink()
-        (log_dir / "msrun.log").touch()
-    except OSError as error:
+        create_file(log_dir / "msrun.log").close()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
 
 

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 from parallel_core.context import ParallelContext
 from parallel_core.environment import LOG_DIR_VARIABLE
+from parallel_core.errors import ConfigError, printable_lines
+from parallel_core.files import create_file
 from parallel_core.training.step import StepReport
 
 
@@ -45,8 +47,11 @@ class RunLog:
         self._metrics: TextIO | None = None
         folder = log_folder(log_dir)
         if self._tells_steps:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._metrics = create_file(folder / "metrics.jsonl")
+            except OSError as error:
+                raise ConfigError(f"metrics.jsonl cannot be written to {folder}: {error.strerror}") from None
 
     def info(self, text: str) -> None:
         """Print on rank 0."""
@@ -133,7 +138,7 @@ class RunLog:
     @staticmethod
     def _print(level: str, text: str, visible: bool) -> None:
         if visible:
-            print(f"{level} - {text}", file=sys.stdout, flush=True)
+            print(printable_lines(f"{level} - {text}"), file=sys.stdout, flush=True)
 
 
 def log_folder(log_dir: str) -> Path:

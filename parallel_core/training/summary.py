@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 import mindspore as ms
 
@@ -43,7 +44,7 @@ def next_commands(config: AllConfig, iteration: int, saved: bool) -> list[str]:
     """Return what to try after the run."""
     if not saved:
         return []
-    folder = config.training_config.output_dir
+    folder = shlex.quote(str(config.training_config.output_dir))
     more = max(2 * iteration, iteration + 50)
     launcher = "bash pretrain_gpt.sh" if "MS_ROLE" in os.environ else "python pretrain_gpt.py"
     return [

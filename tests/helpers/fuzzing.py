@@ -159,7 +159,7 @@ def _check_message(error: ParallelCoreError, made: Any) -> None:
     """End the process if the message cannot be printed, or could pass for something else on a terminal."""
     text = str(error)
     forged = any(line.startswith(("INFO - ", "WARNING - ", "ERROR - ")) for line in text.splitlines()[1:])
-    if forged or not all(character.isprintable() or character == "\n" for character in text):
+    if forged or not all(character.isprintable() or character in "\n\t" for character in text):
         print(f"a message that is not printable: {text!r:.2000}\ninput: {made!r:.3000}", file=sys.stderr)
         sys.exit(1)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import pickle
 import random
+import socket
 import tempfile
 import zlib
 from pathlib import Path
@@ -245,7 +247,35 @@ def _read_header(data, folder):
         blob.read()
 
 
+def _make_special(rng: random.Random):
+    kind = rng.choice(("native", "torch", "torch_distributed", "torch_dist"))
+    what = rng.choice(("pipe", "endless", "directory", "empty", "missing", "socket"))
+    return kind, rng.choice(sorted(valid(kind))), what
+
+
+def _read_special(made, folder):
+    """Something that is no file in the place of one."""
+    kind, name, what = made
+    put(valid(kind), folder)
+    path = folder / name
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "endless":
+        path.symlink_to("/dev/zero")
+    elif what == "directory":
+        path.mkdir()
+    elif what == "empty":
+        path.touch()
+    elif what == "socket":
+        os.chdir(path.parent)  # a socket's name has 108 bytes at most
+        socket.socket(socket.AF_UNIX).bind(path.name)
+        os.chdir("/")
+    use(folder, check=False)
+
+
 TARGETS = {
+    "special files": Target(_make_special, _read_special),
     "native files": damaged_file("native"),
     "native index": Target(_make_index, _read_files),
     "torch files": damaged_file("torch"),
