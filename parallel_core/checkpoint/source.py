@@ -244,6 +244,10 @@ class PieceSource:
         for key, (info, pieces) in tensors.items():
             if not key or not key.isprintable():
                 raise CheckpointError(f"{path} is damaged: {show(key)} cannot be a tensor's name")
+            parameter = tensors.get(key.partition("@")[0])
+            if parameter is not None and parameter[0].shape != info.shape:
+                shapes = f"{list(info.shape)}, its parameter {list(parameter[0].shape)}"
+                raise CheckpointError(f"{path} is damaged: {key} has shape {shapes}")
             check_tiling(key, info.shape, [(piece.start, piece.shape) for piece in pieces], str(path))
 
     def keys(self) -> list[str]:
