@@ -111,9 +111,9 @@ def _check_settings(record: Record) -> None:
 def _check_scheduler(record: Record) -> None:
     for key, value in record.values.items():
         if key.endswith("_style"):
-            record.text(key, None)
+            record.text(key)
         elif not isinstance(value, bool):
-            record.number(key, None)
+            record.number(key)
     if record.values:
         record.integer("num_steps")
 

@@ -162,7 +162,9 @@ def common_of(state: Mapping[str, Any], args: Mapping[str, Any], iteration: int)
         },
     }
     if isinstance(schedule, Mapping):
-        common["opt_param_scheduler"] = {_SCHEDULER_ALIASES.get(k, k): plain(v) for k, v in schedule.items()}
+        common["opt_param_scheduler"] = {
+            _SCHEDULER_ALIASES.get(key, key): plain(value) for key, value in schedule.items() if value is not None
+        }
     rng = state.get("rng_state") or [state]
     if isinstance(rng, list) and rng and isinstance(rng[0], Mapping) and "random_rng_state" in rng[0]:
         common["rng"] = {
