@@ -34,5 +34,10 @@ for argument in "$@"; do
     esac
 done
 
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m parallel_core.launch --bundled "$here/configs/gpt_tiny.yaml" "$here/pretrain_gpt.py" "$@"
+# No module is imported from the current folder, which may be anybody's: `-m` would look there first, and so does an
+# empty entry of PYTHONPATH.
+paths="$here:${PYTHONPATH:-}"
+while [[ "$paths" == *::* ]]; do paths="${paths//::/:}"; done
+export PYTHONPATH="${paths%:}"
+start='import sys; sys.path[:] = [p for p in sys.path if p]; from parallel_core.launch.__main__ import main; sys.exit(main())'
+exec "$python" -c "$start" --bundled "$here/configs/gpt_tiny.yaml" "$here/pretrain_gpt.py" "$@"

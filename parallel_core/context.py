@@ -99,5 +99,7 @@ class ParallelContext:
         return cls(mesh, rank, make("world", list(range(world_size))), **groups)
 
     def destroy(self) -> None:
-        """Wait for every rank, so that no message is lost when one of them exits early."""
+        """Wait for every rank, so that no message is lost when one of them exits early, and close the groups."""
         self.world.barrier()
+        for group in {id(group): group for group in (*self.groups.values(), self.world, self.embedding)}.values():
+            group.close()

@@ -5,8 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line, with everything a terminal would act on (escapes, controls, bidi marks) spelled out.
+
+    For whatever comes from a file or another process: names, keys, values, lines of a log.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` with its line breaks, each line `printable`; lines after the first are indented.
+
+    So no part of a message, wherever it comes from, can pass for a line of its own ("INFO - ...").
+    """
+    first, *rest = text.split("\n")
+    lines = [line if line.startswith(" ") or not line else f"  {line}" for line in rest]
+    return "\n".join(map(printable, [first, *lines]))
+
+
 class ParallelCoreError(Exception):
-    """Base of every error this package raises on purpose; the launcher prints it without a traceback."""
+    """Base of every error this package raises on purpose; the launcher prints it without a traceback.
+
+    Its message is made printable (`printable_lines`), whatever names of files and tensors went into it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable_lines(str(message)))
 
 
 class ConfigError(ParallelCoreError, ValueError):

@@ -14,14 +14,20 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from parallel_core.errors import CheckpointError
+from parallel_core.files import create_file
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 INDEX_NAME = "checkpoint.json"
 CHECKSUMS_NAME = "checksums.txt"
 FORMAT_NAME = "parallel_core"
 FORMAT_VERSION = 1
+CONTAINERS = ("safetensors", "ckpt")
+"""Kinds of data files, by their ending."""
 _ITERATION_PATTERN = re.compile(r"iter_(\d{7,})(\.replaced)?")
 
 
@@ -38,6 +44,19 @@ def list_iterations(root: Path) -> dict[int, Path]:
         if match and path.is_dir() and int(match[1]) not in found:  # sorted: the plain name comes before `.replaced`
             found[int(match[1])] = path
     return found
+
+
+@contextmanager
+def os_errors_named(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system in the block into a `CheckpointError` about `path`.
+
+    Raises:
+        CheckpointError: a name that is too long, a directory that may not be read, a disk that fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
 def sealed_checksums(lines: Sequence[str]) -> str:
@@ -58,7 +77,7 @@ def fsync_directory(path: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replace the content of `path` so that a crash leaves either the old or the new content, never a mix."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as handle:
+    with create_file(partial) as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

@@ -164,7 +164,7 @@ def _used(stored_keys: Mapping[str, str | None]) -> set[str]:
 
 def _is_repadded(source: TensorSource, shard: TensorShard, found: tuple[int, ...]) -> bool:
     """Tell whether two shapes differ by vocabulary padding alone, with no real row lost."""
-    if shard.name not in VOCABULARY_TENSORS or found[1:] != shard.global_shape[1:]:
+    if shard.name not in VOCABULARY_TENSORS or len(found) != 2 or not found[0] or found[1:] != shard.global_shape[1:]:
         return False
     true_size = source.common.get("model_config", {}).get("vocab_size")
     return shard.global_shape[0] > found[0] or (true_size is not None and true_size <= shard.global_shape[0])

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from parallel_core.checkpoint.common import checked_common
 from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.huggingface.files import is_hugging_face
 from parallel_core.checkpoint.layout_files import (
     CHECKSUMS_NAME,
+    CONTAINERS,
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
     TRACKER_NAME,
     iteration_dir_name,
     list_iterations,
+    os_errors_named,
     sealed_checksums,
 )
+from parallel_core.checkpoint.megatron.integrity import verify_zips
 from parallel_core.checkpoint.mindspore_container import CkptBlob
 from parallel_core.checkpoint.safetensors_file import FileDigest, file_digest
 from parallel_core.checkpoint.source import Blob, Piece, PieceSource, TensorInfo
 from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.files import read_regular
+from parallel_core.records import Record, parse_json, show
 
+MAX_INDEX_BYTES = 4 << 30
 _log = logging.getLogger("parallel_core.checkpoint")
 
 
@@ -42,11 +50,17 @@ class NativeCheckpoint(PieceSource):
         """
         path = Path(path)
         index = _read_index(path)
-        try:
-            tensors = {key: _tensor(path, key, spec, index["container"]) for key, spec in index["tensors"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path / INDEX_NAME} is damaged: {error!r}") from None
-        super().__init__(path, "native", tensors, index["common"])
+        container = index.text("container")
+        if container not in CONTAINERS:
+            index.refuse("container", " or ".join(CONTAINERS))
+        files = {name: path / name for name in _listed_files(index)}
+        for name, file in files.items():
+            _require_size(file, index.record("files").record(name).integer("bytes"))
+        tensors = {
+            key: _tensor(key, spec, files, container, index.record("files"))
+            for key, spec in index.record("tensors").items()
+        }
+        super().__init__(path, "native", tensors, index.values["common"])
 
 
 def is_native(path: Path) -> bool:
@@ -63,8 +77,7 @@ def read_common(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the index is missing or unreadable.
     """
-    common: dict[str, Any] = _read_index(Path(path))["common"]
-    return common
+    return checked_common(_read_index(Path(path)).values["common"], str(path))
 
 
 def verify(path: str | Path, part: int = 0, num_parts: int = 1) -> list[str]:
@@ -92,7 +105,7 @@ def verify(path: str | Path, part: int = 0, num_parts: int = 1) -> list[str]:
     if any(INDEX_NAME in problem for problem in problems):
         return problems
     try:
-        files = {name: FileDigest(spec["bytes"], spec["crc32"]) for name, spec in _read_index(path)["files"].items()}
+        files = _listed_files(_read_index(path))
     except CheckpointError as error:
         return [*problems, str(error)]
     listed.pop(INDEX_NAME)
@@ -108,6 +121,7 @@ def find_checkpoint(
     *,
     check: bool = True,
     report: Callable[[str], None] = _log.warning,
+    allow_inert: Iterable[str] = (),
 ) -> Path:
     """Return the directory of the checkpoint to load.
 
@@ -119,26 +133,35 @@ def find_checkpoint(
         step: `--ckpt-step`: exactly this iteration, with no other in its place.
         check: compare every file with its checksum (`resume_crc_check`).
         report: told, in one sentence, whenever the result is not simply what the tracker says.
+        allow_inert: further class names that a Megatron pickle may mention.
 
     Raises:
         CheckpointError: there is no such directory, it holds no checkpoint, the asked step is absent or damaged, or
             none is intact.
     """
-    root = Path(root)
+    with os_errors_named(Path(root)):
+        problems = partial(_problems, check=check, allow_inert=tuple(allow_inert))
+        return _find(Path(root), step, problems, report)
+
+
+def _find(
+    root: Path, step: int | None, problems_of: Callable[[Path], list[str]], report: Callable[[str], None]
+) -> Path:
     if not root.is_dir():
         raise CheckpointError(f"--load {root}: there is no such directory")
     if is_checkpoint_dir(root):
-        _require_intact(root, check)
+        _require_intact(root, problems_of)
         return root
     iterations = list_iterations(root)
     if step is not None:
         if step not in iterations:
             name = iteration_dir_name(step)
             raise CheckpointError(f"--load {root} --ckpt-step {step}: no {name}; {_have(iterations)}")
-        _require_intact(iterations[step], check)
+        _require_intact(iterations[step], problems_of)
         return iterations[step]
     tracked, note = _read_tracker(root, iterations)
     if tracked == "release":
+        _require_intact(root / "release", problems_of)
         return root / "release"
     first = [tracked] if isinstance(tracked, int) else []
     newest = sorted(iterations, reverse=True)
@@ -146,7 +169,7 @@ def find_checkpoint(
     rest = [i for i in newest if not first or i < first[0]] + [i for i in newest if first and i > first[0]]
     notes = [note] if note else []
     for iteration in first + rest:
-        problems = _problems(iterations[iteration], check)
+        problems = problems_of(iterations[iteration])
         if not problems:
             if notes:
                 report(f"--load {root}: " + "; ".join(notes) + f". Loading {iterations[iteration].name} instead.")
@@ -177,9 +200,8 @@ def is_checkpoint_dir(path: Path) -> bool:
     """Tell whether `path` is one checkpoint's own directory, of any format this project reads."""
     return (
         is_native(path)
-        or (path / ".metadata").exists()
+        or _is_megatron(path)
         or (path / "metadata.json").exists()
-        or any(path.glob("mp_rank_*"))
         or is_hugging_face(path)
         or any(path.glob("*.safetensors"))
     )
@@ -194,91 +216,119 @@ def _read_tracker(root: Path, iterations: dict[int, Path]) -> tuple[int | str | 
     tracker = root / TRACKER_NAME
     if not tracker.exists():
         return None, f"{TRACKER_NAME} is missing"
-    text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+    try:
+        text = read_regular(tracker, 1000).decode("utf-8", "replace").strip()
+    except OSError as error:
+        return None, f"{TRACKER_NAME} cannot be read ({error.strerror})"
     if text == "release" and (root / "release").is_dir():
         return "release", ""
-    if not (text.isascii() and text.isdigit()):
-        return None, f"{TRACKER_NAME} holds {text!r}, not an iteration"
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        return None, f"{TRACKER_NAME} holds {show(text)}, not an iteration"
     if int(text) not in iterations:
         return None, f"{TRACKER_NAME} says {text}, but there is no {iteration_dir_name(int(text))}"
     return int(text), ""
 
 
-def _problems(path: Path, check: bool) -> list[str]:
-    if (path / ".metadata").exists() or any(path.glob("mp_rank_*")):
-        return []  # Megatron's own formats carry no checksums
+def _problems(path: Path, check: bool, allow_inert: tuple[str, ...]) -> list[str]:
+    if _is_megatron(path):
+        return verify_zips(path, allow_inert) if check else []
     if check:
         return verify(path)
     return [] if (path / INDEX_NAME).exists() else [f"{path / INDEX_NAME} is missing"]
 
 
-def _require_intact(path: Path, check: bool) -> None:
-    problems = _problems(path, check) if is_native(path) or path.name.startswith("iter_") else []
+def _is_megatron(path: Path) -> bool:
+    return (path / ".metadata").exists() or any(path.glob("mp_rank_*"))
+
+
+def _require_intact(path: Path, problems_of: Callable[[Path], list[str]]) -> None:
+    checked = is_native(path) or _is_megatron(path) or path.name.startswith("iter_")
+    problems = problems_of(path) if checked else []
     if problems:
         raise CheckpointError(f"{path} is damaged:\n{bullet_list(problems)}")
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> Record:
     file = path / INDEX_NAME
     try:
-        index = json.loads(file.read_bytes())
-        if index["format"] != FORMAT_NAME:
-            raise ValueError(f"format {index['format']!r}")
-        version = index["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{file} has format version {version}; this release reads version {FORMAT_VERSION}")
-        for name in index["files"]:
-            _plain_name(file, name)
-        if not isinstance(index["common"], dict):
-            raise ValueError("`common` is no mapping")
+        data = read_regular(file, MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except NotADirectoryError:
         raise CheckpointError(f"{path} is no directory") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
-    return dict(index)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    index = Record(parse_json(data, str(file), CheckpointError), str(file), CheckpointError)
+    if index.text("format") != FORMAT_NAME:
+        index.refuse("format", FORMAT_NAME)
+    if index.integer("format_version") != FORMAT_VERSION:
+        version = index.integer("format_version")
+        raise CheckpointError(f"{file} has format version {version}; this release reads version {FORMAT_VERSION}")
+    index.record("common")
+    return index
 
 
-def _plain_name(index: Path, name: str) -> str:
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise CheckpointError(f"{index} names a file outside its directory: {name!r}")
+def _listed_files(index: Record) -> dict[str, FileDigest]:
+    """Return the data files that an index lists, by name."""
+    return {
+        _plain_name(index.where, name): FileDigest(spec.integer("bytes"), spec.text("crc32"))
+        for name, spec in index.record("files").items()
+    }
+
+
+def _require_size(file: Path, expected: int) -> None:
+    # A tensor's memory is reserved before its bytes are read, so that no index may promise more than there is.
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{file} is missing or unreadable ({error.strerror})") from None
+    if size != expected:
+        raise CheckpointError(f"{file} has {size} bytes, {expected} were written")
+
+
+def _plain_name(index: str, name: str) -> str:
+    if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
+        raise CheckpointError(f"{index} names a file outside its directory: {show(name)}")
     return name
 
 
-def _tensor(path: Path, key: str, spec: dict[str, Any], container: str) -> tuple[TensorInfo, list[Piece]]:
-    info = TensorInfo(_natural(key, spec["shape"]), spec["dtype"])
-    storage_dtype(info.dtype)
+def _tensor(
+    key: str, spec: Record, files: Mapping[str, Path], container: str, sizes: Record
+) -> tuple[TensorInfo, list[Piece]]:
+    info = TensorInfo(spec.integers("shape"), spec.text("dtype"))
+    itemsize = storage_dtype(info.dtype).itemsize
     pieces = []
-    for piece in spec["pieces"]:
-        start, shape = _natural(key, piece["start"]), _natural(key, piece["shape"])
-        file = path / _plain_name(path / INDEX_NAME, piece["file"])
+    for piece in spec.records("pieces"):
+        start, shape, name = piece.integers("start"), piece.integers("shape"), piece.text("file")
+        if name not in files:
+            raise CheckpointError(f"{piece.where} is damaged: it is in {name}, which is not among the listed files")
+        offset = 0 if container == "ckpt" else piece.integer("offset")
+        if offset + math.prod(shape) * itemsize > sizes.record(name).integer("bytes"):
+            raise CheckpointError(f"{piece.where} is damaged: shape {list(shape)} at byte {offset} leaves {name}")
         blob: Any
         if container == "ckpt":
-            blob = CkptBlob(file, piece["entry"], info.dtype, shape, tuple((0, n) for n in shape))
+            blob = CkptBlob(files[name], piece.text("entry"), info.dtype, shape, tuple((0, n) for n in shape))
         else:
-            blob = Blob.contiguous(file, _natural(key, [piece["offset"]])[0], info.dtype, shape)
+            blob = Blob.contiguous(files[name], offset, info.dtype, shape)
         pieces.append(Piece(start, shape, blob))
     return info, pieces
-
-
-def _natural(key: str, numbers: list[Any]) -> tuple[int, ...]:
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{key} has {numbers} where natural numbers belong")
-    return tuple(numbers)
 
 
 def _read_checksums(path: Path) -> dict[str, FileDigest]:
     file = path / CHECKSUMS_NAME
     try:
-        text = file.read_bytes().decode("ascii")
+        text = read_regular(file, MAX_INDEX_BYTES).decode("ascii")
         lines = text.split("\n")[:-2]
         if not lines or text != sealed_checksums(lines):
             raise ValueError("its own checksum does not match")
         listed = {}
         for line in lines:
             crc, size, name = line.split(" ", 2)
-            listed[_plain_name(file, name)] = FileDigest(int(size), crc)
+            if _plain_name(str(file), name) in listed:
+                raise ValueError(f"{name} is there twice")
+            if not (size.isdigit() and len(size) < 20):
+                raise ValueError(f"{show(size)} is no size")
+            listed[name] = FileDigest(int(size), crc)
     except OSError as error:
         raise CheckpointError(f"{file} is missing or unreadable ({error.strerror})") from None
     except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from parallel_core.checkpoint.huggingface import HuggingFaceCheckpoint, is_hugging_face
+from parallel_core.checkpoint.layout_files import os_errors_named
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.native import NativeCheckpoint, is_native
@@ -23,7 +24,11 @@ def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> Tensor
     Raises:
         CheckpointError: it is no checkpoint, or one that cannot be read.
     """
-    path = Path(path)
+    with os_errors_named(Path(path)):
+        return _open(Path(path), allow_inert)
+
+
+def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
     if is_native(path):
         return NativeCheckpoint(path)
     if (path / ".metadata").exists() or (path / "metadata.json").exists():

@@ -15,8 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import SAFETENSORS_NAMES, TAGS_BY_SAFETENSORS_NAME, as_storage, storage_dtype
-from parallel_core.checkpoint.source import Blob
+from parallel_core.checkpoint.source import Blob, check_shape
 from parallel_core.errors import CheckpointError
+from parallel_core.files import open_regular
+from parallel_core.records import Record, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
@@ -67,7 +69,7 @@ def file_digest(path: Path) -> FileDigest:
     """Return size and checksum of a file, read in blocks."""
     crc, size = 0, 0
     buffer = bytearray(1 << 20)
-    with path.open("rb", buffering=0) as handle:
+    with open_regular(path) as handle:
         while count := handle.readinto(buffer):
             crc = zlib.crc32(memoryview(buffer)[:count], crc)
             size += count
@@ -173,19 +175,21 @@ def read_header(path: Path) -> tuple[dict[str, Blob], dict[str, str]]:
     Raises:
         CheckpointError: the file is no safetensors file, or its header promises what the file does not hold.
     """
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        start = handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file: header length {length}, file of {size} bytes")
-        text = handle.read(length)
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        items = {name: _entry(path, 8 + length, size, name, spec) for name, spec in header.items()}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header cannot be read ({error})") from None
+        with open_regular(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            start = handle.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{path} is not a safetensors file: header length {length}, file of {size} bytes")
+            text = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing or unreadable ({error.strerror})") from None
+    where = f"{path}: the safetensors header"
+    header = Record(parse_json(text, where, CheckpointError), where, CheckpointError)
+    metadata = header.record("__metadata__", {}).values
+    entries = {name: spec for name, spec in header.items() if name != "__metadata__"}
+    items = {name: _entry(path, 8 + length, size, name, spec) for name, spec in entries.items()}
     end = 0
     for name, blob in sorted(items.items(), key=lambda item: item[1].offset):
         if blob.offset < 8 + length + end:
@@ -198,14 +202,15 @@ def _nbytes(blob: Blob) -> int:
     return math.prod(blob.shape) * blob.itemsize
 
 
-def _entry(path: Path, base: int, size: int, name: str, spec: dict[str, Any]) -> Blob:
-    if spec["dtype"] not in TAGS_BY_SAFETENSORS_NAME:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {spec['dtype']}, which cannot be read")
-    tag = TAGS_BY_SAFETENSORS_NAME[spec["dtype"]]
-    shape = tuple(spec["shape"])
-    begin, end = spec["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)} at [{begin}, {end}]")
+def _entry(path: Path, base: int, size: int, name: str, spec: Record) -> Blob:
+    dtype = spec.text("dtype")
+    if dtype not in TAGS_BY_SAFETENSORS_NAME:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which cannot be read")
+    tag, shape, place = TAGS_BY_SAFETENSORS_NAME[dtype], spec.integers("shape"), spec.integers("data_offsets")
+    if len(place) != 2:
+        spec.refuse("data_offsets", "a pair of byte positions")
+    check_shape(name, shape, str(path))
+    begin, end = place
     blob = Blob.contiguous(path, base + begin, tag, shape)
     if end - begin != _nbytes(blob) or base + end > size:
         raise CheckpointError(

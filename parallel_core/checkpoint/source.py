@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from parallel_core.checkpoint.common import checked_common
 from parallel_core.checkpoint.dtypes import storage_dtype
+from parallel_core.checkpoint.layout_files import os_errors_named
 from parallel_core.errors import CheckpointError
+from parallel_core.files import open_regular
 from parallel_core.layout.shard import Range, c_strides, intersect, region, volume
+from parallel_core.records import show
+
+_MAX_DIMS = 32
+"""NumPy's limit."""
+_MAX_CUT_DIMS = 8
+"""Each doubles the work of checking that pieces tile a tensor; layouts cut along one or two, flat shards along all."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ class Blob:
             return
         span = (sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1) * self.itemsize
         begin = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as handle:
+        with os_errors_named(self.path), open_regular(self.path) as handle:
             size = handle.seek(0, 2)
             if size < self.offset + span:  # reading a mapping past the end would kill the process
                 raise CheckpointError(
@@ -225,11 +236,18 @@ class PieceSource:
             common: everything that is not a tensor.
 
         Raises:
-            CheckpointError: pieces leave a tensor's bounds, overlap, or leave a hole (a missing shard).
+            CheckpointError: pieces leave a tensor's bounds, overlap, or leave a hole (a missing shard); or `common`
+                or a key holds what does not belong there.
         """
-        self.path, self.format, self.common = path, format, common
+        self.path, self.format, self.common = path, format, checked_common(common, str(path))
         self._tensors = tensors
         for key, (info, pieces) in tensors.items():
+            if not key or not key.isprintable():
+                raise CheckpointError(f"{path} is damaged: {show(key)} cannot be a tensor's name")
+            parameter = tensors.get(key.partition("@")[0])
+            if parameter is not None and parameter[0].shape != info.shape:
+                shapes = f"{list(info.shape)}, its parameter {list(parameter[0].shape)}"
+                raise CheckpointError(f"{path} is damaged: {key} has shape {shapes}")
             check_tiling(key, info.shape, [(piece.start, piece.shape) for piece in pieces], str(path))
 
     def keys(self) -> list[str]:
@@ -289,34 +307,54 @@ def check_tiling(
         where: the checkpoint, for the message.
 
     Raises:
-        CheckpointError: a piece is outside, two overlap, or elements are missing.
+        CheckpointError: the shape is none an array can have, a piece is outside, two overlap, or elements are missing.
     """
-    pieces = [(tuple(start), tuple(extent)) for start, extent in rectangles if math.prod(extent)]
+    check_shape(key, shape, where)
+    pieces = [(tuple(start), tuple(extent)) for start, extent in rectangles]
     for start, extent in pieces:
         fits = len(start) == len(extent) == len(shape) and all(
-            first in range(size + 1) and first + n <= size for first, n, size in zip(start, extent, shape)
+            first >= 0 and n >= 0 and first + n <= size for first, n, size in zip(start, extent, shape)
         )
         if not fits:
             raise CheckpointError(
                 f"{where}: a piece of {key} at {list(start)} of shape {list(extent)} does not fit the global shape "
                 f"{list(shape)}"
             )
+    pieces = [(start, extent) for start, extent in pieces if math.prod(extent)]
     total, held = math.prod(shape), sum(math.prod(extent) for _, extent in pieces)
     if held < total:
         raise CheckpointError(f"{where}: {total - held} of {total} elements of {key} are in no file (a missing shard?)")
-    if held > total or _any_overlap(pieces):
+    if held > total or (total and not _corners_cancel(key, shape, pieces, where)):
         raise CheckpointError(f"{where}: pieces of {key} overlap: a part of it is stored twice, by different ranks")
 
 
-def _any_overlap(pieces: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Tell whether two rectangles meet, sweeping along the first dim so that only neighbours are compared."""
-    if not pieces or not pieces[0][0]:
-        return len(pieces) > 1
-    active: list[tuple[Range, ...]] = []
-    for start, extent in sorted(pieces):
-        ranges = tuple((first, first + n) for first, n in zip(start, extent))
-        active = [other for other in active if other[0][1] > start[0]]
-        if any(intersect(ranges, other) for other in active):
-            return True
-        active.append(ranges)
-    return False
+def check_shape(key: str, shape: Sequence[int], where: str) -> None:
+    """Check that an array of this shape can exist at all.
+
+    Raises:
+        CheckpointError: it has more dims than an array can have, or more elements than can be counted.
+    """
+    if len(shape) > _MAX_DIMS or math.prod(max(n, 1) for n in shape) * 8 >= 1 << 63:
+        found = f"shape {show(list(shape))} of {len(shape)} dims"
+        raise CheckpointError(f"{where}: {key} has {found}, which no array can have")
+
+
+def _corners_cancel(
+    key: str, shape: Sequence[int], pieces: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], where: str
+) -> bool:
+    """Tell whether rectangles tile the whole, in time proportional to their number.
+
+    A rectangle's indicator function is determined by its corners with alternating signs (they are what differencing
+    along every dim leaves). So rectangles cover the whole exactly once if and only if their corners, added up with
+    signs, leave those of the whole. Worked example, [0, 2) and [2, 5) of 5: +1 at 0, -1 at 2, +1 at 2, -1 at 5.
+    """
+    cut = [dim for dim, size in enumerate(shape) if any(extent[dim] != size for _, extent in pieces)]
+    if len(cut) > _MAX_CUT_DIMS:
+        raise CheckpointError(f"{where}: {key} is cut along {len(cut)} dims; at most {_MAX_CUT_DIMS} can be read")
+    corners: Counter[tuple[int, ...]] = Counter()
+    whole = (tuple(0 for _ in shape), tuple(shape))
+    for sign, (start, extent) in [(-1, whole), *((1, piece) for piece in pieces)]:
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(start[dim] + end * extent[dim] for dim, end in zip(cut, ends))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())

@@ -28,6 +28,7 @@ import numpy as np
 from parallel_core.checkpoint.dtypes import as_storage
 from parallel_core.checkpoint.layout_files import (
     CHECKSUMS_NAME,
+    CONTAINERS,
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
@@ -48,7 +49,6 @@ from parallel_core.layout.shard import TensorShard, region
 Shards = Mapping[str, tuple[TensorShard, np.ndarray]]
 """What a rank saves: `NAME`, `NAME@master`, `NAME@exp_avg` or `NAME@exp_avg_sq` -> where it belongs, and the values."""
 Manifest = dict[str, Any]
-CONTAINERS = ("safetensors", "ckpt")
 
 
 class CheckpointWriter:

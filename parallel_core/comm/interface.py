@@ -85,11 +85,15 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the members' picklable values in rank order."""
+        """Return the members' values in rank order; they are what JSON can hold, and tuples arrive as lists."""
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """Return rank `src`'s picklable value."""
+        """Return rank `src`'s value; it is what JSON can hold."""
         return self.all_gather_object(value if self.rank == src else None)[src]
+
+    def close(self) -> None:
+        """Give back what the group holds of the system; no operation works afterwards."""
+        return
 
     # Flat gradient and parameter buckets. Issued early, waited for late; backends without overlap run them at once.
     def all_reduce_start_(self, flat: Tensor) -> Handle:

@@ -18,6 +18,7 @@ import mindspore.mint.distributed as dist
 from mindspore import Tensor, communication, mint
 
 from parallel_core.comm.interface import Done, Group, Handle
+from parallel_core.comm.objects import gather_objects
 from parallel_core.comm.watchdog import Watchdog
 from parallel_core.errors import CommError
 from parallel_core.ops.library import default_threads
@@ -81,11 +82,8 @@ class MindSporeGroup(Group):
             dist.barrier(group=self.name)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Gather picklable values."""
-        out: list[Any] = [None] * self.size
-        with self._guard("all_gather_object"):
-            dist.all_gather_object(out, value, group=self.name)
-        return out
+        """Gather values as JSON."""
+        return gather_objects(self, value)
 
     def _gather_list(self, x: Tensor) -> list[Tensor]:
         parts = [mint.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import math
 import os
-import pickle
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int32, c_int64, c_void_p
@@ -22,6 +22,7 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from parallel_core.comm.interface import Done, Group, Handle
+from parallel_core.comm.objects import gather_objects
 from parallel_core.errors import CommError
 from parallel_core.ops import build
 
@@ -108,7 +109,7 @@ class ShmGroup(Group):
         super().__init__(name, ranks, global_rank)
         self.timeout_s = timeout_s
         self._pids = tuple(pids)
-        self._lib = library()
+        self._lib: Any = library()
         cores = len(os.sched_getaffinity(0))
         spin_s = SPIN_S if len(pids) <= cores else CROWDED_SPIN_S
         self._group = self._lib.pcs_open(
@@ -116,12 +117,20 @@ class ShmGroup(Group):
         )
         if not self._group:
             raise CommError(f"group {name}: the shared memory cannot be mapped")
+        # Also for a group that nobody closes: its mappings and process descriptors go with the last reference to it.
+        self._release = weakref.finalize(self, self._lib.pcs_close, self._group)
+        self._release.atexit = False
         self._inboxes: dict[int, deque[_Receive]] = {}
 
     @property
     def waited_s(self) -> float:
         """Seconds that this rank has spent waiting for the others in this group's operations."""
         return float(self._lib.pcs_waited(self._group))
+
+    def close(self) -> None:
+        """Unmap the memory and close the descriptors; every later operation raises a CommError."""
+        self._release()
+        self._lib = _Closed(self.name)
 
     # ---- creation ---------------------------------------------------------------------------------------------------
     def subgroup(self, name: str, ranks: Sequence[int]) -> ShmGroup:
@@ -136,9 +145,10 @@ class ShmGroup(Group):
         if self.rank == first:
             descriptor = new_segment(len(ranks))
             for place in places[1:]:
-                self._send_object((os.getpid(), descriptor), place)
+                self._send_numbers(np.array([os.getpid(), descriptor], np.int64), place)
         else:
-            descriptor = open_segment(*self._receive_object(first))
+            pid, number = self._receive_numbers(2, first).tolist()
+            descriptor = open_segment(pid, number)
         pids = [self._pids[place] for place in places]
         own = self.ranks[self.rank]
         group = ShmGroup(name, ranks, own, descriptor=descriptor, pids=pids, timeout_s=self.timeout_s)
@@ -146,21 +156,15 @@ class ShmGroup(Group):
         os.close(descriptor)
         return group
 
-    def _send_object(self, value: Any, dst: int) -> None:
-        data = np.frombuffer(pickle.dumps(value), np.uint8)
-        for array in (np.array([data.size], np.int64), data):
-            code = 4 if array.dtype == np.int64 else 5
-            status = self._lib.pcs_send(self._group, array.ctypes.data, array.nbytes, code, dst, self.timeout_s)
-            self._check(status, "send of an object", "")
+    def _send_numbers(self, numbers: np.ndarray, dst: int) -> None:
+        status = self._lib.pcs_send(self._group, numbers.ctypes.data, numbers.nbytes, 4, dst, self.timeout_s)
+        self._check(status, "send of numbers", "")
 
-    def _receive_object(self, src: int) -> Any:
-        length = np.empty(1, np.int64)
-        status = self._lib.pcs_receive(self._group, length.ctypes.data, 8, 4, src, self.timeout_s)
-        self._check(status, "receive of an object", "")
-        data = np.empty(int(length[0]), np.uint8)
-        status = self._lib.pcs_receive(self._group, data.ctypes.data, data.nbytes, 5, src, self.timeout_s)
-        self._check(status, "receive of an object", "")
-        return pickle.loads(data.tobytes())  # from a rank of the same job
+    def _receive_numbers(self, count: int, src: int) -> np.ndarray:
+        numbers = np.empty(count, np.int64)
+        status = self._lib.pcs_receive(self._group, numbers.ctypes.data, numbers.nbytes, 4, src, self.timeout_s)
+        self._check(status, "receive of numbers", "")
+        return numbers
 
     # ---- collectives ------------------------------------------------------------------------------------------------
     def all_reduce_(self, x: Tensor, op: str = "sum") -> Tensor:
@@ -250,13 +254,8 @@ class ShmGroup(Group):
             self._check(status, "barrier", "")
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Gather picklable values."""
-        data = np.frombuffer(pickle.dumps(value), np.uint8)
-        sizes = self.all_gather(Tensor.from_numpy(np.array([data.size], np.int64))).asnumpy()
-        padded = np.zeros(int(sizes.max()), np.uint8)
-        padded[: data.size] = data
-        rows = self.all_gather(Tensor.from_numpy(padded)).asnumpy().reshape(self.size, -1)
-        return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, sizes)]  # from ranks of the same job
+        """Gather values as JSON."""
+        return gather_objects(self, value)
 
     # ---- messages ---------------------------------------------------------------------------------------------------
     def send(self, x: Tensor, dst: int) -> Handle:
@@ -318,6 +317,16 @@ def _describe(operation: str, first: int, second: int) -> str:
     kind = first >> 56
     name = _KINDS[kind] if kind < len(_KINDS) else f"broadcast(src={kind - len(_KINDS)} in the group)"
     return f"{name} of {first & ((1 << 48) - 1)} bytes of {_DTYPE_NAMES[first >> 48 & 255]}"
+
+
+class _Closed:
+    """Stands in for the library of a closed group: its memory is gone, and to touch it would end the process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, operation: str) -> Any:
+        raise CommError(f"group {self._name} has been closed: {operation.removeprefix('pcs_')} is not possible")
 
 
 class _Receive(Handle):
@@ -417,4 +426,4 @@ def _facts() -> dict[str, Any]:
             host.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip())
         except OSError as error:
             problem = problem or f"{path} cannot be read: {error}"
-    return {"host": tuple(host), "pid": os.getpid(), "problem": problem}
+    return {"host": " ".join(host), "pid": os.getpid(), "problem": problem}

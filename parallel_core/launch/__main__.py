@@ -8,12 +8,14 @@ checked here, before any process exists. With `--plain` they are passed on unrea
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 _NEEDED = {"mindspore": "mindspore", "numpy": "numpy", "yaml": "pyyaml", "sentencepiece": "sentencepiece"}
 
 
-def _main() -> int:
+def main() -> int:
+    """Run the launcher if what it needs is installed, and return its exit status."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
@@ -22,10 +24,13 @@ def _main() -> int:
             file=sys.stderr,
         )
         return 2
-    from parallel_core.launch.cli import main
+    from parallel_core.launch import cli
 
-    return main(sys.argv[1:])
+    return cli.main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    # `-m` puts the current folder first, where a file called yaml.py would be taken for the library.
+    if sys.path[0] == os.getcwd():
+        del sys.path[0]
+    sys.exit(main())

@@ -100,7 +100,7 @@ def _log_dir_claimed(log_dir: Path) -> Iterator[None]:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(log_dir, os.O_RDONLY)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

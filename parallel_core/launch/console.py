@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import TextIO
 
+from parallel_core.errors import printable
+from parallel_core.files import open_regular
+
 _FOR_CONSOLE = re.compile(rb"(INFO|WARNING|ERROR) - ")
 
 
@@ -26,7 +29,7 @@ class LogFollower:
         for file in self._files:
             for line in file.new_lines():
                 if _FOR_CONSOLE.match(line):
-                    print(line.decode(errors="replace"), file=self._out)
+                    print(printable(line.decode(errors="replace")), file=self._out)
                     printed = True
         if printed:
             self._out.flush()
@@ -40,7 +43,7 @@ class _GrowingFile:
 
     def new_lines(self) -> list[bytes]:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self._position)
                 data = file.read()
         except OSError:
@@ -53,7 +56,7 @@ class _GrowingFile:
 def last_lines(path: Path, count: int = 15, limit_bytes: int = 16384) -> list[str]:
     """Return up to `count` of the last lines of the file at `path`; none when it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - limit_bytes))
             data = file.read()

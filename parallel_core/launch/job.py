@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from parallel_core.environment import promise_path
+from parallel_core.files import create_file
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
@@ -21,6 +22,11 @@ from parallel_core.launch.rank import LAUNCHER_VARIABLE
 from parallel_core.launch.report import LOG_DIR_VARIABLE, read_report, report_path
 
 SCHEDULER = "scheduler"
+_RUN_MSRUN = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; import runpy; "
+    "runpy.run_module('mindspore.parallel.cluster.run', run_name='__main__', alter_sys=True)"
+)
+"""`python -m mindspore.parallel.cluster.run` without the current folder, where `-m` looks for modules first."""
 _TICK_S = 0.1
 _FAILURE_GRACE_S = 3.0
 """The same after a failure: no checkpoint can be whole without the rank that is gone, so it is only for clearing up."""
@@ -64,8 +70,8 @@ class JobSpec:
         nodes = [f"--master_addr={self.master_addr}", f"--node_rank={self.node_rank}"] if self.num_nodes > 1 else []
         return [
             sys.executable,
-            "-m",
-            "mindspore.parallel.cluster.run",
+            "-c",
+            _RUN_MSRUN,
             f"--worker_num={self.num_ranks}",
             f"--local_worker_num={len(self.local_ranks)}",
             f"--master_port={self.master_port}",
@@ -74,8 +80,7 @@ class JobSpec:
             f"--cluster_time_out={self.cluster_timeout_s}",
             *nodes,
             _python_name(),
-            "-m",
-            "parallel_core.launch.rank",
+            str(Path(__file__).resolve().with_name("rank.py")),
             *self.command,
         ]
 
@@ -130,7 +135,9 @@ class Job:
         spec = self.spec
         package_root = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, **spec.environment}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+        # An empty entry means the current folder.
+        folders = [package_root, *environment.get("PYTHONPATH", "").split(os.pathsep)]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         environment[LOG_DIR_VARIABLE] = str(spec.log_dir.resolve())
         environment[LAUNCHER_VARIABLE] = str(os.getpid())
@@ -139,7 +146,7 @@ class Job:
             die_with_parent()
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-        with open(spec.log_dir / "msrun.log", "wb") as log:
+        with create_file(spec.log_dir / "msrun.log") as log:
             self._msrun = subprocess.Popen(
                 spec.msrun_command(),
                 stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel_core.errors import printable
 from parallel_core.launch.console import last_lines
 from parallel_core.launch.report import FailureReport
 
@@ -14,6 +15,7 @@ _CONSEQUENCE_WINDOW_S = 1.0
 _MESSAGE_LIMIT = 160
 _HINTS = {
     int(signal.SIGKILL): "; if nobody sent it, look for the out-of-memory killer in dmesg",
+    int(signal.SIGBUS): "; memory that it had mapped was gone: a file cut while it was read, a full disk or /dev/shm",
     int(signal.SIGTERM): "; if nobody sent it, MindSpore did, because another rank had gone",
 }
 PEER_TIMEOUT_STATUS = 75
@@ -54,7 +56,7 @@ class RankFailure:
         """Return how it ended, on one line; of an error's first line `limit` characters (None: all)."""
         if self.report is not None:
             message = self.report.message.strip().splitlines() or [""]
-            return f"{self.report.kind}: {message[0][:limit]}"
+            return printable(f"{self.report.kind}: {message[0][:limit]}")
         if self.status < 0:
             number = -self.status
             known = number in set(signal.Signals)
@@ -105,4 +107,4 @@ def describe_failures(log_dir: Path, num_ranks: int, failures: Sequence[RankFail
 
 
 def _indented(lines: list[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
+    return [f"    {printable(line)}" for line in lines]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel_core.errors import ConfigError
+from parallel_core.files import create_file
 from parallel_core.launch.job import JobSpec
 
 DEFAULT_LOG_DIR = "msrun_log"
@@ -148,8 +149,8 @@ def prepare_log_dir(log_dir: Path, own_ranks: range | None = None) -> None:
         metrics = log_dir / "metrics.jsonl"
         if own_ranks is None and metrics.is_file() and not _has_rows(metrics):
             metrics.unlink()
-        (log_dir / "msrun.log").touch()
-    except OSError as error:
+        create_file(log_dir / "msrun.log").close()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"LOG_DIR={log_dir} cannot be used: {error}; give a directory that can be written") from None
 
 

@@ -1,4 +1,6 @@
-"""Entry point of one rank: `python -m parallel_core.launch.rank SCRIPT args…`, started by the launcher through msrun.
+"""Entry point of one rank: `python …/launch/rank.py SCRIPT args…`, started by the launcher through msrun.
+
+By its path, since `python -m` would import from the current folder first, which may be anybody's.
 
 Ties the process to the launcher before anything else is imported, then runs the script as `__main__`. msrun starts
 the scheduler by the same command: it serves the ranks here, and the script never sees it.
@@ -19,13 +21,14 @@ LAUNCHER_VARIABLE = "PARALLEL_CORE_LAUNCHER_PID"
 
 def main() -> None:
     """Run the script named by the first argument with the arguments after it, or serve as the scheduler."""
+    sys.path[:] = [folder for folder in sys.path if folder and os.path.abspath(folder) != os.path.dirname(__file__)]
     die_with(int(os.environ[LAUNCHER_VARIABLE]))
     if os.environ["MS_ROLE"] == "MS_SCHED":
         _serve_ranks()
         return
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     run_as_rank(lambda: runpy.run_path(script, run_name="__main__"))
 
 

@@ -12,10 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parallel_core.environment import LOG_DIR_VARIABLE
-from parallel_core.errors import CommError, ConfigError, ParallelCoreError
+from parallel_core.errors import CommError, ConfigError, ParallelCoreError, printable, printable_lines
+from parallel_core.files import create_file, read_regular
+from parallel_core.records import Record, parse_json
 
 CONFIG_ERROR_STATUS = 2
 """Exit status after a `ConfigError`, in the launcher and in a rank."""
+
+MAX_REPORT_BYTES = 64 << 20
+"""Far more than any traceback."""
 
 _PEER_LOSS = re.compile(
     r"(recv|send|allreduce|all_?gather|broadcast|barrier|collective)\w* failed"
@@ -53,9 +58,27 @@ def report_path(log_dir: Path, rank: int) -> Path:
 def read_report(path: Path) -> FailureReport | None:
     """Return the report at `path`, or None when there is none that can be read."""
     try:
-        return FailureReport(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        data = read_regular(path, MAX_REPORT_BYTES)
+        said = Record(parse_json(data, str(path), CommError), str(path), CommError)
+        return FailureReport(
+            rank=said.integer("rank"),
+            time=float(said.number("time")),
+            kind=said.text("kind"),
+            message=_lines(said, "message"),
+            traceback=_lines(said, "traceback"),
+            exit_status=said.integer("exit_status", minimum=-255, maximum=255),
+            peer_loss=said.flag("peer_loss"),
+        )
+    except (OSError, CommError):
         return None
+
+
+def _lines(said: Record, key: str) -> str:
+    """Return a text of several lines, with everything else that a terminal would act on spelled out."""
+    text = said.values.get(key)
+    if not isinstance(text, str):
+        said.refuse(key, "text")
+    return "\n".join(map(printable, str(text).splitlines()))
 
 
 def is_peer_loss(exc: BaseException) -> bool:
@@ -85,11 +108,13 @@ def report_failure(exc: BaseException) -> int:
         path = report_path(Path(log_dir), report.rank)
         partial = path.with_suffix(".tmp")
         try:
-            partial.write_text(json.dumps(asdict(report)), encoding="utf-8")
+            with create_file(partial) as file:
+                file.write(json.dumps(asdict(report)))
             os.replace(partial, path)
         except OSError as error:
             print(f"cannot write {path}: {error}", file=sys.stderr)
-    print(report.text() if not isinstance(exc, ConfigError) else str(exc), file=sys.stderr, flush=True)
+    text = report.text() if not isinstance(exc, ConfigError) else str(exc)
+    print(printable_lines(text), file=sys.stderr, flush=True)
     return status
 
 

@@ -123,11 +123,13 @@ class TensorShard:
             traits: any of the attributes from `partial_gradient` on.
 
         Raises:
-            ConfigError: a dim does not divide.
+            ConfigError: a dim does not divide, or is not there.
         """
         shape = tuple(int(n) for n in global_shape)
         pieces: list[list[Range]] = [[(0, n)] for n in shape]
         for cut in cuts:
+            if cut.dim >= len(shape):
+                raise ConfigError(f"{name}: shape {list(shape)} has no dim {cut.dim} to be cut along")
             pieces[cut.dim] = _cut_ranges(pieces[cut.dim], cut, name, shape)
         local_shape = tuple(sum(stop - start for start, stop in ranges) for ranges in pieces)
         boxes = []

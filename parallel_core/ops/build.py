@@ -8,18 +8,30 @@ compiles its headers too (28 s) and passes the operator dispatch at every call (
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from parallel_core.errors import printable
+from parallel_core.ops.cache import (
+    CacheError,
+    building_lock,
+    in_memory,
+    open_private_folder,
+    read_sealed,
+    scratch_folder,
+    write_sealed,
+)
+
+logger = logging.getLogger(__name__)
 
 SOURCE_FOLDERS = ("ops/csrc", "comm/csrc")
 """Folders of C++ sources, relative to the package."""
@@ -47,13 +59,20 @@ def load() -> ctypes.CDLL:
     Several processes may call this at once: one compiles, the others wait for it.
 
     Raises:
-        BuildError: without a compiler, or if compiling or loading fails.
+        BuildError: without a compiler, without a folder that is private, or if compiling or loading fails.
     """
-    path = _built_library()
     try:
-        return ctypes.CDLL(str(path))
+        descriptor = _built_library()
+    except (OSError, subprocess.SubprocessError, CacheError) as error:
+        raise BuildError(f"the kernels cannot be built here: {error}") from error
+    # Loaded by its descriptor: what was checked, not what stands under its name by now.
+    path = f"/proc/self/fd/{descriptor}"
+    try:
+        return ctypes.CDLL(path)
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}") from error
+        raise BuildError(f"the compiled kernels cannot be loaded: {error}") from error
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder() -> Path:
@@ -70,16 +89,39 @@ def sources() -> list[Path]:
     return [path for folder in SOURCE_FOLDERS for path in sorted((package / folder).glob("*.cpp"))]
 
 
-def _built_library() -> Path:
+def _built_library() -> int:
+    """Return a descriptor of the library in the cache."""
     compiler = _compiler()
-    folder = _writable_folder()
-    library = folder / f"kernels-{_fingerprint(compiler)}.so"
-    if library.exists():
-        return library
-    with _lock(library.with_suffix(".lock")):
-        if not library.exists():
-            _compile(compiler, library)
+    name = f"kernels-{_fingerprint(compiler)}.so"
+    folder = _private_folder()
+    try:
+        library = read_sealed(folder, name)
+        if library is None:
+            if name in os.listdir(folder):
+                logger.warning("kernels: the cached library %s is damaged and is made again", name)
+            known = partial(_is_there, folder, name)
+            with building_lock(folder, f"{name}.lock", COMPILE_LIMIT_S, known):
+                library = read_sealed(folder, name) or _compile_into(folder, name, compiler)
+    finally:
+        os.close(folder)
     return library
+
+
+def _compile_into(folder: int, name: str, compiler: str) -> int:
+    data = _compile(compiler)
+    try:
+        write_sealed(folder, name, data)
+    except OSError as error:  # a full disk, a quota
+        logger.warning("kernels: %s cannot be kept (%s); every process compiles for itself", name, error.strerror)
+        return in_memory(data)
+    return read_sealed(folder, name) or in_memory(data)
+
+
+def _is_there(folder: int, name: str) -> bool:
+    library = read_sealed(folder, name)
+    if library is not None:
+        os.close(library)
+    return library is not None
 
 
 def _compiler() -> str:
@@ -90,17 +132,27 @@ def _compiler() -> str:
     raise BuildError("no C++ compiler (g++, c++ or clang++) is installed")
 
 
-def _writable_folder() -> Path:
-    """Return the cache folder, or a private one that lives as long as the machine's temporary files."""
+def _private_folder() -> int:
+    """Return a descriptor of the cache folder, or of one that lives as long as the machine's temporary files.
+
+    A folder that the user has named is taken or refused; the usual one, where it cannot be used, is replaced.
+    """
+    if os.environ.get("PARALLEL_CORE_CACHE"):
+        try:
+            return open_private_folder(cache_folder())
+        except CacheError as error:
+            raise BuildError(f"PARALLEL_CORE_CACHE={error}; name a folder that only you can write") from None
+    reasons = []
     for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"parallel_core-{os.getuid()}"):
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
+            descriptor = open_private_folder(folder)
+        except CacheError as error:
+            reasons.append(str(error))
             continue
-        # A folder that somebody else owns could hold a library of theirs.
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    raise BuildError(f"neither {cache_folder()} nor {tempfile.gettempdir()} can be written to")
+        if reasons:
+            logger.warning("kernels: %s; kept in %s instead", reasons[0], folder)
+        return descriptor
+    raise BuildError("; ".join(reasons))
 
 
 def _fingerprint(compiler: str) -> str:
@@ -125,60 +177,41 @@ def _cpu_flags() -> bytes:
     return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the operating system drops it when the holder dies."""
-    deadline = time.monotonic() + COMPILE_LIMIT_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BuildError(f"another process has held {path} for {COMPILE_LIMIT_S:g} s") from None
-                time.sleep(0.05)
-        yield
+def _compile(compiler: str) -> bytes:
+    """Return the library, compiled from all sources at once and linked."""
+    with scratch_folder() as name:
+        scratch = Path(name)
+        deadline = time.monotonic() + COMPILE_LIMIT_S
+        running = []
+        for i, source in enumerate(sources()):
+            command = [compiler, *FLAGS, "-c", str(source), "-o", str(scratch / f"{i}.o")]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            running.append((source.name, process))
+        failures = [_outcome(compiler, f"on {source}", process, deadline) for source, process in running]
+        failure = next(filter(None, failures), "")
+        if failure:
+            raise BuildError(failure)
+        built = scratch / "kernels.so"
+        objects = [str(scratch / f"{i}.o") for i in range(len(running))]
+        command = [compiler, *FLAGS, "-shared", *objects, "-o", str(built)]
+        link = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        failure = _outcome(compiler, "to link", link, deadline)
+        if failure:
+            raise BuildError(failure)
+        return built.read_bytes()
 
 
-def _compile(compiler: str, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        built = _compile_and_link(compiler, Path(scratch))
-        os.replace(built, library)  # atomic: a reader sees the whole library or none
-
-
-def _compile_and_link(compiler: str, scratch: Path) -> Path:
-    """Compile the sources, all at once, and link them."""
-    running = []
-    for i, source in enumerate(sources()):
-        command = [compiler, *FLAGS, "-c", str(source), "-o", str(scratch / f"{i}.o")]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        running.append((source.name, process))
-    failure = ""
-    for name, process in running:
-        try:
-            _, errors = process.communicate(timeout=COMPILE_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            _, errors = process.communicate()
-        if process.returncode:
-            failure = failure or f"{compiler} failed on {name}: {_first_error(errors)}"
-    if failure:
-        raise BuildError(failure)
-    built = scratch / "kernels.so"
-    objects = [str(scratch / f"{i}.o") for i in range(len(running))]
-    link = subprocess.run(
-        [compiler, *FLAGS, "-shared", *objects, "-o", str(built)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=COMPILE_LIMIT_S,
-    )
-    if link.returncode:
-        raise BuildError(f"{compiler} failed to link: {_first_error(link.stderr)}")
-    return built
+def _outcome(compiler: str, what: str, process: subprocess.Popen[str], deadline: float) -> str:
+    """Wait for a compiler's process, end it at the deadline, and return what went wrong, or ""."""
+    try:
+        _, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return f"{compiler} {what} took longer than {COMPILE_LIMIT_S:g} s"
+    return f"{compiler} failed {what}: {_first_error(errors)}" if process.returncode else ""
 
 
 def _first_error(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line), lines[0] if lines else "no message")

@@ -76,4 +76,5 @@ class DynamicLossScaler(LossScaler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state."""
         self.scale = float(state["scale"])
-        self._clean, self._tolerance = int(state["growth_tracker"]), int(state["hysteresis_tracker"])
+        self._clean = int(state["growth_tracker"])
+        self._tolerance = int(state.get("hysteresis_tracker", self._hysteresis))

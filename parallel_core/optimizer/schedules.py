@@ -74,7 +74,7 @@ class ScheduleShape:
 
     def weight_decay(self, samples: int) -> float:
         """Return the weight decay of the update after `samples` samples."""
-        if samples > self.wd_samples:
+        if samples >= self.wd_samples:
             return self.end_wd
         if self.wd_style == "constant":
             return self.end_wd

@@ -328,7 +328,7 @@ class Checkpointer:
         rng = common.get("rng") or {}
         if not training.no_load_rng and "seed" in rng:
             step.model.streams.set_seed(int(rng["seed"]))
-            kind, keys, position = rng["numpy"]
+            kind, keys, position, *_ = rng["numpy"]
             np.random.set_state((kind, np.array(keys, np.uint32), position, 0, 0.0))
         return progress
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from parallel_core.context import ParallelContext
 from parallel_core.environment import LOG_DIR_VARIABLE
+from parallel_core.errors import printable_lines
 from parallel_core.training.metrics_file import MetricsFile, up_to
 from parallel_core.training.step import StepReport
 
@@ -145,7 +146,7 @@ class RunLog:
     @staticmethod
     def _print(level: str, text: str, visible: bool) -> None:
         if visible:
-            print(f"{level} - {text}", file=sys.stdout, flush=True)
+            print(printable_lines(f"{level} - {text}"), file=sys.stdout, flush=True)
 
 
 def format_loss(loss: float | None, digits: int = 10) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from parallel_core.errors import ConfigError
+from parallel_core.files import create_file
 
 
 class MetricsFile:
@@ -28,7 +29,8 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [row for row in _rows(path) if keeps(row)]
             partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(map(row_text, kept)), encoding="utf-8")
+            with create_file(partial) as handle:
+                handle.write("".join(map(row_text, kept)))
             os.replace(partial, path)
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:

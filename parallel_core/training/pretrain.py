@@ -21,6 +21,7 @@ from parallel_core.context import ParallelContext
 from parallel_core.data import data_order_fingerprint, describe_data_order, explain_data_order_change
 from parallel_core.data import train_valid_test_num_samples as count_samples
 from parallel_core.errors import ConfigError, bullet_list
+from parallel_core.files import create_file
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.schedule import format_steps
 from parallel_core.pipeline.stage import ForwardStep
@@ -135,7 +136,8 @@ def _save_configuration(folders: Sequence[Path], text: str) -> None:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
+            with create_file(folder / "config.yaml") as file:
+                file.write(text)
         except OSError as error:
             raise ConfigError(f"the configuration cannot be written to {folder}: {error.strerror or error}") from None
 

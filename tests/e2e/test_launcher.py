@@ -102,6 +102,51 @@ def test_a_script_that_cannot_be_imported_is_reported(log_dir, tmp_path):
     assert "ModuleNotFoundError: No module named 'no_such_module'" in console
 
 
+def current_folder_of_somebody(tmp_path):
+    """Return a folder whose files would be taken for modules of Python, of its packages and of this one."""
+    folder = tmp_path / "anybodys"
+    folder.mkdir()
+    names = ("yaml", "random", "json", "runpy", "os", "glob", "dataclasses", "numpy", "mindspore", "parallel_core")
+    for name in (*names, "sitecustomize", "usercustomize", "neighbour"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'ran')!r}, 'a').write({name!r})")
+    return folder
+
+
+@pytest.mark.parametrize("variables", [{}, {"PYTHONPATH": f":{REPO}::"}], ids=["usual", "empty entries"])
+def test_nothing_is_imported_from_the_current_folder(log_dir, tmp_path, variables):
+    """The wrapper, the launcher, msrun, the scheduler and the rank; a script's own neighbours are found."""
+    folder, scripts = current_folder_of_somebody(tmp_path), tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "neighbour.py").write_text("print('INFO - the right neighbour', flush=True)")
+    (scripts / "pretrain_gpt.py").write_text("import neighbour, yaml, random, json, numpy, mindspore")
+    wrapper = (REPO / "pretrain_gpt.sh").read_text().replace('"$here/pretrain_gpt.py"', f'"{scripts}/pretrain_gpt.py"')
+    (scripts / "wrapper.sh").write_text(wrapper.replace('here="$(cd "$directory" && pwd)"', f'here="{REPO}"'))
+    environment = {**launcher_environment(log_dir), "PYTHON": sys.executable, **variables}
+    done = subprocess.run(
+        ["/bin/bash", str(scripts / "wrapper.sh"), "--train-iters", "20", *TWO_RANKS],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "INFO - the right neighbour" in done.stdout, done.stdout + done.stderr
+    assert not (folder / "ran").exists(), (folder / "ran").read_text()
+
+
+def test_the_launcher_as_a_module_imports_nothing_from_the_current_folder_of_its_own(log_dir, tmp_path):
+    folder = current_folder_of_somebody(tmp_path)
+    for name in ("parallel_core", "os", "runpy", "sitecustomize", "usercustomize"):  # Python's own, before it asks
+        (folder / f"{name}.py").unlink()
+    command = [sys.executable, "-m", "parallel_core.launch", "--plain", SCRIPT]
+    environment = launcher_environment(log_dir, NPROC="1")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (folder / "ran").exists(), (folder / "ran").read_text()
+
+
+def test_no_module_of_the_launcher_hides_one_of_python():
+    """A rank is started by its file, whose folder is the first to be searched until the script's takes its place."""
+    names = {path.stem for path in (REPO / "parallel_core/launch").glob("*.py")}
+    assert "rank" in names and not names & sys.stdlib_module_names
+
+
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_ranks_save_and_ends_every_process(log_dir, signum, expected):
     process = start_launcher(log_dir, SCRIPT, "--spawn", "1", "--save", "0", "1", NPROC="2")

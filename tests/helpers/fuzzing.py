@@ -110,7 +110,7 @@ def _mutate_once(rng: random.Random, value: Any) -> Any:
     if type(value) is int and rng.random() < 0.5:
         return value + rng.choice((-2, -1, 1, 2, 64, 10**6, -value, -2 * value, 2**40))
     if rng.random() < 0.05:
-        for _ in range(rng.choice((50, 300, 3000))):
+        for _ in range(rng.choice((50, 90, 200))):
             value = [value]
         return value
     return rng.choice(ODD_VALUES)
@@ -159,7 +159,7 @@ def _check_message(error: ParallelCoreError, made: Any) -> None:
     """End the process if the message cannot be printed, or could pass for something else on a terminal."""
     text = str(error)
     forged = any(line.startswith(("INFO - ", "WARNING - ", "ERROR - ")) for line in text.splitlines()[1:])
-    if forged or not all(character.isprintable() or character == "\n" for character in text):
+    if forged or not all(character.isprintable() or character in "\n\t" for character in text):
         print(f"a message that is not printable: {text!r:.2000}\ninput: {made!r:.3000}", file=sys.stderr)
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,14 @@ def start_launcher(log_dir: Path, *arguments: str, **variables: str) -> subproce
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
+
+
+def heed_signals() -> None:
+    """Undo in a child what `nohup` and a shell's `&` hand down: an ignored SIGINT, which a launcher leaves ignored."""
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
 
 
 def run_launcher(log_dir: Path, *arguments: str, **variables: str) -> tuple[int, str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import pickle
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -11,8 +14,11 @@ from mindspore import Tensor
 
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group
+from parallel_core.config.schema import ModelParallelConfig
+from parallel_core.context import ParallelContext
 from parallel_core.errors import CommError
 from tests.helpers.cases import CaseContext, case
+from tests.ranks.support import gather_values
 
 BACKENDS = [{"backend": "mccl"}, {"backend": "shm"}]
 SHM = [{"backend": "shm"}]
@@ -70,7 +76,7 @@ def test_all_reduce_bfloat16(ctx: CaseContext, backend: str) -> None:
 def test_all_reduce_gives_every_rank_the_same_bits(ctx: CaseContext, backend: str) -> None:
     g = of(ctx, backend)
     sums = [g.all_reduce(Tensor(data(g.rank, 100_003))).asnumpy() for _ in range(3)]
-    for other in g.all_gather_object(sums[0]) + sums[1:]:
+    for other in gather_values(g, sums[0]) + sums[1:]:
         np.testing.assert_array_equal(other, sums[0])
 
 
@@ -120,6 +126,23 @@ def test_broadcast_barrier_and_objects(ctx: CaseContext, backend: str) -> None:
     values = [{"rank": r, "text": "x" * (r * 100_000)} for r in range(g.size)]
     assert g.all_gather_object(values[g.rank]) == values
     assert g.broadcast_object(values[g.rank], 1) == values[1]
+    assert g.all_gather_object((g.rank, None, "é")) == [[r, None, "é"] for r in range(g.size)]
+    with pytest.raises(CommError, match="cannot be sent, it is not JSON"):
+        g.all_gather_object(np.ones(3))
+
+
+@case(world_size=2, variants=BACKENDS)
+def test_what_a_member_sends_is_data(ctx: CaseContext, backend: str) -> None:
+    """A pickle in place of the JSON text is refused, by name, and not run."""
+    g = of(ctx, backend)
+    words = pickle.dumps(exit)
+    words = np.frombuffer(words.ljust(-(-len(words) // 4) * 4), np.int32).copy()
+    if g.rank == 1:
+        g.all_gather(Tensor(np.array([words.nbytes], np.int32)))
+        g.all_gather(Tensor(words))
+    else:
+        with pytest.raises(CommError, match="what rank 1 sent in group .* is damaged"):
+            g.all_gather_object("x" * (words.nbytes - 2))  # as long, quotes included
 
 
 @case(world_size=SIZES, variants=BACKENDS)
@@ -234,3 +257,40 @@ def test_time_limit(ctx: CaseContext, backend: str) -> None:
         with pytest.raises(CommError, match="barrier in group alone .* waiting for rank 1"):
             g.barrier()
     world.barrier()
+
+
+def held() -> tuple[int, int]:
+    """Return this process's open descriptors and its mappings of groups' memory."""
+    maps = Path("/proc/self/maps").read_text()
+    return len(os.listdir("/proc/self/fd")), maps.count("parallel_core-group") + maps.count("memfd:")
+
+
+@case(world_size=4)
+def test_destroyed_groups_leave_nothing_behind(ctx: CaseContext) -> None:
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, distributed_backend="shm"
+    )
+    counts = []
+    for _ in range(3):
+        context = ParallelContext.create(config, ctx.rank, 4)
+        context.tp.all_reduce(Tensor(np.ones(300_000, np.float32)))
+        if context.pp.rank == 0:
+            context.pp.send(Tensor(np.ones(300_000, np.float32)), 1)
+        else:
+            context.pp.receive((300_000,), ms.float32, 0).wait()
+        inside = held()
+        context.destroy()
+        counts.append(held())
+        assert inside[1] > counts[-1][1]
+        with pytest.raises(CommError, match="has been closed"):
+            context.tp.barrier()
+    assert counts[0] == counts[1] == counts[2], counts
+
+
+@case(world_size=2)
+def test_a_forgotten_group_is_closed_too(ctx: CaseContext) -> None:
+    counts = []
+    for _ in range(3):
+        group_factory("shm", 60.0, ctx.rank, 2)("world", [0, 1]).barrier()
+        counts.append(held())
+    assert counts[0] == counts[1] == counts[2], counts

@@ -17,7 +17,7 @@ from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import shard_of
 from parallel_core.tensor_parallel.parameter import init_method_normal
 from tests.helpers.cases import CaseContext, case
-from tests.ranks.support import kernels, world_group
+from tests.ranks.support import gather_values, kernels, world_group
 
 S, B, IN, OUT, VOCAB = 8, 2, 12, 16, 24
 RTOL = 1e-5
@@ -331,7 +331,7 @@ def test_shards_are_slices_of_the_full_initial_value(ctx: CaseContext) -> None:
     table = tp.VocabParallelEmbedding(VOCAB, OUT, tp_group=group, init_method=init_method_normal(0.5, seed=3))
     for weight, dim in ((column.weight, 0), (row.weight, 1), (table.weight, 0)):
         full = init_method_normal(0.5, seed=3)(shard_of(weight).global_shape)
-        shards = group.all_gather_object(weight.asnumpy())
+        shards = gather_values(group, weight.asnumpy())
         np.testing.assert_array_equal(np.concatenate(shards, dim), full)
         assert not np.array_equal(shards[0], shards[1])
 

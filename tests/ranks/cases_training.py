@@ -24,6 +24,7 @@ from tests.ranks.support import (
     assert_close,
     context_of,
     from_rank_0,
+    gather_values,
     parallel_context,
     provide_model,
     world_group,
@@ -120,11 +121,11 @@ def test_replicas_draw_alike_and_shards_differ(ctx: CaseContext, sp: bool) -> No
     mine = {(place, site): (sharded, pair) for place, (site, sharded, pair) in enumerate(drawn)}
     assert len(drawn) == 2 * 13  # two microbatches: embedding, and in four layers attention, projection, MLP
     assert len({pair for _, pair in mine.values()}) == len(mine), "two places or microbatches draw the same mask"
-    peers = run.context.tp.all_gather_object(mine)
+    peers = gather_values(run.context.tp, mine)
     for place, (sharded, pair) in peers[0].items():
         assert sharded == (sp or "attention_dropout" in place[1] and "self_attention" in place[1])
         assert (peers[1][place][1] == pair) == (not sharded)
-    replicas = run.context.dp.all_gather_object(mine)
+    replicas = gather_values(run.context.dp, mine)
     assert all(replicas[0][place][1] != replicas[1][place][1] for place in replicas[0])
 
 
@@ -275,7 +276,7 @@ def test_both_copies_of_a_tied_embedding_stay_equal(ctx: CaseContext) -> None:
     copies = [p for b in run.step.ddp.buffers for p in b.parameters if shard_of(p).shared_embedding]
     assert len(copies) == 1 and shard_of(copies[0]).is_copy == (ctx.rank == 1)
     run.train(2)
-    first, last = world_group(ctx).all_gather_object(copies[0].asnumpy())
+    first, last = gather_values(world_group(ctx), copies[0].asnumpy())
     np.testing.assert_array_equal(first, last)
 
 
@@ -581,7 +582,7 @@ def test_a_parameter_names_the_group_that_its_gradient_is_summed_over(ctx: CaseC
     own, summed = gradients_here(run), gradients_here(usual)
     for name, gradient in summed.items():
         if ".0.mlp." in name:
-            both = run.context.dp.all_gather_object(own[name])
+            both = gather_values(run.context.dp, own[name])
             assert not np.array_equal(both[0], both[1])
             np.testing.assert_allclose(both[0] + both[1], gradient, rtol=1e-5, atol=1e-7)
         elif not training.get("use_distributed_optimizer"):
@@ -616,5 +617,5 @@ def _owned(run: TinyRun) -> dict[str, np.ndarray]:
             values = run.step.ddp.buffers[one.buffer].grads.part(one.start, one.end).numpy()
             local[one.offset : one.offset + one.end - one.start] = values
         group = run.context.groups[shard_of(parameter).replicas]
-        parts[name] = sum(group.all_gather_object(local))
+        parts[name] = sum(gather_values(group, local))
     return parts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -217,7 +219,7 @@ class TinyRun:
             spec = shard_of(parameter)
             values = parameter.astype(ms.float32).asnumpy()
             parts += [(spec.name, spec.global_shape, *_part(values, box)) for box in spec.boxes]
-        return assemble(self.context.world.all_gather_object(parts))
+        return assemble(gather_values(self.context.world, parts))
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Return the whole model's gradients as the last update found them (before unscaling); collective."""
@@ -236,7 +238,7 @@ class TinyRun:
                 local[one.offset : one.offset + one.end - one.start] = value(one)
             local = local.reshape(spec.local_shape)
             parts += [(spec.name, spec.global_shape, *_part(local, box)) for box in spec.boxes]
-        return assemble(self.context.world.all_gather_object(parts))
+        return assemble(gather_values(self.context.world, parts))
 
 
 def _part(array: np.ndarray, box: Box) -> tuple[tuple[slice, ...], np.ndarray]:
@@ -273,7 +275,13 @@ def from_rank_0(ctx: CaseContext, compute: Callable[[], Any]) -> Any:
     """Return what rank 0 computed, on every rank."""
     if ctx.world_size == 1:
         return compute()
-    return world_group(ctx).broadcast_object(compute() if ctx.rank == 0 else None)
+    return gather_values(world_group(ctx), compute() if ctx.rank == 0 else None)[0]
+
+
+def gather_values(group: Group, value: Any) -> list[Any]:
+    """Return the members' values in rank order, arrays among them, which the package itself does not send so."""
+    texts = group.all_gather_object(base64.b64encode(pickle.dumps(value)).decode())
+    return [pickle.loads(base64.b64decode(text)) for text in texts]
 
 
 @contextmanager

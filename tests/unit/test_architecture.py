@@ -15,6 +15,8 @@ REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "parallel_core"
 
 LAYERS: dict[str, int] = {
+    "files": 0,
+    "records": 1,
     "errors": 0,
     "environment": 0,
     "layout": 1,
@@ -49,6 +51,8 @@ WINGS = ("launch", "report", "compat", "parallel_state", "mindspeed_compat")
 SHARED_BY_WINGS = {("parallel_state", "compat"), ("mindspeed_compat", "compat")}
 
 PURE = (
+    "files",
+    "records",
     "errors",
     "environment",
     "layout",

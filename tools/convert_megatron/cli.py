@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from parallel_core.checkpoint import TensorSource, find_checkpoint, open_checkpoint
@@ -90,7 +91,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(path: Path, allow_inert: Sequence[str], step: int | None = None) -> TensorSource:
-    found = find_checkpoint(path, step, report=lambda note: print(note, file=sys.stderr))
+    report = partial(print, file=sys.stderr)
+    found = find_checkpoint(path, step, report=report, allow_inert=allow_inert)
     return open_checkpoint(found, tuple(allow_inert))
 
 

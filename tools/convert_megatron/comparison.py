@@ -98,7 +98,8 @@ def _compare_one(first: TensorSource, second: TensorSource, key: str, result: Co
         result.different.append(f"{key}: {infos[0].dtype} and {infos[1].dtype}")
         return
     vocabulary = key.partition("@")[0] in VOCABULARY_TENSORS
-    repadded = vocabulary and infos[0].shape[1:] == infos[1].shape[1:] and infos[0].shape != infos[1].shape
+    same_rows = all(len(info.shape) > 1 for info in infos) and infos[0].shape[1:] == infos[1].shape[1:]
+    repadded = vocabulary and same_rows and infos[0].shape != infos[1].shape
     if infos[0].shape != infos[1].shape and not repadded:
         result.different.append(f"{key}: shape {list(infos[0].shape)} and {list(infos[1].shape)}")
         return

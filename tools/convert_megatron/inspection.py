@@ -10,7 +10,7 @@ from parallel_core.checkpoint import TensorSource, verify
 from parallel_core.checkpoint.megatron.export import Export, Target
 from parallel_core.checkpoint.native import is_native
 from parallel_core.checkpoint.safetensors_file import StreamTensor
-from parallel_core.errors import CheckpointError
+from parallel_core.errors import ParallelCoreError, printable
 
 
 def describe(source: TensorSource) -> str:
@@ -29,7 +29,7 @@ def describe(source: TensorSource) -> str:
     if is_native(Path(source.path)):
         problems = verify(source.path)
         lines.append("checksums     " + ("; ".join(problems) if problems else "intact"))
-    return "\n".join(lines)
+    return "\n".join(printable(line) if not line.startswith("to megatron") else line for line in lines)
 
 
 def _optimizer_form(source: TensorSource) -> str:
@@ -59,6 +59,6 @@ def _tensors(source: TensorSource) -> list[str]:
 def _to_megatron(source: TensorSource) -> str:
     try:
         Export(source, Target())
-    except CheckpointError as error:
+    except ParallelCoreError as error:
         return f"no: {error}"
     return "everything (random number generator states are not carried over: load with --no-load-rng)"

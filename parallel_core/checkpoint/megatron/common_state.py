@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from parallel_core.checkpoint.megatron.safe_pickle import Inert, Symbol, TorchTensor
 from parallel_core.config.megatron_model import refused_by, settings_of_megatron
 from parallel_core.errors import CheckpointError, ConfigError
+from parallel_core.records import Record
 
 _SCHEDULER_ALIASES = {
     "start_lr": "max_lr",
@@ -33,6 +35,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
     if isinstance(value, SimpleNamespace):
         return plain(vars(value))
     if isinstance(value, np.ndarray):
@@ -49,9 +53,20 @@ def plain(value: Any) -> Any:
 def scalar(value: Any) -> float | int | None:
     """Return a number that may be stored as a tensor without dims."""
     if isinstance(value, TorchTensor):
+        if math.prod(value.shape) != 1:
+            return None
         number: float | int = value.blob.read().reshape(-1)[0].item()
         return number
     return value if isinstance(value, (int, float)) else None
+
+
+def step_of(value: Any, where: str) -> int:
+    """Return Adam's step count from a number that may be stored as a float.
+
+    Raises:
+        CheckpointError: it is no count.
+    """
+    return int(Record({"step": value}, where, CheckpointError).number("step", minimum=0))
 
 
 def model_config_of(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +125,9 @@ def common_of(state: Mapping[str, Any], args: Mapping[str, Any], iteration: int)
         },
     }
     if isinstance(schedule, Mapping):
-        common["opt_param_scheduler"] = {_SCHEDULER_ALIASES.get(k, k): plain(v) for k, v in schedule.items()}
+        common["opt_param_scheduler"] = {
+            _SCHEDULER_ALIASES.get(key, key): plain(value) for key, value in schedule.items() if value is not None
+        }
     rng = state.get("rng_state") or [state]
     if isinstance(rng, list) and rng and isinstance(rng[0], Mapping) and "random_rng_state" in rng[0]:
         common["rng"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +12,10 @@ from typing import Any
 from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.megatron.safe_pickle import Inert, TorchTensor, safe_loads
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
-from parallel_core.checkpoint.source import Blob, LazyBlob
+from parallel_core.checkpoint.source import Blob, LazyBlob, check_shape
 from parallel_core.errors import CheckpointError
+from parallel_core.files import read_regular
+from parallel_core.records import show
 
 MAX_METADATA_BYTES = 2 << 30
 
@@ -49,19 +52,23 @@ class DistributedCheckpoint:
         self._allow_inert = tuple(allow_inert)
         file = path / ".metadata"
         try:
-            if file.stat().st_size > MAX_METADATA_BYTES:
-                raise CheckpointError(f"{file} has {file.stat().st_size} bytes")
-            metadata = safe_loads(file.read_bytes(), str(file), allow_inert=self._allow_inert)
+            metadata = safe_loads(read_regular(file, MAX_METADATA_BYTES), str(file), allow_inert=self._allow_inert)
         except OSError as error:
             raise CheckpointError(f"{file} is missing or unreadable ({error.strerror})") from None
         self.tensors: dict[str, StoredTensor] = {}
         self._places: dict[tuple[str, tuple[int, ...] | None], tuple[Path, int, int]] = {}
+        self._sizes: dict[str, int] = {}
         self._read = lru_cache(maxsize=4096)(self._read_zip)
         try:
             self.original_shapes = _original_shapes(metadata)
             for index, info in metadata.storage_data.items():
-                self._places[index.fqn, _dims(getattr(index, "offset", None))] = self._place(index.fqn, info)
+                key = index.fqn, _dims(getattr(index, "offset", None))
+                if key in self._places:
+                    raise CheckpointError(f"{file} is damaged: the place of {show(key)} is there twice")
+                self._places[key] = self._place(index.fqn, info)
             for key, entry in metadata.state_dict_metadata.items():
+                if not isinstance(key, str):
+                    raise CheckpointError(f"{file} is damaged: {show(key)} cannot be a tensor's name")
                 if entry.class_name.endswith(".TensorStorageMetadata"):
                     self.tensors[key] = self._tensor(key, entry)
         except (AttributeError, TypeError, KeyError, ValueError, IndexError) as error:
@@ -85,25 +92,40 @@ class DistributedCheckpoint:
 
     def _place(self, key: str, info: Inert) -> tuple[Path, int, int]:
         name, offset, length = info.relative_path, info.offset, info.length  # type: ignore[attr-defined]
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{self.path / '.metadata'} names a file outside its directory: {name!r}")
+        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{self.path / '.metadata'} names a file outside its directory: {show(name)}")
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(f"{self.path}: {key} is stored compressed or encrypted, which cannot be read")
-        return self.path / name, int(offset), int(length)
+        if not all(type(n) is int and n >= 0 for n in (offset, length)):
+            raise CheckpointError(f"{self.path / '.metadata'} is damaged: {key} is at {show((offset, length))}")
+        size = self._sizes.get(name)
+        if size is None:
+            try:
+                size = self._sizes[name] = (self.path / name).stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{self.path / name} is missing or unreadable ({error.strerror})") from None
+        if offset + length > size:
+            raise CheckpointError(f"{self.path / name} is truncated: {size} bytes, a part at {offset} needs {length}")
+        return self.path / name, offset, length
 
     def _tensor(self, key: str, entry: Any) -> StoredTensor:
         shape = _dims(entry.size) or ()
         dtype = _dtype(entry.properties)
+        check_shape(key, shape, str(self.path))
         chunks = []
         for chunk in entry.chunks:
             offsets, sizes = _dims(chunk.offsets) or (), _dims(chunk.sizes) or ()
-            if len(offsets) != len(shape) or any(o + n > size for o, n, size in zip(offsets, sizes, shape)):
+            same_dims = len(offsets) == len(sizes) == len(shape)
+            if not same_dims or any(o + n > size for o, n, size in zip(offsets, sizes, shape)):
                 raise CheckpointError(f"{self.path}: a chunk of {key} at {offsets} does not fit shape {list(shape)}")
             place = self._places.get((key, offsets))
             if place is None and len(entry.chunks) == 1:
                 place = self._places.get((key, None))
             if place is None:
                 raise CheckpointError(f"{self.path}: the chunk of {key} at {list(offsets)} is in no file")
+            # The memory of a tensor is reserved before it is read: no chunk may promise more than its place holds.
+            if math.prod(sizes) * storage_dtype(dtype).itemsize > place[2]:
+                raise CheckpointError(f"{self.path}: a chunk of {key} of shape {list(sizes)} is in {place[2]} bytes")
             chunks.append(StoredChunk(offsets, sizes, self._lazy(key, place, sizes, dtype)))
         return StoredTensor(key, shape, dtype, tuple(chunks))
 
@@ -115,6 +137,10 @@ class DistributedCheckpoint:
             return tensor.blob if tensor.shape == sizes else tensor.blob.reshape(sizes)
 
         return LazyBlob(resolve, sizes, dtype)
+
+    def zips(self) -> list[tuple[Path, int, int]]:
+        """Return where every stored zip is: (file, first byte, bytes)."""
+        return sorted(set(self._places.values()))
 
     def _read_zip(self, path: Path, offset: int, length: int) -> Any:
         return load_torch_zip(path, offset, length, self._allow_inert)

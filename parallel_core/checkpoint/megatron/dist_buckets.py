@@ -21,10 +21,11 @@ from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.megatron.torch_optimizer import shared_embeddings
 from parallel_core.checkpoint.source import Piece, TensorInfo
 from parallel_core.errors import CheckpointError
+from parallel_core.records import Record, show
 
-_GROUP = r"optimizer\.distributed\.dp_group_idx_(\d+)"
+_GROUP = r"optimizer\.distributed\.dp_group_idx_(\d{1,6})"
 BUCKET_KEY = re.compile(
-    r"(?:chained_0\.)?" + _GROUP + r"\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d+)"
+    r"(?:chained_0\.)?" + _GROUP + r"\.gbuf_idx_(\d{1,6})\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d{1,6})"
     r"\.(param|exp_avg|exp_avg_sq)"
 )
 _GATHERED_KEY = re.compile(r"(?:chained_0\.)?" + _GROUP + r"\.param_state/shard_0_1")
@@ -50,6 +51,8 @@ class ChunkLayouts:
         self.stages = stages_of(args)
         self._args = args
         self._shared = shared_embeddings(args)
+        if WORD_EMBEDDINGS not in self.infos:
+            raise CheckpointError(f"there is no {WORD_EMBEDDINGS} among the parameters")
         if self._shared and OUTPUT_LAYER not in self.infos:  # tied: the last stage's copy is a parameter there
             self.infos[OUTPUT_LAYER] = self.infos[WORD_EMBEDDINGS]
 
@@ -57,6 +60,8 @@ class ChunkLayouts:
         """Return the shape of a parameter on one tensor parallel rank."""
         shape = list(self.infos[name].shape)
         dim = tensor_parallel_dim(name)
+        if dim is not None and dim >= len(shape):
+            raise CheckpointError(f"{name} of shape {shape} has no dim {dim} to be cut along")
         if dim is not None:
             shape[dim] //= self.tp_size
         return tuple(shape)
@@ -106,8 +111,9 @@ def read_buckets(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo],
     for key in stored.objects():
         if _GROUP_OBJECT.fullmatch(key):
             value = stored.object(key)
-            groups = value.get("param_groups", []) if isinstance(value, Mapping) else []
-            state.step = next((scalar(group["step"]) for group in groups if "step" in group), state.step)
+            inner = Record(value, f"{stored.path}: {key}", CheckpointError)
+            groups = inner.records("param_groups") if "param_groups" in inner.values else []
+            state.step = next((scalar(g.values["step"]) for g in groups if "step" in g.values), state.step)
             state.loss_scaler = loss_scaler_of(value)
             break
     return state
@@ -122,11 +128,11 @@ def _add_bucket(
     tp: int,
     kind: str,
 ) -> None:
-    if bucket >= len(layout.bucket_numel) or tensor.shape[0] < layout.bucket_numel[bucket]:
-        expected = layout.bucket_numel[bucket] if bucket < len(layout.bucket_numel) else 0
+    expected = layout.bucket_numel[bucket] if bucket < len(layout.bucket_numel) else None
+    if expected is None or len(tensor.shape) != 1 or tensor.shape[0] < expected:
         raise CheckpointError(
-            f"{tensor.key} has {tensor.shape[0]} elements; by the checkpoint's arguments the bucket should have "
-            f"{expected}, so the parameters in it cannot be located"
+            f"{tensor.key} has shape {list(tensor.shape)}; by the checkpoint's arguments the bucket should have "
+            f"{expected or 0} elements, so the parameters in it cannot be located"
         )
     for place in layout.parameters:
         if place.bucket != bucket:
@@ -154,12 +160,14 @@ def read_gathered(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo]
     collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")))
     for match, key in keys:
         pp, tp = divmod(int(match[1]), layouts.tp_size)
-        content = stored.object(key)
+        content = Record(stored.object(key), f"{stored.path}: {key}", CheckpointError)
         for chunk in range(layouts.stages.num_chunks if pp < layouts.stages.num_ranks else 0):
-            for (dtype, _), buffer in content[chunk].items():
+            for dtypes, inner in content.inner(str(chunk), content.values.get(chunk)).values.items():
+                buffer = content.inner(f"{chunk}: {show(dtypes)}", inner).values
+                dtype = dtypes[0] if isinstance(dtypes, tuple) and dtypes else dtypes
                 layout = layouts.layout(pp, chunk, str(dtype).removeprefix("torch."))
                 for kind in ("param", "exp_avg", "exp_avg_sq"):
-                    _add_gathered(collector, layouts, layout, buffer[kind], kind, tp, key)
+                    _add_gathered(collector, layouts, layout, buffer.get(kind), kind, tp, key)
     state.tensors = _without_tied_copy(collector, infos)
     return state
 

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from parallel_core.checkpoint.megatron.common_state import common_of, loss_scaler_of, plain, refuse_unsupported, scalar
+from parallel_core.checkpoint.common import MAX_LAYERS, checked_args
+from parallel_core.checkpoint.megatron.common_state import (
+    common_of,
+    loss_scaler_of,
+    plain,
+    refuse_unsupported,
+    scalar,
+    step_of,
+)
 from parallel_core.checkpoint.megatron.dcp import DistributedCheckpoint, StoredTensor
 from parallel_core.checkpoint.megatron.dist_buckets import BUCKET_KEY, read_buckets, read_gathered
 from parallel_core.checkpoint.megatron.names import canonical_name, is_ignored
@@ -16,6 +24,7 @@ from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.source import Piece, PieceSource, TensorInfo
 from parallel_core.errors import CheckpointError
 from parallel_core.layout.shard import TensorShard
+from parallel_core.records import Record
 
 _STATE_KEY = re.compile(r"(?:chained_0\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
@@ -40,7 +49,7 @@ class MegatronDistCheckpoint(PieceSource):
         path = Path(path)
         stored = DistributedCheckpoint(path, allow_inert)
         state = _common_state(path, stored, tuple(allow_inert))
-        args = plain(state["args"])
+        args = checked_args(plain(state["args"]), str(path))
         refuse_unsupported(args, str(path))
         tensors = _model_tensors(path, stored)
         float32 = {name for name, (info, _) in tensors.items() if info.dtype == "float32"}
@@ -59,9 +68,10 @@ class MegatronDistCheckpoint(PieceSource):
                 raise CheckpointError(f"{path}: optimizer state of {name}, but no such parameter")
             if not (kind == "master" and name in float32):  # a float32 weight is its own master
                 tensors[key] = value
-        common = common_of(state, args, int(state.get("iteration") or 0))
+        facts = Record(state, str(path), CheckpointError)
+        common = common_of(state, args, facts.integer("iteration", 0))
         if step is not None:
-            common["adam_step"] = int(step)
+            common["adam_step"] = step_of(step, str(path))
         scaler = loss_scaler_of(state.get("optimizer")) or buckets.loss_scaler
         if scaler is not None:
             common["loss_scaler"] = scaler
@@ -123,6 +133,8 @@ def _add(tensors: Tensors, where: str, suffix: str, key: str, tensor: StoredTens
     if not stacked:
         tensors[name + suffix] = (TensorInfo(shape, tensor.dtype), pieces)
         return
+    if not shape or shape[0] > MAX_LAYERS:
+        raise CheckpointError(f"{where}: {key} of shape {list(shape)} is no stack of up to {MAX_LAYERS} layers")
     rest = name.removeprefix("decoder.layers.0.")
     for layer in range(shape[0]):
         tensors[f"decoder.layers.{layer}.{rest}{suffix}"] = (TensorInfo(shape[1:], tensor.dtype), [])
@@ -139,6 +151,8 @@ def _unflattened(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> li
     Worked example: shape (4, 32, 32) cut in two along the last axis is stored as (4, 1, 2, 512); the entry at
     (layer, 0, 1) holds rows of columns 16 to 32, one after another.
     """
+    if not tensor.shape:
+        raise CheckpointError(f"{where}: {tensor.key} without dims does not unfold to {list(shape)}")
     grid = tensor.shape[:-1]
     fits = len(grid) == len(shape) and all(count > 0 and n % count == 0 for n, count in zip(shape, grid))
     block = tuple(n // count for n, count in zip(shape, grid)) if fits else ()
@@ -165,7 +179,8 @@ def _step_of(optimizer: Any) -> float | int | None:
         return None
     if "step" in optimizer:
         return scalar(optimizer["step"])
-    for group in optimizer.get("param_groups") or []:
+    groups = optimizer.get("param_groups")
+    for group in groups if isinstance(groups, (list, tuple)) else []:
         if isinstance(group, Mapping) and "step" in group:
             return scalar(group["step"])
     return _step_of(optimizer.get("optimizer")) if "optimizer" in optimizer else _step_in_state(optimizer)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel_core.checkpoint.common import checked_args
 from parallel_core.checkpoint.loading import VOCABULARY_TENSORS, read_shard
 from parallel_core.checkpoint.megatron.common_state import refuse_unsupported
 from parallel_core.checkpoint.megatron.dist_buckets import ChunkLayouts
@@ -108,6 +109,12 @@ class Export:
             raise CheckpointError(
                 f"{source.path}: {len(foreign)} tensors Megatron does not have:\n{bullet_list(foreign)}"
             )
+        if WORD_EMBEDDINGS not in names:
+            raise CheckpointError(f"{source.path} holds no {WORD_EMBEDDINGS}")
+        for name in {*VOCABULARY_TENSORS} & {*names}:
+            if len(source.info(name).shape) != 2:
+                shape = list(source.info(name).shape)
+                raise CheckpointError(f"{source.path}: {name} of shape {shape} is no matrix of rows and hidden size")
         self.has_optimizer = target.with_optimizer and _has_optimizer(source, names)
         self.args = _target_args(source.common, target, {name: source.info(name) for name in names})
         refuse_unsupported(self.args, str(source.path))
@@ -184,7 +191,8 @@ class Export:
         if self.params_dtype != "float16" or not scaler or "scale" not in scaler:
             return None
         scale = StreamTensor.of(np.array([scaler["scale"]], np.float32), "float32")
-        return {**{key: int(value) for key, value in scaler.items() if key != "scale"}, "scale": scale}
+        trackers = ("growth_tracker", "hysteresis_tracker")
+        return {**{key: int(scaler[key]) for key in trackers if key in scaler}, "scale": scale}
 
     def param_group(self, decays: bool) -> dict[str, Any]:
         """Return a torch parameter group, without its parameters."""
@@ -251,7 +259,7 @@ def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, 
             "the checkpoint's `model_config` lacks num_layers or num_attention_heads; without them no "
             "Megatron checkpoint can be written"
         )
-    args = {**_TRAINING_DEFAULTS, **_known(common.get("config")), **saved}
+    args = {**_TRAINING_DEFAULTS, **checked_args(_known(common.get("config")), "the saved configuration"), **saved}
     try:
         words = megatron_arguments(model)
     except ConfigError as error:
@@ -316,6 +324,8 @@ def _padded_vocab(args: Mapping[str, Any], common: Mapping[str, Any], stored: in
                 "not divide, and its true size is not known"
             )
         return stored
+    if true_size > stored:
+        raise CheckpointError(f"the vocabulary has {stored} rows, its saved vocab_size={true_size} does not fit")
     return padded_vocab_size(int(true_size), int(args["make_vocab_size_divisible_by"] or 1), tp)
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-LAYER_PATTERN = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+LAYER_PATTERN = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 QKV = "self_attention.linear_qkv"
@@ -111,7 +111,7 @@ def _canonical_legacy(rest: str) -> str | None:
     final = re.fullmatch(r"final_(?:layer)?norm\.(weight|bias)", rest)
     if final:
         return f"decoder.final_layernorm.{final[1]}"
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", rest)
+    match = re.fullmatch(r"layers\.(\d{1,6})\.(.+)\.(weight|bias)", rest)
     if match is None or match[2] not in _LEGACY_LAYER:
         return None
     return f"decoder.layers.{match[1]}.{_LEGACY_LAYER[match[2]]}.{match[3]}"

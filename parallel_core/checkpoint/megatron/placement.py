@@ -11,6 +11,7 @@ from parallel_core.checkpoint.source import Piece, Readable, TensorInfo
 from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.layout.shard import Range, TensorShard
 from parallel_core.layout.stages import StageLayout, decoder_layers, parse_layout, stage_layout
+from parallel_core.records import Record
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def stages_of(args: Mapping[str, Any]) -> StageLayout:
             bool(args.get("account_for_loss_in_pipeline_split")),
             bool(args.get("standalone_embedding_stage")),
         )
-        return stage_layout(int(args["num_layers"]), split)
+        return stage_layout(Record(args, "the checkpoint's `args`", CheckpointError).integer("num_layers"), split)
     except ConfigError as error:
         told = f"pipeline_model_parallel_layout={text!r} " if text is not None else ""
         raise CheckpointError(f"the checkpoint's arguments: {told}{error}") from None
@@ -134,6 +135,8 @@ class Collector:
         dim = tensor_parallel_dim(name)
         if dim is None or self._tp_size == 1:
             return TensorShard.full(name, local_shape, dtype)
+        if dim >= len(local_shape):
+            raise CheckpointError(f"{self._where}: {key} of shape {list(local_shape)} has no dim {dim} to be cut along")
         shape = list(local_shape)
         shape[dim] *= self._tp_size
         return TensorShard.split(name, shape, dtype, dim, tp, self._tp_size, num_stacked_parts(name, self._gated))

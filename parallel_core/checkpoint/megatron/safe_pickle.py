@@ -10,7 +10,7 @@ import collections
 import io
 import math
 import pickle
-import pickletools
+import shlex
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from parallel_core.checkpoint.megatron.pickle_opcodes import MAX_KEY_NODES, check_opcodes
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError
+from parallel_core.records import show
 
 STORAGE_DTYPES = {
     "BFloat16Storage": "bfloat16",
@@ -53,15 +55,14 @@ INERT_CLASSES = frozenset(
     + [f"{_DCP}.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")]
     + [f"{_DCP}.planner.{name}" for name in _PLANNER]
 )
-_FORBIDDEN_OPCODES = frozenset(
-    ["EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"]
-)
-
-MAX_DEPTH = 200
-
+NODES_PER_BYTE = 50
+"""Values that a pickle may describe per byte, shared ones counted each time: what reads them may visit them all."""
 
 class Symbol(str):
     """The name of something torch has, such as `torch.bfloat16`; compares and prints as that name."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"a state for {self!r}")
 
 
 @dataclass
@@ -102,19 +103,16 @@ class Inert:
         self.args = args
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update((str(name), value) for name, value in state.items())
-        else:
+        if not isinstance(state, dict):
             self.state = state
+        elif all(isinstance(name, str) for name in state):
+            self.__dict__.update(state)
+        else:
+            raise pickle.UnpicklingError(f"a state of {self!r} whose names are no text")
 
-    def __hash__(self) -> int:
-        return hash(repr(sorted(self.__dict__.items(), key=lambda item: item[0])))
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.__dict__ == other.__dict__
-
+    # Equality and hash are identity, and the text is short: the content may be shared so that to visit it never ends.
     def __repr__(self) -> str:
-        return f"<{self.class_name} {self.__dict__}>"
+        return f"<{self.class_name}>"
 
 
 def _inert_class(name: str) -> type[Inert]:
@@ -130,9 +128,11 @@ class _ArrayShell:
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        if not isinstance(dtype, _DtypeShell) or not isinstance(raw, bytes) or not _natural(*shape):
+            raise pickle.UnpicklingError("a NumPy array of something else than numbers")
         kind = np.dtype(dtype.name)
-        if math.prod(shape) * kind.itemsize != len(raw) or any(n < 0 for n in shape):
-            raise pickle.UnpicklingError(f"NumPy array of shape {shape} and dtype {kind} with {len(raw)} bytes")
+        if math.prod(shape) * kind.itemsize != len(raw):
+            raise pickle.UnpicklingError(f"NumPy array of shape {show(shape)} and dtype {kind} with {len(raw)} bytes")
         self.value = np.frombuffer(raw, kind).reshape(shape, order="F" if fortran else "C")
 
 
@@ -143,7 +143,7 @@ class _DtypeShell:
 
     def __post_init__(self) -> None:
         if self.name not in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1"):
-            raise pickle.UnpicklingError(f"NumPy dtype {self.name!r}")
+            raise pickle.UnpicklingError(f"NumPy dtype {show(self.name)}")
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] == ">":
@@ -152,7 +152,7 @@ class _DtypeShell:
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+        raise pickle.UnpicklingError(f"bytes encoded as {show(encoding)}")
     return text.encode("latin1")
 
 
@@ -163,17 +163,19 @@ def _natural(*numbers: Any) -> bool:
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -> TorchTensor:
     size, stride = tuple(size), tuple(stride)
     if not isinstance(storage, Storage) or not _natural(offset, *size, *stride) or len(size) != len(stride):
-        raise pickle.UnpicklingError(f"a tensor of shape {size}, stride {stride}, offset {offset}")
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {show(size)}, stride {show(stride)}, offset {show(offset)}"
+        )
     count = math.prod(size)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride)) if count else offset - 1
     if last >= storage.numel or count > storage.numel:
-        raise pickle.UnpicklingError(f"a tensor of shape {list(size)} in a storage of {storage.numel} elements")
+        raise pickle.UnpicklingError(f"a tensor of shape {show(size)} in a storage of {storage.numel} elements")
     blob = storage.blob
     return TorchTensor(Blob(blob.path, blob.offset + offset * blob.itemsize, blob.dtype, size, stride))
 
 
 def _rebuild_typed(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    if function not in (_rebuild_tensor, _rebuild_parameter):
+    if not isinstance(function, _Function) or function.run not in (_rebuild_tensor, _rebuild_parameter):
         raise pickle.UnpicklingError("_rebuild_from_type_v2 of something that is not a tensor")
     return function(*args)
 
@@ -192,11 +194,46 @@ class _BytesShell:
     value = b""
 
     def __setstate__(self, state: Any) -> None:
-        self.value = state[0] if isinstance(state, tuple) and state else b""
+        if not isinstance(state, tuple) or not state or not isinstance(state[0], bytes):
+            raise pickle.UnpicklingError("an io.BytesIO that holds no bytes")
+        self.value = state[0]
+
+
+def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(key, (str, int)) for key, _ in pairs):
+        raise pickle.UnpicklingError("an OrderedDict of something else than names and values")
+    return collections.OrderedDict(pairs)
+
+
+def _size(dims: Any = ()) -> tuple[int, ...]:
+    if not _natural(*dims):
+        raise pickle.UnpicklingError(f"a torch.Size of {show(dims)}")
+    return tuple(dims)
+
+
+def _layout(name: Any) -> Symbol:
+    if not isinstance(name, str):
+        raise pickle.UnpicklingError(f"a torch.layout called {show(name)}")
+    return Symbol(name)
+
+
+class _Function:
+    """A function of this module as a pickle sees it: it may be called, and its attributes are out of reach."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function")
 
 
 _CALLABLES: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
+    "collections.OrderedDict": _ordered_dict,
     "argparse.Namespace": types.SimpleNamespace,
     "types.SimpleNamespace": types.SimpleNamespace,
     "_codecs.encode": _latin1_bytes,
@@ -205,9 +242,9 @@ _CALLABLES: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_typed,
-    "torch.Size": lambda dims=(): tuple(dims),
+    "torch.Size": _size,
     "torch.device": lambda *args: Symbol("torch.device"),
-    "torch.serialization._get_layout": lambda name: Symbol(name),
+    "torch.serialization._get_layout": _layout,
     "numpy.core.multiarray._reconstruct": lambda *args: _ArrayShell(),
     "numpy._core.multiarray._reconstruct": lambda *args: _ArrayShell(),
     "numpy.ndarray": Symbol("numpy.ndarray"),
@@ -229,7 +266,8 @@ class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full in _CALLABLES:
-            return _CALLABLES[full]
+            known = _CALLABLES[full]
+            return _Function(known) if isinstance(known, types.FunctionType) else known
         if full in self._inert:
             return self._inert[full]
         if module == "torch" and name in STORAGE_DTYPES:
@@ -239,14 +277,16 @@ class _SafeUnpickler(pickle.Unpickler):
         if module == "torch" and name in _TORCH_SYMBOLS:
             return Symbol(full)
         raise CheckpointError(
-            f"{self._where} refers to {full!r}, which is not among the classes a checkpoint may contain; nothing was "
-            f"run. If you trust the file's origin and {full} only holds data, --allow-inert {full} reads it as data"
+            f"{self._where} refers to {full[:200]!r}, which is not among the classes a checkpoint may contain; nothing "
+            f"was run. If you trust the file's origin and {full[:200]} only holds data, --allow-inert "
+            f"{shlex.quote(full[:200])} reads it as data"
         )
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, storage_class, key, _, numel = pid
-        if kind != "storage" or storage_class not in STORAGE_DTYPES or not isinstance(key, str) or not _natural(numel):
-            raise pickle.UnpicklingError(f"a storage reference {pid!r:.100}")
+        words = all(isinstance(word, str) for word in (kind, storage_class, key))
+        if not words or kind != "storage" or storage_class not in STORAGE_DTYPES or not _natural(numel):
+            raise pickle.UnpicklingError(f"a storage reference {show(pid)}")
         return self._storage(STORAGE_DTYPES[storage_class], key, numel)
 
 
@@ -272,9 +312,9 @@ def safe_loads(
         raise pickle.UnpicklingError("a tensor where none belongs")
 
     try:
-        _check_opcodes(data)
+        check_opcodes(data)
         value = _SafeUnpickler(data, where, storage or no_storage, allow_inert).load()
-        return _settle(value)
+        return _Settler(NODES_PER_BYTE * len(data) + 10_000).settle(value)
     except CheckpointError:
         raise
     except RecursionError:
@@ -283,65 +323,60 @@ def safe_loads(
         raise CheckpointError(f"{where}: the pickle cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _check_opcodes(data: bytes) -> None:
-    """Refuse, before anything is built, what would make the C unpickler or Python itself misbehave.
+class _Settler:
+    """Replaces the shells that rebuild arrays and byte streams by what they hold, and counts what there is.
 
-    Those are instructions torch never writes, memo numbers that allocate without limit, and nesting so deep that
-    hashing the result would overflow the C stack. Depths follow the stack as `pickletools` describes it.
+    Every object is visited once. What is shared is counted each time, as whatever reads the result will meet it; a
+    value inside itself is refused.
     """
-    stack: list[int | None] = []  # depth of each value; None is a mark
-    memo: dict[int, int] = {}
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in _FORBIDDEN_OPCODES:
-            raise pickle.UnpicklingError(f"instruction {name}")
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(memo) if name == "MEMOIZE" else int(argument or 0)
-            if number > len(data):
-                raise pickle.UnpicklingError(f"memo number {number}")
-            memo[number] = stack[-1] or 0
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument or 0)])
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif opcode.stack_before or opcode.stack_after:
-            _follow(opcode, stack)
 
+    def __init__(self, max_nodes: int) -> None:
+        self._max_nodes = max_nodes
+        self._done: dict[int, tuple[Any, int, Any]] = {}  # by id: settled, nodes, and the object, which keeps its id
 
-def _follow(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
-    """Do to the stack of depths what an instruction does to the stack of values."""
-    if opcode.name == "MARK":
-        stack.append(None)
-        return
-    taken: list[int] = []
-    if pickletools.markobject in opcode.stack_before:
-        while (depth := stack.pop()) is not None:
-            taken.append(depth)
-        above = 0 if opcode.stack_before[0] is pickletools.markobject else 1
-    else:
-        taken = [stack.pop() or 0 for _ in opcode.stack_before]
-        above = 1 if opcode.name in ("APPEND", "SETITEM") else 0
-        if above:
-            stack.append(taken.pop())
-    inner = max(taken, default=-1) + 1
-    if above:  # something is put into a container, which stays where it is
-        inner = max(inner, stack.pop() or 0)
-    if inner > MAX_DEPTH:
-        raise pickle.UnpicklingError(f"values nested more than {MAX_DEPTH} deep")
-    stack.extend(inner for _ in opcode.stack_after)
+    def settle(self, value: Any) -> Any:
+        """Return `value` with all shells replaced."""
+        return self._visit(value)[0]
 
+    def _visit(self, value: Any) -> tuple[Any, int]:
+        if value is None or isinstance(value, (bool, float, Symbol)):
+            return value, 1
+        if isinstance(value, int):
+            if value.bit_length() > 128:
+                raise pickle.UnpicklingError(show(value))
+            return value, 1
+        if isinstance(value, (str, bytes)):
+            return value, 1 + len(value) // 16
+        known = self._done.get(id(value))
+        if known is None:
+            self._done[id(value)] = (None, self._max_nodes, value)  # while its parts are visited
+            settled, nodes = self._inside(value)
+            known = self._done[id(value)] = (settled, nodes, value)
+        if known[1] >= self._max_nodes:
+            raise pickle.UnpicklingError("values that are shared so often that together they are too many")
+        return known[0], known[1]
 
-def _settle(value: Any) -> Any:
-    """Replace the shells that rebuild arrays and byte streams by what they hold."""
-    if isinstance(value, (_ArrayShell, _BytesShell)):
-        return value.value
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _settle(value[key])
-    elif isinstance(value, types.SimpleNamespace):
-        _settle(vars(value))
-    elif isinstance(value, list):
-        value[:] = [_settle(item) for item in value]
-    elif type(value) is tuple:
-        return tuple(_settle(item) for item in value)
-    return value
+    def _inside(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, (_ArrayShell, _BytesShell)):
+            return self._visit(value.value)
+        if isinstance(value, np.ndarray):
+            return value, 1 + value.size
+        if isinstance(value, (types.SimpleNamespace, Inert)):
+            return value, self._fill(vars(value))
+        if isinstance(value, dict):
+            return value, self._fill(value)
+        if isinstance(value, (list, tuple)):
+            parts = [self._visit(item) for item in value]
+            settled = [part for part, _ in parts]
+            if isinstance(value, list):
+                value[:] = settled
+            return value if isinstance(value, list) else tuple(settled), 1 + sum(nodes for _, nodes in parts)
+        return value, MAX_KEY_NODES if isinstance(value, (set, frozenset)) else 1
+
+    def _fill(self, mapping: dict[Any, Any]) -> int:
+        """Settle the values of a mapping in place and return its nodes."""
+        total = 1
+        for key, item in mapping.items():
+            mapping[key], nodes = self._visit(item)
+            total += nodes + self._visit(key)[1]
+        return total

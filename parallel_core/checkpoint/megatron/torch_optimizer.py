@@ -15,6 +15,7 @@ from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError
 from parallel_core.layout.shard import has_weight_decay
+from parallel_core.records import Record, show
 
 if TYPE_CHECKING:
     from parallel_core.checkpoint.megatron.torch_reader import Chunk
@@ -62,42 +63,46 @@ def read_optimizer(
         return OptimizerState()
     if not isinstance(optimizer, Mapping):
         raise CheckpointError(f"{directory}: several chained optimizers (a mixture of experts?) cannot be read")
-    inner = optimizer.get("optimizer", optimizer)
-    groups = inner.get("param_groups", [])
+    where = f"{directory}: its optimizer"
+    inner = Record(optimizer.get("optimizer", optimizer), where, CheckpointError)
+    groups = inner.records("param_groups") if "param_groups" in inner.values else []
     if (directory / "distrib_optim.pt").exists():
         return _read_distributed(directory / "distrib_optim.pt", chunks, args, groups, allow_inert)
-    if "state" not in inner:
+    if "state" not in inner.values:
         if args.get("use_distributed_optimizer"):
             raise CheckpointError(f"{directory / 'distrib_optim.pt'} is missing")
         return OptimizerState()
-    return _read_plain(directory, optimizer, inner, chunks, groups)
+    return _read_plain(directory, Record(optimizer, where, CheckpointError), inner.record("state"), chunks, groups)
 
 
 def _read_plain(
     directory: Path,
-    optimizer: Mapping[str, Any],
-    inner: Mapping[str, Any],
+    optimizer: Record,
+    state: Record,
     chunks: Sequence[Chunk],
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Record],
 ) -> OptimizerState:
     """Read torch's own optimizer state, whose indices run group by group."""
     result = OptimizerState()
     members = _members_of_groups(directory, chunks, groups)
-    masters = optimizer.get("fp32_from_fp16_params") or optimizer.get("fp32_from_fp16")
+    key = "fp32_from_fp16_params" if optimizer.values.get("fp32_from_fp16_params") else "fp32_from_fp16"
+    masters = [*optimizer.sequence(key)] if optimizer.values.get(key) else []
     for position, (group, names) in enumerate(zip(groups, members)):
-        for index, (chunk, name) in zip(group["params"], names):
-            shape, tensors = chunk.tensors[name].shape, inner["state"].get(index, {})
+        for index, (chunk, name) in zip(group.integers("params"), names):
+            shape, tensors = chunk.tensors[name].shape, state.inner(str(index), state.values.get(index, {})).values
             for kind in ("exp_avg", "exp_avg_sq"):
                 _append(result, directory, kind, chunk.global_name(name), tensors.get(kind), shape)
-            result.step = result.step if result.step is not None else scalar(tensors.get("step", group.get("step")))
+            step = tensors.get("step", group.values.get("step"))
+            result.step = result.step if result.step is not None else scalar(step)
         half = [(chunk, name) for chunk, name in names if chunk.tensors[name].dtype != "float32"]
         if half and masters:
-            if len(masters[position]) != len(half):
+            mine = masters[position] if position < len(masters) else None
+            if not isinstance(mine, (list, tuple)) or len(mine) != len(half):
                 raise CheckpointError(
-                    f"{directory}: group {position} has {len(masters[position])} fp32 masters for "
-                    f"{len(half)} parameters"
+                    f"{directory}: group {position} should have fp32 masters of {len(half)} parameters, found "
+                    f"{show(mine)}"
                 )
-            for (chunk, name), tensor in zip(half, masters[position]):
+            for (chunk, name), tensor in zip(half, mine):
                 _append(result, directory, "master", chunk.global_name(name), tensor, chunk.tensors[name].shape)
     return result
 
@@ -110,7 +115,7 @@ def _append(result: OptimizerState, where: Path, kind: str, name: str, tensor: A
 
 
 def _members_of_groups(
-    directory: Path, chunks: Sequence[Chunk], groups: Sequence[Mapping[str, Any]]
+    directory: Path, chunks: Sequence[Chunk], groups: Sequence[Record]
 ) -> list[list[tuple[Chunk, str]]]:
     """Return which parameters each group holds, in order.
 
@@ -118,22 +123,23 @@ def _members_of_groups(
     group comes first depends on which parameter the walk meets first, so groups are told apart by what they say.
     """
     walk = [(chunk, name) for chunk in chunks for name in chunk.tensors]
-    decoupled = any(group.get("is_decoupled_lr") for group in groups)
+    decoupled = any(group.values.get("is_decoupled_lr") for group in groups)
     members = []
     for group in groups:
-        decays = group["wd_mult"] != 0 if "wd_mult" in group else group.get("weight_decay", 1) != 0
+        decays = group.number("wd_mult", group.number("weight_decay", 1)) != 0
+        is_decoupled = bool(group.values.get("is_decoupled_lr"))
         members.append(
             [
                 (chunk, name)
                 for chunk, name in walk
                 if has_weight_decay(name, chunk.tensors[name].shape) == decays
-                and (not decoupled or bool(group.get("is_decoupled_lr")) == (name in (WORD_EMBEDDINGS, OUTPUT_LAYER)))
+                and (not decoupled or is_decoupled == (name in (WORD_EMBEDDINGS, OUTPUT_LAYER)))
             ]
         )
     for i, (group, names) in enumerate(zip(groups, members)):
-        if len(group.get("params", ())) != len(names):
+        if len(group.integers("params")) != len(names):
             raise CheckpointError(
-                f"{directory}: optimizer group {i} has {len(group.get('params', ()))} parameters, the model has "
+                f"{directory}: optimizer group {i} has {len(group.integers('params'))} parameters, the model has "
                 f"{len(names)} with that weight decay; the state cannot be assigned"
             )
     return members
@@ -143,7 +149,7 @@ def _read_distributed(
     file: Path,
     chunks: Sequence[Chunk],
     args: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Record],
     allow_inert: tuple[str, ...],
 ) -> OptimizerState:
     """Read the flat buffers of `distrib_optim.pt`."""
@@ -152,7 +158,7 @@ def _read_distributed(
         content = content[0]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file}: several chained optimizers (a mixture of experts?) cannot be read")
-    result = OptimizerState(step=next((scalar(g["step"]) for g in groups if "step" in g), None))
+    result = OptimizerState(step=next((scalar(g.values["step"]) for g in groups if "step" in g.values), None))
     for index, chunk in enumerate(chunks):
         add_flat_buffers(result, str(file), content.get(index), chunk, args)
     return result
@@ -171,12 +177,13 @@ def add_flat_buffers(result: OptimizerState, where: str, buffers: Any, chunk: Ch
     Raises:
         CheckpointError: the buffer has another length than the arguments give, or an unknown structure.
     """
-    if not isinstance(buffers, Mapping) or not all(isinstance(key, tuple) for key in buffers):
+    if not isinstance(buffers, Mapping) or not all(isinstance(key, tuple) and len(key) == 2 for key in buffers):
         raise CheckpointError(
             f"{where}: its buffers are in the form Megatron used before February 2024; load it there with "
             "--ckpt-convert-update-legacy-dist-opt-format and save it again"
         )
-    for (dtype, _), buffer in buffers.items():
+    for (dtype, _), content in buffers.items():
+        buffer = Record(content, f"{where}: the buffer of {show(dtype)}", CheckpointError).values
         tag = str(dtype).removeprefix("torch.")
         members = [(name, tensor) for name, tensor in chunk.tensors.items() if tensor.dtype == tag]
         flat = buffer.get("param")

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel_core.checkpoint.megatron.common_state import common_of, loss_scaler_of, plain, refuse_unsupported
+from parallel_core.checkpoint.common import checked_args
+from parallel_core.checkpoint.megatron.common_state import (
+    common_of,
+    loss_scaler_of,
+    plain,
+    refuse_unsupported,
+    step_of,
+)
 from parallel_core.checkpoint.megatron.names import (
     LAYER_PATTERN,
     OUTPUT_LAYER,
@@ -25,6 +32,7 @@ from parallel_core.checkpoint.megatron.torch_optimizer import OptimizerState, re
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.source import PieceSource
 from parallel_core.errors import CheckpointError
+from parallel_core.records import Record
 
 _RANK_DIR = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
@@ -79,7 +87,8 @@ class MegatronTorchCheckpoint(PieceSource):
         tied = not args.get("untie_embeddings_and_output_weights")
         tp_size = 1 + max(tp for tp, _ in states)
         collector = Collector(str(path), tp_size, gated)
-        version = float(first.get("checkpoint_version") or 0)
+        facts = Record(first, str(_model_file(rank_dir(path, 0, 0))), CheckpointError)
+        version = float(facts.number("checkpoint_version", 0, minimum=0))
         for chunk in chunks:
             _place_weights(collector, chunk, version, args, tied)
         for (tp, pp), state in states.items():
@@ -87,12 +96,12 @@ class MegatronTorchCheckpoint(PieceSource):
             optimizer = read_optimizer(rank_dir(path, tp, pp), state, mine, args, tuple(allow_inert))
             _place_optimizer(collector, tp, optimizer, version, args, tied)
             first.setdefault("_adam_step", optimizer.step)
-        iteration = int(first.get("iteration", first.get("total_iters", 0)) or 0)
+        iteration = facts.integer("iteration", facts.integer("total_iters", 0))
         if path.name == "release":
             iteration = 0
         common = common_of(first, args, iteration)
         if first["_adam_step"] is not None:
-            common["adam_step"] = int(first["_adam_step"])
+            common["adam_step"] = step_of(first["_adam_step"], facts.where)
         scaler = loss_scaler_of(first.get("optimizer"))
         if scaler is not None:
             common["loss_scaler"] = scaler
@@ -101,11 +110,9 @@ class MegatronTorchCheckpoint(PieceSource):
 
 
 def rank_dir(path: Path, tp: int, pp: int) -> Path:
-    """Return a rank's directory, whether its name has a pipeline part or not."""
-    for name in (f"mp_rank_{tp:02d}_{pp:03d}", f"mp_rank_{tp:02d}"):
-        if (path / name).is_dir():
-            return path / name
-    return path / f"mp_rank_{tp:02d}_{pp:03d}"
+    """Return a rank's directory; its name has no pipeline part where there is one stage."""
+    full, short = path / f"mp_rank_{tp:02d}_{pp:03d}", path / f"mp_rank_{tp:02d}"
+    return short if pp == 0 and short.is_dir() and not full.is_dir() else full
 
 
 def _model_file(directory: Path) -> Path:
@@ -128,7 +135,7 @@ def _read_ranks(
     rank0 = _load_state(_model_file(zero[0]), allow_inert)
     if "args" not in rank0:
         raise CheckpointError(f"{_model_file(zero[0])} holds no `args`: not a training checkpoint of Megatron-LM")
-    args = plain(rank0["args"])
+    args = checked_args(plain(rank0["args"]), str(_model_file(zero[0])))
     if int(args.get("expert_model_parallel_size") or 1) > 1:
         raise CheckpointError(f"{path} was written with expert parallelism, which cannot be read")
     tp_size = int(args.get("tensor_model_parallel_size") or args.get("model_parallel_size") or 1)
@@ -153,7 +160,8 @@ def _load_state(file: Path, allow_inert: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _chunks(path: Path, key: tuple[int, int], state: Mapping[str, Any], notes: list[str]) -> list[Chunk]:
-    names = sorted((n for n in state if re.fullmatch(r"model\d*", str(n))), key=lambda n: int(n[5:] or 0))
+    models = [name for name in state if isinstance(name, str) and re.fullmatch(r"model\d{0,4}", name)]
+    names = sorted(models, key=lambda name: int(name[5:] or 0))
     if not names or not all(isinstance(state[name], Mapping) for name in names):
         raise CheckpointError(f"{rank_dir(path, *key)}: the file holds no model")
     chunks = []
@@ -212,4 +220,8 @@ def _place_optimizer(
 def _old_rows(name: str, shape: tuple[int, ...], version: float, args: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     if version >= 2 or not LAYER_PATTERN.fullmatch(name) or f".{QKV}." not in name:
         return []
-    return old_qkv_rows(shape[0], int(args["num_attention_heads"]), int(args["hidden_size"]), version)
+    sizes = Record(args, "`args` of a checkpoint before version 2", CheckpointError)
+    heads, hidden = sizes.integer("num_attention_heads", minimum=1), sizes.integer("hidden_size", minimum=1)
+    if not shape or hidden % heads or shape[0] % (3 * hidden // heads):
+        raise CheckpointError(f"{name} of shape {list(shape)} holds no whole heads of {hidden} / {heads} rows")
+    return old_qkv_rows(shape[0], heads, hidden, version)

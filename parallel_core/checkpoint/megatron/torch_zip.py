@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +15,8 @@ from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.megatron.safe_pickle import Storage, safe_loads
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError
+from parallel_core.files import open_regular
+from parallel_core.records import show
 
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # 0x1950a86a20f9469cfc6c as the pickled integer stores it
 MAX_PICKLE_BYTES = 2 << 30
@@ -59,8 +63,45 @@ def load_torch_zip(path: Path, offset: int = 0, length: int | None = None, allow
         CheckpointError: the file is missing or no such zip, has compressed, encrypted, duplicate or overlapping
             entries, or its pickle is refused by `safe_loads`.
     """
+    with _opened(path, offset, length) as (archive, handle, end):
+        return _load(path, archive, handle, offset, end, allow_inert)
+
+
+def damaged_entries(path: Path, offset: int = 0, length: int | None = None) -> list[str]:
+    """Return the names of the entries whose bytes do not have the checksum that the zip's directory gives them.
+
+    torch can be told to write no checksums (`torch.serialization.set_crc32_options(False)`): where all of them are
+    zero, none was written.
+
+    Args:
+        path: the file.
+        offset: where in it the zip starts.
+        length: how many bytes the zip has; the rest of the file when None.
+
+    Raises:
+        CheckpointError: the file is missing or no such zip.
+    """
+    with _opened(path, offset, length) as (archive, handle, end):
+        places = _places(path, archive, handle, offset, end)
+        stored = {entry.filename: entry.CRC for entry in archive.infolist()}
+        if not any(stored[name] for name, (_, size) in places.items() if size):
+            return []
+        return [name for name, place in places.items() if _crc32(handle, *place) != stored[name]]
+
+
+def _crc32(handle: BinaryIO, start: int, length: int) -> int:
+    crc = 0
+    handle.seek(start)
+    while length and (block := handle.read(min(length, 1 << 20))):
+        crc, length = zlib.crc32(block, crc), length - len(block)
+    return crc
+
+
+@contextmanager
+def _opened(path: Path, offset: int, length: int | None) -> Iterator[tuple[zipfile.ZipFile, BinaryIO, int]]:
+    """Open the zip at `offset`; gives it, the file, and where in the file the zip ends."""
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             size = handle.seek(0, 2)
             length = size - offset if length is None else length
             if offset < 0 or length < 0 or offset + length > size:
@@ -70,7 +111,7 @@ def load_torch_zip(path: Path, offset: int = 0, length: int | None = None, allow
                 raise CheckpointError(f"{path} was written by torch before 1.6; save it again with a newer torch")
             window = _Window(handle, offset, length)
             with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
-                return _load(path, archive, handle, offset, offset + length, allow_inert)
+                yield archive, handle, offset + length
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, OSError, ValueError) as error:
@@ -93,9 +134,9 @@ def _load(
     def storage(tag: str, key: str, numel: int) -> Storage:
         place = places.get(f"{root}data/{key}")
         if place is None:
-            raise CheckpointError(f"{path}: storage {key!r} is missing")
+            raise CheckpointError(f"{path}: storage {show(key)} is missing")
         if place[1] != numel * storage_dtype(tag).itemsize:
-            raise CheckpointError(f"{path}: storage {key!r} has {place[1]} bytes, not {numel} elements of {tag}")
+            raise CheckpointError(f"{path}: storage {show(key)} has {place[1]} bytes, not {numel} elements of {tag}")
         return Storage(Blob.contiguous(path, place[0], tag, (numel,)))
 
     return safe_loads(archive.read(pickles[0]), str(path), storage, allow_inert)
@@ -107,16 +148,16 @@ def _places(path: Path, archive: zipfile.ZipFile, handle: BinaryIO, base: int, e
     previous = base
     for entry in sorted(archive.infolist(), key=lambda item: item.header_offset):
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise CheckpointError(f"{path}: entry {entry.filename!r} is compressed, which torch.save never does")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} is compressed, which torch.save never does")
         if entry.flag_bits & 1 or entry.filename in places:
-            raise CheckpointError(f"{path}: entry {entry.filename!r} is encrypted or there twice")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} is encrypted or there twice")
         handle.seek(base + entry.header_offset)
         header = handle.read(30)
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"{path}: entry {entry.filename!r} has no header where the directory says")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} has no header where the directory says")
         start = base + entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if base + entry.header_offset < previous or start + entry.file_size > end:
-            raise CheckpointError(f"{path}: entry {entry.filename!r} overlaps another or leaves the file")
+            raise CheckpointError(f"{path}: entry {show(entry.filename)} overlaps another or leaves the file")
         previous = start + entry.file_size
         places[entry.filename] = (start, entry.file_size)
     return places
