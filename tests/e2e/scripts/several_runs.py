@@ -24,8 +24,8 @@ import pretrain_gpt  # noqa: E402
 from parallel_core.errors import ParallelCoreError  # noqa: E402
 from parallel_core.launch.entry import run_as_rank  # noqa: E402
 from parallel_core.launch.report import LOG_DIR_VARIABLE  # noqa: E402
+from parallel_core.layout.shard import shard_of  # noqa: E402
 from parallel_core.optimizer.optimizer import Optimizer  # noqa: E402
-from parallel_core.tensor_parallel.parameter import shard_of  # noqa: E402
 from parallel_core.training import pretrain, runtime  # noqa: E402
 from parallel_core.training.step import TrainingStep  # noqa: E402
 from parallel_core.transformer import GPTModel  # noqa: E402
