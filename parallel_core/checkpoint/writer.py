@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel_core.checkpoint.common import checked_common
 from parallel_core.checkpoint.dtypes import as_storage
 from parallel_core.checkpoint.layout_files import (
     CHECKSUMS_NAME,
@@ -44,11 +45,14 @@ from parallel_core.checkpoint.layout_files import (
 from parallel_core.checkpoint.safetensors_file import StreamTensor, file_digest, write_safetensors
 from parallel_core.checkpoint.source import check_tiling
 from parallel_core.errors import CheckpointError, bullet_list
+from parallel_core.files import read_regular
 from parallel_core.layout.shard import TensorShard, region
+from parallel_core.records import Record, parse_json, show
 
 Shards = Mapping[str, tuple[TensorShard, np.ndarray]]
 """What a rank saves: `NAME`, `NAME@master`, `NAME@exp_avg` or `NAME@exp_avg_sq` -> where it belongs, and the values."""
 Manifest = dict[str, Any]
+MAX_MANIFEST_BYTES = 1 << 30
 
 
 class CheckpointWriter:
@@ -190,7 +194,7 @@ class CheckpointWriter:
             for rank in range(self.world_size):
                 path = self._manifest_path(rank)
                 if rank not in manifests and path.exists():
-                    manifests[rank] = json.loads(path.read_text(encoding="utf-8"))
+                    manifests[rank] = _read_manifest(path)
                     if "failed" in manifests[rank]:
                         raise CheckpointError(f"{self.final_path.name} was not saved: {manifests[rank]['failed']}")
             if len(manifests) == self.world_size:
@@ -267,7 +271,8 @@ class CheckpointWriter:
             "iteration": self.iteration,
             "world_size": self.world_size,
             "files": files,
-            "common": {**common, "iteration": self.iteration},
+            # By the reader's rules: what could not be loaded again is not saved.
+            "common": checked_common({**common, "iteration": self.iteration}, self.final_path.name),
             "tensors": tensors,
         }
 
@@ -297,11 +302,27 @@ class CheckpointWriter:
             remove_checkpoint(list_iterations(self.root)[iteration])
 
 
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        data = read_regular(path, MAX_MANIFEST_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    manifest = Record(parse_json(data, str(path), CheckpointError), str(path), CheckpointError)
+    if "failed" not in manifest.values:
+        manifest.integer("rank"), manifest.text("file"), manifest.integer("bytes"), manifest.text("crc32")
+        for _, entry in manifest.record("entries").items():
+            entry.text("key"), entry.text("dtype"), entry.integers("start"), entry.integers("shape")
+            entry.integers("global_shape")
+    return dict(manifest.values)
+
+
 def _entries(shards: Shards) -> tuple[dict[str, StreamTensor], dict[str, dict[str, Any]]]:
     """Cut shards into file entries: one per box, named by the key, with `#0`, `#1`, ... when there are several."""
     entries: dict[str, StreamTensor] = {}
     index: dict[str, dict[str, Any]] = {}
     for key, (shard, array) in shards.items():
+        if not key.isprintable():
+            raise CheckpointError(f"{show(key)} cannot be a tensor's name: it cannot be printed")
         if key.split("@")[0] != shard.name:
             raise CheckpointError(f"key {key!r} does not belong to tensor {shard.name!r}")
         if tuple(array.shape) != shard.local_shape:

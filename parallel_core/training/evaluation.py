@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from parallel_core.config.schema import AllConfig
+from parallel_core.layout.derived import BatchSizes
 from parallel_core.training.batches import BatchSource
 from parallel_core.training.log import RunLog
-from parallel_core.training.microbatches import BatchSizes
 from parallel_core.training.step import TrainingStep
 
 NonLossDataFunction = Callable[[list[Any], int, Any], None]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim
+from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim, with_layer_offset
+from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.source import Piece, Readable, TensorInfo
 from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.layout.shard import Range, TensorShard
@@ -57,6 +58,31 @@ def stages_of(args: Mapping[str, Any]) -> StageLayout:
     except ConfigError as error:
         told = f"pipeline_model_parallel_layout={text!r} " if text is not None else ""
         raise CheckpointError(f"the checkpoint's arguments: {told}{error}") from None
+
+
+@dataclass
+class Chunk:
+    """One model chunk of one rank: its parameters under canonical names, in registration order.
+
+    Attributes:
+        tp: tensor parallel rank.
+        pp: pipeline rank.
+        index: which chunk of that rank.
+        tensors: local tensors by name with the chunk's own layer numbers.
+        num_layers: how many layers it has.
+        first_layer: global number of its first layer.
+    """
+
+    tp: int
+    pp: int
+    index: int
+    tensors: dict[str, TorchTensor]
+    num_layers: int
+    first_layer: int = 0
+
+    def global_name(self, name: str) -> str:
+        """Return a parameter's name with the global layer number."""
+        return with_layer_offset(name, self.first_layer)
 
 
 class Array(Readable, Protocol):

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel_core.checkpoint.megatron.common_state import scalar
 from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, flat_layout
 from parallel_core.checkpoint.megatron.names import OUTPUT_LAYER, WORD_EMBEDDINGS
+from parallel_core.checkpoint.megatron.placement import Chunk
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.source import Blob
 from parallel_core.errors import CheckpointError
 from parallel_core.layout.shard import has_weight_decay
 from parallel_core.records import Record, show
-
-if TYPE_CHECKING:
-    from parallel_core.checkpoint.megatron.torch_reader import Chunk
 
 
 @dataclass

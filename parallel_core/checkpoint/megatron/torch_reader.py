@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ from parallel_core.checkpoint.megatron.names import (
     flatten_names,
     is_ignored,
     layer_of,
-    with_layer_offset,
 )
-from parallel_core.checkpoint.megatron.placement import Collector, old_qkv_rows
+from parallel_core.checkpoint.megatron.placement import Chunk, Collector, old_qkv_rows
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.megatron.torch_optimizer import OptimizerState, read_optimizer
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
@@ -35,31 +33,6 @@ from parallel_core.errors import CheckpointError
 from parallel_core.records import Record
 
 _RANK_DIR = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-
-
-@dataclass
-class Chunk:
-    """One model chunk of one rank: its parameters under canonical names, in registration order.
-
-    Attributes:
-        tp: tensor parallel rank.
-        pp: pipeline rank.
-        index: which chunk of that rank.
-        tensors: local tensors by name with the chunk's own layer numbers.
-        num_layers: how many layers it has.
-        first_layer: global number of its first layer.
-    """
-
-    tp: int
-    pp: int
-    index: int
-    tensors: dict[str, TorchTensor]
-    num_layers: int
-    first_layer: int = 0
-
-    def global_name(self, name: str) -> str:
-        """Return a parameter's name with the global layer number."""
-        return with_layer_offset(name, self.first_layer)
 
 
 class MegatronTorchCheckpoint(PieceSource):
