@@ -8,7 +8,7 @@
 #   MASTER_PORT    port of msrun's scheduler (default: a free one)
 #   LOG_DIR        where worker_R.log and metrics.jsonl go (default: msrun_log)
 #   DEVICE_TARGET  Ascend or CPU (default: Ascend when present)
-#   STOP_GRACE_S   seconds the ranks have to end their iteration and save after Ctrl-C or SIGTERM (default: 15)
+#   STOP_GRACE_S   seconds the ranks have after Ctrl-C or SIGTERM (default: what ending the iteration and saving takes)
 #   PYTHON         the Python to use (default: `python`, else `python3`, of the active environment)
 #   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (600 s), ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
 #   Several nodes (unverified): NNODES, NODE_RANK, and on all of them the same MASTER_ADDR and MASTER_PORT
