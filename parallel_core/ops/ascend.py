@@ -6,14 +6,16 @@ marked `ascend`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Tensor, ops
 
 from parallel_core.ops import reference
+from parallel_core.ops.registry import on_ascend
 
 _FULL_MASK = 1
 """`sparse_mode` of a mask that is given whole."""
-_DTYPES = (ms.float16, ms.bfloat16)
 
 
 def has_flash_attention() -> bool:
@@ -21,28 +23,51 @@ def has_flash_attention() -> bool:
     return str(ms.get_context("device_target")) == "Ascend"
 
 
+def _not_by_flash_attention(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGE: Tensor,
+    *,
+    softmax_coefficient: float = 1.0,
+    dropout_rate: float = 0.0,
+    **_: Any,
+) -> str:
+    if value_SBGE.shape[-1] != query_SBND.shape[-1]:
+        return "the values' head size is not the queries'"
+    if softmax_coefficient != 1.0:
+        return "the softmax has a coefficient"
+    return "attention weights are dropped by a seed" if dropout_rate else ""
+
+
+@on_ascend(
+    reference.causal_attention,
+    dtypes=(ms.float16, ms.bfloat16),
+    integers=["document_start_BS"],
+    refuses=_not_by_flash_attention,
+    selected=False,
+)
 def flash_attention(
     query_SBND: Tensor,
     key_SBGD: Tensor,
-    value_SBGD: Tensor,
+    value_SBGE: Tensor,
     *,
     scale: float,
-    softmax_coefficient: float = 1.0,
-    softmax_in_fp32: bool = True,
+    softmax_coefficient: float = 1.0,  # noqa: ARG001 - only 1 comes here
+    softmax_in_fp32: bool = True,  # noqa: ARG001 - the operator computes its softmax in float32
     document_start_BS: Tensor | None = None,
-    dropout_rate: float = 0.0,
-    dropout_seed: tuple[int, int] = (0, 0),
+    dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
+    dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
     input_layout: str = "SBH",
 ) -> Tensor:
     """Return `reference.causal_attention`, [S, B, N * D], computed by `flash_attention_score`.
 
-    The operator computes its softmax in float32. What it does not take (other types than float16 and bfloat16, a
-    softmax coefficient, dropout from a seed) is computed by the reference.
+    The model asks for it by `use_flash_attention`. What the operator does not take (other types than float16 and
+    bfloat16, values of another head size, a softmax coefficient, dropout from a seed) the reference computes.
 
     Args:
         query_SBND: queries.
         key_SBGD: keys.
-        value_SBGD: values.
+        value_SBGE: values.
         scale: factor of the scores.
         softmax_coefficient: see the reference.
         softmax_in_fp32: see the reference.
@@ -51,23 +76,11 @@ def flash_attention(
         dropout_seed: see the reference.
         input_layout: SBH or BNSD, the axes in which the operator gets its inputs.
     """
-    if query_SBND.dtype not in _DTYPES or softmax_coefficient != 1.0 or dropout_rate:
-        return reference.causal_attention(
-            query_SBND,
-            key_SBGD,
-            value_SBGD,
-            scale=scale,
-            softmax_coefficient=softmax_coefficient,
-            softmax_in_fp32=softmax_in_fp32,
-            document_start_BS=document_start_BS,
-            dropout_rate=dropout_rate,
-            dropout_seed=dropout_seed,
-        )
     S, B, N, D = query_SBND.shape
     mask = reference.attention_mask(S, document_start_BS)
     if document_start_BS is None:
         mask = mask.reshape(S, S)
-    inputs = [_laid_out(x, input_layout) for x in (query_SBND, key_SBGD, value_SBGD)]
+    inputs = [_laid_out(x, input_layout) for x in (query_SBND, key_SBGD, value_SBGE)]
     context = ops.flash_attention_score(
         *inputs, N, attn_mask=mask, scalar_value=scale, input_layout=input_layout, sparse_mode=_FULL_MASK
     )

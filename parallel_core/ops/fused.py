@@ -8,11 +8,17 @@ from mindspore import Tensor
 
 from parallel_core.autograd import Function
 from parallel_core.ops import raw, reference
+from parallel_core.ops.library import declare, lib
+from parallel_core.ops.registry import compiled
 
 _WORD = (1 << 64) - 1
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------
+declare("pc_layer_norm", "PPPPPPLLF")
+declare("pc_layer_norm_grad", "PPPPPPPPLL")
+
+
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -20,7 +26,7 @@ class _LayerNorm(Function):
         H = x.shape[-1]
         T = x.size // H
         y, mean, rstd = raw.new(x.shape), raw.new((2, T)), raw.new((T,))
-        raw.lib.pc_layer_norm(
+        lib.pc_layer_norm(
             x.data_ptr(),
             weight.data_ptr(),
             bias.data_ptr(),
@@ -42,7 +48,7 @@ class _LayerNorm(Function):
         dy = dy.contiguous()
         H = x.shape[-1]
         dx, dw, db = raw.new(x.shape), raw.new((H,)), raw.new((H,))
-        raw.lib.pc_layer_norm_grad(
+        lib.pc_layer_norm_grad(
             dy.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
@@ -57,11 +63,13 @@ class _LayerNorm(Function):
         return dx, dw, db, None
 
 
-def layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
-    """See `reference.layer_norm`."""
-    if not raw.native(x, weight_H, bias_H):
-        return reference.layer_norm(x, weight_H, bias_H, eps)
+@compiled(reference.layer_norm)
+def _layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
     return _LayerNorm.apply(x, weight_H, bias_H, eps)
+
+
+declare("pc_rms_norm", "PPPPLLF")
+declare("pc_rms_norm_grad", "PPPPPPLL")
 
 
 class _RMSNorm(Function):
@@ -71,7 +79,7 @@ class _RMSNorm(Function):
         H = x.shape[-1]
         T = x.size // H
         y, rstd = raw.new(x.shape), raw.new((T,))
-        raw.lib.pc_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), T, H, eps)
+        lib.pc_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), T, H, eps)
         ctx.save_for_backward(x, weight)
         ctx.rstd = rstd
         return y
@@ -82,7 +90,7 @@ class _RMSNorm(Function):
         dy = dy.contiguous()
         H = x.shape[-1]
         dx, dw = raw.new(x.shape), raw.new((H,))
-        raw.lib.pc_rms_norm_grad(
+        lib.pc_rms_norm_grad(
             dy.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
@@ -95,14 +103,16 @@ class _RMSNorm(Function):
         return dx, dw, None
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """See `reference.rms_norm`."""
-    if not raw.native(x, weight_H):
-        return reference.rms_norm(x, weight_H, eps)
+@compiled(reference.rms_norm)
+def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight_H, eps)
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
+declare("pc_activation", "PPPLLI")
+declare("pc_activation_grad", "PPPPLLI")
+declare("pc_swiglu", "PPPLL")
+declare("pc_swiglu_grad", "PPPPLL")
 _KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4}
 
 
@@ -116,10 +126,10 @@ class _Activation(Function):
         T = x.size // F
         if name == "swiglu":
             y = raw.new((*x.shape[:-1], F // 2))
-            raw.lib.pc_swiglu(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F // 2)
+            lib.pc_swiglu(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F // 2)
         else:
             y = raw.new(x.shape)
-            raw.lib.pc_activation(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F, _KINDS[name])
+            lib.pc_activation(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F, _KINDS[name])
         return y
 
     @staticmethod
@@ -131,20 +141,25 @@ class _Activation(Function):
         dx = raw.new(x.shape)
         addresses = dy.data_ptr(), x.data_ptr(), raw.pointer(bias), dx.data_ptr(), T
         if ctx.name == "swiglu":
-            raw.lib.pc_swiglu_grad(*addresses, F // 2)
+            lib.pc_swiglu_grad(*addresses, F // 2)
         else:
-            raw.lib.pc_activation_grad(*addresses, F, _KINDS[ctx.name])
+            lib.pc_activation_grad(*addresses, F, _KINDS[ctx.name])
         return dx, None if bias is None else raw.sum_rows(dx, F), None
 
 
-def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """See `reference.activation`."""
-    if not raw.native(x, bias) or (name != "swiglu" and name not in _KINDS):
-        return reference.activation(x, bias, name)
+def _no_such_activation(x: Tensor, bias: Tensor | None, name: str) -> str:
+    return "" if name == "swiglu" or name in _KINDS else f"the activation is {name}"
+
+
+@compiled(reference.activation, refuses=_no_such_activation)
+def _activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     return _Activation.apply(x, bias, name)
 
 
 # ---- positions ------------------------------------------------------------------------------------------------------
+declare("pc_rotary", "PPPPLLLLLIIIL")
+
+
 class _Rotary(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, head_size: int) -> Tensor:
@@ -162,7 +177,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, head_size: i
     y = raw.new(x.shape)
     S, B, heads, width = x.shape
     period = width // head_size
-    raw.lib.pc_rotary(
+    lib.pc_rotary(
         x.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
@@ -180,21 +195,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, head_size: i
     return y
 
 
-def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """See `reference.rotary`."""
-    if not raw.native(x_SBND, cos, sin):
-        return reference.rotary(x_SBND, cos, sin, interleaved)
+@compiled(reference.rotary)
+def _rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return _Rotary.apply(x_SBND, cos, sin, interleaved, x_SBND.shape[-1])
 
 
-def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """See `reference.rotary_packed`."""
-    if not raw.native(mixed_SBGX, cos, sin):
-        return reference.rotary_packed(mixed_SBGX, head_size, cos, sin, interleaved)
+@compiled(reference.rotary_packed)
+def _rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return _Rotary.apply(mixed_SBGX, cos, sin, interleaved, head_size)
 
 
 # ---- splitting ------------------------------------------------------------------------------------------------------
+declare("pc_copy_rows", "PLPLLL")
+
+
 class _SplitLastDim(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -216,41 +230,42 @@ def _copy_parts(whole: Tensor, parts: tuple[Tensor, ...], *, into_parts: bool) -
     for part in parts:
         width = part.shape[-1]
         if into_parts:
-            raw.lib.pc_copy_rows(start, stride, part.data_ptr(), width, width, rows)
+            lib.pc_copy_rows(start, stride, part.data_ptr(), width, width, rows)
         else:
-            raw.lib.pc_copy_rows(part.data_ptr(), width, start, stride, width, rows)
+            lib.pc_copy_rows(part.data_ptr(), width, start, stride, width, rows)
         start += 4 * width
 
 
-def split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """See `reference.split_last_dim`."""
-    return _SplitLastDim.apply(x, widths) if raw.native(x) else reference.split_last_dim(x, widths)
+@compiled(reference.split_last_dim)
+def _split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return _SplitLastDim.apply(x, widths)
 
 
 # ---- dropout and residual -------------------------------------------------------------------------------------------
+declare("pc_bias_dropout_add", "PPPPLLFUU")
+
+
 class _BiasDropoutAdd(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
     ) -> Tensor:
         ctx.has_bias, ctx.has_residual, ctx.rate, ctx.seed = bias is not None, residual is not None, rate, seed
-        return _bias_dropout_add(x, bias, residual, rate, seed)
+        return _add_dropped(x, bias, residual, rate, seed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _bias_dropout_add(dy, None, None, ctx.rate, ctx.seed) if ctx.rate else dy
+        dx = _add_dropped(dy, None, None, ctx.rate, ctx.seed) if ctx.rate else dy
         db = raw.sum_rows(dx, dx.shape[-1]) if ctx.has_bias else None
         return dx, db, dy if ctx.has_residual else None, None, None
 
 
-def _bias_dropout_add(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
-) -> Tensor:
+def _add_dropped(x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]) -> Tensor:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     H = x.shape[-1]
     y = raw.new(x.shape)
-    raw.lib.pc_bias_dropout_add(
+    lib.pc_bias_dropout_add(
         x.data_ptr(),
         raw.pointer(bias),
         raw.pointer(residual),
@@ -264,17 +279,18 @@ def _bias_dropout_add(
     return y
 
 
-def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
-    """See `reference.bias_dropout_add`."""
-    if not raw.native(x, bias, residual) or x.shape != residual.shape:
-        return reference.bias_dropout_add(x, bias, residual, rate, seed)
+def _another_shape(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> str:
+    return "" if x.shape == residual.shape else "the residual has another shape"
+
+
+@compiled(reference.bias_dropout_add, refuses=_another_shape)
+def _bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     return _BiasDropoutAdd.apply(x, bias, residual, rate, seed)
 
 
-def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
-    """See `reference.dropout`; the mask is a function of seed and element, whatever the number of threads."""
+@compiled(reference.dropout)
+def _dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
+    """The mask is a function of seed and element, whatever the number of threads."""
     if rate == 0.0:
         return x
-    if not raw.native(x):
-        return reference.dropout(x, rate, seed)
     return _BiasDropoutAdd.apply(x, None, None, rate, seed)

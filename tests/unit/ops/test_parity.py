@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from unittest import mock
 
 import mindspore as ms
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core import ops
-from parallel_core.ops import reference
+from parallel_core.ops import reference, registry
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -26,6 +28,35 @@ def kernels(request):
         pytest.skip(sentence)
     yield
     ops.use_kernels("local")
+
+
+COMPARED = set()
+"""Kernels that a test here compares."""
+
+
+def compares(*names):
+    """Say which kernels a test compares; it fails if one of them does not run."""
+    COMPARED.update(names)
+
+    def decorate(test):
+        @functools.wraps(test)
+        def watched(*args, **kwargs):
+            ran = set()
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    entry = registry.KERNELS[name]
+
+                    def selected(*a, name=name, run=entry.selected, **k):
+                        ran.add(name)
+                        return run(*a, **k)
+
+                    stack.enter_context(mock.patch.object(entry, "selected", selected))
+                test(*args, **kwargs)
+            assert ran == set(names), f"not compared: {sorted(set(names) - ran)}"
+
+        return watched
+
+    return decorate
 
 
 def array(rng, *shape):
@@ -63,6 +94,7 @@ SHAPES = [(1, 1, 8), (3, 2, 17), (7, 1, 64), (33, 4, 100), (128, 4, 256), (2, 1,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@compares("layer_norm", "rms_norm")
 def test_norms(shape):
     rng = np.random.default_rng(shape[-1])
     x, w, b = array(rng, *shape) + 0.5, array(rng, shape[-1]), array(rng, shape[-1])
@@ -105,6 +137,7 @@ def test_layer_norm_of_equal_elements_is_its_bias():
 
 @pytest.mark.parametrize("name", sorted(ops.ACTIVATIONS))
 @pytest.mark.parametrize("with_bias", [False, True])
+@compares("activation")
 def test_activations(name, with_bias):
     for seed, (S, B, F) in enumerate([(1, 1, 2), (5, 3, 34), (64, 4, 512)]):
         rng = np.random.default_rng(seed)
@@ -132,6 +165,7 @@ def test_activations_far_from_zero():
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("per_batch", [False, True])
+@compares("rotary")
 def test_rotary(interleaved, per_batch):
     for S, B, N, D, R in [(1, 1, 1, 4, 4), (5, 2, 3, 16, 8), (32, 4, 8, 32, 32)]:
         rng = np.random.default_rng(R)
@@ -154,6 +188,7 @@ ATTENTION = [
 
 @pytest.mark.parametrize("shape", ATTENTION)
 @pytest.mark.parametrize("documents", [False, True])
+@compares("causal_attention")
 def test_attention(shape, documents):
     S, B, N, G, D = shape
     rng = np.random.default_rng(S)
@@ -176,6 +211,7 @@ def test_attention(shape, documents):
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 2, 1, 8), (40, 1, 4, 2, 20), (70, 2, 6, 2, 16)])
+@compares("causal_attention_packed", "rotary_packed")
 def test_packed_attention(shape):
     S, B, N, G, D = shape
     rng = np.random.default_rng(S)
@@ -203,6 +239,7 @@ def test_packed_attention_is_attention():
         close(function(Tensor(mixed.reshape(S, B, G, -1)), D, scale=0.3), want)
 
 
+@compares("split_last_dim")
 def test_split_last_dim():
     rng = np.random.default_rng(2)
     x, widths = array(rng, 7, 3, 12), (4, 6, 2)
@@ -258,6 +295,7 @@ def test_attention_with_dropout_is_the_gradient_of_what_it_computes():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+@compares("dropout", "bias_dropout_add")
 def test_dropout_and_residual(rate):
     rng = np.random.default_rng(1)
     x, bias, residual = array(rng, 40, 3, 37), array(rng, 37), array(rng, 40, 3, 37)
@@ -286,6 +324,7 @@ def test_dropout_masks_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (65, 33, 130), (256, 128, 384), (100, 400, 20)])
 @pytest.mark.parametrize("with_bias", [False, True])
+@compares("linear", "linear_grad_input", "linear_grad_weight", "linear_grad_bias")
 def test_linear(sizes, with_bias):
     T, I, O = sizes
     rng = np.random.default_rng(T)
@@ -309,6 +348,7 @@ def test_linear_keeps_leading_dims():
 
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1), (50, 40, 7), (512, 300, 64)])
+@compares("embedding", "embedding_grad_table")
 def test_embedding(sizes):
     T, V, H = sizes
     rng = np.random.default_rng(V)
@@ -322,6 +362,7 @@ def test_embedding(sizes):
 
 
 @pytest.mark.parametrize("add", [False, True])
+@compares("linear_grad_weight_", "embedding_grad_table_")
 def test_gradients_written_in_place(add):
     """What was there before is kept when added to, and of no influence when not."""
     rng = np.random.default_rng(5)
@@ -343,6 +384,7 @@ def test_gradients_written_in_place(add):
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (17, 33), (64, 1000), (8, 8192)])
+@compares("vocab_statistics", "vocab_grad_logits")
 def test_vocabulary(sizes):
     T, V = sizes
     rng = np.random.default_rng(V)
@@ -390,6 +432,7 @@ def test_other_dtypes_use_the_reference():
 
 
 @pytest.mark.parametrize("n", [1, 4097, 200_001])
+@compares("sum_of_squares", "adam_", "add_", "write_")
 def test_flat_buffers(n):
     rng = np.random.default_rng(n)
     flat = array(rng, n)
@@ -403,3 +446,13 @@ def test_flat_buffers(n):
         reference.adam_(*want, **options)
     for g, w in zip(got, want):
         np.testing.assert_allclose(g, w, rtol=2e-6, atol=1e-7)
+    added, written = flat.copy(), np.full(n, np.nan, np.float32)
+    ops.add_(added, Tensor(state[0]))
+    ops.write_(written, Tensor(state[0]))
+    np.testing.assert_array_equal(added, flat + state[0])
+    np.testing.assert_array_equal(written, state[0])
+
+
+def test_every_compiled_kernel_is_compared():
+    compiled = {name for name, entry in registry.KERNELS.items() if "CPU" in entry.implementations}
+    assert compiled == COMPARED
