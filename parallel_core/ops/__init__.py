@@ -7,6 +7,8 @@ from parallel_core.ops.select import selectable, use_kernels
 activation = selectable(reference.activation)
 adam_ = selectable(reference.adam_)
 add_ = selectable(reference.add_)
+attention_block = selectable(reference.attention_block)
+attention_block_grad = selectable(reference.attention_block_grad)
 bias_dropout_add = selectable(reference.bias_dropout_add)
 causal_attention = selectable(reference.causal_attention)
 causal_attention_packed = selectable(reference.causal_attention_packed)
@@ -34,6 +36,8 @@ __all__ = [
     "activation",
     "adam_",
     "add_",
+    "attention_block",
+    "attention_block_grad",
     "attention_mask",
     "bias_dropout_add",
     "cast",

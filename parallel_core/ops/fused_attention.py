@@ -5,7 +5,6 @@ from __future__ import annotations
 from ctypes import c_int64
 from typing import Any, NamedTuple
 
-import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
@@ -20,8 +19,8 @@ _Addresses = tuple[int, int, int]
 class _Problem(NamedTuple):
     """What does not change between forward and backward."""
 
-    sizes: tuple[int, int, int, int, int]
-    """S, B, N, G, D."""
+    sizes: tuple[int, ...]
+    """S, T, B, N, G, D, E, position of the first query and of the first key, first head, heads of the layer."""
     strides: tuple[int, ...]
     """(s, b, group) strides of queries, keys and values, in elements."""
     start: Tensor | None
@@ -30,34 +29,93 @@ class _Problem(NamedTuple):
     seed: tuple[int, int]
 
     def numbers(self) -> tuple[Any, ...]:
-        shape = (c_int64 * 23)(*self.sizes, *self.strides, *self.strides)
+        shape = (c_int64 * 29)(*self.sizes, *self.strides, *self.strides)
         return shape, self.scale, self.rate, self.seed[0] & _WORD, self.seed[1] & _WORD
 
 
-def _forward(ctx: Any, addresses: _Addresses, problem: _Problem) -> Tensor:
-    S, B, N, _, D = problem.sizes
-    out, log_sum_exp = raw.new((S, B, N * D)), np.empty((B, N, S), np.float32)
+def _forward(addresses: _Addresses, problem: _Problem) -> tuple[Tensor, Tensor]:
+    S, _, B, N, _, _, E = problem.sizes[:7]
+    out, log_sum_exp = raw.new((S, B, N * E)), raw.new((B, N, S))
     raw.lib.pc_attention(
-        *addresses, raw.pointer(problem.start), out.data_ptr(), log_sum_exp.ctypes.data, *problem.numbers()
+        *addresses, raw.pointer(problem.start), out.data_ptr(), log_sum_exp.data_ptr(), *problem.numbers()
     )
-    ctx.problem, ctx.log_sum_exp = problem, log_sum_exp
-    return out
+    return out, log_sum_exp
 
 
-def _backward(ctx: Any, addresses: _Addresses, out: Tensor, dout: Tensor, gradients: _Addresses) -> None:
-    problem: _Problem = ctx.problem
+def _backward(
+    addresses: _Addresses, problem: _Problem, out: Tensor, dout: Tensor, log_sum_exp: Tensor, gradients: _Addresses
+) -> None:
     dout = dout.contiguous()
     raw.lib.pc_attention_grad(
         *addresses,
         raw.pointer(problem.start),
         out.data_ptr(),
         dout.data_ptr(),
-        ctx.log_sum_exp.ctypes.data,
+        log_sum_exp.data_ptr(),
         *gradients,
         *problem.numbers(),
     )
 
 
+# ---- blocks (no autograd) -------------------------------------------------------------------------------------------
+def attention_block(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attention_block`."""
+    if not raw.native(query_SBND, key_TBGD, value_TBGE):
+        return reference.attention_block(
+            query_SBND, key_TBGD, value_TBGE, start_BS, q_first=q_first, k_first=k_first, scale=scale,
+            dropout_rate=dropout_rate, dropout_seed=dropout_seed, heads=heads,
+        )  # fmt: skip
+    query, key, value = query_SBND.contiguous(), key_TBGD.contiguous(), value_TBGE.contiguous()
+    places, start = (q_first, k_first), None if start_BS is None else raw.int32(start_BS)
+    problem = _problem(query, key, value, places, heads, start, scale, dropout_rate, dropout_seed)
+    return _forward((query.data_ptr(), key.data_ptr(), value.data_ptr()), problem)
+
+
+def attention_block_grad(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    out_SBX: Tensor,
+    dout_SBX: Tensor,
+    log_sum_exp_BNS: Tensor,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.attention_block_grad`."""
+    if not raw.native(query_SBND, key_TBGD, value_TBGE, out_SBX, dout_SBX):
+        return reference.attention_block_grad(
+            query_SBND, key_TBGD, value_TBGE, start_BS, out_SBX, dout_SBX, log_sum_exp_BNS, q_first=q_first,
+            k_first=k_first, scale=scale, dropout_rate=dropout_rate, dropout_seed=dropout_seed, heads=heads,
+        )  # fmt: skip
+    query, key, value = query_SBND.contiguous(), key_TBGD.contiguous(), value_TBGE.contiguous()
+    places, start = (q_first, k_first), None if start_BS is None else raw.int32(start_BS)
+    problem = _problem(query, key, value, places, heads, start, scale, dropout_rate, dropout_seed)
+    dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    gradients = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    _backward(addresses, problem, out_SBX.contiguous(), dout_SBX, log_sum_exp_BNS.contiguous(), gradients)
+    return dq, dk, dv
+
+
+# ---- whole sequences ------------------------------------------------------------------------------------------------
 class _Attention(Function):
     @staticmethod
     def forward(
@@ -69,13 +127,11 @@ class _Attention(Function):
         scale: float,
         rate: float,
         seed: tuple[int, int],
+        heads: tuple[int, int] | None,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        S, B, N, D = query.shape
-        G = key.shape[2]
-        q_strides, k_strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D)
-        problem = _Problem((S, B, N, G, D), (*q_strides, *k_strides, *k_strides), start, scale, rate, seed)
-        out = _forward(ctx, (query.data_ptr(), key.data_ptr(), value.data_ptr()), problem)
+        ctx.problem = _problem(query, key, value, (0, 0), heads, start, scale, rate, seed)
+        out, ctx.log_sum_exp = _forward((query.data_ptr(), key.data_ptr(), value.data_ptr()), ctx.problem)
         ctx.save_for_backward(query, key, value, out)
         return out
 
@@ -84,8 +140,9 @@ class _Attention(Function):
         query, key, value, out = ctx.saved_tensors
         dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
         addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        _backward(ctx, addresses, out, dout, (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
-        return dq, dk, dv, None, None, None, None
+        gradients = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+        _backward(addresses, ctx.problem, out, dout, ctx.log_sum_exp, gradients)
+        return dq, dk, dv, None, None, None, None, None
 
 
 class _PackedAttention(Function):
@@ -98,22 +155,41 @@ class _PackedAttention(Function):
         scale: float,
         rate: float,
         seed: tuple[int, int],
+        heads: tuple[int, int] | None,
     ) -> Tensor:
         mixed = mixed.contiguous()
         S, B, G, X = mixed.shape
-        sizes = S, B, (X // head_size - 2) * G, G, head_size
-        problem = _Problem(sizes, (B * G * X, G * X, X) * 3, start, scale, rate, seed)
-        out = _forward(ctx, _parts(mixed, head_size), problem)
+        N = (X // head_size - 2) * G
+        sizes = S, S, B, N, G, head_size, head_size, 0, 0, *(heads or (0, N))
+        ctx.problem = _Problem(sizes, (B * G * X, G * X, X) * 3, start, scale, rate, seed)
+        out, ctx.log_sum_exp = _forward(_parts(mixed, head_size), ctx.problem)
         ctx.save_for_backward(mixed, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         mixed, out = ctx.saved_tensors
-        head_size = ctx.problem.sizes[-1]
+        head_size = ctx.problem.sizes[5]
         dmixed = raw.new(mixed.shape)
-        _backward(ctx, _parts(mixed, head_size), out, dout, _parts(dmixed, head_size))
-        return dmixed, None, None, None, None, None
+        _backward(_parts(mixed, head_size), ctx.problem, out, dout, ctx.log_sum_exp, _parts(dmixed, head_size))
+        return dmixed, None, None, None, None, None, None
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: tuple[int, int],
+    heads: tuple[int, int] | None,
+    start: Tensor | None,
+    scale: float,
+    rate: float,
+    seed: tuple[int, int],
+) -> _Problem:
+    (S, B, N, D), (T, _, G, E) = query.shape, value.shape
+    strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D), (B * G * E, G * E, E)
+    sizes = S, T, B, N, G, D, E, *first, *(heads or (0, N))
+    return _Problem(sizes, sum(strides, ()), start, scale, rate, seed)
 
 
 def _parts(mixed: Tensor, head_size: int) -> _Addresses:
@@ -133,9 +209,10 @@ def causal_attention(
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """See `reference.causal_attention`; nothing of S x S elements is stored, forward or backward."""
-    if not raw.native(query_SBND, key_SBGD, value_SBGE) or value_SBGE.shape[-1] != query_SBND.shape[-1]:
+    if not raw.native(query_SBND, key_SBGD, value_SBGE):
         return reference.causal_attention(
             query_SBND,
             key_SBGD,
@@ -146,10 +223,11 @@ def causal_attention(
             document_start_BS=document_start_BS,
             dropout_rate=dropout_rate,
             dropout_seed=dropout_seed,
+            heads=heads,
         )
     start = None if document_start_BS is None else raw.int32(document_start_BS)
     factor = scale * softmax_coefficient
-    return _Attention.apply(query_SBND, key_SBGD, value_SBGE, start, factor, dropout_rate, dropout_seed)
+    return _Attention.apply(query_SBND, key_SBGD, value_SBGE, start, factor, dropout_rate, dropout_seed, heads)
 
 
 def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
@@ -169,6 +247,8 @@ def _packed(
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
 ) -> Tensor:
     start = None if document_start_BS is None else raw.int32(document_start_BS)
-    return _PackedAttention.apply(mixed, head_size, start, scale * softmax_coefficient, dropout_rate, dropout_seed)
+    factor = scale * softmax_coefficient
+    return _PackedAttention.apply(mixed, head_size, start, factor, dropout_rate, dropout_seed, heads)

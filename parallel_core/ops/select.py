@@ -43,7 +43,7 @@ _FUSED = (
     "rotary_packed",
     "split_last_dim",
 )
-_ATTENTION = ("causal_attention", "causal_attention_packed")
+_ATTENTION = ("attention_block", "attention_block_grad", "causal_attention", "causal_attention_packed")
 _NEED_GEMM = {"linear", "linear_grad_input", "linear_grad_weight", "linear_grad_weight_"}
 
 _active: dict[str, Callable[..., Any]] = {}

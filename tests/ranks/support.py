@@ -51,6 +51,11 @@ def _group(rank: int, world_size: int, ranks: tuple[int, ...]) -> Group:
     return _factory(rank, world_size)(label, list(ranks))
 
 
+def group_of(ctx: CaseContext, ranks: list[int]) -> Group:
+    """Return a group that this rank is in; its members call this alike."""
+    return _group(ctx.rank, ctx.world_size, tuple(ranks))
+
+
 def world_group(ctx: CaseContext) -> Group:
     """Return the group of all ranks."""
     return _group(ctx.rank, ctx.world_size, tuple(range(ctx.world_size)))
