@@ -31,7 +31,8 @@ class ParallelContext:
     Ranks of `dp` read different samples, ranks of `cp` hold parts of the same sequences. All of them, `dp_cp`, hold the
     same parameters: what reads data asks `dp`; what sums gradients, shards the optimizer, counts norms, shares out
     checkpoints or writes logs asks `dp_cp`. `model` is tensor x pipeline (one replica of the model); `embedding` is
-    the first and last pipeline stage, or a group of one on the stages between.
+    the first and last pipeline stage, or a group of one on the stages between. `cp_inner` and `cp_ring` are the two
+    levels of a hierarchical exchange within `cp` (see `context_parallel.attention`), groups of one without one.
     """
 
     mesh: Mesh
@@ -44,6 +45,8 @@ class ParallelContext:
     pp: Group
     model: Group
     embedding: Group
+    cp_inner: Group
+    cp_ring: Group
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -69,7 +72,7 @@ class ParallelContext:
     def solo(cls) -> ParallelContext:
         """Return the context of a program of one process; nothing is initialised."""
         group = SoloGroup()
-        return cls(Mesh.megatron(1), 0, *[group] * 8)
+        return cls(Mesh.megatron(1), 0, *[group] * 10)
 
     @classmethod
     def create(cls, config: ModelParallelConfig, rank: int, world_size: int) -> ParallelContext:
@@ -96,8 +99,22 @@ class ParallelContext:
         stages = mesh.group_of(rank, "pp")
         ends = [stages[0], stages[-1]] if len(stages) > 1 else stages
         groups["embedding"] = make("embedding", ends) if rank in ends else SoloGroup("embedding", rank)
+        for label, ranks in zip(("cp_inner", "cp_ring"), hierarchy(mesh.group_of(rank, "cp"), rank, config)):
+            groups[label] = make(label, ranks)
         return cls(mesh, rank, make("world", list(range(world_size))), **groups)
 
     def destroy(self) -> None:
         """Wait for every rank, so that no message is lost when one of them exits early."""
         self.world.barrier()
+
+
+def hierarchy(cp_ranks: list[int], rank: int, config: ModelParallelConfig) -> tuple[list[int], list[int]]:
+    """Return (the run of neighbours, one rank of each run) that `rank` is in, of the ranks that share a sequence.
+
+    Without a hierarchical exchange both are this rank alone.
+    """
+    inner = config.hierarchical_context_parallel_sizes[0] if config.hierarchical_context_parallel_sizes else 0
+    if not inner:
+        return [rank], [rank]
+    run, place = divmod(cp_ranks.index(rank), inner)
+    return cp_ranks[run * inner : (run + 1) * inner], cp_ranks[place::inner]

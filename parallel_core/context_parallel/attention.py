@@ -70,6 +70,8 @@ class ContextAttention:
         head_size: int,
         *,
         scale: float,
+        softmax_coefficient: float = 1.0,
+        softmax_in_fp32: bool = True,  # noqa: ARG002 - blocks are joined in float32
         document_start_BS: Tensor | None = None,
         dropout_rate: float = 0.0,
         dropout_seed: tuple[int, int] = (0, 0),
@@ -80,6 +82,8 @@ class ContextAttention:
             mixed_SBGX: this rank's positions.
             head_size: D.
             scale: factor of the scores.
+            softmax_coefficient: further factor (query-key layer scaling).
+            softmax_in_fp32: the softmax is always in float32 here.
             document_start_BS: int32, the first position that each position of the *whole* sequence may see; None: 0.
             dropout_rate: share of the attention weights set to zero.
             dropout_seed: the same on all ranks of the group: masks are drawn by position and head.
@@ -89,7 +93,8 @@ class ContextAttention:
         if u > 1:
             mixed_SBGX = _to_sequence(all_to_all(_whole_groups(mixed_SBGX, head_size, u), self._heads, 2, 0), u)
         heads = (self._heads.rank * num_heads // u, num_heads)
-        options = {"scale": scale, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "heads": heads}
+        factor = scale * softmax_coefficient
+        options = {"scale": factor, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "heads": heads}
         if self._ring.size == 1:
             context = ops.causal_attention_packed(
                 mixed_SBGX, head_size, document_start_BS=document_start_BS, softmax_in_fp32=True, **options

@@ -10,10 +10,12 @@ from mindspore import Tensor, nn
 
 from parallel_core import ops
 from parallel_core.autograd import backward
+from parallel_core.config.schema import FlashAttentionConfig
 from parallel_core.context_parallel.attention import ContextAttention, ContextGroups
 from parallel_core.layout.sequence import cut, positions
 from tests.helpers.cases import CaseContext, case
-from tests.ranks.support import group_of, world_group
+from tests.ranks.cases_layouts import check, settings
+from tests.ranks.support import LLAMA, Tiny, group_of, world_group
 
 S, B, D = 64, 2, 8
 SEED = (11, 5)
@@ -93,3 +95,38 @@ def test_every_exchange_computes_what_one_rank_does(ctx: CaseContext, exchange: 
         atol = 3e-6 if kernels == "auto" else 2e-5
         np.testing.assert_allclose(out, want[mine], rtol=0, atol=atol, err_msg=what)
         np.testing.assert_allclose(gradient, dwant[mine], rtol=0, atol=4 * atol, err_msg=f"gradient: {what}")
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+SIXTEEN = {"seq_length": 16}
+MANY_KEYS = {**LLAMA.model, "num_query_groups": 8}
+LAYOUTS_OF_4 = [
+    "cp4 p2p", "cp4 all_gather", "cp4 a2a", "cp4 a2a+p2p", "cp2 p2p tp2 sp", "cp2 a2a tp2", "cp2 all_gather pp2 vpp2",
+    "cp2 p2p distopt overlap", "cp2 a2a pp2", "cp2 all_gather tp2 sp distopt",
+]  # fmt: skip
+
+
+@case(world_size=2, variants=[{"layout": f"cp2 {exchange}"} for exchange in ("p2p", "all_gather", "a2a")])
+def test_two_parts_of_a_sequence_train_like_one(ctx: CaseContext, layout: str) -> None:
+    """Learned positions, tied embedding, uneven loss masks that differ between the parts."""
+    check(ctx, Tiny(), settings(layout))
+
+
+@case(world_size=4, variants=[{"layout": name} for name in LAYOUTS_OF_4])
+def test_four_ranks_with_cut_sequences_train_like_one(ctx: CaseContext, layout: str) -> None:
+    """Rotary positions, RMSNorm, SwiGLU, grouped queries."""
+    model = {**MANY_KEYS, **SIXTEEN}
+    check(ctx, LLAMA.with_(model=model), settings(layout).with_(model=model))
+
+
+@case(world_size=2, variants=[{"layout": f"cp2 {exchange}"} for exchange in ("p2p", "all_gather", "a2a")])
+def test_documents_and_windows_cross_the_cuts(ctx: CaseContext, layout: str) -> None:
+    extra = {"reset_attention_mask": True}
+    model = {**SIXTEEN, "fa_config": FlashAttentionConfig(pre_tokens=5)}
+    check(ctx, Tiny(data=extra, model=model), settings(layout).with_(data=extra, model=model))
+
+
+@case(world_size=2, variants=[{"layout": f"cp2 {exchange}"} for exchange in ("p2p", "all_gather", "a2a")])
+def test_attention_dropout_draws_the_masks_of_one_rank(ctx: CaseContext, layout: str) -> None:
+    rates = {**SIXTEEN, "attention_dropout_rate": 0.3}
+    check(ctx, Tiny(model=rates), settings(layout).with_(model=rates))
