@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from parallel_core.comm.factory import group_factory
@@ -45,8 +45,8 @@ class ParallelContext:
     pp: Group
     model: Group
     embedding: Group
-    cp_inner: Group
-    cp_ring: Group
+    cp_inner: Group = field(default_factory=SoloGroup)
+    cp_ring: Group = field(default_factory=SoloGroup)
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -72,7 +72,7 @@ class ParallelContext:
     def solo(cls) -> ParallelContext:
         """Return the context of a program of one process; nothing is initialised."""
         group = SoloGroup()
-        return cls(Mesh.megatron(1), 0, *[group] * 10)
+        return cls(Mesh.megatron(1), 0, *[group] * 8)
 
     @classmethod
     def create(cls, config: ModelParallelConfig, rank: int, world_size: int) -> ParallelContext:

@@ -134,7 +134,8 @@ def test_initialized_or_not():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size=2: context parallelism is not built; use 1"),
+        ({"context_parallel_size": 0}, "context_parallel_size=0: use an integer of 1 or more"),
+        ({"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 3]}, "two numbers whose product is"),
         ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2: expert parallelism is not built; use 1"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0: use an integer of 1 or more"),
         ({"tensor_model_parallel_size": 3}, "world size 1 is not a multiple of tensor_model_parallel_size=3"),
