@@ -37,7 +37,7 @@ def test_what_the_ranks_hold_is_put_in_order_and_back(cp: int, each: int) -> Non
 @settings(deadline=None)
 @given(st.sampled_from([(4, 2), (8, 2), (8, 4), (6, 3)]), LENGTHS)
 def test_runs_of_ranks_hold_the_zigzag_of_the_ring_over_them(sizes: tuple[int, int], each: int) -> None:
-    """So a hierarchical exchange needs no cut of its own: a run's chunks, in order, are one rank's of the outer ring."""
+    """A hierarchical exchange needs no cut of its own: a run's chunks, in order, are one rank's of the outer ring."""
     cp, inner = sizes
     S = 2 * cp * each
     for run in range(cp // inner):
