@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from parallel_core.comm.factory import group_factory
@@ -31,7 +31,8 @@ class ParallelContext:
     Ranks of `dp` read different samples, ranks of `cp` hold parts of the same sequences. All of them, `dp_cp`, hold the
     same parameters: what reads data asks `dp`; what sums gradients, shards the optimizer, counts norms, shares out
     checkpoints or writes logs asks `dp_cp`. `model` is tensor x pipeline (one replica of the model); `embedding` is
-    the first and last pipeline stage, or a group of one on the stages between.
+    the first and last pipeline stage, or a group of one on the stages between. `cp_inner` and `cp_ring` are the two
+    levels of a hierarchical exchange within `cp` (see `context_parallel.attention`), groups of one without one.
     """
 
     mesh: Mesh
@@ -44,6 +45,8 @@ class ParallelContext:
     pp: Group
     model: Group
     embedding: Group
+    cp_inner: Group = field(default_factory=SoloGroup)
+    cp_ring: Group = field(default_factory=SoloGroup)
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -96,10 +99,25 @@ class ParallelContext:
         stages = mesh.group_of(rank, "pp")
         ends = [stages[0], stages[-1]] if len(stages) > 1 else stages
         groups["embedding"] = make("embedding", ends) if rank in ends else SoloGroup("embedding", rank)
+        for label, ranks in zip(("cp_inner", "cp_ring"), hierarchy(mesh.group_of(rank, "cp"), rank, config)):
+            groups[label] = make(label, ranks)
         return cls(mesh, rank, make("world", list(range(world_size))), **groups)
 
     def destroy(self) -> None:
         """Wait for every rank, so that no message is lost when one of them exits early, and close the groups."""
         self.world.barrier()
-        for group in {id(group): group for group in (*self.groups.values(), self.world, self.embedding)}.values():
+        every = (*self.groups.values(), self.world, self.embedding, self.cp_inner, self.cp_ring)
+        for group in {id(group): group for group in every}.values():
             group.close()
+
+
+def hierarchy(cp_ranks: list[int], rank: int, config: ModelParallelConfig) -> tuple[list[int], list[int]]:
+    """Return (the run of neighbours, one rank of each run) that `rank` is in, of the ranks that share a sequence.
+
+    Without a hierarchical exchange both are this rank alone.
+    """
+    inner = config.hierarchical_context_parallel_sizes[0] if config.hierarchical_context_parallel_sizes else 0
+    if not inner:
+        return [rank], [rank]
+    run, place = divmod(cp_ranks.index(rank), inner)
+    return cp_ranks[run * inner : (run + 1) * inner], cp_ranks[place::inner]

@@ -35,6 +35,18 @@ class Done(Handle):
         return self._result
 
 
+class _Shift(Handle):
+    """A tensor on its way to the next rank, and one on its way here."""
+
+    def __init__(self, sent: Handle, received: Handle) -> None:
+        self._sent, self._received = sent, received
+
+    def wait(self) -> Tensor | None:
+        """Return what arrived, once what was sent may be changed."""
+        self._sent.wait()
+        return self._received.wait()
+
+
 class Group(abc.ABC):
     """Ranks that communicate with one another."""
 
@@ -78,6 +90,14 @@ class Group(abc.ABC):
     @abc.abstractmethod
     def receive(self, shape: Sequence[int], dtype: Any, src: int) -> Handle:
         """Announce the next tensor from rank `src`; `wait()` returns it."""
+
+    def shift_start(self, x: Tensor) -> Handle:
+        """Start sending `x` to the next rank of the group, the first after the last; the handle gives what arrives.
+
+        Every member calls it, with tensors of one shape and dtype.
+        """
+        sent = self.send(x, (self.rank + 1) % self.size)
+        return _Shift(sent, self.receive(x.shape, x.dtype, (self.rank - 1) % self.size))
 
     @abc.abstractmethod
     def barrier(self) -> None:

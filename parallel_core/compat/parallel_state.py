@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from parallel_core.errors import ConfigError
 __all__ = [
     "destroy_model_parallel",
     "get_context",
+    "get_context_parallel_global_ranks",
     "get_context_parallel_group",
     "get_context_parallel_rank",
     "get_context_parallel_world_size",
@@ -36,6 +37,7 @@ __all__ = [
     "get_embedding_group",
     "get_expert_model_parallel_rank",
     "get_expert_model_parallel_world_size",
+    "get_hierarchical_context_parallel_groups",
     "get_model_parallel_group",
     "get_pipeline_model_parallel_first_rank",
     "get_pipeline_model_parallel_group",
@@ -69,7 +71,6 @@ _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "encoder_tensor_model_parallel_size": ((0, None), "encoder-decoder models are not built"),
     "encoder_pipeline_model_parallel_size": ((0, None), "encoder-decoder models are not built"),
     "expert_tensor_parallel_size": ((None, 1), "experts are not built"),
-    "hierarchical_context_parallel_sizes": ((None,), "context parallelism is not built"),
     "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all data parallel ranks"),
     "use_sharp": ((False,), "SHARP is a feature of NCCL"),
     "nccl_communicator_config_path": ((None,), "NCCL is not used"),
@@ -101,6 +102,7 @@ def initialize_model_parallel(
     virtual_pipeline_model_parallel_size: int | None = None,
     *,
     context_parallel_size: int = 1,
+    hierarchical_context_parallel_sizes: Sequence[int] | None = None,
     expert_model_parallel_size: int = 1,
     distributed_timeout_minutes: float = 10.0,
     distributed_backend: str = "auto",
@@ -117,7 +119,9 @@ def initialize_model_parallel(
         tensor_model_parallel_size: ranks that share every layer.
         pipeline_model_parallel_size: ranks that share the sequence of layers.
         virtual_pipeline_model_parallel_size: model chunks on each pipeline rank; None: 1.
-        context_parallel_size: 1.
+        context_parallel_size: ranks that share every sequence.
+        hierarchical_context_parallel_sizes: ranks that exchange heads and ranks of a ring, whose product is
+            `context_parallel_size`; None: one level.
         expert_model_parallel_size: 1.
         distributed_timeout_minutes: time limit of a collective.
         distributed_backend: auto, shm, mccl or hccl.
@@ -136,10 +140,16 @@ def initialize_model_parallel(
         ("tensor_model_parallel_size", tensor_model_parallel_size),
         ("pipeline_model_parallel_size", pipeline_model_parallel_size),
         ("virtual_pipeline_model_parallel_size", virtual_pipeline_model_parallel_size or 1),
+        ("context_parallel_size", context_parallel_size),
     ):
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"{name}={size!r}: use an integer of 1 or more")
-    _check_not_built("context_parallel_size", context_parallel_size, "context parallelism")
+    levels = tuple(hierarchical_context_parallel_sizes or ())
+    if levels and (len(levels) != 2 or levels[0] * levels[1] != context_parallel_size):
+        raise ConfigError(
+            f"hierarchical_context_parallel_sizes={list(levels)}: give two numbers whose product is "
+            f"context_parallel_size={context_parallel_size}"
+        )
     _check_not_built("expert_model_parallel_size", expert_model_parallel_size, "expert parallelism")
     chunks = virtual_pipeline_model_parallel_size
     if chunks is not None and chunks > 1 and pipeline_model_parallel_size < 2:
@@ -151,6 +161,8 @@ def initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks or 1,
+        context_parallel_size=context_parallel_size,
+        hierarchical_context_parallel_sizes=levels,
         distributed_backend=distributed_backend,
         distributed_timeout_minutes=distributed_timeout_minutes,
     )
@@ -221,15 +233,29 @@ def get_pipeline_model_parallel_group() -> Group:
 
 
 def get_data_parallel_group(with_context_parallel: bool = False) -> Group:
-    """Return the ranks that hold what this one holds; there is no context parallelism to include or leave out."""
+    """Return the ranks that hold what this one holds and read other samples.
+
+    Args:
+        with_context_parallel: with those that hold other parts of the same sequences.
+    """
     if not isinstance(with_context_parallel, bool):
         raise ConfigError(f"with_context_parallel={with_context_parallel!r}: use True or False")
-    return get_context().dp
+    return get_context().dp_cp if with_context_parallel else get_context().dp
 
 
 def get_context_parallel_group() -> Group:
-    """Return a group of this rank alone."""
-    return SoloGroup("cp", get_context().rank)
+    """Return the ranks that hold parts of the same sequences."""
+    return get_context().cp
+
+
+def get_hierarchical_context_parallel_groups() -> list[Group]:
+    """Return the levels of a hierarchical exchange: the ranks that exchange heads, and those of this rank's ring."""
+    return [get_context().cp_inner, get_context().cp_ring]
+
+
+def get_context_parallel_global_ranks() -> list[int]:
+    """Return the global ranks of the context parallel group."""
+    return list(get_context().cp.ranks)
 
 
 def get_embedding_group() -> Group:
@@ -425,6 +451,7 @@ _OWN = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
+    "hierarchical_context_parallel_sizes",
     "expert_model_parallel_size",
     "distributed_timeout_minutes",
     "distributed_backend",
@@ -442,9 +469,9 @@ def _check_order(order: str, config: ModelParallelConfig, world_size: int) -> No
     known = MEGATRON_ORDER.split("-")
     if len(set(axes)) != len(axes) or not set(axes) <= set(known):
         raise ConfigError(f"order={order!r}: give each of {', '.join(known)} at most once, joined by '-'")
-    model = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    sizes = {
-        "tp": config.tensor_model_parallel_size,
+    sizes = {"tp": config.tensor_model_parallel_size, "cp": config.context_parallel_size}
+    model = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
+    sizes |= {
         "dp": max(1, world_size // model),
         "pp": config.pipeline_model_parallel_size,
     }

@@ -208,6 +208,11 @@ class ModelParallelConfig:
     context_parallel_size: int = 1
     context_parallel_algo: str = "megatron_cp_algo"
     ulysses_degree_in_cp: int = 1
+    cp_comm_type: tuple[str, ...] = ("p2p",)
+    """How attention sees the keys of other context parallel ranks: p2p, all_gather, a2a or a2a+p2p; one word for all
+    layers, or one for each."""
+    hierarchical_context_parallel_sizes: tuple[int, ...] = ()
+    """For a2a+p2p: ranks that exchange heads, ranks of a ring; their product is context_parallel_size."""
     expert_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int = 0
     """Model chunks on each pipeline rank; 0: as num_layer_list or num_layers_per_virtual_pipeline_stage say, else 1."""

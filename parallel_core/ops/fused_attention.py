@@ -5,7 +5,6 @@ from __future__ import annotations
 from ctypes import c_int64
 from typing import Any, NamedTuple
 
-import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
@@ -26,8 +25,8 @@ declare("pc_attention_grad", "PPPPPPPPPPPFFUU")
 class _Problem(NamedTuple):
     """What does not change between forward and backward."""
 
-    sizes: tuple[int, int, int, int, int]
-    """S, B, N, G, D."""
+    sizes: tuple[int, ...]
+    """S, T, B, N, G, D, E, position of the first query and of the first key, first head, heads of the layer."""
     strides: tuple[int, ...]
     """(s, b, group) strides of queries, keys and values, in elements."""
     start: Tensor | None
@@ -36,34 +35,85 @@ class _Problem(NamedTuple):
     seed: tuple[int, int]
 
     def numbers(self) -> tuple[Any, ...]:
-        shape = (c_int64 * 23)(*self.sizes, *self.strides, *self.strides)
+        shape = (c_int64 * 29)(*self.sizes, *self.strides, *self.strides)
         return shape, self.scale, self.rate, self.seed[0] & _WORD, self.seed[1] & _WORD
 
 
-def _forward(ctx: Any, addresses: _Addresses, problem: _Problem) -> Tensor:
-    S, B, N, _, D = problem.sizes
-    out, log_sum_exp = raw.new((S, B, N * D)), np.empty((B, N, S), np.float32)
+def _forward(addresses: _Addresses, problem: _Problem) -> tuple[Tensor, Tensor]:
+    S, _, B, N, _, _, E = problem.sizes[:7]
+    out, log_sum_exp = raw.new((S, B, N * E)), raw.new((B, N, S))
     lib.pc_attention(
-        *addresses, raw.pointer(problem.start), out.data_ptr(), log_sum_exp.ctypes.data, *problem.numbers()
+        *addresses, raw.pointer(problem.start), out.data_ptr(), log_sum_exp.data_ptr(), *problem.numbers()
     )
-    ctx.problem, ctx.log_sum_exp = problem, log_sum_exp
-    return out
+    return out, log_sum_exp
 
 
-def _backward(ctx: Any, addresses: _Addresses, out: Tensor, dout: Tensor, gradients: _Addresses) -> None:
-    problem: _Problem = ctx.problem
+def _backward(
+    addresses: _Addresses, problem: _Problem, out: Tensor, dout: Tensor, log_sum_exp: Tensor, gradients: _Addresses
+) -> None:
     dout = dout.contiguous()
     lib.pc_attention_grad(
         *addresses,
         raw.pointer(problem.start),
         out.data_ptr(),
         dout.data_ptr(),
-        ctx.log_sum_exp.ctypes.data,
+        log_sum_exp.data_ptr(),
         *gradients,
         *problem.numbers(),
     )
 
 
+# ---- blocks (no autograd) -------------------------------------------------------------------------------------------
+@compiled(reference.attention_block, integers=["start_BS"])
+def _attention_block(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Positions are numbers of the kernel, so a block of a sequence costs its share of the whole."""
+    query, key, value = query_SBND.contiguous(), key_TBGD.contiguous(), value_TBGE.contiguous()
+    places, start = (q_first, k_first), None if start_BS is None else raw.int32(start_BS)
+    problem = _problem(query, key, value, places, heads, start, scale, dropout_rate, dropout_seed)
+    return _forward((query.data_ptr(), key.data_ptr(), value.data_ptr()), problem)
+
+
+@compiled(reference.attention_block_grad, integers=["start_BS"])
+def _attention_block_grad(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    out_SBX: Tensor,
+    dout_SBX: Tensor,
+    log_sum_exp_BNS: Tensor,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights are computed again from the log-sum-exp over all blocks."""
+    query, key, value = query_SBND.contiguous(), key_TBGD.contiguous(), value_TBGE.contiguous()
+    places, start = (q_first, k_first), None if start_BS is None else raw.int32(start_BS)
+    problem = _problem(query, key, value, places, heads, start, scale, dropout_rate, dropout_seed)
+    dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    gradients = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    _backward(addresses, problem, out_SBX.contiguous(), dout_SBX, log_sum_exp_BNS.contiguous(), gradients)
+    return dq, dk, dv
+
+
+# ---- whole sequences ------------------------------------------------------------------------------------------------
 class _Attention(Function):
     @staticmethod
     def forward(
@@ -75,13 +125,11 @@ class _Attention(Function):
         scale: float,
         rate: float,
         seed: tuple[int, int],
+        heads: tuple[int, int] | None,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        S, B, N, D = query.shape
-        G = key.shape[2]
-        q_strides, k_strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D)
-        problem = _Problem((S, B, N, G, D), (*q_strides, *k_strides, *k_strides), start, scale, rate, seed)
-        out = _forward(ctx, (query.data_ptr(), key.data_ptr(), value.data_ptr()), problem)
+        ctx.problem = _problem(query, key, value, (0, 0), heads, start, scale, rate, seed)
+        out, ctx.log_sum_exp = _forward((query.data_ptr(), key.data_ptr(), value.data_ptr()), ctx.problem)
         ctx.save_for_backward(query, key, value, out)
         return out
 
@@ -90,8 +138,9 @@ class _Attention(Function):
         query, key, value, out = ctx.saved_tensors
         dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
         addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        _backward(ctx, addresses, out, dout, (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
-        return dq, dk, dv, None, None, None, None
+        gradients = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+        _backward(addresses, ctx.problem, out, dout, ctx.log_sum_exp, gradients)
+        return dq, dk, dv, None, None, None, None, None
 
 
 class _PackedAttention(Function):
@@ -104,22 +153,41 @@ class _PackedAttention(Function):
         scale: float,
         rate: float,
         seed: tuple[int, int],
+        heads: tuple[int, int] | None,
     ) -> Tensor:
         mixed = mixed.contiguous()
         S, B, G, X = mixed.shape
-        sizes = S, B, (X // head_size - 2) * G, G, head_size
-        problem = _Problem(sizes, (B * G * X, G * X, X) * 3, start, scale, rate, seed)
-        out = _forward(ctx, _parts(mixed, head_size), problem)
+        N = (X // head_size - 2) * G
+        sizes = S, S, B, N, G, head_size, head_size, 0, 0, *(heads or (0, N))
+        ctx.problem = _Problem(sizes, (B * G * X, G * X, X) * 3, start, scale, rate, seed)
+        out, ctx.log_sum_exp = _forward(_parts(mixed, head_size), ctx.problem)
         ctx.save_for_backward(mixed, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         mixed, out = ctx.saved_tensors
-        head_size = ctx.problem.sizes[-1]
+        head_size = ctx.problem.sizes[5]
         dmixed = raw.new(mixed.shape)
-        _backward(ctx, _parts(mixed, head_size), out, dout, _parts(dmixed, head_size))
-        return dmixed, None, None, None, None, None
+        _backward(_parts(mixed, head_size), ctx.problem, out, dout, ctx.log_sum_exp, _parts(dmixed, head_size))
+        return dmixed, None, None, None, None, None, None
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: tuple[int, int],
+    heads: tuple[int, int] | None,
+    start: Tensor | None,
+    scale: float,
+    rate: float,
+    seed: tuple[int, int],
+) -> _Problem:
+    (S, B, N, D), (T, _, G, E) = query.shape, value.shape
+    strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D), (B * G * E, G * E, E)
+    sizes = S, T, B, N, G, D, E, *first, *(heads or (0, N))
+    return _Problem(sizes, sum(strides, ()), start, scale, rate, seed)
 
 
 def _parts(mixed: Tensor, head_size: int) -> _Addresses:
@@ -128,11 +196,7 @@ def _parts(mixed: Tensor, head_size: int) -> _Addresses:
     return start, start + 4 * (X - 2 * head_size), start + 4 * (X - head_size)
 
 
-def _other_value_size(query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, **_: Any) -> str:
-    return "" if value_SBGE.shape[-1] == query_SBND.shape[-1] else "the values' head size is not the queries'"
-
-
-@compiled(reference.causal_attention, integers=["document_start_BS"], refuses=_other_value_size)
+@compiled(reference.causal_attention, integers=["document_start_BS"])
 def _causal_attention(
     query_SBND: Tensor,
     key_SBGD: Tensor,
@@ -144,11 +208,12 @@ def _causal_attention(
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """Nothing of S x S elements is stored, forward or backward."""
     start = None if document_start_BS is None else raw.int32(document_start_BS)
     factor = scale * softmax_coefficient
-    return _Attention.apply(query_SBND, key_SBGD, value_SBGE, start, factor, dropout_rate, dropout_seed)
+    return _Attention.apply(query_SBND, key_SBGD, value_SBGE, start, factor, dropout_rate, dropout_seed, heads)
 
 
 @compiled(reference.causal_attention_packed, integers=["document_start_BS"])
@@ -162,8 +227,9 @@ def _causal_attention_packed(
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """Queries, keys, values and their gradients are never copied."""
     start = None if document_start_BS is None else raw.int32(document_start_BS)
     factor = scale * softmax_coefficient
-    return _PackedAttention.apply(mixed_SBGX, head_size, start, factor, dropout_rate, dropout_seed)
+    return _PackedAttention.apply(mixed_SBGX, head_size, start, factor, dropout_rate, dropout_seed, heads)

@@ -30,6 +30,7 @@ _matmul_nt = ops.MatMul(transpose_b=True)
 _matmul_tn = ops.MatMul(transpose_a=True)
 _bmm_nn = ops.BatchMatMul()
 _bmm_nt = ops.BatchMatMul(transpose_b=True)
+_bmm_tn = ops.BatchMatMul(transpose_a=True)
 
 
 def cast(x: Tensor, dtype: Any) -> Tensor:
@@ -267,6 +268,7 @@ def causal_attention(
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,  # noqa: ARG001 - compiled kernels draw by it
 ) -> Tensor:
     """Return softmax(scale * Q K^T, masked) V, heads joined: [S, B, N * E].
 
@@ -282,6 +284,7 @@ def causal_attention(
         document_start_BS: int32, first position that each position may see; None: 0 everywhere.
         dropout_rate: share of the attention weights set to zero.
         dropout_seed: equal seeds give equal masks.
+        heads: see `attention_block`.
     """
     S, B, N, D = query_SBND.shape
     G, E = value_SBGE.shape[2:]
@@ -347,6 +350,149 @@ def attention_mask(S: int, document_start_BS: Tensor | None) -> Tensor:
     B = document_start_BS.shape[0]
     before = Tensor(np.arange(S, dtype=np.int32)).reshape(1, 1, 1, S) < document_start_BS.reshape(B, 1, S, 1)
     return ops.logical_or(causal, before)
+
+
+# ---- attention of one block of queries and one of keys (no autograd) ------------------------------------------------
+@kernel
+def attention_block(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what queries at a run of positions see of keys at another, and how much that weighs; no autograd.
+
+    The query at position p sees the keys at positions start <= k <= p. Blocks of keys are joined by their weights: with
+    L = log(exp(l1) + exp(l2)) the attention over both is exp(l1 - L) out1 + exp(l2 - L) out2.
+
+    Args:
+        query_SBND: queries at positions q_first, q_first + 1, ...
+        key_TBGD: keys at positions k_first, k_first + 1, ...
+        value_TBGE: their values.
+        start_BS: int32, the first position that each query may see; None: 0.
+        q_first: position of the first query.
+        k_first: position of the first key.
+        scale: factor of the scores.
+        dropout_rate: share of the attention weights set to zero.
+        dropout_seed: equal seeds give equal masks. Compiled kernels draw by position and head, so blocks draw what the
+            whole sequence draws; these operators draw by block.
+        heads: (number of the first of these query heads, query heads of the layer), for dropout; None: all of them.
+
+    Returns:
+        The context [S, B, N * E], and float32 [B, N, S] logarithms of the sums of exponentials. A query that sees no
+        key has 0 and -infinity.
+    """
+    S, B, N, _ = query_SBND.shape
+    weights, log_sum_exp = _block_weights(query_SBND, key_TBGD, start_BS, q_first, k_first, scale, None)
+    keep = _block_mask(weights, dropout_rate, dropout_seed, (q_first, k_first))
+    value = _rows_of_groups(value_TBGE)
+    context = _bmm_nn((weights if keep is None else weights * keep).astype(value.dtype), value)
+    return _apart(context, S, B, N).reshape(S, B, -1), log_sum_exp
+
+
+@kernel
+def attention_block_grad(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    out_SBX: Tensor,
+    dout_SBX: Tensor,
+    log_sum_exp_BNS: Tensor,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,  # noqa: ARG001 - compiled kernels draw by it
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients (dq, dk, dv) that one block contributes; no autograd.
+
+    Args:
+        query_SBND: as for `attention_block`.
+        key_TBGD: as for `attention_block`.
+        value_TBGE: as for `attention_block`.
+        start_BS: as for `attention_block`.
+        out_SBX: the context over all blocks, [S, B, N * E].
+        dout_SBX: its gradient.
+        log_sum_exp_BNS: over all blocks.
+        q_first: as for `attention_block`.
+        k_first: as for `attention_block`.
+        scale: as for `attention_block`.
+        dropout_rate: as for `attention_block`.
+        dropout_seed: as for `attention_block`.
+        heads: as for `attention_block`.
+    """
+    (S, B, N, _), (_, _, G, E) = query_SBND.shape, value_TBGE.shape
+    weights, _ = _block_weights(query_SBND, key_TBGD, start_BS, q_first, k_first, scale, log_sum_exp_BNS)
+    keep = _block_mask(weights, dropout_rate, dropout_seed, (q_first, k_first))
+    query, key, value = _stacked_heads(query_SBND, G), _rows_of_groups(key_TBGD), _rows_of_groups(value_TBGE)
+    out, dout = (_stacked_heads(x.reshape(S, B, N, E), G) for x in (out_SBX, dout_SBX))
+    kept = weights if keep is None else weights * keep
+    dv = _bmm_tn(kept, dout)
+    dweights = _bmm_nt(dout, value)
+    dweights = dweights if keep is None else dweights * keep
+    dscores = weights * (dweights - (out * dout).sum(-1, keepdims=True)) * scale
+    dq, dk = _bmm_nn(dscores, key), _bmm_tn(dscores, query)
+    T = key_TBGD.shape[0]
+    return _apart(dq, S, B, N), dk.transpose(1, 0, 2).reshape(T, B, G, -1), dv.transpose(1, 0, 2).reshape(T, B, G, E)
+
+
+def _block_weights(
+    query: Tensor, key: Tensor, start: Tensor | None, q_first: int, k_first: int, scale: float, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax's weights [B * G, N / G * S, T], normed by `lse` or by their own, and that [B, N, S]."""
+    (S, B, N, _), (T, _, G, _) = query.shape, key.shape
+    scores = _bmm_nt(_stacked_heads(query, G), _rows_of_groups(key)).astype(ms.float32) * scale
+    q_at, k_at = q_first + np.arange(S)[:, None], k_first + np.arange(T)[None]
+    visible = Tensor((k_at <= q_at)[None])
+    if start is not None:
+        visible = ops.logical_and(visible, Tensor(k_at[None].astype(np.int32)) >= start.reshape(B, S, 1))
+    seen = visible.astype(ms.float32).reshape(-1, 1, 1, S, T)
+    scores = scores.reshape(B, G, N // G, S, T)
+    if lse is None:
+        top = (scores * seen + (1.0 - seen) * -1e30).max(axis=-1)
+        top = mint.where(top > -1e29, top, mint.zeros(top.shape))
+        total = (mint.exp(mint.where(seen > 0, scores - top.reshape(B, G, N // G, S, 1), Tensor(-1e30))) * seen).sum(-1)
+        some = total > 0
+        lse = mint.where(some, top + mint.log(mint.where(some, total, Tensor(1.0))), Tensor(-np.inf, ms.float32))
+    lse = lse.reshape(B, G, N // G, S, 1)
+    finite = mint.where(lse > -1e30, lse, Tensor(0.0))
+    weights = mint.exp(mint.where(seen > 0, scores - finite, Tensor(-1e30))) * seen
+    return weights.reshape(B * G, N // G * S, T), lse.reshape(B, N, S)
+
+
+def _block_mask(weights: Tensor, rate: float, seed: tuple[int, int], place: tuple[int, int]) -> Tensor | None:
+    """Return the factors of dropout, 0 or 1 / (1 - rate), or None without any."""
+    if not rate:
+        return None
+    return dropout(ops.ones_like(weights), rate, (seed[0] ^ place[0] << 20 ^ place[1], seed[1]))
+
+
+def _stacked_heads(x_SBNX: Tensor, G: int) -> Tensor:
+    """Return [B * G, N / G * S, X]: the query heads that share a key head, along the positions."""
+    S, B, N, X = x_SBNX.shape
+    return x_SBNX.reshape(S, B * G, N // G, X).transpose(1, 2, 0, 3).reshape(B * G, N // G * S, X)
+
+
+def _apart(x: Tensor, S: int, B: int, N: int) -> Tensor:
+    """Return what `_stacked_heads` stacked as [S, B, N, X]."""
+    G = x.shape[0] // B
+    return x.reshape(B * G, N // G, S, -1).transpose(2, 0, 1, 3).reshape(S, B, N, -1)
+
+
+def _rows_of_groups(x_TBGX: Tensor) -> Tensor:
+    """Return [B * G, T, X]."""
+    T, B, G, X = x_TBGX.shape
+    return x_TBGX.reshape(T, B * G, X).transpose(1, 0, 2)
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, forget_recording, no_grad
+from parallel_core.comm.interface import Group
 from parallel_core.errors import ParallelCoreError
 from parallel_core.pipeline.loss_contract import checked_loss, collects_non_loss_data
 
@@ -29,6 +30,8 @@ class PipelineStage:
         is_first: this chunk reads no activation.
         is_last: this chunk's output goes to the loss function.
         per_token_loss: see above.
+        tokens_group: ranks that hold parts of the same sequences. A microbatch's mean is over the tokens of all of
+            them, and is multiplied by their number, because gradients are averaged over them afterwards.
         before_forward: called with the microbatch's number before each forward pass (random streams, parameters that
             are still being gathered).
         before_last_backward: called before the last backward pass of an iteration (gradient reduction).
@@ -42,10 +45,11 @@ class PipelineStage:
         is_first: bool,
         is_last: bool,
         per_token_loss: bool = False,
+        tokens_group: Group | None = None,
         before_forward: Callable[[int], None] = lambda microbatch: None,
         before_last_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        self._cell = _StageCell(model, forward_step_func, is_first, is_last, per_token_loss)
+        self._cell = _StageCell(model, forward_step_func, is_first, is_last, per_token_loss, tokens_group)
         self._parameters: Sequence[Parameter] = list(model.trainable_params())
         self._before_forward, self._before_last_backward = before_forward, before_last_backward
         self._per_token_loss, self._is_first, self._is_last = per_token_loss, is_first, is_last
@@ -125,12 +129,19 @@ class _StageCell(nn.Cell):
     """forward_step_func and the loss as one Cell, whose only input is the previous stage's activation."""
 
     def __init__(
-        self, model: nn.Cell, forward_step_func: ForwardStep, is_first: bool, is_last: bool, per_token_loss: bool
+        self,
+        model: nn.Cell,
+        forward_step_func: ForwardStep,
+        is_first: bool,
+        is_last: bool,
+        per_token_loss: bool,
+        tokens_group: Group | None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.model = model
         self._forward_step_func = forward_step_func
         self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
+        self._tokens_group = tokens_group if tokens_group is not None and tokens_group.size > 1 else None
         self.data: Iterator[Any] = iter(())
         self.non_loss_data = False
         self.reports: list[Any] = []
@@ -149,4 +160,9 @@ class _StageCell(nn.Cell):
         self.reports.append((num_tokens, report))
         if self._per_token_loss:
             return loss_sum
-        return loss_sum / ms.ops.maximum(num_tokens, Tensor(np.float32(1.0)))
+        one = Tensor(np.float32(1.0))
+        if self._tokens_group is None:
+            return loss_sum / ms.ops.maximum(num_tokens, one)
+        # A rank whose part of the sequence counts no token still divides by the whole sequence's number.
+        counted = self._tokens_group.all_reduce(ms.ops.stop_gradient(num_tokens))
+        return loss_sum * (self._tokens_group.size / ms.ops.maximum(counted, one))

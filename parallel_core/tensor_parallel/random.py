@@ -2,8 +2,9 @@
 
 Every draw has a key: run seed, iteration, microbatch, site (the global name of the place in the model) and how often
 that site has drawn in this microbatch. Replicas therefore draw alike; a site whose tensor is cut over the tensor
-parallel group adds the rank. The masks of whole tensors are the same in every layout, and a recomputed forward draws
-what the first one drew.
+parallel group adds the rank, and where sequences are cut every site adds that rank, unless its masks are drawn by
+position. The masks of whole tensors are the same in every layout, and a recomputed forward draws what the first one
+drew.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class RandomStreams:
     Args:
         seed: the run's seed.
         tp_rank: position in the tensor parallel group, part of the key of sharded sites.
+        cp_rank: position in the context parallel group.
     """
 
-    def __init__(self, seed: int, tp_rank: int = 0) -> None:
-        self._seed, self._tp_rank = seed, tp_rank
+    def __init__(self, seed: int, tp_rank: int = 0, cp_rank: int = 0) -> None:
+        self._seed, self._tp_rank, self._cp_rank = seed, tp_rank, cp_rank
         self._iteration = self._microbatch = 0
         self._draws: Counter[str] = Counter()
         self.training = True
@@ -47,16 +49,21 @@ class RandomStreams:
         self._iteration, self._microbatch = iteration, microbatch
         self._draws.clear()
 
-    def seeds(self, site: str, sharded: bool = False) -> tuple[int, int]:
+    def seeds(self, site: str, sharded: bool = False, by_position: bool = False) -> tuple[int, int]:
         """Return two non-negative 31-bit seeds for the next draw of `site`.
 
         Args:
             site: global name of the place that draws.
             sharded: the tensor is cut over the tensor parallel group, so each rank draws differently.
+            by_position: the mask is a function of the positions in the sequence, so its parts on several ranks are cut
+                from one mask.
         """
         number = self._draws[site]
         self._draws[site] += 1
-        key = (self._seed, self._iteration, self._microbatch, site, number, self._tp_rank if sharded else -1)
+        key: tuple[object, ...] = (self._seed, self._iteration, self._microbatch, site, number)
+        key += (self._tp_rank if sharded else -1,)
+        if self._cp_rank and not by_position:
+            key += (self._cp_rank,)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little") >> 1, int.from_bytes(digest[4:], "little") >> 1
 

@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from parallel_core.comm.interface import Group
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data import (
@@ -25,6 +26,7 @@ from parallel_core.data import (
     stage_needs_data,
 )
 from parallel_core.errors import DataError
+from parallel_core.layout.sequence import cut
 
 TensorBatch = dict[str, Tensor | None]
 """tokens, labels, position_ids, document_start (the first position that each may see): int32 [B, S]; loss_mask: float32
@@ -108,7 +110,8 @@ class BatchSource:
         needs_data: bool,
     ) -> None:
         data = config.dataset_config
-        self._keep_positions = data.reset_position_ids
+        self._keep_positions = data.reset_position_ids or context.cp.size > 1
+        self._cp = context.cp
         self._keep_mask = data.reset_attention_mask
         self._vocab_size = config.model_config.vocab_size
         self._loader = loader
@@ -153,14 +156,21 @@ class BatchSource:
                 "--train-samples that fit, more data, or --dataloader-type cyclic"
             ) from None
         self._check(arrays["tokens"])
+        return self._tensors(arrays, empty)
+
+    def _tensors(self, arrays: dict[str, np.ndarray], empty: TensorBatch) -> TensorBatch:
+        """Return this rank's part of the sequences; document starts stay whole, because its queries see all keys."""
+        whole = {name: array for name, array in arrays.items() if name != "document_start"}
+        whole.setdefault("position_ids", np.broadcast_to(np.arange(whole["tokens"].shape[1]), whole["tokens"].shape))
+        part = get_batch_on_this_cp_rank(whole, self._cp)
         batch: TensorBatch = {
             **empty,
-            "tokens": _int32(arrays["tokens"]),
-            "labels": _int32(arrays["labels"]),
-            "loss_mask": Tensor(arrays["loss_mask"].astype(np.float32)),
+            "tokens": _int32(part["tokens"]),
+            "labels": _int32(part["labels"]),
+            "loss_mask": Tensor(part["loss_mask"].astype(np.float32)),
         }
         if self._keep_positions:
-            batch["position_ids"] = _int32(arrays["position_ids"])
+            batch["position_ids"] = _int32(part["position_ids"])
         if self._keep_mask:
             batch["document_start"] = _int32(arrays["document_start"])
         return batch
@@ -173,6 +183,21 @@ class BatchSource:
                 f"{self._vocab_size}; it was made with another tokenizer: give the right --tokenizer-model, "
                 f"--vocab-size or --padded-vocab-size"
             )
+
+
+def get_batch_on_this_cp_rank(batch: dict[str, np.ndarray], cp_group: Group) -> dict[str, np.ndarray]:
+    """Return this rank's positions of a batch, as Megatron-LM's function of this name does.
+
+    Labels are cut like tokens, so they are shifted before: the label of a chunk's last token is the next chunk's first.
+
+    Args:
+        batch: arrays [B, S] by name.
+        cp_group: the ranks that share the sequences.
+
+    Raises:
+        ConfigError: the sequences cannot be cut (see `layout.sequence`).
+    """
+    return {name: cut(array, cp_group.size, cp_group.rank) for name, array in batch.items()}
 
 
 def make_batch_source(

@@ -11,6 +11,7 @@ from mindspore import nn
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.context_parallel.attention import ContextGroups
 from parallel_core.layout.recompute import recompute_plan
 from parallel_core.layout.stages import StageLayout, stage_layout
 from parallel_core.tensor_parallel.random import RandomStreams
@@ -37,7 +38,7 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
     """
     parallel = config.parallel_config
     layout = stage_layout(config.model_config.num_layers, parallel)
-    streams = RandomStreams(config.training_config.seed, context.tp.rank)
+    streams = RandomStreams(config.training_config.seed, context.tp.rank, context.cp.rank)
     accepted = inspect.signature(model_provider_func).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     rank, chunks = context.pp.rank, []
@@ -53,6 +54,8 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
             pre_process=layout.is_first(rank, chunk),
             post_process=layout.is_last(rank, chunk),
             plan=recompute_plan(config.model_config, parallel, len(numbers), rank, chunk),
+            context_groups=ContextGroups(context.cp, context.cp_inner, context.cp_ring),
+            exchanges=parallel.cp_comm_type,
             vp_stage=chunk,
             run=config,
             context=context,

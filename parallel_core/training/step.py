@@ -91,7 +91,7 @@ class TrainingStep:
             check_for_nan=training.check_for_nan_in_loss_and_grad,
         )
         self._stages = [self._make_stage(chunk, forward_step_func) for chunk in range(len(model.chunks))]
-        rows = config.model_config.seq_length // (context.tp.size if sequence_parallel else 1)
+        rows = config.model_config.seq_length // context.cp.size // (context.tp.size if sequence_parallel else 1)
         shape = (rows, config.dataset_config.batch_size, config.model_config.hidden_size)
         dtype = ms.float32 if config.model_config.fp32_residual_connection else config.model_config.compute_dtype
         self._exchange = PipelineExchange(
@@ -119,6 +119,7 @@ class TrainingStep:
             is_first=layout.is_first(context.pp.rank, chunk),
             is_last=layout.is_last(context.pp.rank, chunk),
             per_token_loss=self._per_token,
+            tokens_group=context.cp,
             before_forward=before_forward,
             before_last_backward=lambda: self.ddp.enable_sync(chunk),
         )

@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor, mint, nn
 
 from parallel_core import ops
+from parallel_core.context_parallel.attention import ContextAttention
 from parallel_core.errors import ConfigError
 from parallel_core.ops import ascend
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -45,11 +46,15 @@ class CoreAttention(nn.Cell):
         self.softmax_in_fp32 = config.attention_softmax_in_fp32 or config.apply_query_key_layer_scaling
         self.window = config.window_of(layer_number)
         self._window_start: Tensor | None = None
+        self.cp_size = stage.context_groups.cp.size
         self._attend: Any = ops.causal_attention
         self._attend_packed: Any = ops.causal_attention_packed
         if config.use_flash_attention and ascend.has_flash_attention():
             self._attend = partial(ascend.flash_attention, input_layout=config.fa_config.input_layout)
             self._attend_packed = partial(_flash_attention_packed, input_layout=config.fa_config.input_layout)
+        if self.cp_size > 1:
+            self._attend = ContextAttention(stage.context_groups, stage.exchange_of(layer_number))
+            self._attend_packed = self._attend.packed
 
     def construct(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, document_start_BS: Tensor | None = None
@@ -63,7 +68,8 @@ class CoreAttention(nn.Cell):
         return self._attend_packed(mixed_SBGX, self.head_size, **self._options(mixed_SBGX.shape[:2], document_start_BS))
 
     def _options(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> dict[str, Any]:
-        """Return the kernel's options for queries of `shape` (S, B)."""
+        """Return the kernel's options for queries of `shape` (S, B); document starts are of whole sequences."""
+        shape = shape[0] * self.cp_size, shape[1]
         if self.window < shape[0] - 1:
             document_start_BS = self._first_in_window(shape, document_start_BS)
         rate = self.dropout_rate if self.streams.training else 0.0
@@ -73,7 +79,7 @@ class CoreAttention(nn.Cell):
             "softmax_in_fp32": self.softmax_in_fp32,
             "document_start_BS": document_start_BS,
             "dropout_rate": rate,
-            "dropout_seed": self.streams.seeds(self.site, sharded=True) if rate else (0, 0),
+            "dropout_seed": self.streams.seeds(self.site, sharded=True, by_position=True) if rate else (0, 0),
         }
 
     def _first_in_window(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> Tensor:
@@ -121,6 +127,7 @@ class SelfAttention(nn.Cell):
         self.num_groups = config.num_query_groups // size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.streams, self.recompute_core = stage.streams, recompute_core
+        self._positions = stage.positions
         common: dict[str, Any] = {
             "tp_group": stage.tp_group,
             "sequence_parallel": stage.sequence_parallel,
@@ -171,6 +178,8 @@ class SelfAttention(nn.Cell):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             mixed = self._normed(mixed, self.q_layernorm, self.k_layernorm)
         if self.rotary is not None:
+            if positions is None:
+                positions = self._positions(mixed.shape[0])
             mixed = self.rotary(mixed, self.head_size, positions)
         if self.recompute_core:
             masks = () if document_start_BS is None else (document_start_BS,)

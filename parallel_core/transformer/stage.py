@@ -9,11 +9,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, nn
 
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import AllConfig, TransformerConfig
+from parallel_core.context_parallel.attention import ContextGroups
 from parallel_core.layout.recompute import RecomputePlan
+from parallel_core.layout.sequence import positions
 from parallel_core.layout.shard import Cut, TensorShard, mark
 from parallel_core.tensor_parallel.parameter import InitMethod, make_parameter, named_normal, named_xavier_uniform
 from parallel_core.tensor_parallel.random import RandomStreams
@@ -42,6 +45,9 @@ class ModelStage:
         make_core_attention: builds a layer's core attention from this stage, the layer's number and its name; None:
             `attention.CoreAttention`.
         make_mlp: builds a layer's feed-forward block; None: `mlp.make_mlp`, which has the signature.
+        context_groups: the ranks that hold parts of the same sequences.
+        exchanges: how attention sees the other ranks' keys, a word of `context_parallel.attention.EXCHANGES` for each
+            layer of the model, or one for all.
         vp_stage: number of the chunk on this rank.
         run: everything the run is told, where there is one.
         context: this rank's groups, where there is a run.
@@ -58,9 +64,20 @@ class ModelStage:
     plan: RecomputePlan | None = None
     make_core_attention: Callable[[ModelStage, int, str], nn.Cell] | None = None
     make_mlp: Callable[..., nn.Cell] | None = None
+    context_groups: ContextGroups = field(default_factory=ContextGroups)
+    exchanges: tuple[str, ...] = ("p2p",)
     vp_stage: int = 0
     run: AllConfig | None = None
     context: ParallelContext | None = None
+
+    def exchange_of(self, layer_number: int) -> str:
+        """Return how a layer's attention sees the other ranks' keys."""
+        return self.exchanges[layer_number if len(self.exchanges) > 1 else 0]
+
+    def positions(self, local_length: int) -> np.ndarray | None:
+        """Return the positions of this rank's part of a sequence, int [S / CP]; None: 0, 1, 2, ..."""
+        cp = self.context_groups.cp
+        return None if cp.size == 1 else positions(local_length * cp.size, cp.size, cp.rank)
 
     @property
     def layers(self) -> tuple[int, ...]:

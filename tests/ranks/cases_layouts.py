@@ -72,6 +72,12 @@ def settings(layout: str) -> Tiny:
             parallel["pipeline_model_parallel_size"] = int(word[2:])
         elif word.startswith("vpp"):
             parallel["virtual_pipeline_model_parallel_size"] = int(word[3:])
+        elif word.startswith("cp"):
+            parallel["context_parallel_size"] = int(word[2:])
+        elif word in ("p2p", "all_gather", "a2a", "a2a+p2p"):
+            parallel["cp_comm_type"] = (word,)
+            if word == "a2a+p2p":
+                parallel["hierarchical_context_parallel_sizes"] = (2, parallel["context_parallel_size"] // 2)
         elif word == "sp":
             parallel["sequence_parallel"] = True
         elif word == "distopt":

@@ -25,10 +25,11 @@ from parallel_core.config.schema import (
     TrainingConfig,
     TransformerConfig,
 )
-from parallel_core.context import GROUP_AXES, ParallelContext
+from parallel_core.context import GROUP_AXES, ParallelContext, hierarchy
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import Box, region, shard_of
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
+from parallel_core.training.batches import get_batch_on_this_cp_rank
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.model import get_model
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
@@ -53,13 +54,20 @@ def _group(rank: int, world_size: int, ranks: tuple[int, ...]) -> Group:
     return _factory(rank, world_size)(label, list(ranks))
 
 
+def group_of(ctx: CaseContext, ranks: list[int]) -> Group:
+    """Return a group that this rank is in; its members call this alike."""
+    return _group(ctx.rank, ctx.world_size, tuple(ranks))
+
+
 def world_group(ctx: CaseContext) -> Group:
     """Return the group of all ranks."""
     return _group(ctx.rank, ctx.world_size, tuple(range(ctx.world_size)))
 
 
 @functools.cache
-def parallel_context(rank: int, world_size: int, tp: int = 1, pp: int = 1, cp: int = 1) -> ParallelContext:
+def parallel_context(
+    rank: int, world_size: int, tp: int = 1, pp: int = 1, cp: int = 1, levels: tuple[int, ...] = ()
+) -> ParallelContext:
     """Return what `ParallelContext.create` makes, with groups that are made once for all cases of a job."""
     mesh = Mesh.megatron(world_size, tensor_parallel=tp, pipeline_parallel=pp, context_parallel=cp)
     if world_size == 1:
@@ -69,7 +77,9 @@ def parallel_context(rank: int, world_size: int, tp: int = 1, pp: int = 1, cp: i
     stages = mesh.group_of(rank, "pp")
     ends = tuple(dict.fromkeys((stages[0], stages[-1])))
     embedding = _group(rank, world_size, ends) if rank in ends else SoloGroup("embedding", rank)
-    return ParallelContext(mesh, rank, world, **groups, embedding=embedding)
+    config = ModelParallelConfig(hierarchical_context_parallel_sizes=levels)
+    inner, ring = (_group(rank, world_size, tuple(x)) for x in hierarchy(mesh.group_of(rank, "cp"), rank, config))
+    return ParallelContext(mesh, rank, world, **groups, embedding=embedding, cp_inner=inner, cp_ring=ring)
 
 
 # ---- a tiny run -----------------------------------------------------------------------------------------------------
@@ -139,7 +149,12 @@ def context_of(ctx: CaseContext, tiny: Tiny) -> ParallelContext:
     """Return this rank's groups for a run's layout."""
     parallel = tiny.config().parallel_config
     return parallel_context(
-        ctx.rank, ctx.world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        ctx.rank,
+        ctx.world_size,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.hierarchical_context_parallel_sizes,
     )
 
 
@@ -160,15 +175,13 @@ class SampleSource:
                 cuts = rng.integers(0, model.seq_length, size)
                 place = np.arange(model.seq_length)
                 starts = np.where(place >= cuts[:, None], cuts[:, None], 0).astype(np.int32)
-            self._batches.append(
-                {
-                    "tokens": Tensor(ids[:, :-1].copy()),
-                    "labels": Tensor(ids[:, 1:].copy()),
-                    "loss_mask": Tensor(mask),
-                    "position_ids": None,
-                    "document_start": None if starts is None else Tensor(starts),
-                }
-            )
+            places = np.broadcast_to(np.arange(model.seq_length, dtype=np.int32), mask.shape)
+            whole = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask, "position_ids": places}
+            part = get_batch_on_this_cp_rank(whole, context.cp)
+            batch = {name: Tensor(array.copy()) for name, array in part.items()}
+            if context.cp.size == 1:
+                batch["position_ids"] = None
+            self._batches.append({**batch, "document_start": None if starts is None else Tensor(starts)})
 
     def iterator(self, chunk: int) -> Iterator[dict[str, Tensor | None]]:
         """Return the microbatches, for one model chunk."""

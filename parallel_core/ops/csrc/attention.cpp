@@ -3,6 +3,10 @@
 // A thread works on one (batch, key/value head) at a time: keys and values are packed once, then every query head of
 // the group passes over them in blocks of kQ rows and kK keys. The backward pass recomputes the weights from the
 // saved log-sum-exp and accumulates dK and dV locally, so the result does not depend on the thread count.
+//
+// Queries and keys are each a run of positions, [q_first, q_first + S) and [k_first, k_first + T): a whole sequence has
+// both at 0 and S = T, a rank of a cut sequence or a step of generation has less. A key is visible to a query when it
+// is not behind it and not before the query's start. A query that sees no key gives 0, with log-sum-exp -infinity.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -16,7 +20,9 @@ using namespace pc;
 constexpr i64 kQ = 32, kK = 256;
 
 struct Shape {
-  i64 S, B, N, G, D;
+  i64 S, T, B, N, G, D, E;   // queries, keys, microbatch, query heads, key/value heads, head sizes of keys and values
+  i64 q_first, k_first;      // positions of the first query and the first key
+  i64 head_first, all_heads; // where these heads stand among the layer's, for dropout
 };
 
 // Where element (s, b, g) of a tensor begins; heads of one group stand D apart.
@@ -53,18 +59,19 @@ void pack_transposed(const float* in, i64 stride, i64 S, i64 Sp, i64 D, float* o
 // The keys that row s of a block may see within the tile of keys [k0, k1): local positions [first, last).
 struct Visible {
   i64 first, last;
-  Visible(const int32_t* start, i64 s, i64 k0, i64 k1) {
-    const i64 from = start ? std::min<i64>(start[s], s) : 0;
-    first = std::clamp<i64>(from - k0, 0, k1 - k0);
-    last = std::clamp<i64>(s + 1 - k0, first, k1 - k0);
+  Visible(const Shape& n, const int32_t* start, i64 s, i64 k0, i64 k1) {
+    const i64 position = n.q_first + s, from = start ? std::min<i64>(start[s], position) : 0;
+    first = std::clamp<i64>(from - n.k_first - k0, 0, k1 - k0);
+    last = std::clamp<i64>(position + 1 - n.k_first - k0, first, k1 - k0);
   }
 };
 
-i64 first_key(const int32_t* start, i64 q0, i64 q1) {
-  if (!start) return 0;
-  i64 first = q0;
-  for (i64 s = q0; s < q1; ++s) first = std::min<i64>(first, start[s]);
-  return std::max<i64>(first, 0) / 16 * 16;  // dropout counters and vector loads want round positions
+// The keys [begin, end) that some query of [q0, q1) may see; begin is round for dropout counters and vector loads.
+Range visible_keys(const Shape& n, const int32_t* start, i64 q0, i64 q1) {
+  const i64 end = std::clamp<i64>(n.q_first + q1 - n.k_first, 0, n.T);
+  i64 first = start ? n.q_first + q0 : 0;
+  for (i64 s = q0; start && s < q1; ++s) first = std::min<i64>(first, start[s]);
+  return {std::min(std::max<i64>(first - n.k_first, 0) / 16 * 16, end), end};
 }
 
 struct Attention {
@@ -76,24 +83,25 @@ struct Attention {
   const int32_t* start(i64 b) const { return document_start ? document_start + b * n.S : nullptr; }
 
   void keep(float* out, i64 b, i64 head, i64 s, i64 k0, i64 count) const {
-    dropout.fill(out, static_cast<u32>(k0 / 4), (count + 3) / 4, static_cast<u32>(s), static_cast<u32>(b * n.N + head),
-                 2);
+    dropout.fill(out, static_cast<u32>((n.k_first + k0) / 4), (count + 3) / 4, static_cast<u32>(n.q_first + s),
+                 static_cast<u32>(b * n.all_heads + n.head_first + head), 2);
   }
 
   // One block of query rows: online softmax over tiles of keys.
-  void forward_block(const float* q, const float* kt, const float* v, i64 b, i64 head, i64 q0, i64 q1, i64 Sp, i64 Dp,
-                     float* p, float* o, float* keep_row, float* out, i64 out_stride, float* lse) const {
+  void forward_block(const float* q, const float* kt, const float* v, i64 b, i64 head, i64 q0, i64 q1, i64 Tp, i64 Dp,
+                     i64 Ep, float* p, float* o, float* keep_row, float* out, i64 out_stride, float* lse) const {
     float top[kQ], sum[kQ];
     const i64 rows = q1 - q0;
     std::fill(top, top + rows, -INFINITY);
     std::fill(sum, sum + rows, 0.0f);
+    const Range keys = visible_keys(n, start(b), q0, q1);
     bool first_tile = true;
-    for (i64 k0 = first_key(start(b), q0, q1); k0 < q1; k0 += kK, first_tile = false) {
-      const i64 k1 = std::min(k0 + kK, q1), width = padded(k1 - k0);
-      small_gemm(rows, width, n.D, q, Dp, 1, kt + k0, Sp, p, kK, false);
+    for (i64 k0 = keys.begin; k0 < keys.end; k0 += kK, first_tile = false) {
+      const i64 k1 = std::min(k0 + kK, keys.end), width = padded(k1 - k0);
+      small_gemm(rows, width, n.D, q, Dp, 1, kt + k0, Tp, p, kK, false);
       for (i64 i = 0; i < rows; ++i) {
         float* row = p + i * kK;
-        const Visible seen(start(b), q0 + i, k0, k1);
+        const Visible seen(n, start(b), q0 + i, k0, k1);
         float best = top[i], total = 0.0f;
 #pragma omp simd reduction(max : best)
         for (i64 t = seen.first; t < seen.last; ++t) best = row[t] > best ? row[t] : best;
@@ -108,7 +116,7 @@ struct Attention {
         const float shrink = first_tile ? 0.0f : fast_exp(top[i] - best);
         sum[i] = sum[i] * shrink + total;
         if (!first_tile && shrink != 1.0f)
-          for (i64 d = 0; d < Dp; ++d) o[i * Dp + d] *= shrink;
+          for (i64 d = 0; d < Ep; ++d) o[i * Ep + d] *= shrink;
         top[i] = best;
         if (rate > 0.0f) {
           keep(keep_row, b, head, q0 + i, k0, k1 - k0);
@@ -116,34 +124,36 @@ struct Attention {
           for (i64 t = seen.first; t < seen.last; ++t) row[t] *= keep_row[t];
         }
       }
-      small_gemm(rows, Dp, k1 - k0, p, kK, 1, v + k0 * Dp, Dp, o, Dp, !first_tile);
+      small_gemm(rows, Ep, k1 - k0, p, kK, 1, v + k0 * Ep, Ep, o, Ep, !first_tile);
     }
+    if (first_tile) std::fill(o, o + rows * Ep, 0.0f);
     for (i64 i = 0; i < rows; ++i) {
-      const float inverse = 1.0f / sum[i];
+      const bool sees = sum[i] > 0.0f;
+      const float inverse = sees ? 1.0f / sum[i] : 0.0f;
       float* to = out + (q0 + i) * out_stride;
 #pragma omp simd
-      for (i64 d = 0; d < n.D; ++d) to[d] = o[i * Dp + d] * inverse;
-      lse[q0 + i] = top[i] + std::log(sum[i]);
+      for (i64 d = 0; d < n.E; ++d) to[d] = o[i * Ep + d] * inverse;
+      lse[q0 + i] = sees ? top[i] + std::log(sum[i]) : -INFINITY;
     }
   }
 
   void forward(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, float* out,
                float* lse) const {
-    const i64 Sp = padded(n.S), Dp = padded(n.D), heads = n.N / n.G;
-    const Strides os{n.B * n.N * n.D, n.N * n.D, heads * n.D};
-    parallel(n.S * n.S * n.B * n.N, [&](int part, int parts) {
-      Buffer kt(n.D * Sp), vp(n.S * Dp), qb(kQ * Dp), p(kQ * kK), o(kQ * Dp), keep_row(kK + 4);
+    const i64 Tp = padded(n.T), Dp = padded(n.D), Ep = padded(n.E), heads = n.N / n.G;
+    const Strides os{n.B * n.N * n.E, n.N * n.E, heads * n.E};
+    parallel(n.S * n.T * n.B * n.N, [&](int part, int parts) {
+      Buffer kt(n.D * Tp), vp(n.T * Ep), qb(kQ * Dp), p(kQ * kK), o(kQ * Ep), keep_row(kK + 4);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
-        pack_transposed(k + ks.at(0, b, g), ks.s, n.S, Sp, n.D, kt);
-        pack(v + vs.at(0, b, g), vs.s, n.S, n.D, Dp, 1.0f, vp);
+        pack_transposed(k + ks.at(0, b, g), ks.s, n.T, Tp, n.D, kt);
+        pack(v + vs.at(0, b, g), vs.s, n.T, n.E, Ep, 1.0f, vp);
         for (i64 h = 0; h < heads; ++h)
           for (i64 q0 = 0; q0 < n.S; q0 += kQ) {
             const i64 q1 = std::min(q0 + kQ, n.S), head = g * heads + h;
             pack(q + qs.at(q0, b, g) + h * n.D, qs.s, q1 - q0, n.D, Dp, scale, qb);
-            forward_block(qb, kt, vp, b, head, q0, q1, Sp, Dp, p, o, keep_row, out + os.at(0, b, g) + h * n.D, os.s,
-                          lse + (b * n.N + head) * n.S);
+            forward_block(qb, kt, vp, b, head, q0, q1, Tp, Dp, Ep, p, o, keep_row, out + os.at(0, b, g) + h * n.E,
+                          os.s, lse + (b * n.N + head) * n.S);
           }
       }
     }, kPieces);
@@ -155,7 +165,7 @@ struct Attention {
     const i64 width = padded(k1 - k0);
     for (i64 i = 0; i < q1 - q0; ++i) {
       float *prow = p + i * kK, *drow = ds + i * kK;
-      const Visible seen(start(b), q0 + i, k0, k1);
+      const Visible seen(n, start(b), q0 + i, k0, k1);
       const float norm = lse[q0 + i], shift = delta[i];
       std::fill(prow, prow + seen.first, 0.0f);
       std::fill(drow, drow + seen.first, 0.0f);
@@ -183,69 +193,76 @@ struct Attention {
   void backward(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, const float* out,
                 const float* dout, const float* lse, float* dq, Strides dqs, float* dk, Strides dks, float* dv,
                 Strides dvs) const {
-    const i64 S = n.S, D = n.D, Sp = padded(S), Dp = padded(D), heads = n.N / n.G;
-    const Strides os{n.B * n.N * D, n.N * D, heads * D};
-    parallel(S * S * n.B * n.N, [&](int part, int parts) {
-      Buffer kp(S * Dp), kt(D * Sp), vt(D * Sp), dkp(S * Dp), dvp(S * Dp);
-      Buffer qb(kQ * Dp), dob(kQ * Dp), dqb(kQ * Dp), p(kQ * kK), ds(kQ * kK), keep_row(kK + 4);
+    const i64 S = n.S, T = n.T, D = n.D, E = n.E, Tp = padded(T), Dp = padded(D), Ep = padded(E), heads = n.N / n.G;
+    const Strides os{n.B * n.N * E, n.N * E, heads * E};
+    parallel(S * T * n.B * n.N, [&](int part, int parts) {
+      Buffer kp(T * Dp), kt(D * Tp), vt(E * Tp), dkp(T * Dp), dvp(T * Ep);
+      Buffer qb(kQ * Dp), dob(kQ * Ep), dqb(kQ * Dp), p(kQ * kK), ds(kQ * kK), keep_row(kK + 4);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
-        pack(k + ks.at(0, b, g), ks.s, S, D, Dp, scale, kp);
-        pack_transposed(k + ks.at(0, b, g), ks.s, S, Sp, D, kt);
-        pack_transposed(v + vs.at(0, b, g), vs.s, S, Sp, D, vt);
-        std::fill(dkp.data, dkp.data + S * Dp, 0.0f);
-        std::fill(dvp.data, dvp.data + S * Dp, 0.0f);
+        pack(k + ks.at(0, b, g), ks.s, T, D, Dp, scale, kp);
+        pack_transposed(k + ks.at(0, b, g), ks.s, T, Tp, D, kt);
+        pack_transposed(v + vs.at(0, b, g), vs.s, T, Tp, E, vt);
+        std::fill(dkp.data, dkp.data + T * Dp, 0.0f);
+        std::fill(dvp.data, dvp.data + T * Ep, 0.0f);
         for (i64 h = 0; h < heads; ++h)
           for (i64 q0 = 0; q0 < S; q0 += kQ) {
             const i64 q1 = std::min(q0 + kQ, S), rows = q1 - q0, head = g * heads + h;
-            const i64 o_at = os.at(q0, b, g) + h * D;
+            const i64 o_at = os.at(q0, b, g) + h * E;
             const float* norm = lse + (b * n.N + head) * S;
             pack(q + qs.at(q0, b, g) + h * D, qs.s, rows, D, Dp, scale, qb);
-            pack(dout + o_at, os.s, rows, D, Dp, 1.0f, dob);
+            pack(dout + o_at, os.s, rows, E, Ep, 1.0f, dob);
             float delta[kQ];
             for (i64 i = 0; i < rows; ++i) {
               const float* o_row = out + o_at + i * os.s;
               float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-              for (i64 d = 0; d < D; ++d) sum += o_row[d] * dob[i * Dp + d];
+              for (i64 d = 0; d < E; ++d) sum += o_row[d] * dob[i * Ep + d];
               delta[i] = sum;
             }
+            const Range seen = visible_keys(n, start(b), q0, q1);
             bool first_tile = true;
-            for (i64 k0 = first_key(start(b), q0, q1); k0 < q1; k0 += kK, first_tile = false) {
-              const i64 k1 = std::min(k0 + kK, q1), keys = k1 - k0, width = padded(keys);
-              small_gemm(rows, width, D, qb, Dp, 1, kt + k0, Sp, p, kK, false);
-              small_gemm(rows, width, D, dob, Dp, 1, vt + k0, Sp, ds, kK, false);
+            if (seen.begin == seen.end) std::fill(dqb.data, dqb.data + rows * Dp, 0.0f);
+            for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK, first_tile = false) {
+              const i64 k1 = std::min(k0 + kK, seen.end), keys = k1 - k0, width = padded(keys);
+              small_gemm(rows, width, D, qb, Dp, 1, kt + k0, Tp, p, kK, false);
+              small_gemm(rows, width, E, dob, Ep, 1, vt + k0, Tp, ds, kK, false);
               backward_tile(p, ds, norm, delta, keep_row, b, head, q0, q1, k0, k1);
-              small_gemm(keys, Dp, rows, p, 1, kK, dob, Dp, dvp + k0 * Dp, Dp, true);
+              small_gemm(keys, Ep, rows, p, 1, kK, dob, Ep, dvp + k0 * Ep, Ep, true);
               small_gemm(keys, Dp, rows, ds, 1, kK, qb, Dp, dkp + k0 * Dp, Dp, true);
               small_gemm(rows, Dp, keys, ds, kK, 1, kp + k0 * Dp, Dp, dqb, Dp, !first_tile);
             }
             for (i64 i = 0; i < rows; ++i)
               std::copy(dqb + i * Dp, dqb + i * Dp + D, dq + dqs.at(q0 + i, b, g) + h * D);
           }
-        for (i64 s = 0; s < S; ++s) {
-          std::copy(dkp + s * Dp, dkp + s * Dp + D, dk + dks.at(s, b, g));
-          std::copy(dvp + s * Dp, dvp + s * Dp + D, dv + dvs.at(s, b, g));
+        for (i64 t = 0; t < T; ++t) {
+          std::copy(dkp + t * Dp, dkp + t * Dp + D, dk + dks.at(t, b, g));
+          std::copy(dvp + t * Ep, dvp + t * Ep + E, dv + dvs.at(t, b, g));
         }
       }
     }, kPieces);
   }
 };
 
+constexpr i64 kNumbers = 11;  // of a Shape
+
 Attention make(const i64* shape, const int32_t* start, float scale, float rate, u64 seed0, u64 seed1) {
-  return {{shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, rate, Dropout(rate, seed0, seed1), start};
+  const Shape n{shape[0], shape[1], shape[2], shape[3], shape[4],  shape[5],
+                shape[6], shape[7], shape[8], shape[9], shape[10]};
+  return {n, scale, rate, Dropout(rate, seed0, seed1), start};
 }
 
 Strides strides(const i64* s) { return {s[0], s[1], s[2]}; }
 
 }  // namespace
 
-// shape: S, B, N, G, D, then (s, b, g) strides of q, k and v. out [S, B, N * D]; lse [B, N, S].
+// shape: the numbers of a Shape, then (s, b, g) strides of q, k and v. out [S, B, N * E]; lse [B, N, S].
 PC_API void pc_attention(const float* q, const float* k, const float* v, const int32_t* document_start, float* out,
                          float* lse, const i64* shape, float scale, float rate, u64 seed0, u64 seed1) {
   make(shape, document_start, scale, rate, seed0, seed1)
-      .forward(q, strides(shape + 5), k, strides(shape + 8), v, strides(shape + 11), out, lse);
+      .forward(q, strides(shape + kNumbers), k, strides(shape + kNumbers + 3), v, strides(shape + kNumbers + 6), out,
+               lse);
 }
 
 // shape continues with the strides of dq, dk and dv.
@@ -253,6 +270,7 @@ PC_API void pc_attention_grad(const float* q, const float* k, const float* v, co
                               const float* out, const float* dout, const float* lse, float* dq, float* dk, float* dv,
                               const i64* shape, float scale, float rate, u64 seed0, u64 seed1) {
   make(shape, document_start, scale, rate, seed0, seed1)
-      .backward(q, strides(shape + 5), k, strides(shape + 8), v, strides(shape + 11), out, dout, lse, dq,
-                strides(shape + 14), dk, strides(shape + 17), dv, strides(shape + 20));
+      .backward(q, strides(shape + kNumbers), k, strides(shape + kNumbers + 3), v, strides(shape + kNumbers + 6), out,
+                dout, lse, dq, strides(shape + kNumbers + 9), dk, strides(shape + kNumbers + 12), dv,
+                strides(shape + kNumbers + 15));
 }

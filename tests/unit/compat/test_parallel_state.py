@@ -26,8 +26,8 @@ class Named(SoloGroup):
         self.ranks, self.size, self.rank = tuple(ranks), len(ranks), list(ranks).index(rank)
 
 
-def context_of(rank: int, world: int, tp: int, pp: int) -> ParallelContext:
-    mesh = Mesh.megatron(world, tensor_parallel=tp, pipeline_parallel=pp)
+def context_of(rank: int, world: int, tp: int, pp: int, cp: int = 1) -> ParallelContext:
+    mesh = Mesh.megatron(world, tensor_parallel=tp, pipeline_parallel=pp, context_parallel=cp)
     groups = {name: Named(mesh.group_of(rank, *axes), rank) for name, axes in GROUP_AXES.items()}
     stages = mesh.group_of(rank, "pp")
     ends = sorted({stages[0], stages[-1]})
@@ -43,6 +43,21 @@ def forget():
 
 
 LAYOUTS = [(8, 2, 2), (8, 2, 4), (4, 1, 4), (2, 2, 1), (12, 2, 3), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(("world", "tp", "pp", "cp"), [(8, 2, 2, 2), (16, 2, 2, 2), (8, 1, 1, 4)])
+def test_context_parallel_ranks_stand_between_tensor_and_data_parallel_ones(world, tp, pp, cp):
+    """rank = t + TP (c + CP (d + DP p))."""
+    dp = world // tp // pp // cp
+    for rank in range(world):
+        ps.set_context(context_of(rank, world, tp, pp, cp))
+        t, c, d = rank % tp, rank // tp % cp, rank // (tp * cp) % dp
+        assert (ps.get_context_parallel_rank(), ps.get_context_parallel_world_size()) == (c, cp)
+        assert ps.get_context_parallel_global_ranks() == [rank + tp * (other - c) for other in range(cp)]
+        assert (ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()) == (d, dp)
+        assert ps.get_data_parallel_rank(with_context_parallel=True) == c + cp * d
+        assert ps.get_data_parallel_world_size(with_context_parallel=True) == cp * dp
+        assert ps.get_tensor_model_parallel_rank() == t
 
 
 @pytest.mark.parametrize(("world", "tp", "pp"), LAYOUTS)
@@ -134,7 +149,8 @@ def test_initialized_or_not():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size=2: context parallelism is not built; use 1"),
+        ({"context_parallel_size": 0}, "context_parallel_size=0: use an integer of 1 or more"),
+        ({"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 3]}, "two numbers whose product is"),
         ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2: expert parallelism is not built; use 1"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0: use an integer of 1 or more"),
         ({"tensor_model_parallel_size": 3}, "world size 1 is not a multiple of tensor_model_parallel_size=3"),

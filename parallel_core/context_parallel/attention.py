@@ -1,0 +1,280 @@
+"""Attention of a sequence that is cut over ranks, by one of four exchanges.
+
+Every rank holds the positions that `layout.sequence` gives it. `all_gather` gathers keys and values; `p2p` passes them
+round a ring (Liu et al. 2023, arXiv:2310.01889); `a2a` gives every rank some heads of the whole sequence (Ulysses,
+arXiv:2309.14509); `a2a+p2p` does that in runs of neighbouring ranks and a ring over the runs (arXiv:2405.07719). All
+four see the same keys from the same queries: what is visible is told by positions.
+
+Shapes: S positions of this rank, B microbatch, N query heads, G key/value heads, D head size, X = (N / G + 2) * D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mindspore import Tensor, mint
+
+from parallel_core import ops
+from parallel_core.autograd import Function
+from parallel_core.comm.interface import Group, SoloGroup
+from parallel_core.context_parallel.blocks import Block, Blocks, merged
+from parallel_core.layout.sequence import held_order, sequence_order
+from parallel_core.tensor_parallel.mappings import all_to_all
+
+EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+
+
+@dataclass(frozen=True)
+class ContextGroups:
+    """The ranks that hold parts of the same sequences.
+
+    Attributes:
+        cp: all of them.
+        inner: the runs of neighbouring ranks that exchange heads under `a2a+p2p`.
+        ring: one rank of each run, with the same place in it.
+    """
+
+    cp: Group = field(default_factory=SoloGroup)
+    inner: Group = field(default_factory=SoloGroup)
+    ring: Group = field(default_factory=SoloGroup)
+
+    def of(self, exchange: str) -> tuple[Group, Group]:
+        """Return the groups (that exchange heads, that pass keys on) of an exchange."""
+        solo = SoloGroup("solo", self.cp.ranks[self.cp.rank])
+        return {"a2a": (self.cp, solo), "a2a+p2p": (self.inner, self.ring)}.get(exchange, (solo, self.cp))
+
+
+class ContextAttention:
+    """Causal attention over the ranks of `groups.cp`; has no parameters and keeps nothing between calls.
+
+    Args:
+        groups: the ranks.
+        exchange: one of `EXCHANGES`.
+
+    Backward:
+        the gradients of this rank's queries, keys and values.
+
+    Communication (elements that leave a rank, forward and backward, of S * B * D, with c = CP):
+        p2p 6 G (c - 1) + 2 G; all_gather 6 G (c - 1), keys and values being gathered again in backward; a2a
+        (1 - 1 / c) 4 (N + max(G, c)); messages 3 c - 2, 3 and 4.
+    """
+
+    def __init__(self, groups: ContextGroups, exchange: str) -> None:
+        self._heads, self._ring = groups.of(exchange)
+        self._function = _AllGather if exchange == "all_gather" else _Ring
+
+    def packed(
+        self,
+        mixed_SBGX: Tensor,
+        head_size: int,
+        *,
+        scale: float,
+        softmax_coefficient: float = 1.0,
+        softmax_in_fp32: bool = True,  # noqa: ARG002 - blocks are joined in float32
+        document_start_BS: Tensor | None = None,
+        dropout_rate: float = 0.0,
+        dropout_seed: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """Return the context [S, B, N * D] of packed queries, keys and values (see `ops.causal_attention_packed`).
+
+        Args:
+            mixed_SBGX: this rank's positions.
+            head_size: D.
+            scale: factor of the scores.
+            softmax_coefficient: further factor (query-key layer scaling).
+            softmax_in_fp32: the softmax is always in float32 here.
+            document_start_BS: int32, the first position that each position of the *whole* sequence may see; None: 0.
+            dropout_rate: share of the attention weights set to zero.
+            dropout_seed: the same on all ranks of the group: masks are drawn by position and head.
+        """
+        u = self._heads.size
+        num_heads = mixed_SBGX.shape[2] * (mixed_SBGX.shape[3] // head_size - 2)
+        if u > 1:
+            mixed_SBGX = _to_sequence(all_to_all(_whole_groups(mixed_SBGX, head_size, u), self._heads, 2, 0), u)
+        heads = (self._heads.rank * num_heads // u, num_heads)
+        factor = scale * softmax_coefficient
+        options = {"scale": factor, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "heads": heads}
+        if self._ring.size == 1:
+            context = ops.causal_attention_packed(
+                mixed_SBGX, head_size, document_start_BS=document_start_BS, softmax_in_fp32=True, **options
+            )
+        else:
+            S, B, _, X = mixed_SBGX.shape
+            query, key, value = ops.split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
+            query = query.reshape(S, B, -1, head_size)
+            context = self._function.apply(query, key, value, document_start_BS, self._ring, options)
+        return all_to_all(_to_ranks(context, u), self._heads, 0, 2) if u > 1 else context
+
+    def __call__(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, **options: Any) -> Tensor:
+        """Return the context of queries, keys and values that stand apart; the options are those of `packed`."""
+        S, B, G, D = key_SBGD.shape
+        mixed = mint.cat((query_SBND.reshape(S, B, G, -1), key_SBGD, value_SBGD), -1)
+        return self.packed(mixed, D, **options)
+
+
+# ---- all-gather -----------------------------------------------------------------------------------------------------
+class _AllGather(Function):
+    """Each of this rank's chunks attends to the gathered keys up to its own end."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
+    ) -> Tensor:
+        blocks = Blocks(query.shape[0], group.size, group.rank, start, options)
+        D = key.shape[-1]
+        kv = mint.cat((key, value), -1)
+        k, v = _apart(_gathered(kv, group), D)
+        parts = [
+            ops.attention_block(block.rows(query), k[:end], v[:end], block.start, **block.options(0))
+            for block, end in ((block, block.first + blocks.length) for block in blocks.own)
+        ]
+        out = mint.cat([part for part, _ in parts], 0)
+        ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
+        ctx.blocks, ctx.group, ctx.head_size = blocks, group, D
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        query, kv, out, *log_sum_exps = ctx.saved_tensors
+        blocks: Blocks = ctx.blocks
+        k, v = _apart(_gathered(kv, ctx.group), ctx.head_size)
+        dqs, total = [], mint.zeros((k.shape[0], *kv.shape[1:]), dtype=kv.dtype)
+        for block, lse in zip(blocks.own, log_sum_exps):
+            end = block.first + blocks.length
+            dq, dk, dv = ops.attention_block_grad(
+                block.rows(query), k[:end], v[:end], block.start, block.rows(out), block.rows(dout), lse,
+                **block.options(0),
+            )  # fmt: skip
+            dqs.append(dq)
+            seen = mint.cat((dk, dv), -1)
+            total = seen + total if end == total.shape[0] else mint.cat((seen + total[:end], total[end:]), 0)
+        dkv = ctx.group.reduce_scatter(_reordered(total, held_order(ctx.group.size)), 0)
+        dk, dv = _apart(dkv, ctx.head_size)
+        return mint.cat(dqs, 0), dk, dv, None, None, None
+
+
+def _gathered(x: Tensor, group: Group) -> Tensor:
+    """Return the whole sequence's rows, in order."""
+    return _reordered(group.all_gather(x, 0), sequence_order(group.size))
+
+
+# ---- ring -----------------------------------------------------------------------------------------------------------
+class _Ring(Function):
+    """Keys and values visit every rank; in backward their gradients travel with them and come home."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
+    ) -> Tensor:
+        blocks = Blocks(query.shape[0], group.size, group.rank, start, options)
+        kv = visiting = mint.cat((key, value), -1)
+        found: list[tuple[Tensor, Tensor] | None] = [None, None]
+        for step in range(group.size):
+            arriving = group.shift_start(visiting) if step < group.size - 1 else None  # travels while this computes
+            k, v = _apart(visiting, key.shape[-1])
+            for place, block, theirs in blocks.pairs((group.rank - step) % group.size):
+                part = ops.attention_block(
+                    block.rows(query), theirs.rows(k), theirs.rows(v), block.start, **block.options(theirs.first)
+                )
+                found[place] = merged(found[place], part)
+            visiting = visiting if arriving is None else arriving.wait()
+        parts = [part for part in found if part is not None]
+        out = mint.cat([part for part, _ in parts], 0)
+        ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
+        ctx.blocks, ctx.group, ctx.head_size = blocks, group, key.shape[-1]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        query, visiting, out, *log_sum_exps = ctx.saved_tensors
+        blocks, group, D = ctx.blocks, ctx.group, ctx.head_size
+        dqs: list[Tensor | None] = [None, None]
+        home: Any = None  # the gradients of the keys that visit, on their way round
+        for step in range(group.size):
+            arriving = group.shift_start(visiting) if step < group.size - 1 else None
+            k, v = _apart(visiting, D)
+            mine: list[Tensor | None] = [None, None]
+            for place, block, theirs in blocks.pairs((group.rank - step) % group.size):
+                dq, dk, dv = ops.attention_block_grad(
+                    block.rows(query), theirs.rows(k), theirs.rows(v), block.start, block.rows(out), block.rows(dout),
+                    log_sum_exps[place], **block.options(theirs.first),
+                )  # fmt: skip
+                dqs[place] = _sum(dqs[place], dq)
+                mine[theirs.place] = _sum(mine[theirs.place], mint.cat((dk, dv), -1))
+            dkv = mint.cat([_or_zeros(part, visiting) for part in mine], 0)
+            dkv = dkv if home is None else dkv + home.wait()
+            home = group.shift_start(dkv)
+            visiting = visiting if arriving is None else arriving.wait()
+        dk, dv = _apart(home.wait(), D)
+        return mint.cat([_or_zeros(part, query) for part in dqs], 0), dk, dv, None, None, None
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def _or_zeros(part: Tensor | None, like: Tensor) -> Tensor:
+    """Return a chunk's gradient, zeros where nothing saw it."""
+    return mint.zeros((like.shape[0] // 2, *like.shape[1:]), dtype=like.dtype) if part is None else part
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+def _whole_groups(mixed_SBGX: Tensor, head_size: int, u: int) -> Tensor:
+    """Return packed heads whose groups can be dealt out to `u` ranks, keys and values repeated where they must be."""
+    G = mixed_SBGX.shape[2]
+    return mixed_SBGX if G % u == 0 else _RepeatGroups.apply(mixed_SBGX, head_size, u // G)
+
+
+class _RepeatGroups(Function):
+    """Cuts each group's query heads into `times` groups, which all have its key and value; backward sums them."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, head_size: int, times: int) -> Tensor:
+        S, B, G, X = mixed.shape
+        ctx.shape, ctx.head_size, ctx.times = mixed.shape, head_size, times
+        width = (X - 2 * head_size) // times
+        both = mixed[..., X - 2 * head_size :]
+        parts = [mint.cat((mixed[..., i * width : (i + 1) * width], both), -1) for i in range(times)]
+        return mint.cat([part.reshape(S, B, G, 1, -1) for part in parts], 3).reshape(S, B, G * times, -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        S, B, G, X = ctx.shape
+        width = (X - 2 * ctx.head_size) // ctx.times
+        parts = dy.reshape(S, B, G, ctx.times, -1)
+        queries = parts[..., :width].reshape(S, B, G, -1)
+        return mint.cat((queries, parts[..., width:].sum(3)), -1), None, None
+
+
+class _Reorder(Function):
+    """Puts the rows' chunks in another order; backward puts them back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        ctx.back = tuple(order.index(i) for i in range(len(order)))
+        return _reordered(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _reordered(dy, ctx.back), None
+
+
+def _to_sequence(x: Tensor, size: int) -> Tensor:
+    return _Reorder.apply(x, sequence_order(size))
+
+
+def _to_ranks(x: Tensor, size: int) -> Tensor:
+    return _Reorder.apply(x, held_order(size))
+
+
+def _reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    length = x.shape[0] // len(order)
+    return mint.cat([x[i * length : (i + 1) * length] for i in order], 0)
+
+
+def _apart(kv: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    return kv[..., :head_size].contiguous(), kv[..., head_size:].contiguous()
+
+
+__all__ = ["EXCHANGES", "Block", "ContextAttention", "ContextGroups"]

@@ -1,0 +1,118 @@
+"""The chunks of a cut sequence as blocks of attention: which meet, and how their results are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint
+
+from parallel_core.layout.sequence import chunk_ids, chunk_length
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a rank's chunks.
+
+    Attributes:
+        place: which of the rank's chunks it is, from 0.
+        first: position of its first row.
+        length: its rows.
+        start: int32 [B, length], the first position that each row may see; None: 0.
+        kernel: options of the attention kernel.
+    """
+
+    place: int
+    first: int
+    length: int
+    start: Tensor | None
+    kernel: dict[str, Any]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the chunk's rows of a rank's tensor."""
+        return x[self.place * self.length : (self.place + 1) * self.length]
+
+    def options(self, k_first: int) -> dict[str, Any]:
+        """Return the kernel's options for these queries and keys from position `k_first` on."""
+        return {**self.kernel, "q_first": self.first, "k_first": k_first}
+
+
+class Blocks:
+    """The chunks of all ranks.
+
+    Args:
+        local_length: positions of each rank.
+        size: ranks that share the sequence.
+        rank: this one.
+        start: int32 [B, S] of the whole sequence, the first position that each may see; None: 0.
+        options: options of the attention kernel.
+    """
+
+    def __init__(self, local_length: int, size: int, rank: int, start: Tensor | None, options: dict[str, Any]) -> None:
+        self._size, self._rank, self._start, self._options = size, rank, start, options
+        self.length = chunk_length(local_length, size)
+
+    def of(self, rank: int, *, with_start: bool = False) -> list[Block]:
+        """Return a rank's chunks."""
+        blocks = []
+        for place, chunk in enumerate(chunk_ids(self._size, rank)):
+            first, start = chunk * self.length, self._start
+            if start is not None:
+                start = start[:, first : first + self.length].contiguous() if with_start else None
+            blocks.append(Block(place, first, self.length, start, self._options))
+        return blocks
+
+    @cached_property
+    def own(self) -> list[Block]:
+        """This rank's chunks."""
+        return self.of(self._rank, with_start=True)
+
+    @cached_property
+    def _lowest(self) -> list[int]:
+        """The first position that any row of each own chunk may see."""
+        if self._start is None:
+            return [0] * len(self.own)
+        starts = self._start.asnumpy()
+        return [int(starts[:, block.first : block.first + self.length].min()) for block in self.own]
+
+    def pairs(self, rank: int) -> Iterator[tuple[int, Block, Block]]:
+        """Yield (place, own chunk, chunk of `rank`) where some of the own rows see some of the other's."""
+        for block, lowest in zip(self.own, self._lowest):
+            for other in self.of(rank):
+                if other.first <= block.first + self.length - 1 and lowest < other.first + self.length:
+                    yield block.place, block, other
+
+
+def merged(found: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the attention over two sets of keys from the attention over each.
+
+    Args:
+        found: context [S, B, X] and float32 [B, N, S] logarithm of the sum of exponentials; None: of no keys.
+        part: the same of other keys. The result is kept in float32 whatever the parts' dtype: errors would add up.
+    """
+    if found is None:
+        return ops_float32(part[0]), part[1]
+    (one, of_one), (other, of_other) = found, part
+    top = mint.maximum(of_one, of_other)
+    finite = mint.where(top > -1e30, top, Tensor(np.float32(0.0)))  # rows that have seen nothing yet
+    weigh_one, weigh_other = mint.exp(of_one - finite), mint.exp(of_other - finite)
+    total = weigh_one + weigh_other
+    some = total > 0
+    safe = mint.where(some, total, Tensor(np.float32(1.0)))
+    joined = _weighted(one, weigh_one / safe) + _weighted(ops_float32(other), weigh_other / safe)
+    return joined, mint.where(some, finite + mint.log(safe), Tensor(np.float32(-np.inf)))
+
+
+def _weighted(x_SBX: Tensor, weight_BNS: Tensor) -> Tensor:
+    S, B, _ = x_SBX.shape
+    N = weight_BNS.shape[1]
+    return (x_SBX.reshape(S, B, N, -1) * weight_BNS.transpose(2, 0, 1).reshape(S, B, N, 1)).reshape(S, B, -1)
+
+
+def ops_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32."""
+    return x if x.dtype == ms.float32 else x.astype(ms.float32)
