@@ -57,6 +57,7 @@ def flash_attention(
     document_start_BS: Tensor | None = None,
     dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
     dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
+    heads: tuple[int, int] | None = None,  # noqa: ARG001 - for dropout, which goes to the reference
     input_layout: str = "SBH",
 ) -> Tensor:
     """Return `reference.causal_attention`, [S, B, N * D], computed by `flash_attention_score`.
@@ -74,6 +75,7 @@ def flash_attention(
         document_start_BS: int32, first position that each position may see; None: 0 everywhere.
         dropout_rate: see the reference.
         dropout_seed: see the reference.
+        heads: see the reference.
         input_layout: SBH or BNSD, the axes in which the operator gets its inputs.
     """
     S, B, N, D = query_SBND.shape

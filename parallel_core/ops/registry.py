@@ -1,4 +1,4 @@
-"""Where kernels are registered, and which implementation of each runs: chosen once at start, logged once.
+"""Where kernels are registered; `selection` chooses which implementation of each runs.
 
 `@kernel` on a function of `reference` makes it a kernel. It stays as it is, the specification; `ops` holds its door, of
 the same name, signature and docstring, which runs the selected implementation. `@compiled(reference.f)` or
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
@@ -19,13 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.errors import ConfigError
-from parallel_core.ops import build, library
-
 logger = logging.getLogger(__name__)
-
-ENVIRONMENT = "PARALLEL_CORE_KERNELS"
-"""Environment variable that overrides the choice; `local` selects the plain MindSpore operators."""
 
 _NUMPY_FLOAT32 = np.dtype(np.float32)
 
@@ -158,7 +151,7 @@ def _guarded(
     name = reference.__name__
 
     def fall_back(reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _log_fallback(name, reason)
+        log_fallback(name, reason)
         return reference(*args, **{key: value for key, value in kwargs.items() if key not in own})
 
     @functools.wraps(function)
@@ -183,7 +176,7 @@ def _guarded(
 
 
 @functools.cache
-def _log_fallback(name: str, reason: str) -> None:
+def log_fallback(name: str, reason: str) -> None:
     """Say once, which the cache sees to, why a selected implementation did not run."""
     logger.info("%s: the plain MindSpore operators run where %s", name, reason)
 
@@ -234,61 +227,3 @@ def _own_options(reference: Implementation, function: Implementation) -> set[str
             f"{inspect.signature(reference)}: give it these parameters and defaults"
         )
     return set() if open_ended else {parameter.name for parameter in added}
-
-
-# ---- selection ------------------------------------------------------------------------------------------------------
-def use_kernels(mode: str = "auto", num_threads: int | None = None) -> str:
-    """Select the kernels for the whole process and return a sentence that says which and why.
-
-    Args:
-        mode: `auto` for the fused C++ kernels where they work, `local` for plain MindSpore operators.
-        num_threads: threads of the fused kernels; None: OMP_NUM_THREADS, else this host's cores over its workers.
-
-    Raises:
-        ConfigError: if `mode` or the environment variable is neither `auto` nor `local`.
-    """
-    mode = os.environ.get(ENVIRONMENT) or mode
-    if mode not in ("auto", "local"):
-        raise ConfigError(f"transformer_impl={mode} (or {ENVIRONMENT}) is unknown here; write auto or local")
-    for entry in KERNELS.values():
-        entry.selected = entry.reference
-    _log_fallback.cache_clear()
-    if mode == "local":
-        sentence = _plain("local was asked for")
-    elif ms.get_context("device_target") == "CPU":
-        sentence = _use_compiled(num_threads)
-    else:
-        sentence = _use_device(ms.get_context("device_target"))
-    logger.info("kernels: %s", sentence)
-    return sentence
-
-
-def _plain(reason: str) -> str:
-    return f"plain MindSpore operators ({reason})"
-
-
-def _use_compiled(num_threads: int | None) -> str:
-    from parallel_core.ops import fused, fused_attention, raw  # noqa: F401 - importing them registers their kernels
-
-    if not ms.get_context("pynative_synchronize"):
-        return _plain("the fused C++ kernels need set_context(pynative_synchronize=True)")
-    try:
-        has_gemm = library.start(num_threads or library.default_threads())
-    except build.BuildError as error:
-        return _plain(str(error))
-    for entry in KERNELS.values():
-        if has_gemm or not entry.needs_gemm:
-            entry.selected = entry.implementations.get("CPU", entry.reference)
-    missing = "" if has_gemm else "; matrix products by MindSpore (it ships no oneDNN here)"
-    return f"fused C++, {library.threads()} thread(s) per rank{missing}"
-
-
-def _use_device(device: str) -> str:
-    from parallel_core.ops import ascend  # noqa: F401 - importing it registers its kernels
-
-    chosen = {name: entry for name, entry in KERNELS.items() if device in entry.implementations}
-    for entry in chosen.values():
-        entry.selected = entry.implementations[device]
-    if not chosen:
-        return _plain(f"the fused C++ kernels are for CPU, not {device}")
-    return f"{device} operators for {', '.join(sorted(chosen))}; plain MindSpore operators for the others"

@@ -32,13 +32,14 @@ LAYERS: dict[str, int] = {
     "tensor_parallel": 6,
     "pipeline": 6,
     "optimizer": 6,
-    "transformer": 7,
-    "training": 8,
-    "launch": 9,
-    "report": 9,
-    "compat": 9,
-    "parallel_state": 10,
-    "mindspeed_compat": 10,
+    "context_parallel": 7,
+    "transformer": 8,
+    "training": 9,
+    "launch": 10,
+    "report": 10,
+    "compat": 10,
+    "parallel_state": 11,
+    "mindspeed_compat": 11,
 }
 """What stands on what; a module imports from lower layers, or from its own part. Every module is in one."""
 

@@ -16,7 +16,7 @@ from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.errors import ConfigError
-from parallel_core.ops import build, reference, registry
+from parallel_core.ops import build, reference, selection
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -79,7 +79,7 @@ def test_without_a_compiler_the_reference_runs_and_the_reason_is_given(monkeypat
     unloaded(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level("INFO", logger=registry.logger.name):
+    with caplog.at_level("INFO", logger=selection.logger.name):
         sentence = ops.use_kernels("auto")
     assert sentence == "plain MindSpore operators (no C++ compiler (g++, c++ or clang++) is installed)"
     assert [record.message for record in caplog.records] == [f"kernels: {sentence}"]
@@ -264,8 +264,8 @@ def test_a_compiler_that_cannot_run(monkeypatch, tmp_path):
 
 def test_the_choice_of_the_user(monkeypatch):
     assert "local was asked for" in ops.use_kernels("local")
-    monkeypatch.setenv(registry.ENVIRONMENT, "local")
+    monkeypatch.setenv(selection.ENVIRONMENT, "local")
     assert "local was asked for" in ops.use_kernels("auto")
-    monkeypatch.setenv(registry.ENVIRONMENT, "fast")
+    monkeypatch.setenv(selection.ENVIRONMENT, "fast")
     with pytest.raises(ConfigError, match="fast.*write auto or local"):
         ops.use_kernels("auto")

@@ -227,6 +227,32 @@ def test_packed_attention(shape):
         compare(fused, functools.partial(reference.rotary_packed, **angles), [mixed], rng)
 
 
+@pytest.mark.parametrize(("q_first", "k_first", "T"), [(0, 0, 40), (48, 16, 70), (0, 33, 20), (100, 0, 33)])
+@pytest.mark.parametrize("shape", [(40, 2, 4, 2, 8, 8), (33, 1, 4, 4, 20, 12)])
+@compares("attention_block", "attention_block_grad")
+def test_attention_blocks(shape, q_first, k_first, T):
+    """Queries and keys at runs of positions: queries that see no key, other value sizes, more keys than queries."""
+    S, B, N, G, D, E = shape
+    rng = np.random.default_rng(S)
+    start = np.minimum(rng.integers(0, q_first + S, (B, S)), q_first + np.arange(S)).astype(np.int32)
+    tensors = [Tensor(array(rng, *dims)) for dims in ((S, B, N, D), (T, B, G, D), (T, B, G, E))]
+    places = {"q_first": q_first, "k_first": k_first, "scale": D**-0.5}
+    dout = Tensor(array(rng, S, B, N * E))
+    (out, lse), (want, want_lse) = (f(*tensors, Tensor(start), **places) for f in blocks("attention_block"))
+    close(out, want, 2e-6, floor=1.0)
+    blind = np.isinf(want_lse.asnumpy())
+    np.testing.assert_array_equal(np.isinf(lse.asnumpy()), blind)
+    assert (out.asnumpy().reshape(S, B, N, E)[blind.transpose(2, 0, 1)] == 0).all()
+    np.testing.assert_allclose(lse.asnumpy()[~blind], want_lse.asnumpy()[~blind], atol=2e-5)  # MindSpore's exp and log
+    gradients = [f(*tensors, Tensor(start), want, dout, want_lse, **places) for f in blocks("attention_block_grad")]
+    for got, wanted in zip(*gradients):
+        close(got, wanted, 2e-5, floor=1.0)
+
+
+def blocks(name):
+    return getattr(ops, name), getattr(reference, name)
+
+
 def test_packed_attention_is_attention():
     """The reference of packed attention, too, agrees with queries, keys and values taken apart by NumPy."""
     rng = np.random.default_rng(0)
