@@ -10,6 +10,7 @@ from parallel_core.config.resolution import LARGEST, Resolution
 from parallel_core.config.schema import ROTARY, ModelParallelConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_place
+from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
@@ -134,6 +135,57 @@ def tensor_parallel(r: Resolution) -> None:
                f"does not divide {', '.join(map(r.term, wrong))}; write {_divisors_near(common, tp)}, or change them")
     if r["vocab_size"] and r["padded_vocab_size"] and r["padded_vocab_size"] < r["vocab_size"]:
         r.fail("padded_vocab_size vocab_size", "the padded vocabulary is smaller than the vocabulary")
+
+
+@_rule
+def context_parallel(r: Resolution) -> None:
+    """Sequences are cut into two chunks for each context parallel rank, and exchanges deal out what they exchange."""
+    cp, tp = r["context_parallel_size"], r["tensor_model_parallel_size"]
+    if not all(map(r.positive, ("context_parallel_size", "tensor_model_parallel_size", "seq_length"))) or cp == 1:
+        return
+    exchanges: tuple[str, ...] = r["cp_comm_type"]
+    levels: tuple[int, ...] = r["hierarchical_context_parallel_sizes"] or ()
+    wrong = sorted(set(exchanges) - set(EXCHANGES))
+    if wrong or len(exchanges) not in (1, r["num_layers"]):
+        words = ", ".join(EXCHANGES)
+        r.fail("cp_comm_type", f"takes one word, or one for each of {r['num_layers']} layers, of {words}")
+        return
+    _check_cut(r, cp, tp)
+    hierarchical = "a2a+p2p" in exchanges
+    if hierarchical and (len(levels) != 2 or min(levels) < 1 or levels[0] * levels[1] != cp):
+        near = next((n for n in range(2, cp) if cp % n == 0), cp)
+        r.fail("hierarchical_context_parallel_sizes context_parallel_size",
+               f"a2a+p2p needs two numbers whose product is {cp}, such as {near} {cp // near}")
+        return
+    if levels and not hierarchical:
+        r.fail("hierarchical_context_parallel_sizes cp_comm_type", "belong to a2a+p2p")
+    for ranks in sorted({cp if word == "a2a" else levels[0] for word in exchanges if word.startswith("a2a")}):
+        _check_heads(r, tp, ranks)
+
+
+def _check_cut(r: Resolution, cp: int, tp: int) -> None:
+    steps = {"two chunks for each rank": 2 * cp}
+    if r["sequence_parallel"]:
+        steps["two chunks, and sequence parallelism cuts each rank's part"] = math.lcm(2 * cp, cp * tp)
+    if r["attention_dropout"]:
+        steps["chunks of four positions, by which dropout draws"] = 8 * cp
+    for what, step in steps.items():
+        if r["seq_length"] % step:
+            r.fail("seq_length context_parallel_size", f"{what}: {_not_a_multiple(r['seq_length'], step)}")
+            return
+
+
+def _check_heads(r: Resolution, tp: int, ranks: int) -> None:
+    """Heads of a tensor parallel rank are dealt out to `ranks`; key heads too, or each is repeated on equally many."""
+    heads, groups = r["num_attention_heads"] // tp, max(1, r["num_query_groups"] // tp)
+    if heads % ranks:
+        r.fail("num_attention_heads tensor_model_parallel_size context_parallel_size",
+               f"a2a deals {heads} heads out to {ranks} ranks: {_not_a_multiple(heads, ranks)}; or use another "
+               "cp_comm_type")
+    elif groups % ranks and ranks % groups:
+        r.fail("num_query_groups tensor_model_parallel_size context_parallel_size",
+               f"a2a deals {groups} key heads out to {ranks} ranks: one number must divide the other; use another "
+               "cp_comm_type, such as all_gather")
 
 
 @_rule

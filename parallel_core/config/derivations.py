@@ -212,6 +212,46 @@ def attention_window_layers(r: Resolution) -> None:
         r.values["window_attn_skip_freq"] = None
 
 
+_EXCHANGE_OF_ALGORITHM = {
+    "megatron_cp_algo": "p2p",
+    "kvallgather_cp_algo": "all_gather",
+    "ulysses_cp_algo": "a2a",
+    "hybrid_cp_algo": "a2a+p2p",
+}
+
+
+@_rule
+def context_parallel(r: Resolution) -> None:
+    """MindSpeed's algorithms are Megatron's exchanges in other words; one context parallel rank exchanges nothing."""
+    exchanges = tuple("all_gather" if word == "allgather" else word for word in r["cp_comm_type"] or ())
+    algorithm, degree, size = r["context_parallel_algo"], r["ulysses_degree_in_cp"], r["context_parallel_size"]
+    if size == 1:
+        for name in ("cp_comm_type", "hierarchical_context_parallel_sizes", "context_parallel_algo"):
+            if r.is_given(name):
+                r.note(f"{r.term(name)}: not used, context_parallel_size is 1")
+        r.derive("cp_comm_type", ("p2p",), "context_parallel")
+        r.derive("hierarchical_context_parallel_sizes", (), "context_parallel")
+        return
+    if algorithm is not None:
+        word = _EXCHANGE_OF_ALGORITHM.get(algorithm)
+        if word is None:
+            known = ", ".join(_EXCHANGE_OF_ALGORITHM)
+            r.fail("context_parallel_algo", f"is not built (adaptive ones reorder tokens by their mask); use {known}")
+        elif r.is_given("cp_comm_type") and set(exchanges) != {word}:
+            r.fail("context_parallel_algo cp_comm_type", f"ask for {word} and {', '.join(exchanges)}; give one of them")
+        else:
+            exchanges = (word,)
+    if exchanges != r["cp_comm_type"]:
+        r.derive("cp_comm_type", exchanges, "context_parallel")
+    levels = r["hierarchical_context_parallel_sizes"]
+    if degree is not None and algorithm == "hybrid_cp_algo" and degree > 0 and size % degree == 0:
+        if levels and tuple(levels) != (degree, size // degree):
+            r.fail("ulysses_degree_in_cp hierarchical_context_parallel_sizes", "disagree; give one of them")
+        r.derive("hierarchical_context_parallel_sizes", (degree, size // degree), "context_parallel")
+    elif degree is not None and (algorithm == "hybrid_cp_algo" or degree != 1):
+        r.fail("ulysses_degree_in_cp context_parallel_size", "belongs to hybrid_cp_algo and divides the size")
+
+
 @_rule
 def virtual_pipeline(r: Resolution) -> None:
     """Chunks per rank follow from the layout string, the layer list, or layers per chunk."""

@@ -119,16 +119,16 @@ def in_flight(config: AllConfig, pp_rank: int) -> int:
 def layer_activations(config: AllConfig, recompute: str) -> int:
     """Return the bytes that one layer keeps of one microbatch for backward.
 
-    With s, b, h, a: sequence, microbatch, width and heads; t: tensor parallel size; all in the compute type except
-    one-byte dropout masks. Kept are the inputs of the norms and of the projections, query, key and value, and of core
-    attention the scores before and after the softmax (a*s per token and head, gone with the fused kernel or selective
-    recomputation). Sequence parallelism divides what tensor parallelism leaves whole.
+    With s, b, h, a: this rank's part of the sequence, microbatch, width and heads; t: tensor parallel size; all in the
+    compute type except one-byte dropout masks. Kept are the inputs of the norms and of the projections, query, key and
+    value, and of core attention the scores before and after the softmax (a*s per token and head, gone with the fused
+    kernel or selective recomputation). Sequence parallelism divides what tensor parallelism leaves whole.
 
     Source: Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
     """
     model, parallel = config.model_config, config.parallel_config
     tp, width = parallel.tensor_model_parallel_size, BYTES[model.compute_dtype]
-    tokens = model.seq_length * config.dataset_config.batch_size
+    tokens = model.seq_length // parallel.context_parallel_size * config.dataset_config.batch_size
     whole = tp if parallel.sequence_parallel else 1
     if recompute == "full":
         return tokens * model.hidden_size * width // whole
@@ -173,7 +173,8 @@ def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
         kept += segment * layer_activations(config, "none")  # The segment that backward is computing again.
     if pp_rank == layout.num_ranks - 1:
         tp = config.parallel_config.tensor_model_parallel_size
-        kept += model.seq_length * data.batch_size * model.vocab_size // tp * 4  # float32 logits of one microbatch.
+        tokens = model.seq_length // config.parallel_config.context_parallel_size * data.batch_size
+        kept += tokens * model.vocab_size // tp * 4  # float32 logits of one microbatch.
     return kept
 
 
@@ -228,6 +229,6 @@ def make_plan(config: AllConfig, world_size: int) -> Plan:
         mesh,
         layout,
         bubble,
-        tuple(rank_memory(config, layout, stage, mesh.size("dp")) for stage in stages),
+        tuple(rank_memory(config, layout, stage, mesh.size("cp", "dp")) for stage in stages),
         tuple(stage_parameters(config, layout, stage) for stage in stages),
     )

@@ -206,8 +206,6 @@ class ModelParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
-    context_parallel_algo: str = "megatron_cp_algo"
-    ulysses_degree_in_cp: int = 1
     cp_comm_type: tuple[str, ...] = ("p2p",)
     """How attention sees the keys of other context parallel ranks: p2p, all_gather, a2a or a2a+p2p; one word for all
     layers, or one for each."""

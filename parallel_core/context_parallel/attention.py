@@ -18,11 +18,9 @@ from mindspore import Tensor, mint
 from parallel_core import ops
 from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group, SoloGroup
-from parallel_core.context_parallel.blocks import Block, Blocks, merged
+from parallel_core.context_parallel.blocks import Blocks, merged
 from parallel_core.layout.sequence import held_order, sequence_order
 from parallel_core.tensor_parallel.mappings import all_to_all
-
-EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class ContextAttention:
 
     Args:
         groups: the ranks.
-        exchange: one of `EXCHANGES`.
+        exchange: one of `layout.sequence.EXCHANGES`.
 
     Backward:
         the gradients of this rank's queries, keys and values.
@@ -275,6 +273,3 @@ def _reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def _apart(kv: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     return kv[..., :head_size].contiguous(), kv[..., head_size:].contiguous()
-
-
-__all__ = ["EXCHANGES", "Block", "ContextAttention", "ContextGroups"]

@@ -13,6 +13,9 @@ import numpy as np
 
 from parallel_core.errors import ConfigError
 
+EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+"""How a rank's queries meet the other ranks' keys (see `context_parallel.attention`), in Megatron-LM's words."""
+
 
 def check_length(seq_length: int, cp_size: int) -> None:
     """Return if a sequence can be cut.

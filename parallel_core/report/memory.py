@@ -100,12 +100,12 @@ def compare(layout: str, argv: Sequence[str]) -> list[StageMemory]:
     if fused:  # the compiled attention keeps no scores either, flash attention or not
         config = replace(config, model_config=replace(config.model_config, use_flash_attention=True))
     stages = stage_layout(config.model_config.num_layers, config.parallel_config)
-    dp = world_size // (stages.num_ranks * config.parallel_config.tensor_model_parallel_size)
+    replicas = world_size // (stages.num_ranks * config.parallel_config.tensor_model_parallel_size)
     rows = []
     for pp_rank in range(stages.num_ranks):
         ranks = [memory for stage, memory in measured if stage == pp_rank]
         largest = Memory(**{name: max(getattr(m, name) for m in ranks) for name in asdict(ranks[0])})
-        formula = rank_memory(config, stages, pp_rank, dp)
+        formula = rank_memory(config, stages, pp_rank, replicas)
         rows.append(StageMemory(layout or "as configured", pp_rank, in_flight(config, pp_rank), formula, largest))
     return rows
 

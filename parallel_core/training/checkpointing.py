@@ -207,6 +207,7 @@ class Checkpointer:
                 "tensor_model_parallel_size": mesh.size("tp"),
                 "pipeline_model_parallel_size": mesh.size("pp"),
                 "virtual_pipeline_model_parallel_size": step.model.layout.num_chunks,
+                "context_parallel_size": mesh.size("cp"),
                 "data_parallel_size": mesh.size("dp"),
                 "layers": step.model.layout.counts(),
             },

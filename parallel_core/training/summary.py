@@ -8,6 +8,7 @@ import parallel_core
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.layout.derived import BatchSizes
+from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import shard_of
 from parallel_core.training.step import TrainingStep
 
@@ -25,7 +26,7 @@ def describe_run(
         f"parallel_core {parallel_core.__version__}, MindSpore {ms.__version__} on {ms.get_context('device_target')}, "
         f"{mesh.world_size} process{'es' if mesh.world_size > 1 else ''}",
         f"Layout: tensor {mesh.size('tp')}{' + sequence' if parallel.sequence_parallel else ''} x pipeline "
-        f"{mesh.size('pp')} x data {mesh.size('dp')}; layers of each pipeline rank: {layers}",
+        f"{mesh.size('pp')} x data {mesh.size('dp')}{_context(config, mesh)}; layers of each pipeline rank: {layers}",
         f"Model: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"sequence {model.seq_length}, vocabulary {model.vocab_size}, {total:,} parameters, "
         f"{model.params_dtype} parameters, {model.compute_dtype} computation",
@@ -35,6 +36,11 @@ def describe_run(
         f"Memory of rank 0: parameters {memory['parameters'] / 1e6:.1f} MB, gradients "
         f"{memory['gradients'] / 1e6:.1f} MB, optimizer {step.optimizer.memory_bytes() / 1e6:.1f} MB",
     ]
+
+
+def _context(config: AllConfig, mesh: Mesh) -> str:
+    words = dict.fromkeys(config.parallel_config.cp_comm_type)
+    return f" x context {mesh.size('cp')} ({', '.join(words)})" if mesh.size("cp") > 1 else ""
 
 
 def _elements(parameter: object) -> int:

@@ -46,7 +46,7 @@ class ModelStage:
             `attention.CoreAttention`.
         make_mlp: builds a layer's feed-forward block; None: `mlp.make_mlp`, which has the signature.
         context_groups: the ranks that hold parts of the same sequences.
-        exchanges: how attention sees the other ranks' keys, a word of `context_parallel.attention.EXCHANGES` for each
+        exchanges: how attention sees the other ranks' keys, a word of `layout.sequence.EXCHANGES` for each
             layer of the model, or one for all.
         vp_stage: number of the chunk on this rank.
         run: everything the run is told, where there is one.

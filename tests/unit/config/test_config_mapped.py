@@ -15,6 +15,7 @@ DIST = "--use-distributed-optimizer --overlap-grad-reduce"
 ROPE = "--position-embedding-type rope"
 YARN = "--position-embedding-type yarn"
 SAMPLES = "--train-samples 100"
+CP = "--context-parallel-size 4"
 
 # argument -> (what else must be there, the words that set it); the others are set by their kind.
 SPECIAL: dict[str, tuple[str, str]] = {
@@ -41,6 +42,10 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "yarn_rotary_scaling_factor": (YARN, ""), "yarn_correction_range_round_to_int": (YARN, ""),
     "yarn_mscale": (YARN, ""), "yarn_mscale_all_dim": (YARN, ""), "yarn_attention_factor": (YARN, ""),
     "yarn_beta_fast": (YARN, "16"),
+    "context_parallel_size": ("", "2"), "cp_comm_type": (CP, "all_gather"),
+    "context_parallel_algo": (CP, "ulysses_cp_algo"),
+    "hierarchical_context_parallel_sizes": (CP + " --cp-comm-type a2a+p2p", "2 2"),
+    "ulysses_degree_in_cp": (CP + " --context-parallel-algo hybrid_cp_algo", "2"),
     "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
     "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),
     "microbatch_group_size_per_vp_stage": (VPP, "4"), "sequence_parallel": ("--tensor-model-parallel-size 2", ""),
@@ -73,6 +78,7 @@ WITHOUT = {
     "recompute_num_layers": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "account_for_embedding_in_pipeline_split": PIPE, "account_for_loss_in_pipeline_split": PIPE,
     "start_weight_decay": "", "end_weight_decay": "",
+    "hierarchical_context_parallel_sizes": CP, "ulysses_degree_in_cp": CP,
 }
 # Arguments with one legal value, and those that say where arguments are read from: tested on their own.
 ELSEWHERE = {"yaml_cfg", "use_checkpoint_args", "use_mp_args_from_checkpoint_args",

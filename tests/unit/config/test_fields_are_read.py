@@ -17,8 +17,6 @@ WITHIN_THE_CONFIG = {
     "model_config.fa_config.pre_tokens": "TransformerConfig.window_of",
     "model_config.window_attn_skip_freq": "TransformerConfig.window_of",
     # Refused unless they ask for nothing.
-    "parallel_config.context_parallel_algo": "context_parallel_size",
-    "parallel_config.ulysses_degree_in_cp": "context_parallel_size",
     "parallel_config.expert_model_parallel_size": "refused above 1",
 
     "model_config.fa_config.next_tokens": "refused above 0",
