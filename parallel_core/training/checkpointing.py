@@ -75,7 +75,7 @@ class Checkpointer:
         context: this rank's groups.
         step: parameters, optimizer, schedule, loss scale.
         say: prints on rank 0.
-        warn: prints a warning on rank 0.
+        warn: prints a warning on rank 0; None: as `say`.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class Checkpointer:
         context: ParallelContext,
         step: TrainingStep,
         say: Callable[[str], None],
-        warn: Callable[[str], None],
+        warn: Callable[[str], None] | None = None,
     ) -> None:
-        self._config, self._context, self._step, self._say, self._warn = config, context, step, say, warn
+        self._config, self._context, self._step = config, context, step
+        self._say, self._warn = say, warn or say
         self._async = AsyncSaver()
         self._given_up = threading.Event()
         self._timeout_s = config.parallel_config.distributed_timeout_minutes * 60

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from parallel_core.errors import ParallelCoreError
+from parallel_core.errors import ConfigError, ParallelCoreError
 from parallel_core.layout.shard import TensorShard, mark, shard_of
 from parallel_core.tensor_parallel.parameter import constant, make_parameter
 from parallel_core.training.checkpointing import Checkpointer
+from parallel_core.training.names import check_parameter_names
 from parallel_core.transformer import ModelStage
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.cases_layouts import settings
@@ -619,3 +620,14 @@ def _owned(run: TinyRun) -> dict[str, np.ndarray]:
         group = run.context.groups[shard_of(parameter).replicas]
         parts[name] = sum(gather_values(group, local))
     return parts
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+@case(world_size=2)
+def test_equal_names_on_two_stages_are_refused_on_every_rank(ctx: CaseContext) -> None:
+    """A model of one's own whose stages call their layers alike would keep one of the two in a checkpoint."""
+    context = context_of(ctx, settings("pp2"))
+    own = nn.Dense(4, 4)
+    with pytest.raises(ConfigError, match="weight: on pipeline ranks 0 and 1"):
+        check_parameter_names([own], context)
+    check_parameter_names([nn.SequentialCell(nn.Dense(4, 4)) if ctx.rank else own], context)  # "0.weight", "weight"
