@@ -20,6 +20,7 @@ from parallel_core.config.rules import config_of_sections
 from parallel_core.config.values import Given
 from parallel_core.environment import HANDOVER_VARIABLE
 from parallel_core.errors import ConfigError
+from parallel_core.files import create_file
 
 
 def write_handover(loaded: LoadedConfig, argv: Sequence[str], path: Path) -> None:
@@ -39,7 +40,8 @@ def write_handover(loaded: LoadedConfig, argv: Sequence[str], path: Path) -> Non
     }
     partial = path.with_suffix(".tmp")
     try:
-        partial.write_text(json.dumps(content), encoding="utf-8")
+        with create_file(partial) as file:
+            file.write(json.dumps(content))
         os.replace(partial, path)
     except OSError as error:
         raise ConfigError(f"the configuration cannot be written to {path}: {error.strerror or error}") from None
@@ -84,7 +86,7 @@ def _read_handover(path: Path, argv: Sequence[str], world_size: int | None) -> L
             {entry.name: entry for entry in given},
             content["world_size"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{HANDOVER_VARIABLE}={path}: the launcher's configuration cannot be read: {error!r}; unset it to "
             "run without the launcher"

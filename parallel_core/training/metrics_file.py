@@ -29,10 +29,11 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [row for row in _rows(path) if keeps(row)]
             partial = path.with_name(path.name + ".partial")
-            with create_file(partial) as handle:
-                handle.write("".join(map(row_text, kept)))
+            # Written on through this handle: what is opened by its name may be somebody's link by then.
+            self._file: TextIO = create_file(partial)
+            self._file.write("".join(map(row_text, kept)))
+            self._file.flush()
             os.replace(partial, path)
-            self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise ConfigError(f"the metrics cannot be written to {path}: {error.strerror or error}") from None
 
@@ -68,11 +69,11 @@ def up_to(iteration: int) -> Callable[[Mapping[str, Any]], bool]:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    if path.is_file():
+    if path.is_file() and not path.is_symlink():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 rows.append(row)

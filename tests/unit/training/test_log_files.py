@@ -22,18 +22,22 @@ def planted(path, target):
 
 def test_metrics_replace_a_link_and_leave_its_target_alone(tmp_path, capsys):
     precious = planted(tmp_path / "metrics.jsonl", tmp_path / "precious")
+    precious.write_text('{"iteration": 1, "loss": 9.0}\n')
     log = RunLog(ParallelContext.solo(), str(tmp_path), 8)
+    log.begin(1)  # a resumed run, which keeps what it wrote itself
     log.evaluation("validation", 1, {"lm loss": 2.0})
     log.close()
-    assert precious.read_text() == "precious"
+    assert precious.read_text() == '{"iteration": 1, "loss": 9.0}\n'
+    assert '"loss": 9.0' not in (tmp_path / "metrics.jsonl").read_text()
     assert not (tmp_path / "metrics.jsonl").is_symlink()
     assert '"split": "validation"' in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=f"metrics.jsonl cannot be written to {tmp_path}"):
-        RunLog(ParallelContext.solo(), str(tmp_path), 8)
+    log = RunLog(ParallelContext.solo(), str(tmp_path), 8)
+    with pytest.raises(ConfigError, match=f"the metrics cannot be written to {tmp_path}/metrics.jsonl"):
+        log.begin(0)
 
 
 def test_a_line_of_the_log_is_one_line(tmp_path, capsys):
