@@ -143,6 +143,10 @@ def context_parallel(r: Resolution) -> None:
     cp, tp = r["context_parallel_size"], r["tensor_model_parallel_size"]
     if not all(map(r.positive, ("context_parallel_size", "tensor_model_parallel_size", "seq_length"))) or cp == 1:
         return
+    if r["rope_dynamic_factor"] != 1.0:
+        # frequencies follow the longest position, of which every rank sees another one
+        r.fail("rope_dynamic_factor context_parallel_size", "dynamic frequencies are not built for a cut sequence; "
+               "use --position-embedding-type yarn, or context_parallel_size 1")
     exchanges: tuple[str, ...] = r["cp_comm_type"]
     levels: tuple[int, ...] = r["hierarchical_context_parallel_sizes"] or ()
     wrong = sorted(set(exchanges) - set(EXCHANGES))

@@ -18,6 +18,7 @@ from parallel_core.compat.mindspeed.loss import LossWithMask, VocabParallelCross
 from parallel_core.compat.mindspeed.module import Module
 from parallel_core.compat.mindspeed.training import get_batch, pretrain, set_parallel_context, set_seed
 from parallel_core.config import get_args, initialize_megatron
+from parallel_core.training.batches import get_batch_on_this_cp_rank
 
 __all__ = [
     "AttnMaskType",
@@ -31,6 +32,7 @@ __all__ = [
     "build_pretraining_data_loader",
     "get_args",
     "get_batch",
+    "get_batch_on_this_cp_rank",
     "get_language_model",
     "get_train_valid_test_num_samples",
     "init_configs_from_args",

@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from parallel_core.compat import parallel_state
 from parallel_core.data.masks import attention_mask_from_document_starts, document_starts
 from parallel_core.errors import ConfigError, DataError
 
@@ -47,12 +48,17 @@ class EosMask(nn.Cell):
             or with `dense` int32 [B, S, S], 1 where attention is forbidden.
 
         Raises:
-            DataError: if there are no ids, or they have another shape.
+            DataError: if there are no ids, they have another shape, or sequences are cut over ranks.
         """
         if input_ids is None:
             raise DataError(
                 "EosMask: this pipeline stage is given no tokens; set --reset-attention-mask and --reset-position-ids, "
                 "with which every stage gets masks from the dataset"
+            )
+        if parallel_state.is_initialized() and parallel_state.get_context_parallel_world_size() > 1:
+            raise DataError(
+                "EosMask: with context parallelism a rank has a part of every sequence and cannot tell where its "
+                "documents begin; set --reset-attention-mask and --reset-position-ids, and take masks from the batch"
             )
         if tuple(input_ids.shape) != self.shape_BS:
             raise DataError(f"EosMask was made for ids of shape {list(self.shape_BS)}, got {list(input_ids.shape)}")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from parallel_core.compat import parallel_state
 from parallel_core.compat.mindspeed.config import ModelConfig
 from parallel_core.config.schema import AllConfig, TransformerConfig
+from parallel_core.context_parallel.attention import ContextGroups
 from parallel_core.errors import ConfigError
 from parallel_core.layout.recompute import recompute_plan
 from parallel_core.tensor_parallel.random import RandomStreams
@@ -69,7 +70,7 @@ def current_stage(config: TransformerConfig, pre_process: bool = True, post_proc
     parallel, seed = config.parallel_config, config.training_config.seed
     sections = {name: getattr(config, name) for name in ("training_config", "dataset_config", "optimizer_config")}
     whole = supported_precision(AllConfig(model_config=config, parallel_config=parallel, **sections))[0]
-    streams = RandomStreams(seed, context.tp.rank)
+    streams = RandomStreams(seed, context.tp.rank, context.cp.rank)
     layers = tuple(n for n in range(config.num_layers) if n not in parallel.noop_layers)
     plan = recompute_plan(whole.model_config, parallel, len(layers), 0, 0)
     return ModelStage(
@@ -82,6 +83,8 @@ def current_stage(config: TransformerConfig, pre_process: bool = True, post_proc
         pre_process=pre_process,
         post_process=post_process,
         plan=plan,
+        context_groups=ContextGroups(context.cp, context.cp_inner, context.cp_ring),
+        exchanges=parallel.cp_comm_type,
         run=whole,
         context=context,
     )

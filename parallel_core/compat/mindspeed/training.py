@@ -46,6 +46,7 @@ def set_parallel_context(parallel_config: ModelParallelConfig) -> ParallelContex
         parallel_config.pipeline_model_parallel_size,
         chunks if chunks > 1 else None,
         context_parallel_size=parallel_config.context_parallel_size,
+        hierarchical_context_parallel_sizes=parallel_config.hierarchical_context_parallel_sizes or None,
         expert_model_parallel_size=parallel_config.expert_model_parallel_size,
         distributed_timeout_minutes=parallel_config.distributed_timeout_minutes,
         distributed_backend=parallel_config.distributed_backend,
@@ -140,6 +141,7 @@ def _context_of(config: AllConfig) -> ParallelContext:
     for name, size, there in (
         ("tensor_model_parallel_size", parallel.tensor_model_parallel_size, context.tp.size),
         ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, context.pp.size),
+        ("context_parallel_size", parallel.context_parallel_size, context.cp.size),
     ):
         if size != there:
             raise ConfigError(f"all_config has {name}={size}, but parallel_state was initialized with {there}")
