@@ -128,7 +128,10 @@ class ShmGroup(Group):
         return float(self._lib.pcs_waited(self._group))
 
     def close(self) -> None:
-        """Unmap the memory and close the descriptors; every later operation raises a CommError."""
+        """Unmap the memory and close the descriptors; every later operation raises a CommError.
+
+        What this rank has sent and nobody has received yet is lost: end with a collective.
+        """
         self._release()
         self._lib = _Closed(self.name)
 

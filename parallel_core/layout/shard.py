@@ -150,11 +150,6 @@ class TensorShard:
         return cls.cut(name, global_shape, Cut("tp", dim, rank, num_ranks, parts), dtype=dtype)
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether this rank holds less than the whole tensor."""
-        return any(cut.size > 1 for cut in self.cuts)
-
-    @property
     def decays(self) -> bool:
         """Whether weight decay applies."""
         if self.weight_decay is not None:

@@ -197,6 +197,7 @@ def test_groups_of_some_ranks(ctx: CaseContext, backend: str) -> None:
         g.send(Tensor(np.full(3, ctx.rank, np.int32)), 1 - g.rank)
         got = g.receive((3,), ms.int32, 1 - g.rank).wait().asnumpy()
         np.testing.assert_array_equal(got, np.full(3, g.ranks[1 - g.rank]))
+    g.barrier()  # a sender's memory goes with its group
 
 
 @case(world_size=2, variants=SHM)

@@ -112,8 +112,8 @@ def test_replicas_draw_alike_and_shards_differ(ctx: CaseContext, sp: bool) -> No
     streams, drawn = run.step.model.streams, []
     original = streams.seeds
 
-    def seeds(site: str, sharded: bool = False) -> tuple[int, int]:
-        pair = original(site, sharded)
+    def seeds(site: str, sharded: bool = False, by_position: bool = False) -> tuple[int, int]:
+        pair = original(site, sharded, by_position)
         drawn.append((site, sharded, pair))
         return pair
 
@@ -535,10 +535,10 @@ def test_a_frozen_parameter_is_left_alone(ctx: CaseContext) -> None:
     before = run.parameters()
     run.train(2)
     after = run.parameters()
-    assert len(frozen) == 4 and not any("linear_fc1.weight" in name for name in after)
+    assert len(frozen) == 4
     for parameter, value in zip(frozen, kept):
         np.testing.assert_array_equal(parameter.asnumpy(), value)
-    assert all((after[name] != before[name]).any() for name in after)
+    assert all((after[name] != before[name]).any() != name.endswith("linear_fc1.weight") for name in after)
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def test_gradients_norms_and_state_go_by_dp_cp_and_samples_by_dp(ctx: CaseContex
 
     want = from_rank_0(ctx, alone)
     np.testing.assert_allclose([r.grad_norm for r in reports], want["norms"], rtol=1e-6)
-    assert_close(run.parameters(), want["parameters"], 1e-6)  # fp32: (g + g) / 2 is g, the norm adds in parts
+    assert_close(run.parameters(), want["parameters"], 2e-6)  # fp32: (g + g) / 2 is g, the norm adds in parts
     mine = {key for key in checkpointer(run)._shards_to_save() if "@" not in key}
     theirs = context.world.all_gather_object(sorted(mine))
     assert not set(theirs[0]) & set(theirs[1]) and set(theirs[0]) | set(theirs[1]) == set(run.parameters())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim, with_layer_offset
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
-from parallel_core.checkpoint.source import Piece, Readable, TensorInfo
+from parallel_core.checkpoint.source import Piece, TensorInfo
 from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.layout.shard import Range, TensorShard
 from parallel_core.layout.stages import StageLayout, decoder_layers, parse_layout, stage_layout
@@ -83,18 +83,6 @@ class Chunk:
     def global_name(self, name: str) -> str:
         """Return a parameter's name with the global layer number."""
         return with_layer_offset(name, self.first_layer)
-
-
-class Array(Readable, Protocol):
-    """A readable array whose shape and dtype are known."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype tag of the array."""
 
 
 class Collector:

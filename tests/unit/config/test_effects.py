@@ -279,6 +279,14 @@ WORDS = {
 ELSEWHERE = {
     "tensor_model_parallel_size": "tests/ranks/cases_layouts.py::test_two_ranks_train_like_one",
     "sequence_parallel": "tests/ranks/cases_tensor_parallel.py::test_column_parallel_linear_equals_the_unsharded_layer",
+    "context_parallel_size": "tests/ranks/cases_context_parallel.py::test_two_parts_of_a_sequence_train_like_one",
+    "cp_comm_type": "tests/ranks/cases_context_parallel.py::test_every_exchange_computes_what_one_rank_does",
+    "hierarchical_context_parallel_sizes":
+        "tests/ranks/cases_context_parallel.py::test_every_exchange_computes_what_one_rank_does",
+    "context_parallel_algo":
+        "tests/unit/config/test_config_context.py::test_mindspeeds_algorithms_are_megatrons_exchanges",
+    "ulysses_degree_in_cp":
+        "tests/unit/config/test_config_context.py::test_mindspeeds_algorithms_are_megatrons_exchanges",
     "overlap_p2p_comm": "tests/ranks/cases_layouts.py::test_waiting_late_changes_nothing",
     "distributed_backend": "tests/ranks/cases_comm.py::test_all_reduce",
     "distributed_timeout_minutes": "tests/ranks/cases_comm.py::test_time_limit",

@@ -87,7 +87,7 @@ def test_shards_cover_a_tensor_once(data: st.DataObject) -> None:
 
 def test_a_whole_tensor_is_one_box() -> None:
     spec = TensorShard.cut("w", (3, 4), Cut("tp", 0, 0, 1))
-    assert not spec.is_sharded and spec.local_shape == (3, 4)
+    assert spec.local_shape == (3, 4)
     assert spec.boxes == (Box(((0, 3), (0, 4)), ((0, 3), (0, 4))),)
 
 
