@@ -66,6 +66,7 @@ SAME_LAYOUT = {
     "one": (1, []),
     "tp2sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "pp2vpp2": (2, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "cp2": (2, ["--context-parallel-size", "2"]),
     "dp2distopt": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
     "tp2pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
@@ -148,7 +149,7 @@ def test_resuming_is_bitwise(name: str, resumed):
 
 
 def test_another_layout_goes_on_within_rounding(workplace: Path, tmp_path):
-    """Saved by two tensor parallel ranks after 10 iterations, continued in four other layouts."""
+    """Saved by two tensor parallel ranks after 10 iterations, continued in five layouts."""
     base, half = replaced(), str(tmp_path / "half")
     saved = {"save": {"argv": [*base, *SAME_LAYOUT["tp2sp"][1], "--save", half, "--exit-interval", "10"]}}
     go_on = {
@@ -161,7 +162,7 @@ def test_another_layout_goes_on_within_rounding(workplace: Path, tmp_path):
     two = several(tmp_path / "two", 2, {**saved, **go_on[2]}, cwd=workplace)
     one = several(tmp_path / "one", 1, {"straight": {"argv": base}, **go_on[1]}, cwd=workplace)
     straight = one["straight"].steps
-    for name in ("one", "tp2sp", "pp2vpp2", "dp2distopt"):
+    for name in ("one", "tp2sp", "pp2vpp2", "cp2", "dp2distopt"):
         run = {**two, **one}[name]
         assert run.status == 0, run.console
         assert sorted(run.steps) == list(range(11, 21))

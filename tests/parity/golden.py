@@ -43,10 +43,22 @@ LAYOUTS: dict[str, tuple[int, str]] = {
 }
 """Ranks and flags of each of Megatron's layouts; `tp2pp2dp2` is the product of three of them."""
 
+CONTEXT_LAYOUTS: dict[str, tuple[int, str]] = {
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp2allgather": (2, "--context-parallel-size 2 --cp-comm-type all_gather"),
+    "cp2a2a": (2, "--context-parallel-size 2 --cp-comm-type a2a"),
+    "tp2cp2sp": (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2"),
+    "cp4a2a+p2p": (
+        4, "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
+    ),
+}  # fmt: skip
+"""Ranks and flags of layouts that Megatron-LM does not run on CPU: its context parallelism is TransformerEngine's."""
+
 
 def arguments(model: str, layout: str, *more: str) -> list[str]:
     """Return Megatron's argument list for a run."""
-    return ["--config", "empty.yaml", *COMMON, *MODELS[model].split(), *LAYOUTS[layout][1].split(), *more]
+    flags = {**LAYOUTS, **CONTEXT_LAYOUTS}[layout][1]
+    return ["--config", "empty.yaml", *COMMON, *MODELS[model].split(), *flags.split(), *more]
 
 
 @functools.cache
