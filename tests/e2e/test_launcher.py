@@ -319,7 +319,7 @@ def test_the_wrapper_adds_nothing_to_a_command_line_of_ones_own(tmp_path):
         "2 problems in the configuration:\n"
         "  hidden_size: required, and not given; add hidden_size to the file or --hidden-size N\n"
         "  num_attention_heads: required, and not given; add num_attention_heads to the file or --num-attention-heads "
-        f"N\nTo change the small model that runs without arguments, add --config {TINY}\n"
+        f"N\n  To change the small model that runs without arguments, add --config {TINY}\n"
     )
 
 
