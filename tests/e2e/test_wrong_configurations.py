@@ -145,7 +145,7 @@ UNREADABLE = {
         "tools/preprocess_data.py writes both files.",
     ),
     "no such checkpoint": (
-        {"load": "nowhere"},
+        {"load": "nowhere", "ckpt_step": "3"},  # without a step, the run begins
         "CheckpointError: --load nowhere: there is no such directory",
     ),
     "no checkpoint there": (
