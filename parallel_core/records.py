@@ -35,6 +35,14 @@ def show(value: Any) -> str:
     return printable(_Brief().repr(value))
 
 
+def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
+    """Return the first key of a JSON object that comes again, of which a dict would keep the last value only."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    seen: set[str] = set()
+    return next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+
+
 def parse_json(data: bytes | str, where: str, error: type[ParallelCoreError]) -> Any:
     """Return what a JSON text says.
 
@@ -49,12 +57,9 @@ def parse_json(data: bytes | str, where: str, error: type[ParallelCoreError]) ->
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        if (twice := repeated_key(pairs)) is not None:
             raise ValueError(f"the key {show(twice)} is there twice")
-        return found
+        return dict(pairs)
 
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")

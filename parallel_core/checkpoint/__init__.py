@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from parallel_core.checkpoint.async_save import AsyncSaver
 from parallel_core.checkpoint.loading import LoadReport, compare_model_config, load_shards
-from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, holds_checkpoint, read_common, verify
+from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, holds_checkpoint, verify
 from parallel_core.checkpoint.opening import open_checkpoint
 from parallel_core.checkpoint.source import TensorInfo, TensorSource, read_tensor
 from parallel_core.checkpoint.writer import CheckpointWriter, share_among_replicas
@@ -41,7 +41,6 @@ __all__ = [
     "holds_checkpoint",
     "load_shards",
     "open_checkpoint",
-    "read_common",
     "read_tensor",
     "share_among_replicas",
     "verify",

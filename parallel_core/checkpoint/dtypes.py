@@ -39,18 +39,6 @@ def storage_dtype(tag: str) -> np.dtype:
     return np.dtype(_TABLE[tag][0]).newbyteorder("<")
 
 
-def dtype_tag(array: np.ndarray) -> str:
-    """Return the tag of an array, recognising a foreign `bfloat16` dtype by its name.
-
-    Raises:
-        CheckpointError: the array's dtype has no tag (strings, objects, complex numbers).
-    """
-    name = array.dtype.name
-    if name not in _TABLE:
-        raise CheckpointError(f"an array of dtype {name!r} cannot be stored in a checkpoint")
-    return name
-
-
 def as_storage(array: np.ndarray, tag: str) -> np.ndarray:
     """Return `array` in the storage dtype of `tag`, without copying its elements.
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parallel_core.checkpoint.common import checked_common
 from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.huggingface.files import is_hugging_face
 from parallel_core.checkpoint.layout_files import (
@@ -66,18 +65,6 @@ class NativeCheckpoint(PieceSource):
 def is_native(path: Path) -> bool:
     """Tell whether a directory is a native checkpoint of one iteration, intact or not."""
     return (path / INDEX_NAME).exists() or (path / CHECKSUMS_NAME).exists()
-
-
-def read_common(path: str | Path) -> dict[str, Any]:
-    """Return everything in a native checkpoint that is not a tensor.
-
-    Args:
-        path: an `iter_XXXXXXX` directory.
-
-    Raises:
-        CheckpointError: the index is missing or unreadable.
-    """
-    return checked_common(_read_index(Path(path)).values["common"], str(path))
 
 
 def verify(path: str | Path, part: int = 0, num_parts: int = 1) -> list[str]:

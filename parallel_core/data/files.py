@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from parallel_core.errors import DataError
+from parallel_core.records import repeated_key
 
 logger = logging.getLogger(__name__)
 
@@ -114,12 +115,9 @@ def parse_json(text: str) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    if (twice := repeated_key(pairs)) is not None:
         raise ValueError(f"the key {twice!r} appears twice")
-    return content
+    return dict(pairs)
 
 
 @contextlib.contextmanager

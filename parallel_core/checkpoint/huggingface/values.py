@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_core.errors import CheckpointError
+from parallel_core.records import repeated_key
 
 MAX_JSON_BYTES = 64_000_000
 """The index of the largest models known has a tenth of this."""
@@ -40,11 +41,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
+    if (twice := repeated_key(pairs)) is not None:
+        raise ValueError(f"the key {twice!r} stands twice")
+    return dict(pairs)
 
 
 def _finite(word: str) -> float:

@@ -18,7 +18,6 @@ from parallel_core.checkpoint import (
     find_checkpoint,
     load_shards,
     open_checkpoint,
-    read_common,
     share_among_replicas,
 )
 from parallel_core.checkpoint.dtypes import convert
@@ -102,7 +101,7 @@ def test_files_are_plain_safetensors_with_slices(tmp_path):
     assert path.name == "iter_0000007"
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "7"
     np.testing.assert_array_equal(load_file(path / "net-00001-of-00002.safetensors")["w"], full[2:])
-    assert read_common(path) == {"n": 56, "iteration": 7}
+    assert open_checkpoint(path).common == {"n": 56, "iteration": 7}
     raw = (path / "net-00001-of-00002.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     described = json.loads(header["__metadata__"]["parallel_core"])["w"]
