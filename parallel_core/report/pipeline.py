@@ -75,7 +75,9 @@ def _write(path: Path, picture: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m parallel_core.pipeline", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXAMPLE
+        prog="python -m parallel_core.report.pipeline",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLE,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     draw = commands.add_parser(
