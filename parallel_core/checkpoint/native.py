@@ -171,12 +171,16 @@ def holds_checkpoint(root: str | Path) -> bool:
     """Tell whether there is a checkpoint under `root`, or anything that may be meant as one: then it is to be loaded.
 
     What a run writes before its first checkpoint (its configuration, logs, an unfinished save) is none.
+
+    Raises:
+        CheckpointError: the directory may not be read.
     """
     root = Path(root)
-    if not root.is_dir():
-        return False
-    meant = (root / TRACKER_NAME).exists() or (root / "release").exists() or bool(list_iterations(root))
-    return meant or is_checkpoint_dir(root) or any(path.suffix in _WEIGHT_SUFFIXES for path in root.iterdir())
+    with os_errors_named(root):
+        if not root.is_dir():
+            return False
+        meant = (root / TRACKER_NAME).exists() or (root / "release").exists() or bool(list_iterations(root))
+        return meant or is_checkpoint_dir(root) or any(path.suffix in _WEIGHT_SUFFIXES for path in root.iterdir())
 
 
 _WEIGHT_SUFFIXES = (".bin", ".ckpt", ".distcp", ".npz", ".pt", ".pth", ".safetensors")

@@ -25,6 +25,8 @@ _TOKENIZER_NAMES = (
     "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "legacy_tokenizer", "vocab_extra_ids",
 )  # fmt: skip
 _ASKING = ("use_checkpoint_args", "use_mp_args_from_checkpoint_args", "use_tokenizer_model_from_checkpoint_args")
+NEEDS_CHECKPOINT = ("ckpt_step", "finetune", "skip_train", "exit_on_missing_checkpoint")
+"""What makes a `load` without a checkpoint an error, as `training.checkpointing` decides when it loads."""
 _OLDER_WORDS = {"swiglu": "hidden_act", "add_qkv_bias": "qkv_has_bias"}
 """What checkpoints without the newer setting say instead."""
 
@@ -32,17 +34,23 @@ _OLDER_WORDS = {"swiglu": "hidden_act", "add_qkv_bias": "qkv_has_bias"}
 def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:
     """Return the values that the checkpoint in `load` was trained with, as far as the user asks for them.
 
+    None at all where no checkpoint has been written yet and the run may begin without one: then the values are those
+    given, so that one command starts a run and restarts it, as in Megatron-LM.
+
     Raises:
         ConfigError: `load` is not given, or is no checkpoint that can be read.
     """
     if "load" not in given:
         raise ConfigError(f"{given['use_checkpoint_args'].terms}: needs load, the checkpoint to take them from")
     root = str(given["load"].value)
-    from parallel_core.checkpoint.native import find_checkpoint  # Only this option needs the checkpoint readers.
+    # Only this option needs the checkpoint readers.
+    from parallel_core.checkpoint.native import find_checkpoint, holds_checkpoint
     from parallel_core.checkpoint.opening import open_checkpoint
 
     step = given["ckpt_step"].value if "ckpt_step" in given else None
     try:
+        if not any(name in given and given[name].value for name in NEEDS_CHECKPOINT) and not holds_checkpoint(root):
+            return []
         common = open_checkpoint(find_checkpoint(root, step, check=False)).common  # type: ignore[arg-type]
     except ParallelCoreError as error:
         raise ConfigError(str(error)) from None
@@ -58,9 +66,7 @@ def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:
     found = {**_of_the_model(settings), **dict(_of_the_run(common, names))}
     if "padded_vocab_size" in given:  # padding belongs to the layout; the real rows are checked where they are loaded
         found.pop("padded_vocab_size", None)
-    return [
-        Given(name, value, f"checkpoint {root}", name, value) for name, value in found.items() if value is not None
-    ]
+    return [Given(name, value, f"checkpoint {root}", name, value) for name, value in found.items() if value is not None]
 
 
 def superseded(given: Mapping[str, Given], stored: Mapping[str, Given]) -> dict[str, str]:

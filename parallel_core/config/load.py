@@ -165,10 +165,13 @@ def _take_checkpoint_values(
         The names that a checkpoint which cannot be read would have given.
     """
     try:
-        stored, _ = _merge([checkpoint_values(given)], user, problems, notes)
+        found = checkpoint_values(given)
     except ConfigError as error:
         problems.append(str(error))
         return set(MODEL_NAMES)
+    if not found:
+        notes.append(f"{given['load'].terms}: no checkpoint yet to take arguments from; those given are used")
+    stored, _ = _merge([found], user, problems, notes)
     for name, told in superseded(given, stored).items():
         terms = given.pop(name).terms
         if not told.endswith(f"={name}"):  # --swiglu and hidden_act=swiglu agree
@@ -210,9 +213,5 @@ def _default_values(
 def required_world_size(config: AllConfig) -> int:
     """Return how many ranks `config` needs: tensor x pipeline x context parallel size x data parallel size."""
     parallel, data = config.parallel_config, config.dataset_config
-    model = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     return model * max(1, data.global_batch_size // (data.batch_size * data.micro_batch_num))

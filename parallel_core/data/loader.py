@@ -166,7 +166,7 @@ def build_pretraining_data_loader(
 
     Args:
         dataset: Samples by number; None gives None. With `dataloader_type="external"` whatever the dataset provider
-            made, returned as it is.
+            made: an iterator of micro-batches, or what can be iterated, which with `wraps` begins again at its end.
         consumed_samples: Samples all ranks have seen before.
         micro_batch_size: Samples per micro-batch of one rank.
         data_parallel_rank: This rank.
@@ -176,7 +176,7 @@ def build_pretraining_data_loader(
         prefetch_factor: Micro-batches in preparation per thread.
         data_sharding: For `cyclic`: each rank permutes its own share.
         drop_last: For `single`: leave out a last group that does not fill all ranks.
-        wraps: For `single`: go through the dataset again and again, whole groups only.
+        wraps: Go through the dataset again and again: for `single` whole groups only, for `external` where that can be.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -185,7 +185,8 @@ def build_pretraining_data_loader(
     if dataset is None:
         return None
     if dataloader_type == "external":
-        return dataset
+        # An iterator gives itself here and cannot begin again; a list, a data loader or a class with __iter__ can.
+        return _again_and_again(dataset) if wraps and iter(dataset) is not dataset else iter(dataset)
     if dataloader_type not in ("single", "cyclic"):
         raise ConfigError(f"dataloader_type={dataloader_type!r}: use 'single', 'cyclic' or 'external'.")
     position = (len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
@@ -195,3 +196,12 @@ def build_pretraining_data_loader(
     else:
         sampler = MegatronPretrainingRandomSampler(*position, data_sharding=data_sharding)
     return PretrainingDataLoader(dataset, sampler, num_workers, prefetch_factor)
+
+
+def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
+    empty = False
+    while not empty:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch

@@ -153,7 +153,8 @@ class BatchSource:
         except StopIteration:
             raise DataError(
                 "the data is used up: the dataset holds fewer samples than the run asks for; give --train-iters or "
-                "--train-samples that fit, more data, or --dataloader-type cyclic"
+                "--train-samples that fit, more data, or --dataloader-type cyclic; of batches of one's own give what "
+                "can be iterated again (a list, a class with __iter__) in place of an iterator"
             ) from None
         self._check(arrays["tokens"])
         return self._tensors(arrays, empty)

@@ -266,7 +266,8 @@ class TrainingRun:
 
     def _train_iterations(self) -> bool:
         """Run iterations; return whether something ended them before the last one's evaluation."""
-        training, watch = self.config.training_config, Stopwatch()
+        training, watch, before = self.config.training_config, Stopwatch(), self.progress
+        leave = False
         while self.progress.iteration < self.iterations:
             told = self._iteration(watch).stop
             iteration = self.progress.iteration
@@ -282,8 +283,17 @@ class TrainingRun:
                 leave = leave or any(self.context.world.all_gather_object(self.stops.wanted()))
                 watch.lap()
             if leave:
-                return True
-        return False
+                break
+        self._warn_if_nothing_was_learned(before)
+        return leave
+
+    def _warn_if_nothing_was_learned(self, before: Progress) -> None:
+        done = self.progress.iteration - before.iteration
+        if done and self.progress.skipped_iterations - before.skipped_iterations == done:
+            self.log.warn(
+                f"the model is as it was: all {done} iterations were skipped, because the gradients overflowed or no "
+                "token of the batch counts (see --initial-loss-scale, --loss-scale and the loss mask)"
+            )
 
     def _iteration(self, watch: Stopwatch) -> StepReport:
         done = self.progress

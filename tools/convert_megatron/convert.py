@@ -182,7 +182,8 @@ def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) ->
         CheckpointError: the directory exists already, or the model is of no kind that Hugging Face format is known for.
     """
     _refuse_existing(save)
-    partial = save.with_name(f"{save.name}.tmp-{_TOKEN}")
+    # Named after the process: another one that writes the same directory loses at `os.replace`, not its files.
+    partial = save.with_name(f"{save.name}.tmp-{_TOKEN}-{os.getpid()}")
     bar = ProgressBar(sum(_nbytes(source, key) for key in source.keys() if "@" not in key), quiet=quiet)  # noqa: SIM118
     try:
         shutil.rmtree(partial, ignore_errors=True)

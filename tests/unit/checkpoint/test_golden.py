@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parallel_core.checkpoint import TensorShard, find_checkpoint, load_shards, open_checkpoint, read_tensor
+from parallel_core.checkpoint.claim import claimed
 from tools.convert_megatron.cli import main
 from tools.convert_megatron.comparison import compare
 
@@ -162,3 +163,14 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert _quiet("--load", load, "--save", tmp_path) == 2
     assert "exists already" in capsys.readouterr().err
     assert _quiet("--load", load, "--save", load) == 2
+
+
+@pytest.mark.parametrize("form", ["native", "megatron"])
+def test_a_conversion_into_the_directory_of_a_run_that_saves_there_is_refused(form, tmp_path, capsys):
+    words = ["--load", str(GOLDEN / "llama/ckpt_torch_tp1pp1"), "--save", str(tmp_path / "ck"), "--to", form, "--quiet"]
+    with claimed(tmp_path / "ck", pytest.fail):
+        (tmp_path / "ck/iter_0000002.tmp-x").mkdir()  # what the run is writing
+        assert main(words) == 2
+        assert "belongs to a run that is still going" in capsys.readouterr().err
+        assert (tmp_path / "ck/iter_0000002.tmp-x").is_dir()
+    assert main(words) == 0

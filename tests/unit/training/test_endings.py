@@ -11,6 +11,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parallel_core.checkpoint import CheckpointWriter, find_checkpoint, open_checkpoint
@@ -242,10 +243,19 @@ def test_a_first_run_may_name_the_checkpoints_it_will_write(there, tmp_path):
     assert iterations(again) == [1, 2, 3, 4] and not any("no checkpoint yet" in line for line in again.lines)
 
 
+def test_a_first_run_takes_the_given_arguments_where_it_will_take_the_checkpoints(tmp_path):
+    words = "--save ck --load ck --use-checkpoint-args --exit-interval 2"
+    first = run(tmp_path, words)
+    assert iterations(first) == [1, 2] and sum("no checkpoint yet to take arguments" in line for line in first.lines)
+    again = run(tmp_path, f"{words} --num-layers 3")  # the checkpoint's one layer stands over it, as in Megatron-LM
+    assert iterations(again) == [1, 2, 3, 4] and any("num_layers=1" in line for line in again.lines)
+
+
 @pytest.mark.parametrize("words", ["--exit-on-missing-checkpoint", "--finetune", "--ckpt-step 3", "--skip-train"])
-def test_a_checkpoint_that_must_be_there_and_is_not_is_an_error(words, tmp_path):
-    with pytest.raises(CheckpointError, match="--load ck"):
-        run(tmp_path, f"--load ck {words}")
+@pytest.mark.parametrize("asking", ["", " --use-checkpoint-args"])
+def test_a_checkpoint_that_must_be_there_and_is_not_is_an_error(words, asking, tmp_path):
+    with pytest.raises(ParallelCoreError, match="--load ck"):
+        run(tmp_path, f"--load ck {words}{asking}")
 
 
 @pytest.mark.parametrize("file", ["latest_checkpointed_iteration.txt", "pytorch_model.bin"])
@@ -308,6 +318,28 @@ def test_float16_that_can_make_no_update_at_the_smallest_scale_stops(tmp_path):
     with pytest.raises(ParallelCoreError, match="overflow float16 2 times in a row at loss scale 1.04858e.06"):
         run(tmp_path, f"{words} --init-method-std 3 --lr 1")
     assert all(row["skipped"] for row in rows(tmp_path))
+
+
+def test_a_short_run_in_which_every_update_is_skipped_says_so(tmp_path):
+    words = "--fp16 --initial-loss-scale 1048576 --train-iters 2 --init-method-std 3 --save ck"
+    (said,) = [line for line in run(tmp_path, words).lines if "the model is as it was" in line]
+    assert said.startswith("WARNING - the model is as it was: all 2 iterations were skipped")
+    assert not [line for line in run(tmp_path, "--train-iters 2").lines if "as it was" in line]
+
+
+def batches_of_ones_own(number):
+    return [
+        {name: np.stack([value, value]) for name, value in Samples(number)[index].items()} for index in range(number)
+    ]
+
+
+def test_validation_batches_of_ones_own_begin_again_where_they_can(tmp_path):
+    words = "--dataloader-type external --eval-iters 2 --eval-interval 1 --train-iters 3"
+    datasets = [iter(batches_of_ones_own(6)), batches_of_ones_own(3), batches_of_ones_own(1)]
+    seen = evaluations(run(tmp_path, words, datasets=datasets))
+    assert len(seen) == 4  # of 2 x 2 batches each, from 3
+    with pytest.raises(DataError, match="give what can be iterated again"):
+        run(tmp_path, words, datasets=[iter(batches_of_ones_own(6)), iter(batches_of_ones_own(3)), None])
 
 
 def test_two_runs_with_one_directory_for_checkpoints_are_refused(tmp_path):
