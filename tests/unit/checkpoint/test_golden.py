@@ -167,7 +167,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["native", "megatron"])
 def test_a_conversion_into_the_directory_of_a_run_that_saves_there_is_refused(form, tmp_path, capsys):
-    words = ["--load", str(GOLDEN / "llama/ckpt_torch_tp1pp1"), "--save", str(tmp_path / "ck"), "--to", form, "--quiet"]
+    words = ["--load", str(GOLDEN / "llama/ckpt_torch_tp2pp1"), "--save", str(tmp_path / "ck"), "--to", form, "--quiet"]
     with claimed(tmp_path / "ck", pytest.fail):
         (tmp_path / "ck/iter_0000002.tmp-x").mkdir()  # what the run is writing
         assert main(words) == 2
