@@ -35,7 +35,7 @@ from parallel_core.checkpoint import (  # noqa: E402
 from parallel_core.checkpoint.megatron.export import Target  # noqa: E402
 from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim  # noqa: E402
 from parallel_core.checkpoint.safetensors_file import StreamTensor  # noqa: E402
-from tools.convert_megatron.convert import to_megatron, to_native  # noqa: E402
+from parallel_core.convert.convert import to_megatron, to_native  # noqa: E402
 
 HIDDEN, FFN, HEADS, GROUPS, VOCAB = 1024, 2816, 16, 8, 32000
 Shapes = dict[str, tuple[int, ...]]

@@ -35,7 +35,7 @@ from parallel_core.data.bundled import bundled_data_folder
 from parallel_core.data.indices import build_document_index, build_sample_index, build_shuffle_index, plan_epochs
 from parallel_core.data.samplers import torch_randperm
 from parallel_core.data.tokenizer import NullTokenizer
-from tools.preprocessing.preprocess import PreprocessOptions, TokenizerSpec, preprocess
+from parallel_core.prepare.preprocess import PreprocessOptions, TokenizerSpec, preprocess
 
 Row = dict[str, Any]
 # the best of several, because other programs share the machine

@@ -1,1 +1,1 @@
-"""Command-line tools: data preparation, tokenizer training, checkpoint conversion."""
+"""Entries of a checkout under Megatron-LM's paths; what they run is in `parallel_core`."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from parallel_core.bundled import bundled_config
 from parallel_core.config import table
 from parallel_core.config.argument import REFUSED
 from parallel_core.config.checkpoint_args import MODEL_NAMES, checkpoint_values, superseded
@@ -46,7 +48,8 @@ def load_config(
     """Return the configuration that a command line describes.
 
     Args:
-        argv: `[--config FILE | --yaml-cfg FILE] [--megatron-flag value ...]`; flags override the file.
+        argv: `[--config FILE | --yaml-cfg FILE] [--megatron-flag value ...]`; flags override the file. Where
+            there is no such file, `configs/NAME.yaml` is the one that comes with the package.
         world_size: Ranks of the run; None: as many as the layout needs.
         extra_args_provider: Adds the user's own argument groups to an argparse parser, as in Megatron.
         args_defaults: Values for arguments that have none otherwise, as in Megatron.
@@ -59,7 +62,7 @@ def load_config(
     from_flags, files, problems = read_flags(argv, user)
     from_files: list[Given] = []
     for file in files:
-        leaves, trouble = read_leaves(file)
+        leaves, trouble = read_leaves(file if os.path.exists(file) else str(bundled_config(file) or file))
         values, unknown = read_forms(leaves, user.names)
         problems += trouble + unknown
         from_files += values

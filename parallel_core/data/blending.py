@@ -75,7 +75,7 @@ class _GreedyBlend:
         if len(weights) > _MAX_DATASETS:
             raise DataError(
                 f"a blend of {len(weights)} datasets: at most {_MAX_DATASETS} can be numbered. "
-                "Merge small ones (tools/merge_datasets.py)."
+                "Merge small ones (python -m parallel_core.prepare.merge_datasets)."
             )
         self.weights = weights
         self.size = size

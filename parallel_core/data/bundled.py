@@ -1,10 +1,11 @@
-"""The corpus and tokenizer that come with a checkout, ready for a first run without any preparation."""
+"""The corpus and tokenizer that come with the package, ready for a first run without any preparation."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from parallel_core.bundled import cache_folder, is_checkout, shared_folder
 from parallel_core.data.files import exclusive_lock, parse_json, read_text
 from parallel_core.data.indexed_dataset import (
     IndexedDataset,
@@ -21,16 +22,16 @@ _NAME = "corpus_text_document"
 
 
 def bundled_data_folder() -> Path:
-    """Return the folder `data/` of this checkout.
+    """Return the folder of the bundled text: `data/` of the checkout, or the installed package's copy.
 
     Raises:
-        DataError: The package is installed without the checkout's `data/`.
+        DataError: It is not there.
     """
-    folder = Path(__file__).resolve().parents[2] / "data"
+    folder = shared_folder() / "data"
     if not (folder / "corpus.jsonl").is_file() or not (folder / "tokenizer.model").is_file():
         raise DataError(
-            f"the bundled corpus is not in {folder}: it comes with the repository's data/ folder, not with an "
-            "installed package. Run from a checkout, or give --data-path, --tokenizer-type and --tokenizer-model."
+            f"the bundled corpus is not in {folder}, where the repository and the installed package have it. Restore "
+            "it, or give --data-path, --tokenizer-type and --tokenizer-model."
         )
     return folder
 
@@ -46,7 +47,8 @@ def prepare_bundled_corpus(cache_dir: str | None = None) -> str:
     Any number of processes may call this at once: one builds, the others wait and read its files.
 
     Args:
-        cache_dir: Folder for the files; `data/prepared` of the checkout by default.
+        cache_dir: Folder for the files; by default `data/prepared` of the checkout, or of the user's cache folder when
+            the package is installed.
 
     Raises:
         DataError: The corpus is not there, or the folder cannot be written.
@@ -54,7 +56,7 @@ def prepare_bundled_corpus(cache_dir: str | None = None) -> str:
     source = bundled_data_folder() / "corpus.jsonl"
     model = bundled_tokenizer_model()
     tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=model)
-    folder = Path(cache_dir) if cache_dir is not None else bundled_data_folder() / "prepared"
+    folder = Path(cache_dir) if cache_dir is not None else _prepared_folder()
     prefix = str(folder / _NAME)
     newest_input = max(os.path.getmtime(source), os.path.getmtime(model))
     if _is_ready(prefix, newest_input, tokenizer):
@@ -69,6 +71,11 @@ def prepare_bundled_corpus(cache_dir: str | None = None) -> str:
             "(cache_dir, or --data-cache-path)."
         ) from error
     return prefix
+
+
+def _prepared_folder() -> Path:
+    # an installed package's folder may be read-only, or shared by users who cannot write it
+    return bundled_data_folder() / "prepared" if is_checkout() else cache_folder() / "data" / "prepared"
 
 
 def _is_ready(prefix: str, newest_input: float, tokenizer: MegatronTokenizer) -> bool:
@@ -88,6 +95,6 @@ def _tokenize(source: Path, tokenizer: MegatronTokenizer, prefix: str) -> None:
             try:
                 tokens = [*tokenizer.tokenize(parse_json(line)["text"]), tokenizer.eod]
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{source}:{number} is no JSON object with a text ({error}). Restore data/.") from error
+                raise DataError(f"{source}:{number} is no JSON object with a text ({error}). Restore it.") from error
             builder.add_document(tokens, [len(tokens)])
         builder.finalize(idx_path(prefix))

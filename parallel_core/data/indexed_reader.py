@@ -85,7 +85,7 @@ class IndexedDataset:
             if problem:
                 raise DataError(
                     f"data path {path_prefix!r}: {path} {problem}. Give the path without .bin or .idx; "
-                    "tools/preprocess_data.py writes both files."
+                    "python -m parallel_core.prepare.preprocess_data writes both files."
                 )
         self._read_index()
         self._descriptor = open_file(bin_path(path_prefix))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 
 _NEEDED = {"mindspore": "mindspore", "numpy": "numpy", "yaml": "pyyaml", "sentencepiece": "sentencepiece"}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the launcher if what it needs is installed, and return its exit status."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -26,7 +27,7 @@ def main() -> int:
         return 2
     from parallel_core.launch import cli
 
-    return cli.main(sys.argv[1:])
+    return cli.main(list(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

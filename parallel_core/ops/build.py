@@ -20,6 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from parallel_core.bundled import cache_folder
 from parallel_core.errors import printable
 from parallel_core.ops.cache import (
     CacheError,
@@ -75,12 +76,24 @@ def load() -> ctypes.CDLL:
         os.close(descriptor)
 
 
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: $PARALLEL_CORE_CACHE, else parallel_core in the user's cache folder."""
-    chosen = os.environ.get("PARALLEL_CORE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallel_core"
+def compiler_version() -> str:
+    """Return the first line of what the compiler says of itself.
+
+    Raises:
+        BuildError: without a compiler.
+    """
+    said = subprocess.run([_compiler(), "--version"], capture_output=True, check=False, timeout=60, text=True).stdout
+    return printable(said.splitlines()[0]) if said else "an unknown compiler"
+
+
+def cached_library() -> str | None:
+    """Return the name of the kernels that are compiled already for these sources and this machine, or None.
+
+    Raises:
+        BuildError: without a compiler.
+    """
+    name = f"kernels-{_fingerprint(_compiler())}.so"
+    return name if (cache_folder() / name).is_file() else None
 
 
 def sources() -> list[Path]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parallel_core.bundled import bundled_program, is_checkout
 from parallel_core.config import table
 from parallel_core.config.flags import split_words
 from parallel_core.config.load import load_config
@@ -70,7 +71,7 @@ def next_commands(config: AllConfig, iteration: int, world_size: int, invocation
     folder = config.training_config.output_dir
     if not folder:
         return []
-    inspect = shlex.join(["python", "-m", "tools.convert_megatron", "--inspect", folder])
+    inspect = shlex.join(["python", "-m", "parallel_core.convert", "--inspect", folder])
     lines = [f"{inspect}    # look inside"]
     if invocation is not None and (starter := _starter(invocation.script)) is not None:
         for (words, ranks), what in zip(_proposals(config, iteration, world_size, invocation), _WHAT):
@@ -121,6 +122,8 @@ def _is_legal(words: list[str], world_size: int, invocation: Invocation) -> bool
 
 def _starter(script: str) -> list[str] | None:
     """Return the words that start `script` as it was started, or None when something else than this project did."""
+    if HANDOVER_VARIABLE in os.environ and not is_checkout() and Path(script) == bundled_program():
+        return ["parallel-core", "train"]
     shell = Path(script).with_suffix(".sh")
     if HANDOVER_VARIABLE in os.environ:
         if shell.name == "pretrain_gpt.sh" and shell.is_file():

@@ -142,7 +142,7 @@ UNREADABLE = {
     "no such data": (
         {"data_path": "nothere"},
         "DataError: data path 'nothere': nothere.idx does not exist. Give the path without .bin or .idx; "
-        "tools/preprocess_data.py writes both files.",
+        "python -m parallel_core.prepare.preprocess_data writes both files.",
     ),
     "no such checkpoint": (
         {"load": "nowhere", "ckpt_step": "3"},  # without a step, the run begins

@@ -15,6 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "parallel_core"
 
 LAYERS: dict[str, int] = {
+    "bundled": 0,
     "files": 0,
     "records": 1,
     "errors": 0,
@@ -38,6 +39,10 @@ LAYERS: dict[str, int] = {
     "launch": 10,
     "report": 10,
     "compat": 10,
+    "convert": 10,
+    "prepare": 10,
+    "versions": 10,
+    "__main__": 11,
     "parallel_state": 11,
     "mindspeed_compat": 11,
 }
@@ -46,7 +51,7 @@ LAYERS: dict[str, int] = {
 SIDES = ("tensor_parallel", "pipeline", "optimizer")
 """Parts of one layer that never import each other."""
 
-WINGS = ("launch", "report", "compat", "parallel_state", "mindspeed_compat")
+WINGS = ("launch", "report", "compat", "convert", "prepare", "parallel_state", "mindspeed_compat")
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
 
 SHARED_BY_WINGS = {("parallel_state", "compat"), ("mindspeed_compat", "compat")}
@@ -56,6 +61,9 @@ PURE = (
     "records",
     "errors",
     "environment",
+    "bundled",
+    "convert",
+    "prepare",
     "layout",
     "config",
     "data",

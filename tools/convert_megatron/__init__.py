@@ -1,1 +1,1 @@
-"""Converts checkpoints between Megatron-LM, this project and Hugging Face, without torch."""
+"""`python -m tools.convert_megatron` in a checkout: the converter is `parallel_core.convert`."""

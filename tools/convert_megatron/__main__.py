@@ -1,5 +1,5 @@
-"""`python -m tools.convert_megatron`."""
+"""`python -m tools.convert_megatron`, as `python -m parallel_core.convert`."""
 
-from tools.convert_megatron.cli import main
+from parallel_core.convert.cli import main
 
 raise SystemExit(main())

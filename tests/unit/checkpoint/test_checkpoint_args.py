@@ -8,7 +8,7 @@ from own_models import LLAMA, config_of, model_of, save
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint
 from parallel_core.config import load_config
 from parallel_core.config.model_keys import DEFINING, value_of
-from tools.convert_megatron.cli import main
+from parallel_core.convert.cli import main
 
 YARN = "--position-embedding-type yarn --rotary-scaling-factor 4"
 

@@ -17,9 +17,9 @@ from parallel_core.checkpoint.megatron.names import canonical_name, te_fused_nam
 from parallel_core.checkpoint.megatron.pickle_emitter import GlobalName, Instance, torch_dtype, write_torch_zip
 from parallel_core.checkpoint.megatron.placement import stages_of
 from parallel_core.checkpoint.safetensors_file import StreamTensor
+from parallel_core.convert.cli import main
+from parallel_core.convert.comparison import compare
 from parallel_core.errors import CheckpointError
-from tools.convert_megatron.cli import main
-from tools.convert_megatron.comparison import compare
 
 H, FFN, HEADS, VOCAB, LAYERS = 8, 12, 4, 32, 4
 META = "torch.distributed.checkpoint.metadata"

@@ -9,8 +9,8 @@ import pytest
 
 from parallel_core.checkpoint import TensorShard, find_checkpoint, load_shards, open_checkpoint, read_tensor
 from parallel_core.checkpoint.claim import claimed
-from tools.convert_megatron.cli import main
-from tools.convert_megatron.comparison import compare
+from parallel_core.convert.cli import main
+from parallel_core.convert.comparison import compare
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "checkpoint"
 CHECKPOINTS = sorted(str(p.relative_to(GOLDEN)) for p in GOLDEN.glob("*/ckpt_*"))

@@ -20,8 +20,8 @@ from parallel_core.checkpoint.megatron.safe_pickle import safe_loads
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.native import verify
 from parallel_core.checkpoint.safetensors_file import read_header
+from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
-from tools.convert_megatron.cli import main
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "checkpoint"
 

@@ -22,8 +22,8 @@ from parallel_core.checkpoint.megatron.torch_zip import damaged_entries
 from parallel_core.checkpoint.native import verify
 from parallel_core.checkpoint.safetensors_file import file_digest
 from parallel_core.checkpoint.source import check_tiling
+from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
-from tools.convert_megatron.cli import main
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "checkpoint"
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
 from parallel_core.checkpoint.huggingface import write_hugging_face
+from parallel_core.convert.cli import main
+from parallel_core.convert.comparison import compare
 from parallel_core.errors import CheckpointError
-from tools.convert_megatron.cli import main
-from tools.convert_megatron.comparison import compare
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "checkpoint"
 

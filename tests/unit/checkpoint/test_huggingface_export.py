@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from parallel_core import ops
 from parallel_core.checkpoint import open_checkpoint
+from parallel_core.convert.cli import main
 from parallel_core.data import bundled_tokenizer_model
-from tools.convert_megatron.cli import main
 
 TOKENS = np.random.default_rng(1).integers(0, 90, (2, 16))
 BPE = Path(__file__).resolve().parents[2] / "golden" / "data" / "bpe"

@@ -16,8 +16,8 @@ from parallel_core import ops
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint
 from parallel_core.config import load_config
 from parallel_core.config.model_keys import model_of_settings
+from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
-from tools.convert_megatron.cli import main
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
 ATOL = 2e-6

@@ -9,7 +9,7 @@ import pytest
 
 from parallel_core.checkpoint import CheckpointWriter, TensorShard, load_shards, open_checkpoint
 from parallel_core.checkpoint.megatron.export import Target
-from tools.convert_megatron.convert import to_megatron, to_native
+from parallel_core.convert.convert import to_megatron, to_native
 
 ROWS, COLUMNS, LAYERS = 512, 256, 8
 TENSOR = ROWS * COLUMNS * 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.convert_megatron.cli import main
+from parallel_core.convert.cli import main
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "checkpoint"
 PEER = os.environ.get("PARALLEL_CORE_PEER_PYTHON", "")

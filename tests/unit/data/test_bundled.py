@@ -64,8 +64,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_an_installed_package_without_data_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "a" / "b" / "c.py"))
-    with pytest.raises(DataError, match="Run from a checkout"):
+    monkeypatch.setattr(module, "shared_folder", lambda: tmp_path)
+    with pytest.raises(DataError, match="Restore it, or give --data-path"):
         bundled_tokenizer_model()
 
 

@@ -32,11 +32,10 @@ from parallel_core.data.tokenizer import NullTokenizer, TokenizerSpec
 from parallel_core.data.tokenizer.gpt2_bpe import merge_pairs
 from parallel_core.data.tokenizer.huggingface import special_tokens_beside
 from parallel_core.errors import ConfigError, DataError
+from parallel_core.prepare import preprocess_data, sentences, wikitext
+from parallel_core.prepare.preprocess import PreprocessOptions, preprocess
+from parallel_core.prepare.text_input import InputOptions, find_input_files, read_documents
 from tests.unit.data.helpers import make_config, write_pair
-from tools import preprocess_data
-from tools.preprocessing import sentences, wikitext
-from tools.preprocessing.preprocess import PreprocessOptions, preprocess
-from tools.preprocessing.text_input import InputOptions, find_input_files, read_documents
 
 REPO = Path(__file__).parents[3]
 BPE = REPO / "tests" / "golden" / "data" / "bpe"
@@ -318,7 +317,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, partitions):
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "from tools import preprocess_data; sys.exit(preprocess_data.main(sys.argv[1:]))"
+        "from parallel_core.prepare import preprocess_data; sys.exit(preprocess_data.main(sys.argv[1:]))"
     )
     words = ["--input", str(tmp_path / "x.jsonl"), "--output-prefix", str(tmp_path / "out"), "--partitions", partitions]
     words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"]
@@ -593,6 +592,6 @@ def test_a_builder_left_by_an_error_leaves_nothing(tmp_path):
 
 def test_documents_for_a_tokenizer_may_be_lists(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ["a", "b"]}\n')
-    from tools.train_tokenizer import training_lines
+    from parallel_core.prepare.train_tokenizer import training_lines
 
     assert list(training_lines(read_documents([str(tmp_path / "x.jsonl")], InputOptions()))) == ["a", "b"]

@@ -11,7 +11,7 @@ from parallel_core.errors import ConfigError, DataError
 from tests.unit.data.helpers import write_pair
 
 pytest.importorskip("mindspore.mindrecord")
-from tools.preprocessing.mindrecord import (  # noqa: E402
+from parallel_core.prepare.mindrecord import (  # noqa: E402
     indexed_to_mindrecord,
     mindrecord_to_indexed,
     read_mindrecord,

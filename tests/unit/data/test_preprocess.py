@@ -13,11 +13,11 @@ import pytest
 from parallel_core.data import IndexedDataset, build_tokenizer, bundled_tokenizer_model
 from parallel_core.data.tokenizer import NullTokenizer
 from parallel_core.errors import ConfigError, DataError
-from tools import merge_datasets, preprocess_data, train_tokenizer
-from tools.preprocessing.preprocess import Encoder, PreprocessOptions, TokenizerSpec, preprocess
-from tools.preprocessing.sentences import split_sentences
-from tools.preprocessing.text_input import InputOptions
-from tools.preprocessing.wikitext import wikitext_clean
+from parallel_core.prepare import merge_datasets, preprocess_data, train_tokenizer
+from parallel_core.prepare.preprocess import Encoder, PreprocessOptions, TokenizerSpec, preprocess
+from parallel_core.prepare.sentences import split_sentences
+from parallel_core.prepare.text_input import InputOptions
+from parallel_core.prepare.wikitext import wikitext_clean
 
 ROOT = pathlib.Path(__file__).parents[3]
 NULL = TokenizerSpec("NullTokenizer", vocab_size=1000)

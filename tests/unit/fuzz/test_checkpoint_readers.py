@@ -23,14 +23,14 @@ from parallel_core.checkpoint.megatron.export import Target as Layout
 from parallel_core.checkpoint.megatron.pickle_emitter import write_torch_zip
 from parallel_core.checkpoint.megatron.safe_pickle import safe_loads
 from parallel_core.checkpoint.safetensors_file import StreamTensor, read_header
+from parallel_core.convert.comparison import compare
+from parallel_core.convert.convert import to_megatron, to_native
+from parallel_core.convert.inspection import describe
 from parallel_core.data import explain_data_order_change
 from parallel_core.errors import CheckpointError, ParallelCoreError
 from parallel_core.optimizer.loss_scaler import DynamicLossScaler
 from parallel_core.optimizer.schedules import OptimizerParamScheduler, ScheduleShape
 from tests.helpers.fuzzing import Target, fuzz, mutate_bytes, mutate_value
-from tools.convert_megatron.comparison import compare
-from tools.convert_megatron.convert import to_megatron, to_native
-from tools.convert_megatron.inspection import describe
 
 H, HEADS, VOCAB = 8, 2, 16
 SHAPES = {

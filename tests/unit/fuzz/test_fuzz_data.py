@@ -26,10 +26,10 @@ from parallel_core.data import bundled as bundled_module
 from parallel_core.data.gpt_dataset import SampleIndices
 from parallel_core.data.tokenizer.huggingface import special_tokens_beside
 from parallel_core.errors import DataError
+from parallel_core.prepare.preprocess import Encoder, PreprocessOptions, TokenizerSpec
+from parallel_core.prepare.text_input import INPUT_FORMATS, InputOptions, parse_document, read_raw_documents
 from tests.helpers.fuzzing import Target, fuzz, mutate_bytes, mutate_value
 from tests.unit.data.helpers import make_config, numbered_documents, write_pair
-from tools.preprocessing.preprocess import Encoder, PreprocessOptions, TokenizerSpec
-from tools.preprocessing.text_input import INPUT_FORMATS, InputOptions, parse_document, read_raw_documents
 
 BPE = Path(__file__).parents[2] / "golden" / "data" / "bpe"
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
@@ -217,8 +217,8 @@ def make_long_text(rng: random.Random) -> str:
 
 
 def read_long_text(text: str, _: Path) -> None:
-    from tools.preprocessing.sentences import split_sentences
-    from tools.preprocessing.wikitext import is_wikitext_heading, wikitext_clean
+    from parallel_core.prepare.sentences import split_sentences
+    from parallel_core.prepare.wikitext import is_wikitext_heading, wikitext_clean
 
     wikitext_clean(text)
     is_wikitext_heading(text)

@@ -107,5 +107,5 @@ def test_arguments_of_the_script_stay(monkeypatch):
 def test_without_a_command_line_only_looking_is_proposed():
     config = load_config([*MODEL, "--train-iters", "10", "--save", "ck"]).config
     assert next_commands(config, 10, 1, None) == [
-        "Checkpoints are in ck. Next:", "  python -m tools.convert_megatron --inspect ck    # look inside"]
+        "Checkpoints are in ck. Next:", "  python -m parallel_core.convert --inspect ck    # look inside"]
     assert next_commands(load_config(MODEL).config, 10, 1, None) == []

@@ -24,8 +24,8 @@ from parallel_core.checkpoint.megatron.export import Export, Target
 from parallel_core.checkpoint.megatron.torch_writer import write_torch_rank
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorSource
+from parallel_core.convert.progress import ProgressBar, run_jobs
 from parallel_core.errors import CheckpointError
-from tools.convert_megatron.progress import ProgressBar, run_jobs
 
 Progress = Callable[[int], None]
 _TOKEN = "convert"

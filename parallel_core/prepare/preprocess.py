@@ -26,8 +26,8 @@ from parallel_core.data.indexed_dataset import (
 )
 from parallel_core.data.tokenizer import HuggingFaceTokenizer, MegatronTokenizer, TokenizerSpec
 from parallel_core.errors import ConfigError, DataError, bullet_list
-from tools.preprocessing.sentences import split_sentences
-from tools.preprocessing.text_input import (
+from parallel_core.prepare.sentences import split_sentences
+from parallel_core.prepare.text_input import (
     InputOptions,
     RawDocument,
     find_input_files,

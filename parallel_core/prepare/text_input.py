@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from parallel_core.data.files import open_file, parse_json, why_not_a_file
 from parallel_core.errors import ConfigError, DataError
-from tools.preprocessing.wikitext import is_wikitext_heading, wikitext_clean
+from parallel_core.prepare.wikitext import is_wikitext_heading, wikitext_clean
 
 INPUT_FORMATS = ("auto", "jsonl", "text", "lines", "wikitext")
 _TEXT_SUFFIXES = (".txt", ".text", ".md")

@@ -11,17 +11,17 @@ from pathlib import Path
 from parallel_core.checkpoint import TensorSource, find_checkpoint, open_checkpoint
 from parallel_core.checkpoint.claim import claimed
 from parallel_core.checkpoint.megatron.export import Target
+from parallel_core.convert.comparison import compare
+from parallel_core.convert.convert import to_hugging_face, to_megatron, to_native
+from parallel_core.convert.inspection import describe
 from parallel_core.errors import CheckpointError, ParallelCoreError
-from tools.convert_megatron.comparison import compare
-from tools.convert_megatron.convert import to_hugging_face, to_megatron, to_native
-from tools.convert_megatron.inspection import describe
 
 _EPILOG = """examples:
-  python -m tools.convert_megatron --load MEGATRON_DIR --save NATIVE_DIR
-  python -m tools.convert_megatron --to megatron --load NATIVE_DIR --save MEGATRON_DIR \\
+  python -m parallel_core.convert --load MEGATRON_DIR --save NATIVE_DIR
+  python -m parallel_core.convert --to megatron --load NATIVE_DIR --save MEGATRON_DIR \\
          --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2
-  python -m tools.convert_megatron --inspect DIR
-  python -m tools.convert_megatron verify A B
+  python -m parallel_core.convert --inspect DIR
+  python -m parallel_core.convert verify A B
 """
 
 

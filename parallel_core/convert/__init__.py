@@ -1,0 +1,1 @@
+"""Converts checkpoints between Megatron-LM, this project and Hugging Face, without torch."""

@@ -1,0 +1,38 @@
+"""`parallel-core train [SCRIPT] [--config FILE] [--megatron-flag value ...]`: train, by default a GPT.
+
+Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml; SCRIPT is a training program
+of your own (pretrain_gpt.py of the repository is one to copy).
+A flag: python -m parallel_core.config explain NAME
+
+Environment, all optional:
+  NPROC          ranks (default: what the layout needs)
+  MASTER_PORT    port of msrun's scheduler (default: a free one)
+  LOG_DIR        where worker_R.log and metrics.jsonl go (default: msrun_log)
+  DEVICE_TARGET  Ascend or CPU (default: Ascend when present)
+  PYTHON         the Python that pretrain_gpt.sh uses (default: that of the active environment)
+  STOP_GRACE_S   seconds the ranks have after Ctrl-C or SIGTERM (default: what ending the iteration and saving takes)
+  Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (600 s), ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
+  Several nodes (unverified): NNODES, NODE_RANK, and on all of them the same MASTER_ADDR and MASTER_PORT
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from parallel_core.bundled import bundled_program, shared_folder
+from parallel_core.launch.__main__ import main as launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the job that `argv` describes and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(__doc__.strip())
+        return 0
+    program = [] if words and not words[0].startswith("-") else [str(bundled_program())]
+    return launch(["--bundled", str(shared_folder() / "configs/gpt_tiny.yaml"), *program, *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
