@@ -20,5 +20,7 @@ fi
 paths="$here:${PYTHONPATH:-}"
 while [[ "$paths" == *::* ]]; do paths="${paths//::/:}"; done
 export PYTHONPATH="${paths%:}"
+model="${PARALLEL_CORE_MODEL:-gpt}" # pretrain_pangu.sh sets it
+unset PARALLEL_CORE_MODEL
 start='import sys; sys.path[:] = [p for p in sys.path if p]; from parallel_core.launch.train import main; sys.exit(main())'
-exec "$python" -c "$start" "$here/pretrain_gpt.py" "$@"
+exec "$python" -c "$start" "$here/pretrain_$model.py" "$@"

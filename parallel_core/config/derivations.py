@@ -50,6 +50,12 @@ def positions(r: Resolution) -> None:
     r.fill("yarn_beta_slow", 1.0, "positions")
 
 
+@_rule
+def query_layer(r: Resolution) -> None:
+    """A GPT has no query layer."""
+    r.fill("top_query_layer", "none", "query_layer")
+
+
 _GATED_FORMS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 

@@ -172,6 +172,9 @@ def _take_checkpoint_values(
     except ConfigError as error:
         problems.append(str(error))
         return set(MODEL_NAMES)
+    if not found and "num_layers" not in given:
+        problems.append(f"{given['load'].terms}: holds no checkpoint to take the model's arguments from; give them too")
+        return set(MODEL_NAMES)
     if not found:
         notes.append(f"{given['load'].terms}: no checkpoint yet to take arguments from; those given are used")
     stored, _ = _merge([found], user, problems, notes)

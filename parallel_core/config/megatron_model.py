@@ -39,6 +39,7 @@ _MEGATRON_HAS_ONLY: dict[str, Any] = {
     "use_sandwich_norm": False,
     "parallel_residual": False,
     "embedding_multiplier": 1.0,
+    "top_query_layer": "none",
     "softmax_scale": 0.0,
     "scale_attn_by_inverse_layer_idx": False,
 }

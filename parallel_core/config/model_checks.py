@@ -62,6 +62,21 @@ def residuals(r: Resolution) -> None:
 
 
 @_rule
+def query_layer(r: Resolution) -> None:
+    """PanGu-alpha's query layer asks by learned positions, and is the last layer."""
+    if r["top_query_layer"] == "none":
+        return
+    if r["position_embedding_type"] != "learned_absolute":
+        r.fail("top_query_layer position_embedding_type", "asks by learned positions; give learned_absolute")
+    for name in ("qk_layernorm", "parallel_residual"):
+        if r[name]:
+            r.fail(f"top_query_layer {name}", "the query layer has no form of it; leave one out")
+    if r["noop_layers"] and r["num_layers"] - 1 in r["noop_layers"]:
+        last = r["num_layers"] - 1
+        r.fail("top_query_layer noop_layers", f"the query layer is layer {last}, which must not be left out")
+
+
+@_rule
 def attention_window(r: Resolution) -> None:
     """An attention window has two numbers, positions before and after its own that a query sees; none come after."""
     window, pattern = r["window_size"], r["window_attn_skip_freq"]

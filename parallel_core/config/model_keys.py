@@ -24,7 +24,7 @@ DEFINING: tuple[str, ...] = tuple(
     normalization norm_epsilon apply_layernorm_1p qk_layernorm hidden_act add_bias_linear qkv_has_bias
     out_proj_has_bias untie_embeddings_and_output_weights use_sandwich_norm apply_residual_connection_post_layernorm
     parallel_residual embedding_multiplier softmax_scale scale_attn_by_inverse_layer_idx fa_config.pre_tokens
-    window_attn_skip_freq
+    window_attn_skip_freq top_query_layer
     """.split()
 )
 """Fields that decide what a model computes from given weights, or what its weights are."""

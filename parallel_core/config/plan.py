@@ -50,6 +50,7 @@ def model_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
     table = model.vocab_size * model.hidden_size
     positions = model.max_position_embeddings * model.hidden_size
     count = table + (positions if model.position_embedding_type == "learned_absolute" else 0)
+    count += positions if model.top_query_layer != "none" else 0
     count += model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
     count += table if model.untie_embeddings_and_output_weights else 0
     return count + (model.num_layers - num_noop) * layer_parameters(model)
@@ -65,6 +66,8 @@ def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> St
     first, last = pp_rank == 0, pp_rank == layout.num_ranks - 1
     embedding = table + (positions if model.position_embedding_type == "learned_absolute" else 0) if first else 0
     head = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1) if last else 0
+    if last and model.top_query_layer != "none":
+        head += positions
     untied = model.untie_embeddings_and_output_weights
     if last and untied:
         head += table

@@ -102,7 +102,7 @@ class TransformerConfig:
     qk_layernorm: bool = False
     hidden_act: str = ""
     """gelu (erf), gelu_tanh (Megatron's fused bias-GELU), swiglu, geglu, geglu_tanh (gated by GELU), squared_relu,
-    openai_gelu, silu or relu; empty: gelu_tanh with add_bias_linear, else gelu."""
+    openai_gelu, fast_gelu (x sigmoid(1.702 x)), silu or relu; empty: gelu_tanh with add_bias_linear, else gelu."""
     add_bias_linear: bool = True
     """Biases in the MLP's linears."""
     qkv_has_bias: bool = _follows()
@@ -120,6 +120,9 @@ class TransformerConfig:
     """Attention and MLP both read the layer's input, and both are added to it."""
     embedding_multiplier: float = 1.0
     """Word embeddings are multiplied by this before the first layer."""
+    top_query_layer: str = "none"
+    """PanGu-alpha's query layer as the last of num_layers: none, or with the final norm before it (norm_before) or
+    after it (norm_after)."""
     fp32_residual_connection: bool = False
     attention_dropout_rate: float = 0.1
     hidden_dropout_rate: float = 0.1
@@ -310,7 +313,11 @@ class OptimizerConfig:
     weight_decay_incr_style: str = "constant"
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    adam_bias_correction: bool = True
+    """Off: Adam's moments are used as they are, small at first."""
     lr_decay_style: str = "linear"
+    """constant, linear, cosine, cosine-from-zero (counted from the first sample, not from the end of the warm-up),
+    inverse-square-root or WSD."""
     lr_wsd_decay_style: str = "exponential"
     lr_decay_iters: int = 0
     """0: train_iters."""

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from parallel_core.checkpoint import TensorSource, find_checkpoint, open_checkpoint
-from parallel_core.checkpoint.claim import claimed
 from parallel_core.checkpoint.megatron.export import Target
 from parallel_core.convert.comparison import compare
 from parallel_core.convert.convert import to_hugging_face, to_megatron, to_native
@@ -115,16 +114,13 @@ def _convert(args: argparse.Namespace) -> int:
         raise CheckpointError(f"--processes {args.processes} must be at least 1")
     source = _open(args.load, args.allow_inert, args.ckpt_step)
     how = {"processes": args.processes, "quiet": args.quiet, "allow_inert": tuple(args.allow_inert)}
-    if args.to == "hf":
-        path = to_hugging_face(source, args.save, quiet=args.quiet)
+    if args.to == "native":
+        path = to_native(source, args.save, with_optimizer=not args.no_optim, **how)
+    elif args.to == "megatron":
+        path = to_megatron(source, args.save, _target(args), target_format=args.target_format, **how)
+        print("random number generator states are not carried over: load it with --no-load-rng", file=sys.stderr)
     else:
-        with claimed(args.save, partial(print, file=sys.stderr)):  # a run that saves there removes what is unfinished
-            if args.to == "native":
-                path = to_native(source, args.save, with_optimizer=not args.no_optim, **how)
-            else:
-                path = to_megatron(source, args.save, _target(args), target_format=args.target_format, **how)
-        if args.to == "megatron":
-            print("random number generator states are not carried over: load it with --no-load-rng", file=sys.stderr)
+        path = to_hugging_face(source, args.save, quiet=args.quiet)
     print(path)
     return 0
 

@@ -6,11 +6,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from parallel_core.checkpoint import CheckpointWriter, open_checkpoint, read_tensor, share_among_replicas
+from parallel_core.checkpoint.claim import claimed
 from parallel_core.checkpoint.huggingface import write_hugging_face
 from parallel_core.checkpoint.layout_files import (
     TRACKER_NAME,
@@ -58,18 +61,22 @@ def to_native(
     _refuse_existing(save / iteration_dir_name(iteration))
     writer = CheckpointWriter(save, iteration, 0, processes, token=_TOKEN)
     bar = ProgressBar(sum(sizes.values()), quiet=quiet)
-    writer.begin()
-    try:
-        jobs = [
-            (source.path, allow_inert, save, iteration, rank, processes, share_among_replicas(sizes, rank, processes))
-            for rank in range(processes)
-        ]
-        manifests = run_jobs(_write_native, jobs, processes, bar)
-        bar.finish()
-        return writer.commit(manifests, source.common)
-    except BaseException:
-        writer.abandon()
-        raise
+    with _held(save):
+        writer.begin()
+        try:
+            shares = [share_among_replicas(sizes, rank, processes) for rank in range(processes)]
+            jobs = [(source.path, allow_inert, save, iteration, r, processes, keys) for r, keys in enumerate(shares)]
+            manifests = run_jobs(_write_native, jobs, processes, bar)
+            bar.finish()
+            return writer.commit(manifests, source.common)
+        except BaseException:
+            writer.abandon()
+            raise
+
+
+def _held(save: Path) -> AbstractContextManager[None]:
+    """Hold the directory: a run that saves there removes what is unfinished, and so does this."""
+    return claimed(save, partial(print, file=sys.stderr))
 
 
 def _write_native(
@@ -125,30 +132,32 @@ def to_megatron(
     export = Export(source, target, whole=target_format == "torch_dist")
     final = save / iteration_dir_name(int(source.common.get("iteration", 0)))
     _refuse_existing(final)
-    remove_leftovers(save)
-    partial = final.with_name(f"{final.name}.tmp-{_TOKEN}")
-    bar = ProgressBar(
-        sum(_nbytes(source, f"{n}@{k}" if k and k != "master" else n) for n, k in dist_items(export)), quiet=quiet
-    )
-    try:
-        partial.mkdir(parents=True)
-        if target_format == "torch":
-            ranks = [(tp, pp) for pp in range(export.pp) for tp in range(export.tp)]
-            run_jobs(_write_torch, [(source.path, allow_inert, target, partial, *r) for r in ranks], processes, bar)
-        else:
-            jobs = [(source.path, allow_inert, target, partial, part, processes) for part in range(processes)]
-            records = [record for found in run_jobs(_write_dist, jobs, processes, bar) for record in found]
-            write_dist_metadata(partial, export, records)
-        bar.finish()
-        fsync_directory(partial)
-        os.replace(partial, final)
-        write_durably(save / TRACKER_NAME, str(int(source.common.get("iteration", 0))))
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final} could not be written: {error}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _held(save):
+        remove_leftovers(save)
+        unfinished = final.with_name(f"{final.name}.tmp-{_TOKEN}")
+        bar = ProgressBar(
+            sum(_nbytes(source, f"{n}@{k}" if k and k != "master" else n) for n, k in dist_items(export)), quiet=quiet
+        )
+        try:
+            unfinished.mkdir(parents=True)
+            if target_format == "torch":
+                ranks = [(tp, pp) for pp in range(export.pp) for tp in range(export.tp)]
+                jobs = [(source.path, allow_inert, target, unfinished, *rank) for rank in ranks]
+                run_jobs(_write_torch, jobs, processes, bar)
+            else:
+                jobs = [(source.path, allow_inert, target, unfinished, part, processes) for part in range(processes)]
+                records = [record for found in run_jobs(_write_dist, jobs, processes, bar) for record in found]
+                write_dist_metadata(unfinished, export, records)
+            bar.finish()
+            fsync_directory(unfinished)
+            os.replace(unfinished, final)
+            write_durably(save / TRACKER_NAME, str(int(source.common.get("iteration", 0))))
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(f"{final} could not be written: {error}") from None
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
     return final
 
 

@@ -86,7 +86,7 @@ def _hint(command: Sequence[str], error: str, bundled: str) -> str:
     script = command[0]
     if bundled and bundled not in command and ": required, and not given" in error:
         return f"\nTo change the small model that runs without arguments, add --config {shlex.quote(bundled)}"
-    if ": unknown argument" not in error or Path(script).name == "pretrain_gpt.py":
+    if ": unknown argument" not in error or Path(script).name in ("pretrain_gpt.py", "pretrain_pangu.py"):
         return ""
     return (
         f"\nIf {script} itself adds arguments (extra_args_provider), leave the check to it: "

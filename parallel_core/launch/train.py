@@ -1,6 +1,7 @@
 """`parallel-core train [SCRIPT] [--config FILE] [--megatron-flag value ...]`: train, by default a GPT.
 
-Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml; SCRIPT is a training program
+Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml (pretrain_pangu.py:
+configs/pangu_tiny.yaml); SCRIPT is a training program
 of your own (pretrain_gpt.py of the repository is one to copy).
 A flag: python -m parallel_core.config explain NAME
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from parallel_core.bundled import bundled_program, shared_folder
 from parallel_core.launch.__main__ import main as launch
@@ -30,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__.strip())
         return 0
-    program = [] if words and not words[0].startswith("-") else [str(bundled_program())]
-    return launch(["--bundled", str(shared_folder() / "configs/gpt_tiny.yaml"), *program, *words])
+    if not words or words[0].startswith("-"):
+        words.insert(0, str(bundled_program()))
+    small = "pangu_tiny" if Path(words[0]).name == "pretrain_pangu.py" else "gpt_tiny"
+    return launch(["--bundled", str(shared_folder() / f"configs/{small}.yaml"), *words])
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ declare("pc_activation", "PPPLLI")
 declare("pc_activation_grad", "PPPPLLI")
 declare("pc_swiglu", "PPPLL")
 declare("pc_swiglu_grad", "PPPPLL")
-_KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4}
+_KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4, "fast_gelu": 5}
 
 
 class _Activation(Function):

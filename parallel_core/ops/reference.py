@@ -193,6 +193,10 @@ def _openai_gelu(x: Tensor) -> Tensor:
     return x * mint.sigmoid(2.0 * 0.7978845608028654 * x * (1.0 + 0.044715 * x * x))
 
 
+def _fast_gelu(x: Tensor) -> Tensor:
+    return x * mint.sigmoid(1.702 * x)
+
+
 def _gated(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def gated(x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
@@ -214,6 +218,7 @@ ACTIVATIONS = {
     "gelu": _gelu_erf,
     "gelu_tanh": _gelu_tanh,
     "openai_gelu": _openai_gelu,
+    "fast_gelu": _fast_gelu,
     "swiglu": _gated(_silu),
     "geglu": _gated(_gelu_erf),
     "geglu_tanh": _gated(_gelu_tanh),

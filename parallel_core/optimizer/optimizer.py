@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 STATE_OF = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """Names of the state kept for every master weight, by optimizer_type."""
 
+_LONG_AFTER = 1 << 30
+"""A step number at which Adam's bias corrections are exactly 1."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -183,7 +186,7 @@ class Optimizer:
                 gradient,
                 self.state_part(segment, "exp_avg"),
                 self.state_part(segment, "exp_avg_sq"),
-                step=self.step_count,
+                step=self.step_count if config.adam_bias_correction else _LONG_AFTER,
                 lr=lr,
                 betas=config.betas,
                 eps=config.eps,

@@ -11,7 +11,7 @@ from typing import Any
 
 from parallel_core.errors import ConfigError
 
-LR_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+LR_STYLES = ("constant", "linear", "cosine", "cosine-from-zero", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 WEIGHT_DECAY_STYLES = ("constant", "linear", "cosine")
 
@@ -26,7 +26,8 @@ class ScheduleShape:
         min_lr: learning rate that the decay ends at.
         warmup_samples: length of the warm-up.
         decay_samples: where the decay ends, counted from sample 0.
-        lr_style: constant, linear, cosine, inverse-square-root or WSD.
+        lr_style: constant, linear, cosine, cosine-from-zero (PanGu-alpha's, whose cosine begins with the warm-up),
+            inverse-square-root or WSD.
         wsd_samples: length of the WSD tail.
         wsd_style: shape of the WSD tail: linear, cosine, exponential or minus_sqrt.
         start_wd: weight decay at sample 0.
@@ -62,7 +63,9 @@ class ScheduleShape:
         high = self.max_lr if max_lr is None else max_lr
         low = self.min_lr if min_lr is None else min_lr
         warmup = self.warmup_samples
-        if warmup > 0 and samples <= warmup:
+        # The other styles are at their maximum where the warm-up ends; this one has come down by then.
+        from_zero = self.lr_style == "cosine-from-zero"
+        if warmup > 0 and (samples < warmup or (samples == warmup and not from_zero)):
             return self.init_lr + (high - self.init_lr) * samples / warmup
         if self.lr_style == "constant":
             return high
@@ -94,8 +97,9 @@ class ScheduleShape:
                 "exponential": 2 * 0.5**done - 1,
                 "minus_sqrt": 1 - math.sqrt(done),
             }[self.wsd_style]
-        length = self.decay_samples - self.warmup_samples
-        done = (samples - self.warmup_samples) / length if length else 1.0
+        first = 0 if self.lr_style == "cosine-from-zero" else self.warmup_samples
+        length = self.decay_samples - first
+        done = (samples - first) / length if length else 1.0
         return 1 - done if self.lr_style == "linear" else 0.5 * (math.cos(math.pi * done) + 1)
 
 

@@ -126,7 +126,7 @@ def _starter(script: str) -> list[str] | None:
         return ["parallel-core", "train"]
     shell = Path(script).with_suffix(".sh")
     if HANDOVER_VARIABLE in os.environ:
-        if shell.name == "pretrain_gpt.sh" and shell.is_file():
+        if shell.name in ("pretrain_gpt.sh", "pretrain_pangu.sh") and shell.is_file():
             return ["bash", str(shell)]
         return ["python", "-m", "parallel_core.launch", script]
     if LOG_DIR_VARIABLE in os.environ:

@@ -29,7 +29,6 @@ class LanguageModelEmbedding(nn.Cell):
         self.tp_group, self.residual_dtype = stage.tp_group, stage.residual_dtype
         self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate
         self.multiplier = config.embedding_multiplier
-        self.cut = stage.sequence_parallel and stage.tp_group.size > 1
         self.word_embeddings = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
@@ -39,16 +38,10 @@ class LanguageModelEmbedding(nn.Cell):
             params_dtype=config.embedding_init_dtype,
             name=f"{name}.word_embeddings",
         )
-        self.position_embeddings = None
-        self._plain_ids_SB: Tensor | None = None
+        self.position_embeddings: LearnedPositions | None = None
         if config.position_embedding_type == "learned_absolute":
-            shard = TensorShard.cut(
-                f"{name}.position_embeddings.weight",
-                (config.max_position_embeddings, config.hidden_size),
-                partial_gradient=stage.sequence_parallel,
-            )
-            init = stage.embedding_init(shard.name)
-            self.position_embeddings = make_parameter(shard, init, config.embedding_init_dtype)
+            self.position_embeddings = LearnedPositions(stage, f"{name}.position_embeddings")
+        self.cut = stage.sequence_parallel and stage.tp_group.size > 1
 
     def construct(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
         """Return the embeddings, [S, B, H] or [S / tp, B, H], in the residual stream's dtype.
@@ -61,14 +54,46 @@ class LanguageModelEmbedding(nn.Cell):
         if self.multiplier != 1.0:
             hidden = hidden * self.multiplier
         if self.position_embeddings is not None:
-            positions = self._positions(self.position_embeddings, tokens_BS.shape, position_ids_BS)
+            positions = self.position_embeddings(tokens_BS.shape, position_ids_BS)
             hidden = ops.bias_dropout_add(hidden, None, ops.cast(positions, self.residual_dtype), 0.0, (0, 0))
         rate = self.dropout_rate if self.streams.training else 0.0
         if rate:
             hidden = ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut))
         return hidden
 
-    def _positions(self, table: Parameter, shape: Sequence[int], position_ids_BS: Tensor | None) -> Tensor:
+
+class LearnedPositions(nn.Cell):
+    """A learned row for every position, [max_position_embeddings, H]; each rank looks up its part of the sequence.
+
+    Args:
+        stage: configuration, group.
+        name: global name of this module.
+    """
+
+    def __init__(self, stage: ModelStage, name: str) -> None:
+        super().__init__(auto_prefix=True)
+        config = stage.config
+        self.tp_group = stage.tp_group
+        self.cut = stage.sequence_parallel and stage.tp_group.size > 1
+        shard = TensorShard.cut(
+            f"{name}.weight",
+            (config.max_position_embeddings, config.hidden_size),
+            partial_gradient=stage.sequence_parallel,
+        )
+        self.weight = make_parameter(shard, stage.embedding_init(shard.name), config.embedding_init_dtype)
+        self._plain_ids_SB: Tensor | None = None
+
+    def construct(self, shape: Sequence[int], position_ids_BS: Tensor | None) -> Tensor:
+        """Return the rows, [S, B, H] or [S / tp, B, H] with sequence parallelism.
+
+        Args:
+            shape: (B, S) of the whole sequences.
+            position_ids_BS: int32; None: 0..S-1 in every sample.
+
+        Raises:
+            ConfigError: the sequence is longer than the table.
+        """
+        table: Parameter = self.weight
         samples, length = shape
         if length > table.shape[0]:
             raise ConfigError(

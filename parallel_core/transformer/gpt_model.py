@@ -41,7 +41,7 @@ class GPTModel(nn.Cell):
         self._input_tensor: Tensor | None = None
         tied = not config.untie_embeddings_and_output_weights
         self.embedding = LanguageModelEmbedding(stage) if stage.pre_process else None
-        self.decoder = TransformerBlock(stage, post_layer_norm=stage.post_process)
+        self.decoder = self.make_decoder(stage)
         self.output_layer: ColumnParallelLinear | None = None
         if stage.post_process:
             self.output_layer = ColumnParallelLinear(
@@ -59,6 +59,25 @@ class GPTModel(nn.Cell):
                 mark(self.output_layer.weight, is_embedding_or_output=True)
         table = None if self.embedding is None else self.embedding.word_embeddings.weight
         self.tied_weight = stage.share_word_embeddings(table) if tied else None
+
+    def make_decoder(self, stage: ModelStage) -> nn.Cell:
+        """Return what turns embeddings into the output layer's input.
+
+        A model that differs there overrides this and `decode`.
+
+        Raises:
+            ConfigError: the configuration asks for another model.
+        """
+        if stage.config.top_query_layer != "none":
+            raise ConfigError(
+                f"top_query_layer={stage.config.top_query_layer}: a GPT has no query layer; PanguAlphaModel has "
+                "(bash pretrain_pangu.sh)"
+            )
+        return TransformerBlock(stage, post_layer_norm=stage.post_process)
+
+    def decode(self, hidden: Tensor, position_ids: Tensor | None, document_start: Tensor | None) -> Tensor:
+        """Return the decoder's output; shapes and meanings as in `construct`."""
+        return self.decoder(hidden, document_start)
 
     def set_input_tensor(self, hidden: Tensor | None) -> None:
         """Give the hidden states from the previous stage to the next call; they are used once."""
@@ -102,7 +121,7 @@ class GPTModel(nn.Cell):
                 f"position may see (the dataset's document starts), or None for plain causal attention"
             )
         hidden = self._stage_input(tokens, position_ids)
-        hidden = self.decoder(hidden, document_start)
+        hidden = self.decode(hidden, position_ids, document_start)
         if self.output_layer is None:
             return hidden
         logits, _ = self.output_layer(ops.cast(hidden, self.compute_dtype), self._output_weight())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mindspore import Tensor, nn
 
 from parallel_core import ops
@@ -21,6 +23,7 @@ class TransformerLayer(nn.Cell):
     Args:
         stage: configuration, group, streams.
         layer_number: global number of the layer, from 0; part of every parameter's name.
+        make_attention: builds the attention block, a Cell of `SelfAttention`'s form; None: that one.
         recompute_core_attention: see `SelfAttention`.
         regather_input: see `ColumnParallelLinear`.
     """
@@ -30,6 +33,7 @@ class TransformerLayer(nn.Cell):
         stage: ModelStage,
         layer_number: int,
         *,
+        make_attention: Callable[..., nn.Cell] | None = None,
         recompute_core_attention: bool = False,
         regather_input: bool = True,
     ) -> None:
@@ -43,7 +47,7 @@ class TransformerLayer(nn.Cell):
         self.parallel_residual = config.parallel_residual
         partial = stage.sequence_parallel
         self.input_layernorm = make_norm(config, f"{name}.input_layernorm", partial_gradient=partial)
-        self.self_attention = SelfAttention(
+        self.self_attention = (make_attention or SelfAttention)(
             stage,
             layer_number,
             f"{name}.self_attention",
@@ -62,11 +66,14 @@ class TransformerLayer(nn.Cell):
                 config, f"{name}.post_mlp_layernorm", partial_gradient=partial, scale=config.ffn_post_norm_scale
             )
 
-    def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
-        """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
+    def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
+        """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut).
+
+        What follows the document starts is for the attention block alone.
+        """
         layer_input = hidden
         normed = self.input_layernorm(hidden)
-        branch, bias = self.self_attention(ops.cast(normed, self.compute_dtype), document_start_BS)
+        branch, bias = self.self_attention(ops.cast(normed, self.compute_dtype), document_start_BS, *more)
         residual = normed if self.residual_after_norm else hidden
         hidden = self._add(branch, bias, residual, self.post_attention_layernorm, "attention")
         normed = self.pre_mlp_layernorm(layer_input if self.parallel_residual else hidden)

@@ -34,7 +34,8 @@ from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.model import get_model
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
 from parallel_core.training.step import StepReport, TrainingStep
-from parallel_core.transformer import GPTModel, ModelStage
+from parallel_core.transformer import ModelStage
+from parallel_core.transformer.models import make_model
 from tests.helpers.cases import CaseContext
 
 Model = dict[str, Any]
@@ -189,8 +190,8 @@ class SampleSource:
 
 
 def provide_model(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
-    """Build a GPT model's chunk, as pretrain_gpt.py does."""
-    return GPTModel(stage)
+    """Build a model's chunk, as pretrain_gpt.py and pretrain_pangu.py do."""
+    return make_model(stage)
 
 
 class TinyRun:

@@ -47,7 +47,8 @@ _GATED = {
 }  # fmt: skip
 _PLAIN = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
-    "gelu_python": "gelu", "relu": "relu", "relu2": "squared_relu", "silu": "silu", "swish": "silu",
+    "gelu_python": "gelu", "quick_gelu": "fast_gelu", "relu": "relu", "relu2": "squared_relu",
+    "silu": "silu", "swish": "silu",
 }  # fmt: skip
 _NO_BIAS = {"add_bias_linear": False, "qkv_has_bias": False, "out_proj_has_bias": False}
 _RMS = {"normalization": "RMSNorm", "apply_layernorm_1p": False}

@@ -26,6 +26,13 @@ struct GeluTanh {  // 0.5 (1 + tanh u) = sigmoid(2 u)
     return s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
   }
 };
+struct FastGelu {
+  static float value(float x) { return x * sigmoid(1.702f * x); }
+  static float slope(float x) {
+    const float s = sigmoid(1.702f * x);
+    return s + x * s * (1.0f - s) * 1.702f;
+  }
+};
 struct Silu {
   static float value(float x) { return x * sigmoid(x); }
   static float slope(float x) {
@@ -80,14 +87,15 @@ void backward(const float* dy, const float* x, const float* bias, float* dx, i64
 
 }  // namespace
 
-// kind: 0 gelu (erf), 1 gelu (tanh), 2 silu, 3 relu, 4 squared relu
+// kind: 0 gelu (erf), 1 gelu (tanh), 2 silu, 3 relu, 4 squared relu, 5 fast gelu
 PC_API void pc_activation(const float* x, const float* bias, float* y, i64 T, i64 F, int kind) {
   switch (kind) {
     case 0: return forward<GeluErf>(x, bias, y, T, F);
     case 1: return forward<GeluTanh>(x, bias, y, T, F);
     case 2: return forward<Silu>(x, bias, y, T, F);
     case 3: return forward<Relu>(x, bias, y, T, F);
-    default: return forward<SquaredRelu>(x, bias, y, T, F);
+    case 4: return forward<SquaredRelu>(x, bias, y, T, F);
+    default: return forward<FastGelu>(x, bias, y, T, F);
   }
 }
 
@@ -97,7 +105,8 @@ PC_API void pc_activation_grad(const float* dy, const float* x, const float* bia
     case 1: return backward<GeluTanh>(dy, x, bias, dx, T, F);
     case 2: return backward<Silu>(dy, x, bias, dx, T, F);
     case 3: return backward<Relu>(dy, x, bias, dx, T, F);
-    default: return backward<SquaredRelu>(dy, x, bias, dx, T, F);
+    case 4: return backward<SquaredRelu>(dy, x, bias, dx, T, F);
+    default: return backward<FastGelu>(dy, x, bias, dx, T, F);
   }
 }
 

@@ -45,6 +45,7 @@ from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
 from parallel_core.training.step import TrainingStep
 from parallel_core.transformer import GPTModel, ModelStage, gpt_model
+from parallel_core.transformer.models import make_model
 
 TINY = {
     "num_layers": "2", "hidden_size": "16", "num_attention_heads": "4", "seq_length": "8", "padded_vocab_size": "32",
@@ -111,7 +112,7 @@ class Batches:
 
 
 def provider(pre_process: bool, post_process: bool, stage: ModelStage) -> GPTModel:
-    return GPTModel(stage)
+    return make_model(stage)
 
 
 def make_step(config: AllConfig, context: ParallelContext) -> TrainingStep:

@@ -129,7 +129,8 @@ def test_checkpoint_arguments_need_a_checkpoint(tmp_path):
         load_config(["--use-checkpoint-args", "--micro-batch-size", "2"])
     with pytest.raises(ConfigError) as error:
         load_config(["--use-checkpoint-args", "--micro-batch-size", "2", "--load", str(tmp_path / "none")])
-    assert str(error.value) == f"--load {tmp_path / 'none'}: there is no such directory"
+    none = tmp_path / "none"
+    assert str(error.value) == f"--load {none}: holds no checkpoint to take the model's arguments from; give them too"
 
 
 def test_the_golden_readme_names_its_files():

@@ -100,6 +100,7 @@ SEEN = {
         yarn_attention_factor | --yarn-attention-factor 2 | {YARN}
         parallel_residual | --parallel-residual
         embedding_multiplier | --embedding-multiplier 2
+        top_query_layer | --top-query-layer norm_after | --top-query-layer norm_before
         softmax_scale | --softmax-scale 0.25
         scale_attn_by_inverse_layer_idx | --scale-attn-by-inverse-layer-idx
         window_attn_skip_freq | --window-attn-skip-freq 2 | --window-size 2 0
@@ -126,6 +127,7 @@ SEEN = {
     "weights": """
         optimizer | --optimizer sgd
         lr | --lr 1e-3
+        adam_bias_correction | --no-adam-bias-correction
         adam_beta1 | --adam-beta1 0.5
         adam_beta2 | --adam-beta2 0.5
         betas | --betas 0.5 0.6

@@ -75,6 +75,7 @@ CHANGES = {
     "embedding_multiplier": ("", "--embedding-multiplier 8"),
     "softmax_scale": ("", "--softmax-scale 1"),
     "scale_attn_by_inverse_layer_idx": ("", "--scale-attn-by-inverse-layer-idx"),
+    "top_query_layer": ("", "--top-query-layer norm_after"),
     "fa_config.pre_tokens": ("", WINDOW),
     "window_attn_skip_freq": (WINDOW, "--window-attn-skip-freq 2"),
 }
@@ -82,7 +83,7 @@ WORDS = [(field, f"{both} {change}", both) for field, (both, change) in CHANGES.
 NOT_IN_MEGATRON = {
     "rope_low_freq_factor", "rope_high_freq_factor", "rope_dynamic_factor", "rope_original_max_position_embeddings",
     "yarn_attention_factor", "use_sandwich_norm", "parallel_residual", "embedding_multiplier", "softmax_scale",
-    "scale_attn_by_inverse_layer_idx", "qkv_has_bias", "out_proj_has_bias", "add_bias_linear",
+    "scale_attn_by_inverse_layer_idx", "top_query_layer", "qkv_has_bias", "out_proj_has_bias", "add_bias_linear",
 }  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def test_what_megatrons_arguments_do_not_speak_of_is_left_open():
         "kv_channels": 16, "add_bias_linear": False, "qkv_has_bias": False, "add_qkv_bias": False,
         "add_dense_bias": False, "pre_tockens": schema.UNLIMITED, "use_sandwich_norm": False,
         "parallel_residual": False, "embedding_multiplier": 1.0, "softmax_scale": 0.0,
-        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_by_inverse_layer_idx": False, "top_query_layer": "none",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="position_embedding_type is 'mrope'"):
         settings_of_megatron({**told, "position_embedding_type": "mrope"})

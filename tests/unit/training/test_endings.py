@@ -130,6 +130,14 @@ def test_signal_handlers_are_as_they_were_after_a_run_and_after_a_failed_one(tmp
 
 
 def test_a_second_ctrl_c_ends_at_once_and_an_ignored_one_stays_ignored():
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` ignores it from the start
+    try:
+        _second_ctrl_c()
+    finally:
+        signal.signal(signal.SIGINT, was)
+
+
+def _second_ctrl_c():
     with pytest.raises(KeyboardInterrupt), StopRequests() as stops:
         os.kill(os.getpid(), signal.SIGINT)
         assert stops.wanted()
