@@ -22,6 +22,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "num_layers": ("", "6"), "hidden_size": ("", "128"), "num_attention_heads": ("", "8"), "seq_length": ("", "64"),
     "num_query_groups": ("--group-query-attention", "2"), "max_position_embeddings": ("", "99"),
     "padded_vocab_size": ("", "512"), "vocab_size": ("", "200"), "position_embedding_type": ("", "rope"),
+    "top_query_layer": ("", "norm_after"),
     "make_vocab_size_divisible_by": ("", "7"), "pad_vocab_size": ("--padded-vocab-size null --vocab-size 200", ""),
     "rotary_percent": ("", "0.5"), "normalization": ("", "RMSNorm"), "hidden_act": ("", "relu"),
     "gated_linear_unit": ("--hidden-act silu", ""), "add_qkv_bias": ("--disable-bias-linear", ""),

@@ -70,6 +70,7 @@ def act(x: np.ndarray, name: str) -> np.ndarray:
         "squared_relu": lambda: np.maximum(x, 0) ** 2,
         "relu": lambda: np.maximum(x, 0),
         "silu": lambda: x * sigmoid(x),
+        "fast_gelu": lambda: x * sigmoid(1.702 * x),
     }
     return table[name]()
 
