@@ -1,8 +1,8 @@
 """`parallel-core train [SCRIPT] [--config FILE] [--megatron-flag value ...]`: train, by default a GPT.
 
-Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml (pretrain_pangu.py:
-configs/pangu_tiny.yaml); SCRIPT is a training program
-of your own (pretrain_gpt.py of the repository is one to copy).
+Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml, or with pretrain_pangu.py
+configs/pangu_tiny.yaml. SCRIPT is that one, or a training program of your own (pretrain_gpt.py of the repository is one
+to copy).
 A flag: python -m parallel_core.config explain NAME
 
 Environment, all optional:
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not words or words[0].startswith("-"):
         words.insert(0, str(bundled_program()))
+    elif not Path(words[0]).exists() and Path(words[0]).name == words[0] and bundled_program(words[0]).is_file():
+        words[0] = str(bundled_program(words[0]))
     small = "pangu_tiny" if Path(words[0]).name == "pretrain_pangu.py" else "gpt_tiny"
     return launch(["--bundled", str(shared_folder() / f"configs/{small}.yaml"), *words])
 
