@@ -57,7 +57,7 @@ _POSITIVE = """
     rotary_seq_len_interpolation_factor rope_scaling_factor rope_low_freq_factor rope_high_freq_factor
     rope_original_max_position_embeddings yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow
     yarn_attention_factor softmax_scale embedding_multiplier tensor_model_parallel_size pipeline_model_parallel_size
-    virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num log_interval
+    context_parallel_size virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num log_interval
     eval_interval initial_loss_scale min_loss_scale loss_scale_window hysteresis keep_checkpoint_max
     distributed_timeout_minutes adam_eps ddp_bucket_size decoder_first_pipeline_num_layers
     decoder_last_pipeline_num_layers microbatch_group_size_per_vp_stage num_layers_per_virtual_pipeline_stage
@@ -157,9 +157,15 @@ def context_parallel(r: Resolution) -> None:
     _check_cut(r, cp, tp)
     hierarchical = "a2a+p2p" in exchanges
     if hierarchical and (len(levels) != 2 or min(levels) < 1 or levels[0] * levels[1] != cp):
-        near = next((n for n in range(2, cp) if cp % n == 0), cp)
+        asked = levels[0] if levels and levels[0] > 0 else r["ulysses_degree_in_cp"] or 2
+        pairs = sorted(((n, cp // n) for n in range(1, cp + 1) if cp % n == 0), key=lambda pair: abs(pair[0] - asked))
+        if r["context_parallel_algo"] == "hybrid_cp_algo" and not levels:
+            r.fail("context_parallel_algo ulysses_degree_in_cp context_parallel_size",
+                   f"the degree must divide {cp}; write {' or '.join(str(inner) for inner, _ in pairs[:2])}")
+            return
+        write = " or ".join(f"{inner} {ring}" for inner, ring in pairs[:2])
         r.fail("hierarchical_context_parallel_sizes context_parallel_size",
-               f"a2a+p2p needs two numbers whose product is {cp}, such as {near} {cp // near}")
+               f"a2a+p2p needs two numbers whose product is {cp}; write {write}")
         return
     if levels and not hierarchical:
         r.fail("hierarchical_context_parallel_sizes cp_comm_type", "belong to a2a+p2p")
@@ -188,8 +194,15 @@ def _check_heads(r: Resolution, tp: int, ranks: int) -> None:
                "cp_comm_type")
     elif groups % ranks and ranks % groups:
         r.fail("num_query_groups tensor_model_parallel_size context_parallel_size",
-               f"a2a deals {groups} key heads out to {ranks} ranks: one number must divide the other; use another "
-               "cp_comm_type, such as all_gather")
+               f"a2a deals {groups} key heads out to {ranks} ranks: one number must divide the other; write "
+               f"{_groups_near(heads, groups, ranks, tp)}, or use another cp_comm_type, such as all_gather")
+
+
+def _groups_near(heads: int, groups: int, ranks: int, tp: int) -> str:
+    """Return the numbers of key heads on both sides of `groups`, each tensor parallel rank's, that can be dealt out."""
+    legal = [n for n in range(1, heads + 1) if heads % n == 0 and (n % ranks == 0 or ranks % n == 0)]
+    below, above = ([n for n in legal if n < groups], [n for n in legal if n > groups])
+    return " or ".join(str(n * tp) for n in (*below[-1:], *above[:1]))
 
 
 @_rule

@@ -254,8 +254,8 @@ def context_parallel(r: Resolution) -> None:
         if levels and tuple(levels) != (degree, size // degree):
             r.fail("ulysses_degree_in_cp hierarchical_context_parallel_sizes", "disagree; give one of them")
         r.derive("hierarchical_context_parallel_sizes", (degree, size // degree), "context_parallel")
-    elif degree is not None and (algorithm == "hybrid_cp_algo" or degree != 1):
-        r.fail("ulysses_degree_in_cp context_parallel_size", "belongs to hybrid_cp_algo and divides the size")
+    elif degree is not None and degree != 1 and algorithm != "hybrid_cp_algo":
+        r.fail("ulysses_degree_in_cp", "belongs to --context-parallel-algo hybrid_cp_algo")
 
 
 @_rule

@@ -212,7 +212,7 @@ REFUSED = [
     ("context_parallel", "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo --cp-comm-type p2p",
      "ask for a2a and p2p; give one"),
     ("context_parallel", "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 3",
-     "divides the size"),
+     "the degree must divide 4; write 2 or 4"),
     ("context_parallel", CP2 + "--hybrid-context-parallel", "sizes that differ from sample to sample"),
     ("layers", "--virtual-pipeline-model-parallel-size 2", "several chunks per rank need at least two pipeline stages"),
     ("layers", " ".join([*PP4, "--num-layer-list", "1,2,2,2"]), "adds up to 7, not num_layers=8"),
