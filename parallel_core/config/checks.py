@@ -104,7 +104,7 @@ def positions(r: Resolution) -> None:
     longest = r["max_position_embeddings"]
     if r["seq_length"] and longest and longest < r["seq_length"] and r["rope_dynamic_factor"] == 1.0:
         r.fail("max_position_embeddings seq_length", "there must be a position for every token of a sample")
-    if r["position_embedding_type"] in ROTARY and r.positive("kv_channels"):
+    if r["position_embedding_type"] in ROTARY and r.positive("kv_channels") and not r["multi_latent_attention"]:
         turned = int(r["kv_channels"] * r["rotary_percent"])
         if turned % 2 or turned == 0:
             r.fail("kv_channels rotary_percent", f"rotates {turned} channels of each head; it must be an even number")

@@ -56,6 +56,22 @@ def query_layer(r: Resolution) -> None:
     r.fill("top_query_layer", "none", "query_layer")
 
 
+@_rule
+def latent_attention(r: Resolution) -> None:
+    """Multi-latent attention: yarn's frequencies unless `rope_type rope`, heads of their own size, no biases of qkv."""
+    if not r["multi_latent_attention"]:
+        return
+    r.fill("rope_type", "yarn", "latent_attention")
+    if r.is_given("kv_channels"):
+        r.note(f"{r.term('kv_channels')}: not used in multi-latent attention, as in Megatron")
+    if r.positive("qk_head_dim") and r.positive("qk_pos_emb_head_dim"):
+        r.derive("kv_channels", r["qk_head_dim"] + r["qk_pos_emb_head_dim"], "latent_attention")
+    if not r["add_qkv_bias"] and r["qkv_has_bias"] is None:
+        r.derive("qkv_has_bias", False, "latent_attention")
+    if r["rope_type"] == "yarn":
+        r.fill("yarn_mscale", 1.0, "latent_attention")
+
+
 _GATED_FORMS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 

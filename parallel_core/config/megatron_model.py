@@ -7,6 +7,7 @@ from typing import Any
 
 from parallel_core.config import table
 from parallel_core.config.argument import MAPPED
+from parallel_core.config.latent_attention import TRAINED_LENGTH
 from parallel_core.config.model_keys import (
     DEFINING,
     FIELD_OF,
@@ -46,7 +47,7 @@ _MEGATRON_HAS_ONLY: dict[str, Any] = {
 """Fields that Megatron has no argument for, with the value of all its models."""
 
 NOT_BUILT = """
-    num_experts multi_latent_attention mtp_num_layers hybrid_override_pattern hybrid_layer_pattern is_hybrid_model
+    num_experts mtp_num_layers hybrid_override_pattern hybrid_layer_pattern is_hybrid_model
     attention_output_gate qk_l2_norm softmax_type mrope_section no_rope_freq quick_geglu glu_linear_offset
     activation_func_clamp_value experimental_attention_variant linear_attention_freq use_mup enable_mhc_connections
     heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
@@ -159,7 +160,8 @@ def _activation(model: TransformerConfig) -> dict[str, Any]:
 
 
 def _biases(model: TransformerConfig) -> dict[str, Any]:
-    if model.out_proj_has_bias != model.add_bias_linear or (model.add_bias_linear and not model.qkv_has_bias):
+    qkv_follows = model.qkv_has_bias or not model.add_bias_linear or model.mla.multi_latent_attention
+    if model.out_proj_has_bias != model.add_bias_linear or not qkv_follows:
         raise ConfigError(
             f"qkv_has_bias={model.qkv_has_bias}, add_dense_bias={model.out_proj_has_bias}, "
             f"add_bias_linear={model.add_bias_linear}: Megatron has biases in all linear layers, in query, key and "
@@ -180,11 +182,32 @@ def _rotation(model: TransformerConfig, settings: Mapping[str, Any]) -> dict[str
             args[name] = int(value)
     if args.get("rotary_seq_len_interpolation_factor") == 1:
         args["rotary_seq_len_interpolation_factor"] = None
+    if model.mla.multi_latent_attention:
+        return {**args, **_latent_rotation(model)}
     if model.position_embedding_type == "yarn":
         args["yarn_original_max_position_embeddings"] = trained
         args["rotary_scaling_factor"] = model.yarn_rotary_scaling_factor
         args.update(mscale=model.yarn_mscale, mscale_all_dim=model.yarn_mscale_all_dim)
     return args
+
+
+def _latent_rotation(model: TransformerConfig) -> dict[str, Any]:
+    """Return the numbers of YaRN as Megatron's multi-latent attention takes them."""
+    if not model.has_yarn:
+        return {}
+    for field, only in (
+        ("rope_original_max_position_embeddings", TRAINED_LENGTH), ("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0),
+        ("yarn_correction_range_round_to_int", True),
+    ):  # fmt: skip
+        if getattr(model, field) != only:
+            raise ConfigError(
+                f"{NAME_OF[field]}={getattr(model, field)!r}: Megatron's multi-latent attention has {only!r} alone"
+            )
+    return {
+        "rotary_scaling_factor": model.yarn_rotary_scaling_factor,
+        "mscale": model.yarn_mscale,
+        "mscale_all_dim": model.yarn_mscale_all_dim,
+    }
 
 
 _LLAMA3_POSITIONS = 8192

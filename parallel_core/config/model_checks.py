@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config import table
+from parallel_core.config.latent_checks import LATENT_CHECKS
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS, UNLIMITED
 
-MODEL_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+MODEL_CHECKS: dict[str, Callable[[Resolution], None]] = dict(LATENT_CHECKS)
 
 
 def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
@@ -19,7 +20,8 @@ def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None
 @_rule
 def rotary_scaling(r: Resolution) -> None:
     """Rotary frequencies are scaled in one way, and with the numbers of that way."""
-    kind = r["position_embedding_type"]
+    kind = r["rope_type"] if r["multi_latent_attention"] else r["position_embedding_type"]
+    yarn = "rope_type yarn" if r["multi_latent_attention"] else "position_embedding_type yarn"
     dynamic = r["rope_dynamic_factor"] != 1.0
     if r["use_rope_scaling"] and kind != "rope":
         r.fail("use_rope_scaling position_embedding_type", "scales the frequencies of rope, and of nothing else")
@@ -33,9 +35,9 @@ def rotary_scaling(r: Resolution) -> None:
         r.fail("rope_dynamic_factor", "must be at least 1")
     for names, there, feature in (
         (("rope_low_freq_factor", "rope_high_freq_factor"), r["use_rope_scaling"], "use_rope_scaling"),
-        (_YARN.split(), kind == "yarn", "position_embedding_type yarn"),
+        (_YARN.split(), kind == "yarn", yarn),
         (("rope_original_max_position_embeddings",), r["use_rope_scaling"] or dynamic or kind == "yarn",
-         "use_rope_scaling, rope_dynamic_factor or position_embedding_type yarn"),
+         f"use_rope_scaling, rope_dynamic_factor or {yarn}"),
     ):
         for name in names:
             if not there and r.is_given(name) and r[name] != DEFAULTS[table.BY_NAME[name].fields[0]]:

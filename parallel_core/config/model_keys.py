@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parallel_core.config import table
+from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.schema import DEFAULTS, UNLIMITED, FlashAttentionConfig, TransformerConfig
 from parallel_core.config.values import Unreadable, convert
 from parallel_core.errors import ConfigError
@@ -24,7 +25,8 @@ DEFINING: tuple[str, ...] = tuple(
     normalization norm_epsilon apply_layernorm_1p qk_layernorm hidden_act add_bias_linear qkv_has_bias
     out_proj_has_bias untie_embeddings_and_output_weights use_sandwich_norm apply_residual_connection_post_layernorm
     parallel_residual embedding_multiplier softmax_scale scale_attn_by_inverse_layer_idx fa_config.pre_tokens
-    window_attn_skip_freq top_query_layer
+    window_attn_skip_freq mla.multi_latent_attention mla.q_lora_rank mla.kv_lora_rank mla.qk_head_dim
+    mla.qk_pos_emb_head_dim mla.v_head_dim mla.rope_type top_query_layer
     """.split()
 )
 """Fields that decide what a model computes from given weights, or what its weights are."""
@@ -85,15 +87,20 @@ def value_of(model: TransformerConfig, field: str) -> Any:
 
 def has_effect(model: TransformerConfig, field: str) -> bool:
     """Tell whether a defining field says anything about this model, given the others."""
+    latent = model.mla.multi_latent_attention
+    if field in ("kv_channels", "qkv_has_bias"):
+        return not latent
+    if field.startswith("mla.") and field != "mla.multi_latent_attention":
+        return latent
     if field.startswith(("rotary_", "rope_", "use_rope")):
         if field in ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
             return model.is_rotary and model.use_rope_scaling
         if field == "rope_original_max_position_embeddings":
             scaled = model.use_rope_scaling or model.rope_dynamic_factor != 1.0
-            return model.position_embedding_type == "yarn" or (model.is_rotary and scaled)
+            return model.has_yarn or (model.is_rotary and scaled)
         return model.is_rotary
     if field.startswith("yarn_"):
-        return model.position_embedding_type == "yarn"
+        return model.has_yarn
     if field == "window_attn_skip_freq":
         return model.fa_config.pre_tokens < UNLIMITED
     return True
@@ -127,10 +134,14 @@ def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
         values.update(num_query_groups=groups, group_query_attention=True)
     window = values.pop("fa_config.pre_tokens", UNLIMITED)
     values["fa_config"] = FlashAttentionConfig(pre_tokens=window)
+    values["mla"] = MLAConfig(**{name: values.pop(f"mla.{name}") for name in _LATENT if f"mla.{name}" in values})
     values.setdefault("seq_length", values.get("max_position_embeddings", 1))
     for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         values.setdefault(name, 1)
     return TransformerConfig(**values)
+
+
+_LATENT = [field.removeprefix("mla.") for field in DEFINING if field.startswith("mla.")]
 
 
 def comparable(settings: Mapping[str, Any], seq_length: int) -> dict[str, Any]:

@@ -30,19 +30,40 @@ class StageParameters:
 
 def layer_parameters(model: TransformerConfig, tp: int = 1) -> int:
     """Return the parameters that one rank holds of one transformer layer, tensor parallel `tp` ways."""
+    h, ffn = model.hidden_size, model.ffn_hidden_size
+    up = ffn * (2 if model.is_gated else 1)
+    count = _norm_weights(model) * h * (4 if model.use_sandwich_norm else 2)
+    count += (up * h + ffn * h) // tp + ((up // tp + h) if model.add_bias_linear else 0)
+    attention = _latent_attention if model.mla.multi_latent_attention else _self_attention
+    return count + attention(model, tp) + (h if model.out_proj_has_bias else 0)
+
+
+def _norm_weights(model: TransformerConfig) -> int:
+    """Return the parameters of a norm for each channel."""
+    return 2 if model.normalization == "LayerNorm" else 1
+
+
+def _self_attention(model: TransformerConfig, tp: int) -> int:
     h, head = model.hidden_size, model.kv_channels
-    norm = h * (2 if model.normalization == "LayerNorm" else 1)
     query = model.num_attention_heads * head
     qkv = query + 2 * model.num_query_groups * head
-    ffn = model.ffn_hidden_size
-    up = ffn * (2 if model.is_gated else 1)
-    count = norm * (4 if model.use_sandwich_norm else 2)
-    count += (qkv * h + query * h + up * h + ffn * h) // tp
-    count += (qkv // tp if model.qkv_has_bias else 0) + (h if model.out_proj_has_bias else 0)
-    count += (up // tp + h) if model.add_bias_linear else 0
-    if model.qk_layernorm:
-        count += 2 * head * (2 if model.normalization == "LayerNorm" else 1)
-    return count
+    count = (qkv * h + query * h) // tp + (qkv // tp if model.qkv_has_bias else 0)
+    return count + (2 * head * _norm_weights(model) if model.qk_layernorm else 0)
+
+
+def _latent_attention(model: TransformerConfig, tp: int) -> int:
+    """Return the parameters of multi-latent attention; every rank has all of the projections to latents."""
+    to_latents, per_head = _latent_products(model)
+    norms = (model.mla.q_lora_rank + model.mla.kv_lora_rank) * _norm_weights(model) if model.qk_layernorm else 0
+    return to_latents + model.num_attention_heads * per_head // tp + norms
+
+
+def _latent_products(model: TransformerConfig) -> tuple[int, int]:
+    """Return the weights of multi-latent attention's projections to latents, and of the others for each head."""
+    h, mla = model.hidden_size, model.mla
+    to_latents = h * (mla.q_lora_rank + mla.kv_lora_rank + mla.qk_pos_emb_head_dim)
+    per_head = mla.head_size * (mla.q_lora_rank or h) + mla.kv_lora_rank * (mla.qk_head_dim + mla.v_head_dim)
+    return to_latents, per_head + mla.v_head_dim * h
 
 
 def model_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
@@ -135,16 +156,30 @@ def layer_activations(config: AllConfig, recompute: str) -> int:
     whole = tp if parallel.sequence_parallel else 1
     if recompute == "full":
         return tokens * model.hidden_size * width // whole
-    query = model.num_attention_heads * model.kv_channels
-    keys = 2 * model.num_query_groups * model.kv_channels
+    heads, latents = _kept_heads(model)
     shared = 4 * model.hidden_size * width + (2 * model.hidden_size if model.hidden_dropout_rate else 0)
     if model.use_sandwich_norm:
         shared += 2 * model.hidden_size * width
-    split = (2 * query + keys + model.ffn_hidden_size * (3 if model.is_gated else 2)) * width
+    shared += latents * width
+    split = (heads + model.ffn_hidden_size * (3 if model.is_gated else 2)) * width
     if not model.use_flash_attention and recompute != "selective":
         scores = 2 * width + (width + 1 if model.attention_dropout_rate else 0)
         split += model.num_attention_heads * model.seq_length * scores
     return tokens * (shared // whole + split // tp)
+
+
+def _kept_heads(model: TransformerConfig) -> tuple[int, int]:
+    """Return the elements of a token that attention keeps, cut over heads and whole.
+
+    Queries, keys, values and context; of multi-latent attention also what the projections from latents give, before
+    it is put into heads, and the latents before and after their norms.
+    """
+    heads, head = model.num_attention_heads, model.kv_channels
+    if not model.mla.multi_latent_attention:
+        return 2 * heads * head + 2 * model.num_query_groups * head, 0
+    mla = model.mla
+    latents = (mla.q_lora_rank + mla.kv_lora_rank) * (2 if model.qk_layernorm else 1)
+    return heads * (2 * head + 2 * mla.v_head_dim), latents + mla.qk_pos_emb_head_dim
 
 
 def _kept_by_chunk(config: AllConfig, layout: StageLayout, pp_rank: int, chunk: int) -> int:
@@ -184,7 +219,8 @@ def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
 def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
     """Return the floating point operations of a training step over `batch_size` samples, forward and backward.
 
-    Source: Megatron-LM core 0.12 `num_floating_point_operations` (causal attention counted half).
+    Source: Megatron-LM core 0.12 `num_floating_point_operations` (causal attention counted half); multi-latent
+    attention by its products alike.
     """
     model = config.model_config
     h, seq = model.hidden_size, model.seq_length
@@ -193,6 +229,10 @@ def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
     gate = 1.5 if model.is_gated else 1.0
     mlp = 12 * layers * h * model.ffn_hidden_size * gate
     attention = 12 * layers * h * h * (1 + model.num_query_groups / model.num_attention_heads + seq / h / 2) * ratio
+    if model.mla.multi_latent_attention:
+        to_latents, per_head = _latent_products(model)
+        scores = seq * (model.mla.head_size + model.mla.v_head_dim) / 2
+        attention = 6 * layers * (to_latents + model.num_attention_heads * (per_head + scores))
     return round(batch_size * seq * (mlp + attention + 6 * h * model.vocab_size))
 
 

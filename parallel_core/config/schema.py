@@ -9,9 +9,11 @@ filled in by `__post_init__`, where 0, an empty string or None means "derive it"
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
 from parallel_core.layout import derived
 from parallel_core.layout.derived import ROTARY
 
@@ -58,7 +60,7 @@ class TransformerConfig:
     ffn_hidden_size: int = 0
     """Width of the MLP; 0: 4 x hidden_size, or for swiglu two thirds of it rounded down to a multiple of 64."""
     kv_channels: int = 0
-    """Size of one attention head; 0: hidden_size / num_attention_heads."""
+    """Size of one attention head; 0: hidden_size / num_attention_heads. Multi-latent attention: of a query or key."""
     group_query_attention: bool = False
     num_query_groups: int = 0
     """Number of key/value heads; 0: num_attention_heads (or 1 with group_query_attention, as in Megatron)."""
@@ -151,6 +153,8 @@ class TransformerConfig:
     fa_config: FlashAttentionConfig = field(default_factory=FlashAttentionConfig)
     apply_swiglu_fusion: bool = True
     apply_rope_fusion: bool = True
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    """Multi-latent attention."""
     recompute_granularity: str = "none"
     """none, selective (core attention) or full (whole layers)."""
     recompute_method: str = "none"
@@ -159,6 +163,10 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         has_bias = self.add_bias_linear
+        if self.mla.multi_latent_attention:
+            _fill(self, kv_channels=self.mla.head_size, qkv_has_bias=False)
+            _fill(self, mla=dataclasses.replace(self.mla, rope_type=self.mla.rope_type or "yarn"))
+            _fill(self, yarn_mscale=self.yarn_mscale or float(self.has_yarn))
         fusable = derived.rotary_fusion_applies(self.position_embedding_type, self.rotary_interleaved)
         _fill(
             self,
@@ -183,6 +191,8 @@ class TransformerConfig:
     def _default_trained_length(self) -> int:
         if self.use_rope_scaling:
             return 8192
+        if self.mla.multi_latent_attention:
+            return TRAINED_LENGTH if self.has_yarn else 0
         scaled = self.position_embedding_type == "yarn" or self.rope_dynamic_factor != 1.0
         return (self.max_position_embeddings or self.seq_length) if scaled else 0
 
@@ -195,6 +205,27 @@ class TransformerConfig:
     def is_rotary(self) -> bool:
         """Whether positions enter by turning queries and keys."""
         return self.position_embedding_type in ROTARY
+
+    @property
+    def has_yarn(self) -> bool:
+        """Whether the frequencies of rotary positions are YaRN's."""
+        latent = self.mla.multi_latent_attention and self.is_rotary
+        return self.mla.rope_type == "yarn" if latent else self.position_embedding_type == "yarn"
+
+    @property
+    def rotary_channels(self) -> int:
+        """How many channels of a head turn with the position."""
+        if self.mla.multi_latent_attention:
+            return self.mla.qk_pos_emb_head_dim
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the attention scores; in multi-latent attention YaRN's concentration is in it."""
+        scale = self.softmax_scale or 1.0 / math.sqrt(self.kv_channels)
+        if self.mla.multi_latent_attention and not self.softmax_scale:
+            scale *= derived.yarn_concentration(self.yarn_rotary_scaling_factor, self.yarn_mscale_all_dim) ** 2
+        return scale
 
     def window_of(self, layer_number: int) -> int:
         """Return how many positions before its own a query of a layer (numbered from 0) sees."""

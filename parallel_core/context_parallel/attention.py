@@ -5,7 +5,8 @@ round a ring (Liu et al. 2023, arXiv:2310.01889); `a2a` gives every rank some he
 arXiv:2309.14509); `a2a+p2p` does that in runs of neighbouring ranks and a ring over the runs (arXiv:2405.07719). All
 four see the same keys from the same queries: what is visible is told by positions.
 
-Shapes: S positions of this rank, B microbatch, N query heads, G key/value heads, D head size, X = (N / G + 2) * D.
+Shapes: S positions of this rank, B microbatch, N query heads, G key/value heads, D head size, E of values (else D),
+X = (N / G + 1) * D + E.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ class ContextAttention:
         document_start_BS: Tensor | None = None,
         dropout_rate: float = 0.0,
         dropout_seed: tuple[int, int] = (0, 0),
+        value_size: int | None = None,
     ) -> Tensor:
-        """Return the context [S, B, N * D] of packed queries, keys and values (see `ops.causal_attention_packed`).
+        """Return the context [S, B, N * E] of packed queries, keys and values (see `ops.causal_attention_packed`).
 
         Args:
             mixed_SBGX: this rank's positions.
@@ -85,30 +87,34 @@ class ContextAttention:
             document_start_BS: int32, the first position that each position of the *whole* sequence may see; None: 0.
             dropout_rate: share of the attention weights set to zero.
             dropout_seed: the same on all ranks of the group: masks are drawn by position and head.
+            value_size: E, the size of a value head; None: D.
         """
-        u = self._heads.size
-        num_heads = mixed_SBGX.shape[2] * (mixed_SBGX.shape[3] // head_size - 2)
+        u, both = self._heads.size, head_size + (value_size or head_size)
+        num_heads = mixed_SBGX.shape[2] * ((mixed_SBGX.shape[3] - both) // head_size)
         if u > 1:
-            mixed_SBGX = _to_sequence(all_to_all(_whole_groups(mixed_SBGX, head_size, u), self._heads, 2, 0), u)
+            mixed_SBGX = _to_sequence(all_to_all(_whole_groups(mixed_SBGX, both, u), self._heads, 2, 0), u)
         heads = (self._heads.rank * num_heads // u, num_heads)
         factor = scale * softmax_coefficient
         options = {"scale": factor, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "heads": heads}
-        if self._ring.size == 1:
+        if self._ring.size == 1 and both == 2 * head_size:
             context = ops.causal_attention_packed(
                 mixed_SBGX, head_size, document_start_BS=document_start_BS, softmax_in_fp32=True, **options
             )
         else:
             S, B, _, X = mixed_SBGX.shape
-            query, key, value = ops.split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
+            query, key, value = ops.split_last_dim(mixed_SBGX, (X - both, head_size, both - head_size))
             query = query.reshape(S, B, -1, head_size)
-            context = self._function.apply(query, key, value, document_start_BS, self._ring, options)
+            if self._ring.size == 1:
+                context = ops.causal_attention(query, key, value, document_start_BS=document_start_BS, **options)
+            else:
+                context = self._function.apply(query, key, value, document_start_BS, self._ring, options)
         return all_to_all(_to_ranks(context, u), self._heads, 0, 2) if u > 1 else context
 
-    def __call__(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, **options: Any) -> Tensor:
+    def __call__(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, **options: Any) -> Tensor:
         """Return the context of queries, keys and values that stand apart; the options are those of `packed`."""
         S, B, G, D = key_SBGD.shape
-        mixed = mint.cat((query_SBND.reshape(S, B, G, -1), key_SBGD, value_SBGD), -1)
-        return self.packed(mixed, D, **options)
+        mixed = mint.cat((query_SBND.reshape(S, B, G, -1), key_SBGD, value_SBGE), -1)
+        return self.packed(mixed, D, value_size=value_SBGE.shape[-1], **options)
 
 
 # ---- all-gather -----------------------------------------------------------------------------------------------------
@@ -218,28 +224,30 @@ def _or_zeros(part: Tensor | None, like: Tensor) -> Tensor:
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
-def _whole_groups(mixed_SBGX: Tensor, head_size: int, u: int) -> Tensor:
-    """Return packed heads whose groups can be dealt out to `u` ranks, keys and values repeated where they must be."""
+def _whole_groups(mixed_SBGX: Tensor, both: int, u: int) -> Tensor:
+    """Return packed heads whose groups can be dealt out to `u` ranks, the key and value of a group (together of size
+    `both`) repeated where they must be.
+    """
     G = mixed_SBGX.shape[2]
-    return mixed_SBGX if G % u == 0 else _RepeatGroups.apply(mixed_SBGX, head_size, u // G)
+    return mixed_SBGX if G % u == 0 else _RepeatGroups.apply(mixed_SBGX, both, u // G)
 
 
 class _RepeatGroups(Function):
     """Cuts each group's query heads into `times` groups, which all have its key and value; backward sums them."""
 
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, head_size: int, times: int) -> Tensor:
+    def forward(ctx: Any, mixed: Tensor, both: int, times: int) -> Tensor:
         S, B, G, X = mixed.shape
-        ctx.shape, ctx.head_size, ctx.times = mixed.shape, head_size, times
-        width = (X - 2 * head_size) // times
-        both = mixed[..., X - 2 * head_size :]
-        parts = [mint.cat((mixed[..., i * width : (i + 1) * width], both), -1) for i in range(times)]
+        ctx.shape, ctx.both, ctx.times = mixed.shape, both, times
+        width = (X - both) // times
+        shared = mixed[..., X - both :]
+        parts = [mint.cat((mixed[..., i * width : (i + 1) * width], shared), -1) for i in range(times)]
         return mint.cat([part.reshape(S, B, G, 1, -1) for part in parts], 3).reshape(S, B, G * times, -1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         S, B, G, X = ctx.shape
-        width = (X - 2 * ctx.head_size) // ctx.times
+        width = (X - ctx.both) // ctx.times
         parts = dy.reshape(S, B, G, ctx.times, -1)
         queries = parts[..., :width].reshape(S, B, G, -1)
         return mint.cat((queries, parts[..., width:].sum(3)), -1), None, None

@@ -5,6 +5,7 @@ The formulas are Megatron-LM's. Nothing here knows where a value came from, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,11 @@ def default_activation(add_bias_linear: bool, bias_gelu_fusion: bool = True) -> 
 def rotary_fusion_applies(position_embedding_type: str, rotary_interleaved: bool) -> bool:
     """Whether there is anything for the fused rotary kernel to compute: rope over the two halves of a head."""
     return position_embedding_type in ROTARY and not rotary_interleaved
+
+
+def yarn_concentration(factor: float, weight: float) -> float:
+    """Return 0.1 weight ln(factor) + 1, and 1 for factors up to 1: what YaRN makes of a longer context."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def padded_vocab_size(size: int, divisible_by: int, tensor_parallel: int) -> int:

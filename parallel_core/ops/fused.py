@@ -205,6 +205,45 @@ def _rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor,
     return _Rotary.apply(mixed_SBGX, cos, sin, interleaved, head_size)
 
 
+# ---- heads of multi-latent attention --------------------------------------------------------------------------------
+declare("pc_latent_heads", "PPPPPPPPLLLLLLII")
+
+
+class _LatentHeads(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, latent: Tensor, k_pos: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (S, B, N, X), Y, R = query.shape, latent.shape[-1], k_pos.shape[-1]
+        ctx.shapes, ctx.tables = (query.shape, latent.shape, k_pos.shape), (cos.contiguous(), sin.contiguous())
+        parts = raw.new((S, B, N, X)), raw.new((S, B, N, X)), raw.new((S, B, N, Y - X + R))
+        _turn_heads((query.contiguous(), latent.contiguous(), k_pos.contiguous()), parts, ctx.tables, inverse=False)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dquery, dlatent, dk_pos = (raw.new(shape) for shape in ctx.shapes)
+        parts = tuple(gradient.contiguous() for gradient in gradients)
+        _turn_heads((dquery, dlatent, dk_pos), parts, ctx.tables, inverse=True)
+        return dquery, dlatent, dk_pos, None, None
+
+
+def _turn_heads(
+    projected: tuple[Tensor, ...], heads: tuple[Tensor, ...], tables: tuple[Tensor, ...], *, inverse: bool
+) -> None:
+    """Write queries, keys and values from what the projections give, or the gradients of these from those of heads."""
+    (S, B, N, X), Y, R = projected[0].shape, projected[1].shape[-1], projected[2].shape[-1]
+    pointers = [tensor.data_ptr() for tensor in (*projected, *heads, *tables)]
+    lib.pc_latent_heads(*pointers, S, B, N, X, Y, R, tables[0].shape[1] > 1, inverse)
+
+
+@compiled(reference.latent_heads)
+def _latent_heads(
+    query_SBNX: Tensor, latent_SBNY: Tensor, k_pos_SBR: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _LatentHeads.apply(query_SBNX, latent_SBNY, k_pos_SBR, cos, sin)
+
+
 # ---- splitting ------------------------------------------------------------------------------------------------------
 declare("pc_copy_rows", "PLPLLL")
 

@@ -260,6 +260,28 @@ def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, 
     return mint.cat((turned.reshape(S, B, G, X - head_size), value), -1)
 
 
+@kernel
+def latent_heads(
+    query_SBNX: Tensor, latent_SBNY: Tensor, k_pos_SBR: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries [S, B, N, X], keys [S, B, N, X] and values [S, B, N, Y - X + R] of multi-latent attention.
+
+    Args:
+        query_SBNX: of each query head the channels that do not turn, then the R that do, neighbours in pairs.
+        latent_SBNY: of each head its key's channels that do not turn, X - R, then its value.
+        k_pos_SBR: the channels that turn, which all key heads share.
+        cos: float32 [S, 1 or B, 1, R] cosines, each angle standing twice, side by side.
+        sin: the sines, likewise.
+    """
+    S, B, N, X = query_SBNX.shape
+    R = k_pos_SBR.shape[-1]
+    q_plain, q_pos = split_last_dim(query_SBNX, (X - R, R))
+    k_plain, value = split_last_dim(latent_SBNY, (X - R, latent_SBNY.shape[-1] - X + R))
+    k_pos = rotary(k_pos_SBR.reshape(S, B, 1, R), cos, sin, True)
+    query = mint.cat((q_plain, rotary(q_pos, cos, sin, True)), -1)
+    return query, mint.cat((k_plain, ops.tile(k_pos, (1, 1, N, 1))), -1), value
+
+
 # ---- attention ------------------------------------------------------------------------------------------------------
 @kernel
 def causal_attention(

@@ -5,7 +5,6 @@ Shapes: S sequence, B microbatch, H hidden, N query heads, G key/value heads (bo
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -42,7 +41,7 @@ class CoreAttention(nn.Cell):
         self.head_size, self.dropout_rate = config.kv_channels, config.attention_dropout_rate
         self.coefficient = float(layer_number + 1) if config.apply_query_key_layer_scaling else 1.0
         divisor = self.coefficient * (layer_number + 1 if config.scale_attn_by_inverse_layer_idx else 1)
-        self.scale = (config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)) / divisor
+        self.scale = config.attention_scale / divisor
         self.softmax_in_fp32 = config.attention_softmax_in_fp32 or config.apply_query_key_layer_scaling
         self.window = config.window_of(layer_number)
         self._window_start: Tensor | None = None

@@ -11,38 +11,42 @@ import math
 import numpy as np
 
 from parallel_core.config.schema import TransformerConfig
+from parallel_core.layout.derived import yarn_concentration
 
 
 def rotary_frequencies(config: TransformerConfig, length: int) -> np.ndarray:
     """Return how far each pair of channels turns from one position to the next, radians, float32 [R / 2].
 
     Args:
-        config: the model; R = kv_channels * rotary_percent.
+        config: the model; R = its rotary_channels.
         length: positions in the sequence; dynamic scaling depends on it.
     """
-    dim, base = int(config.kv_channels * config.rotary_percent), float(config.rotary_base)
+    dim, base = config.rotary_channels, float(config.rotary_base)
     if config.rope_dynamic_factor != 1.0:
         base *= _dynamic_growth(config, length) ** (dim / (dim - 2))
     plain = 1.0 / (base ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
     if config.use_rope_scaling:
         plain = _llama3(plain, config)
-    if config.position_embedding_type == "yarn":
+    if config.has_yarn:
         plain = _yarn(plain, config, dim)
     return (plain / np.float32(config.rotary_seq_len_interpolation_factor)).astype(np.float32)
 
 
 def rotary_amplitude(config: TransformerConfig) -> float:
-    """Return what cosines and sines are multiplied by: 1, or YaRN's attention factor."""
-    if config.position_embedding_type != "yarn":
+    """Return what cosines and sines are multiplied by: 1, or YaRN's attention factor.
+
+    In multi-latent attention the numerator and the denominator count alone too.
+    """
+    if not config.has_yarn:
         return 1.0
     if config.yarn_attention_factor:
         return config.yarn_attention_factor
     factor, over, under = config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim
-    return _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor, 1.0)
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+    if config.mla.multi_latent_attention:
+        return yarn_concentration(factor, over) / yarn_concentration(factor, under)
+    if over and under:
+        return yarn_concentration(factor, over) / yarn_concentration(factor, under)
+    return yarn_concentration(factor, 1.0)
 
 
 def _dynamic_growth(config: TransformerConfig, length: int) -> float:

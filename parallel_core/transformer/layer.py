@@ -9,6 +9,7 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.transformer.attention import SelfAttention
 from parallel_core.transformer.mlp import make_mlp
+from parallel_core.transformer.multi_latent_attention import MultiLatentAttention
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.stage import ModelStage
 
@@ -47,7 +48,8 @@ class TransformerLayer(nn.Cell):
         self.parallel_residual = config.parallel_residual
         partial = stage.sequence_parallel
         self.input_layernorm = make_norm(config, f"{name}.input_layernorm", partial_gradient=partial)
-        self.self_attention = (make_attention or SelfAttention)(
+        usual = MultiLatentAttention if config.mla.multi_latent_attention else SelfAttention
+        self.self_attention = (make_attention or usual)(
             stage,
             layer_number,
             f"{name}.self_attention",

@@ -20,7 +20,7 @@ class RotaryEmbedding:
 
     def __init__(self, config: TransformerConfig) -> None:
         self._config = config
-        self._interleaved = config.rotary_interleaved
+        self._interleaved = config.rotary_interleaved or config.mla.multi_latent_attention
         self._rotate = ops.rotary_packed if config.apply_rope_fusion else reference.rotary_packed
         self._tables: dict[int | bytes, tuple[Tensor, Tensor]] = {}
 

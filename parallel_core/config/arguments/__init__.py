@@ -6,7 +6,9 @@ from importlib.resources import files
 
 from parallel_core.config.argument import Argument, parse_rows
 
-_TABLES = ("model", "parallel", "training", "data", "other", "ignored", "refused_models", "refused_runs")
+_TABLES = (
+    "model", "latent_attention", "parallel", "training", "data", "other", "ignored", "refused_models", "refused_runs",
+)  # fmt: skip
 
 
 def read_tables() -> tuple[Argument, ...]:

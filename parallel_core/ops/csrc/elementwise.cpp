@@ -143,6 +143,59 @@ PC_API void pc_swiglu_grad(const float* dy, const float* x, const float* bias, f
   }, kPieces);
 }
 
+// Queries and keys [S, B, N, X] and values [S, B, N, Y - (X - R)] from q [S, B, N, X], kv [S, B, N, Y] and the keys'
+// shared channels [S, B, R]: the last R of X channels turn, in neighbouring pairs, by cos and sin [S, 1 or B, R].
+// `inverse` goes the other way: from the gradients of these to those of q, kv and the shared channels.
+PC_API void pc_latent_heads(float* q, float* kv, float* k_pos, float* query, float* key, float* value, const float* cos,
+                            const float* sin, i64 S, i64 B, i64 N, i64 X, i64 Y, i64 R, int per_batch, int inverse) {
+  const i64 plain = X - R, E = Y - plain;
+  const auto copy = [](float* to, const float* from, i64 n) { std::memcpy(to, from, static_cast<size_t>(n) * 4); };
+  parallel(S * B * N * (X + Y), [&](int part, int parts) {
+    const Range r = share(S * B, part, parts);
+    std::vector<float> turned(static_cast<size_t>(R));
+    for (i64 sb = r.begin; sb < r.end; ++sb) {
+      const i64 angle = (per_batch ? sb : sb / B) * R;
+      const float *c = cos + angle, *s = sin + angle;
+      const auto turn = [&](float* to, const float* from) {
+        for (i64 i = 0; i < R; i += 2) {
+          const float a = from[i], b = from[i + 1];
+          to[i] = a * c[i] - b * s[i];
+          to[i + 1] = b * c[i + 1] + a * s[i + 1];
+        }
+      };
+      const auto turn_back = [&](float* to, const float* from) {
+        for (i64 i = 0; i < R; i += 2) {
+          const float a = from[i], b = from[i + 1];
+          to[i] = a * c[i] + b * s[i + 1];
+          to[i + 1] = b * c[i + 1] - a * s[i];
+        }
+      };
+      float* shared = k_pos + sb * R;
+      if (inverse)
+        std::fill(turned.begin(), turned.end(), 0.0f);
+      else
+        turn(turned.data(), shared);
+      for (i64 n = sb * N; n < (sb + 1) * N; ++n) {
+        float *q_n = q + n * X, *kv_n = kv + n * Y, *query_n = query + n * X, *key_n = key + n * X;
+        if (inverse) {
+          copy(q_n, query_n, plain);
+          turn_back(q_n + plain, query_n + plain);
+          copy(kv_n, key_n, plain);
+          copy(kv_n + plain, value + n * E, E);
+          for (i64 i = 0; i < R; ++i) turned[static_cast<size_t>(i)] += key_n[plain + i];
+        } else {
+          copy(query_n, q_n, plain);
+          turn(query_n + plain, q_n + plain);
+          copy(key_n, kv_n, plain);
+          copy(key_n + plain, turned.data(), R);
+          copy(value + n * E, kv_n + plain, E);
+        }
+      }
+      if (inverse) turn_back(shared, turned.data());
+    }
+  });
+}
+
 // Rotates the first R of D dims of x [S, B, N, D] by cos and sin [S, 1 or B, R]; `inverse` applies the transpose.
 // Of every `period` heads the last is copied as it is (the values among packed queries, keys and values); 0: of none.
 PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float* y, i64 S, i64 B, i64 N, i64 D, i64 R,

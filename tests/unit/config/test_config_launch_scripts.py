@@ -23,7 +23,7 @@ REFUSED = {
     "mixtral_8x7b": ["mixture of experts"],
     "qwen3_30b_a3b": ["mixture of experts"],
     "llama3_8b_fp8": ["FP8 and FP4 arithmetic"],
-    "deepseek_v3_like": ["mixture of experts", "MLA (multi-latent attention)", "multi-token prediction"],
+    "deepseek_v3_like": ["mixture of experts", "multi-token prediction"],
     # Megatron-LM 0.12 refuses its own example for the same reason.
     "gpt3_175b_megatron_0.12": [],
 }

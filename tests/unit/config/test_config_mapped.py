@@ -16,6 +16,7 @@ ROPE = "--position-embedding-type rope"
 YARN = "--position-embedding-type yarn"
 SAMPLES = "--train-samples 100"
 CP = "--context-parallel-size 4"
+LATENT = f"{ROPE} --multi-latent-attention"
 
 # argument -> (what else must be there, the words that set it); the others are set by their kind.
 SPECIAL: dict[str, tuple[str, str]] = {
@@ -43,6 +44,9 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "yarn_rotary_scaling_factor": (YARN, ""), "yarn_correction_range_round_to_int": (YARN, ""),
     "yarn_mscale": (YARN, ""), "yarn_mscale_all_dim": (YARN, ""), "yarn_attention_factor": (YARN, ""),
     "yarn_beta_fast": (YARN, "16"),
+    "multi_latent_attention": (ROPE, ""), "q_lora_rank": (LATENT, "7"), "kv_lora_rank": (LATENT, "7"),
+    "qk_head_dim": (LATENT, "7"), "qk_pos_emb_head_dim": (LATENT, "8"), "v_head_dim": (LATENT, "7"),
+    "rope_type": (LATENT, "rope"),
     "context_parallel_size": ("", "2"), "cp_comm_type": (CP, "all_gather"),
     "context_parallel_algo": (CP, "ulysses_cp_algo"),
     "hierarchical_context_parallel_sizes": (CP + " --cp-comm-type a2a+p2p", "2 2"),

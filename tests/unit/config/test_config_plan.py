@@ -44,6 +44,36 @@ def test_parameters_of_megatrons_own_models(name, words):
     assert model_parameters(load(*words).config.model_config) == sum(arrays[key].size for key in arrays.files)
 
 
+LATENT = """
+    --normalization RMSNorm --position-embedding-type rope --swiglu --ffn-hidden-size 64 --disable-bias-linear
+    --untie-embeddings-and-output-weights --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16
+    --qk-pos-emb-head-dim 8 --v-head-dim 12 --qk-layernorm
+""".split()
+
+
+def test_parameters_of_megatrons_own_multi_latent_attention():
+    with np.load(ROOT / "tests" / "golden" / "parity" / "mla_dense" / "params_0000.npz") as arrays:
+        elements = sum(arrays[key].size for key in arrays.files)
+    words = ["16" if word == "12" else word for word in LATENT]
+    assert model_parameters(load(*words).config.model_config) == elements
+
+
+def test_multi_latent_attention_over_tensor_parallel_ranks():
+    config = load(*LATENT, "--tensor-model-parallel-size", "2").config
+    plan = make_plan(config, 2)
+    down = 64 * (24 + 16 + 8) + 24 + 16  # projections to latents and their norms, whole on every rank
+    up = 4 * ((16 + 8) * 24 + (16 + 12) * 16 + 12 * 64)
+    assert plan.parameters[0].layers == 4 * (2 * 64 + 3 * 64 * 64 // 2 + down + up // 2)
+
+
+def test_operations_of_multi_latent_attention_by_hand():
+    config = load(*LATENT).config
+    products = 64 * (24 + 16 + 8) + 4 * ((16 + 8) * 24 + (16 + 12) * 16 + 12 * 64)
+    scores = 4 * (32 // 2) * (16 + 8 + 12)  # causal: half of the keys
+    forward = 2 * (4 * (products + scores + 3 * 64 * 64) + 64 * 256)
+    assert num_floating_point_operations(config, 8) == 3 * 8 * 32 * forward
+
+
 @pytest.mark.parametrize("words", [[], LLAMA, ["--use-sandwich-norm", "--qk-layernorm"]])
 @pytest.mark.parametrize("layout", ["2 1", "1 2", "2 2", "2 4"])
 def test_stages_add_up_to_the_model(words, layout):

@@ -18,6 +18,7 @@ GIVEN = "--num-layers-per-virtual-pipeline-stage"
 
 # rule, flags, {field: value}
 CP2 = "--context-parallel-size 2 "
+LATENT = "--multi-latent-attention --position-embedding-type rope"
 DERIVED = [
     ("recompute_activations", "--recompute-activations", {M + "recompute_granularity": "selective"}),
     ("recompute_activations", "", {M + "recompute_granularity": "none"}),
@@ -47,6 +48,11 @@ DERIVED = [
     ("biases", "--disable-bias-linear", {M + "qkv_has_bias": False, M + "out_proj_has_bias": False}),
     ("biases", "--disable-bias-linear --add-qkv-bias", {M + "qkv_has_bias": True, M + "out_proj_has_bias": False}),
     ("biases", "--no-qkv-has-bias --no-add-dense-bias", {M + "qkv_has_bias": False, M + "add_bias_linear": True}),
+    ("latent_attention", LATENT, {
+        M + "mla.rope_type": "yarn", M + "kv_channels": 192, M + "qkv_has_bias": False, M + "out_proj_has_bias": True,
+        M + "yarn_mscale": 1.0, M + "rope_original_max_position_embeddings": 4096}),
+    ("latent_attention", f"{LATENT} --qk-head-dim 16 --rope-type rope",
+     {M + "mla.rope_type": "rope", M + "kv_channels": 80}),
     ("softmax_type", "--apply-query-key-layer-scaling", {M + "attention_softmax_in_fp32": True}),
     ("softmax_type", "", {M + "attention_softmax_in_fp32": False}),
     ("sequence_length", "--max-position-embeddings 64", {M + "max_position_embeddings": 64, M + "seq_length": 32}),
@@ -186,6 +192,18 @@ REFUSED = [
     ("rotary_scaling", "--rotary-base 1 --position-embedding-type yarn", "must be above 1"),
     ("query_layer", "--top-query-layer norm_before --position-embedding-type rope", "asks by learned positions"),
     ("residuals", "--parallel-residual --apply-residual-connection-post-layernorm", "place the residual twice"),
+    ("latent_sizes", "--v-head-dim 16", "--v-head-dim 16: belongs to multi_latent_attention; give that too, or"),
+    ("latent_sizes", "--rope-type yarn", "belongs to multi_latent_attention; write position_embedding_type yarn"),
+    ("latent_sizes", f"{LATENT} --qk-pos-emb-head-dim 7", "--qk-pos-emb-head-dim 7: channels turn in pairs"),
+    ("latent_sizes", f"{LATENT} --kv-lora-rank 0", "--kv-lora-rank 0: must be above zero"),
+    ("latent_attention", "--multi-latent-attention", "of kind rope_type; write position_embedding_type rope"),
+    ("latent_attention", "--multi-latent-attention --position-embedding-type yarn",
+     "write position_embedding_type rope"),
+    ("latent_attention", f"{LATENT} --group-query-attention", "every head has keys of its own; leave the groups out"),
+    ("latent_attention", f"{LATENT} --add-qkv-bias", "its projections have no biases; leave it out"),
+    ("latent_attention", f"{LATENT} --rotary-percent 0.5", "its frequencies are rope's or yarn's as they are"),
+    ("latent_attention", f"{LATENT} --rotary-scaling-factor 4 --mscale 0", "0 cannot be told from the default, 1"),
+    ("rotary_scaling", f"{LATENT} --rope-type rope --rotary-scaling-factor 4", "belongs to rope_type yarn"),
     ("attention_window", "--window-size 8", "takes two numbers: positions before"),
     ("attention_window", "--window-size 8 0 --pre-tockens 9", "give two windows; write one of them"),
     ("tensor_parallel", "--padded-vocab-size 255 --tensor-model-parallel-size 2", "255 is not a multiple of 2"),

@@ -22,6 +22,7 @@ ROPE = "--position-embedding-type rope"
 LLAMA3 = f"{ROPE} --use-rope-scaling --kv-channels 16 --rope-original-max-position-embeddings 32"
 YARN = "--position-embedding-type yarn --rotary-scaling-factor 8 --kv-channels 16"
 YARN = f"{YARN} --yarn-original-max-position-embeddings 4096"
+LATENT = f"{ROPE} --multi-latent-attention --qk-head-dim 4 --qk-pos-emb-head-dim 4 --v-head-dim 4 --kv-lora-rank 8"
 PIPE = "--num-layers 8 --pipeline-model-parallel-size 2 --global-batch-size 8 --sequence-parallel"
 PIPE = PIPE.replace(" --sequence-parallel", "")
 VPP = PIPE + " --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 16"
@@ -36,7 +37,13 @@ LEVEL1 = "--profile-level level1"
 
 # probe -> lines of `argument | words that set it [| words of both command lines [| of the other one alone]]`
 SEEN = {
-    "shapes": """
+    "shapes": f"""
+        multi_latent_attention | --multi-latent-attention | {ROPE}
+        q_lora_rank | --q-lora-rank 6 | {LATENT}
+        kv_lora_rank | --kv-lora-rank 6 | {LATENT.replace("--kv-lora-rank 8", "")}
+        qk_head_dim | --qk-head-dim 6 | {LATENT.replace("--qk-head-dim 4", "")}
+        qk_pos_emb_head_dim | --qk-pos-emb-head-dim 6 | {LATENT.replace("--qk-pos-emb-head-dim 4", "")}
+        v_head_dim | --v-head-dim 6 | {LATENT.replace("--v-head-dim 4", "")}
         num_layers | --num-layers 3
         hidden_size | --hidden-size 32
         num_attention_heads | --num-attention-heads 2 | --kv-channels 4
@@ -50,7 +57,7 @@ SEEN = {
         vocab_size | --vocab-size 200 | --padded-vocab-size null | --vocab-size 100
         make_vocab_size_divisible_by | --make-vocab-size-divisible-by 8 | --padded-vocab-size null --vocab-size 33
         pad_vocab_size | --no-pad-vocab-size | --padded-vocab-size null --vocab-size 33
-        vocab_extra_ids | --vocab-extra-ids 9 | {tokenizer} --legacy-tokenizer
+        vocab_extra_ids | --vocab-extra-ids 9 | {{tokenizer}} --legacy-tokenizer
         position_embedding_type | --position-embedding-type none
         use_rotary_position_embeddings | --use-rotary-position-embeddings
         normalization | --normalization RMSNorm
@@ -98,6 +105,7 @@ SEEN = {
         yarn_mscale | --mscale 2 | {YARN} --mscale-all-dim 1
         yarn_mscale_all_dim | --mscale-all-dim 2 | {YARN} --mscale 1
         yarn_attention_factor | --yarn-attention-factor 2 | {YARN}
+        rope_type | --rope-type rope | {LATENT} | --rotary-scaling-factor 8
         parallel_residual | --parallel-residual
         embedding_multiplier | --embedding-multiplier 2
         top_query_layer | --top-query-layer norm_after | --top-query-layer norm_before

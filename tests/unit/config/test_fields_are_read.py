@@ -15,6 +15,7 @@ WITHIN_THE_CONFIG = {
     "training_config.bf16": "compute_dtype and params_dtype",
     "training_config.fp16": "compute_dtype and params_dtype",
     "model_config.fa_config.pre_tokens": "TransformerConfig.window_of",
+    "model_config.mla.rope_type": "TransformerConfig.has_yarn",
     "model_config.window_attn_skip_freq": "TransformerConfig.window_of",
     # Refused unless they ask for nothing.
     "parallel_config.expert_model_parallel_size": "refused above 1",

@@ -33,6 +33,7 @@ ROPE = "--position-embedding-type rope"
 LLAMA3 = f"{ROPE} --use-rope-scaling"
 YARN = "--position-embedding-type yarn --rotary-scaling-factor 4"
 WINDOW = "--window-size 8 0"
+LATENT = f"{ROPE} --rope-type rope --multi-latent-attention --disable-bias-linear --hidden-act gelu"
 # field -> (words of both runs, words that change the field)
 CHANGES = {
     "num_layers": ("", "--num-layers 2"),
@@ -78,6 +79,13 @@ CHANGES = {
     "top_query_layer": ("", "--top-query-layer norm_after"),
     "fa_config.pre_tokens": ("", WINDOW),
     "window_attn_skip_freq": (WINDOW, "--window-attn-skip-freq 2"),
+    "mla.multi_latent_attention": (ROPE, LATENT.removeprefix(ROPE)),
+    "mla.q_lora_rank": (LATENT, "--q-lora-rank 24"),
+    "mla.kv_lora_rank": (LATENT, "--kv-lora-rank 16"),
+    "mla.qk_head_dim": (LATENT, "--qk-head-dim 16"),
+    "mla.qk_pos_emb_head_dim": (LATENT, "--qk-pos-emb-head-dim 8"),
+    "mla.v_head_dim": (LATENT, "--v-head-dim 16"),
+    "mla.rope_type": (LATENT.replace("--rope-type rope", ""), "--rope-type rope"),
 }
 WORDS = [(field, f"{both} {change}", both) for field, (both, change) in CHANGES.items()]
 NOT_IN_MEGATRON = {

@@ -186,6 +186,21 @@ ATTENTION = [
 ]
 
 
+@pytest.mark.parametrize(("N", "plain", "R", "E"), [(1, 3, 2, 5), (4, 16, 8, 16), (3, 8, 6, 4)])
+@pytest.mark.parametrize("per_batch", [False, True])
+@compares("latent_heads")
+def test_latent_heads(N, plain, R, E, per_batch):
+    rng, (S, B) = np.random.default_rng(N), (9, 2)
+    angle = np.repeat(array(rng, S, B if per_batch else 1, 1, R // 2), 2, -1)
+    tables = Tensor(np.cos(angle) * 1.5), Tensor(np.sin(angle) * 1.5)
+    arrays = [array(rng, S, B, N, plain + R), array(rng, S, B, N, plain + E), array(rng, S, B, R)]
+    for i in range(3):  # each output alone, so that each gradient is that of one output
+        compare(
+            lambda *a, i=i: ops.latent_heads(*a, *tables)[i],
+            lambda *a, i=i: reference.latent_heads(*a, *tables)[i], arrays, rng, summed=(2,),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", ATTENTION)
 @pytest.mark.parametrize("documents", [False, True])
 @compares("causal_attention")
