@@ -22,11 +22,12 @@ YARN = "--rope-type yarn --rotary-scaling-factor 4 --mscale 1.0 --mscale-all-dim
 TOLERANCE = 2e-6  # float32, 20 updates: see test_curves.py
 STEP_TOLERANCE = 1e-5  # see test_one_step.py
 SHORT = ["--exit-interval", "3"]
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2".split()
 ONE_RANK: dict[str, list[str]] = {
     "rope": ROPE,
     "yarn": YARN,
     "selective": [*ROPE, "--recompute-granularity", "selective", *SHORT],
-    "full": [*ROPE, *"--recompute-granularity full --recompute-method uniform --recompute-num-layers 2".split(), *SHORT],
+    "full": [*ROPE, *SHORT, *FULL],
 }
 
 
@@ -58,7 +59,7 @@ def test_twenty_updates_follow_megatron(name: str, golden: str, one_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "golden"), [(ROPE, "tp1pp1"), (YARN, "yarn_tp1pp1")], ids=["rope", "yarn"])
-def test_plain_operators_follow_megatron(flags: list[str], golden: str, workplace: Path, initial_weights: str, tmp_path):
+def test_plain_operators_follow_megatron(flags: list[str], golden: str, workplace, initial_weights, tmp_path):
     plan = {"plain": {"argv": argv(initial_weights, flags, fused=False)}}
     run = several(tmp_path, 1, plan, cwd=workplace)["plain"]
     assert run.status == 0, run.console
