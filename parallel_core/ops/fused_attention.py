@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import c_int64
 from typing import Any, NamedTuple
 
+import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
@@ -20,6 +21,7 @@ _Addresses = tuple[int, int, int]
 
 declare("pc_attention", "PPPPPPPFFUU")
 declare("pc_attention_grad", "PPPPPPPPPPPFFUU")
+declare("pc_cached_attention", "PPPPPPPPPF")
 
 
 class _Problem(NamedTuple):
@@ -233,3 +235,70 @@ def _causal_attention_packed(
     start = None if document_start_BS is None else raw.int32(document_start_BS)
     factor = scale * softmax_coefficient
     return _PackedAttention.apply(mixed_SBGX, head_size, start, factor, dropout_rate, dropout_seed, heads)
+
+
+# ---- new tokens and cached ones (no autograd) -----------------------------------------------------------------------
+def _over_cache(
+    addresses: _Addresses,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    keys: np.ndarray,
+    values: np.ndarray,
+    rows: np.ndarray,
+    firsts: np.ndarray,
+    scale: float,
+) -> Tensor:
+    S, B, N, _, _, E, _, _ = sizes
+    out = raw.new((S, B, N * E))
+    shape = (c_int64 * 17)(*sizes, *strides)
+    lib.pc_cached_attention(
+        *addresses,
+        keys.ctypes.data,
+        values.ctypes.data,
+        rows.ctypes.data,
+        firsts.ctypes.data,
+        out.data_ptr(),
+        shape,
+        scale,
+    )
+    return out
+
+
+@compiled(reference.cached_attention, integers=["rows", "firsts"])
+def _cached_attention(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGE: Tensor,
+    keys_RGTD: np.ndarray,
+    values_RGTE: np.ndarray,
+    rows: np.ndarray,
+    firsts: np.ndarray,
+    *,
+    scale: float,
+    window: int,
+) -> Tensor:
+    query, key, value = query_SBND.contiguous(), key_SBGD.contiguous(), value_SBGE.contiguous()
+    (S, B, N, D), (_, _, G, E) = query.shape, value.shape
+    strides = (B * N * D, N * D, N // G * D, B * G * D, G * D, D, B * G * E, G * E, E)
+    sizes = (S, B, N, G, D, E, keys_RGTD.shape[2], window)
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    return _over_cache(addresses, sizes, strides, keys_RGTD, values_RGTE, rows, firsts, scale)
+
+
+@compiled(reference.cached_attention_packed, integers=["rows", "firsts"])
+def _cached_attention_packed(
+    mixed_SBGX: Tensor,
+    head_size: int,
+    keys_RGTD: np.ndarray,
+    values_RGTE: np.ndarray,
+    rows: np.ndarray,
+    firsts: np.ndarray,
+    *,
+    scale: float,
+    window: int,
+) -> Tensor:
+    mixed = mixed_SBGX.contiguous()
+    S, B, G, X = mixed.shape
+    sizes = (S, B, (X // head_size - 2) * G, G, head_size, head_size, keys_RGTD.shape[2], window)
+    strides = (B * G * X, G * X, X) * 3
+    return _over_cache(_parts(mixed, head_size), sizes, strides, keys_RGTD, values_RGTE, rows, firsts, scale)

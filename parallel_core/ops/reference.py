@@ -522,6 +522,70 @@ def _rows_of_groups(x_TBGX: Tensor) -> Tensor:
     return x_TBGX.reshape(T, B * G, X).transpose(1, 0, 2)
 
 
+# ---- attention of new tokens to cached ones (no autograd) -----------------------------------------------------------
+@kernel
+def cached_attention(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGE: Tensor,
+    keys_RGTD: np.ndarray,
+    values_RGTE: np.ndarray,
+    rows: np.ndarray,
+    firsts: np.ndarray,
+    *,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Keep the keys and values of S new tokens of B sequences, and return what these see, [S, B, N * E]; no autograd.
+
+    Token s of sequence b stands at position firsts[b] + s, and sees the positions of its sequence from `window` before
+    it up to its own. What a sequence gets does not depend on the others that are computed with it.
+
+    Args:
+        query_SBND: queries of the new tokens.
+        key_SBGD: their keys.
+        value_SBGE: their values.
+        keys_RGTD: float32 keys of R sequences of up to T positions; those of the new tokens are written.
+        values_RGTE: their values, likewise.
+        rows: int32 [B], which of the R sequences each one is.
+        firsts: int32 [B], how many tokens of each are kept already.
+        scale: factor of the scores.
+        window: how far back a token sees.
+    """
+    key, value = (cast(x, ms.float32).asnumpy() for x in (key_SBGD, value_SBGE))
+    S, contexts = query_SBND.shape[0], []
+    for b, (row, first) in enumerate(zip(rows.tolist(), firsts.tolist())):
+        keys_RGTD[row, :, first : first + S] = key[:, b].transpose(1, 0, 2)
+        values_RGTE[row, :, first : first + S] = value[:, b].transpose(1, 0, 2)
+        start = np.maximum(first + np.arange(S, dtype=np.int32) - window, 0)[None].astype(np.int32)
+        known, kept = (
+            Tensor(np.ascontiguousarray(cache[row, :, : first + S].transpose(1, 0, 2)[:, None]))
+            for cache in (keys_RGTD, values_RGTE)
+        )
+        query = cast(query_SBND[:, b : b + 1], ms.float32)
+        contexts.append(attention_block(query, known, kept, Tensor(start), q_first=first, k_first=0, scale=scale)[0])
+    return cast(contexts[0] if len(contexts) == 1 else mint.cat(contexts, 1), query_SBND.dtype)
+
+
+@kernel
+def cached_attention_packed(
+    mixed_SBGX: Tensor,
+    head_size: int,
+    keys_RGTD: np.ndarray,
+    values_RGTE: np.ndarray,
+    rows: np.ndarray,
+    firsts: np.ndarray,
+    *,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Return `cached_attention` of queries, keys and values that stand together as in `causal_attention_packed`."""
+    S, B, _, X = mixed_SBGX.shape
+    query, key, value = split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
+    query = query.reshape(S, B, -1, head_size)
+    return cached_attention(query, key, value, keys_RGTD, values_RGTE, rows, firsts, scale=scale, window=window)
+
+
 # ---- dropout --------------------------------------------------------------------------------------------------------
 @kernel
 def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:

@@ -120,16 +120,27 @@ class GPTModel(nn.Cell):
                 f"document_start of shape {document_start.shape}: give int32 [B, S] with the first position that each "
                 f"position may see (the dataset's document starts), or None for plain causal attention"
             )
-        hidden = self._stage_input(tokens, position_ids)
-        hidden = self.decode(hidden, position_ids, document_start)
+        hidden = self.hidden_states(tokens, position_ids, document_start)
         if self.output_layer is None:
             return hidden
-        logits, _ = self.output_layer(ops.cast(hidden, self.compute_dtype), self._output_weight())
+        logits = self.logits_of(hidden)
         if labels is None:
             if not self.parallel_output:
                 logits = gather_from_tensor_model_parallel_region(logits, self.tp_group)
             return logits.transpose(1, 0, 2)
         return self._loss(logits, labels)
+
+    def hidden_states(
+        self, tokens: Tensor, position_ids: Tensor | None = None, document_start: Tensor | None = None
+    ) -> Tensor:
+        """Return what the last layer gives, on the last stage after the final norm; arguments as for calling."""
+        return self.decode(self._stage_input(tokens, position_ids), position_ids, document_start)
+
+    def logits_of(self, hidden_SBH: Tensor) -> Tensor:
+        """Return the last stage's logits of hidden states, [S, B, V / tp]."""
+        if self.output_layer is None:
+            raise ConfigError("this pipeline stage has no output layer; the last one has")
+        return self.output_layer(ops.cast(hidden_SBH, self.compute_dtype), self._output_weight())[0]
 
     def _stage_input(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
         if self.embedding is not None:

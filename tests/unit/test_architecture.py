@@ -43,6 +43,7 @@ LAYERS: dict[str, int] = {
     "prepare": 10,
     "versions": 10,
     "__main__": 11,
+    "generate": 11,
     "parallel_state": 11,
     "mindspeed_compat": 11,
 }
@@ -51,10 +52,10 @@ LAYERS: dict[str, int] = {
 SIDES = ("tensor_parallel", "pipeline", "optimizer")
 """Parts of one layer that never import each other."""
 
-WINGS = ("launch", "report", "compat", "convert", "prepare", "parallel_state", "mindspeed_compat")
+WINGS = ("launch", "report", "compat", "convert", "prepare", "generate", "parallel_state", "mindspeed_compat")
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
 
-SHARED_BY_WINGS = {("parallel_state", "compat"), ("mindspeed_compat", "compat")}
+SHARED_BY_WINGS = {("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch")}
 
 PURE = (
     "files",

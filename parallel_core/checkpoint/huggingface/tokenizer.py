@@ -38,7 +38,7 @@ def write_tokenizer(source: TensorSource, path: Path) -> tuple[dict[str, int], l
     if source.format == "hugging face":
         _copy(source.path, path)
         return {}, []
-    settings = _settings(source.common)
+    settings = tokenizer_settings(source.common)
     kind = settings.get("tokenizer_type")
     if not kind:
         return {}, ["no tokenizer is written: the checkpoint knows of none"]
@@ -53,7 +53,7 @@ def write_tokenizer(source: TensorSource, path: Path) -> tuple[dict[str, int], l
     return ids, []
 
 
-def _settings(common: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_settings(common: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tokenizer's arguments, from Megatron's or from the tree this program writes."""
     args, tree = common.get("megatron_args"), common.get("config")
     names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids", "vocab_size",

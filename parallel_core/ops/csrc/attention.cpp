@@ -255,6 +255,45 @@ Attention make(const i64* shape, const int32_t* start, float scale, float rate, 
 
 Strides strides(const i64* s) { return {s[0], s[1], s[2]}; }
 
+// ---- one new token a sequence ---------------------------------------------------------------------------------------
+// Every sum runs in an order of its own position alone: vectors of kLanes partial sums, joined in one order.
+float joined(Vec sum) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
+float dot(const float* a, const float* b, i64 D) {
+  Vec sum{};
+  i64 d = 0;
+  for (; d + kLanes <= D; d += kLanes) sum += *reinterpret_cast<const Vec*>(a + d) * *reinterpret_cast<const Vec*>(b + d);
+  float total = joined(sum);
+  for (; d < D; ++d) total += a[d] * b[d];
+  return total;
+}
+
+// out [E] = softmax(scale * q K^T) V over the positions [first, last); the weights are left in p.
+void attend_one(const float* q, const float* keys, const float* values, i64 first, i64 last, i64 D, i64 E, float scale,
+                float* p, float* out) {
+  float top = -INFINITY, total = 0.0f;
+  for (i64 t = first; t < last; ++t) {
+    p[t - first] = scale * dot(q, keys + t * D, D);
+    top = std::max(top, p[t - first]);
+  }
+#pragma omp simd
+  for (i64 t = 0; t < last - first; ++t) p[t] = fast_exp(p[t] - top);
+  for (i64 t = 0; t < last - first; ++t) total += p[t];
+  std::fill(out, out + E, 0.0f);
+  for (i64 t = first; t < last; ++t) {
+    const float weight = p[t - first];
+    const float* value = values + t * E;
+#pragma omp simd
+    for (i64 e = 0; e < E; ++e) out[e] += weight * value[e];
+  }
+  const float inverse = 1.0f / total;
+  for (i64 e = 0; e < E; ++e) out[e] *= inverse;
+}
+
 }  // namespace
 
 // shape: the numbers of a Shape, then (s, b, g) strides of q, k and v. out [S, B, N * E]; lse [B, N, S].
@@ -273,4 +312,47 @@ PC_API void pc_attention_grad(const float* q, const float* k, const float* v, co
       .backward(q, strides(shape + kNumbers), k, strides(shape + kNumbers + 3), v, strides(shape + kNumbers + 6), out,
                 dout, lse, dq, strides(shape + kNumbers + 9), dk, strides(shape + kNumbers + 12), dv,
                 strides(shape + kNumbers + 15));
+}
+
+// Attention of S new tokens of B sequences to those in a cache, where their keys and values are put first.
+// q, k, v [S, B, ..] with strides; keys [rows, G, T, D]; values [rows, G, T, E]; sequence b is row rows[b] and has
+// firsts[b] tokens already. shape: S, B, N, G, D, E, T, window, then the strides of q, k and v. out [S, B, N * E].
+PC_API void pc_cached_attention(const float* q, const float* k, const float* v, float* keys, float* values,
+                                const int32_t* rows, const int32_t* firsts, float* out, const i64* shape,
+                                float scale) {
+  const i64 S = shape[0], B = shape[1], N = shape[2], G = shape[3], D = shape[4], E = shape[5], T = shape[6],
+            window = shape[7], heads = N / G;
+  const Strides qs = strides(shape + 8), ks = strides(shape + 11), vs = strides(shape + 14);
+  i64 work = 0;
+  for (i64 b = 0; b < B; ++b) work += (firsts[b] + S) * N * D;
+  parallel(work, [&](int part, int parts) {
+    const Range r = share(B * G, part, parts);
+    Buffer p(S == 1 ? T : 1);
+    for (i64 bg = r.begin; bg < r.end; ++bg) {
+      const i64 b = bg / G, g = bg % G, first = firsts[b];
+      float* own_keys = keys + (rows[b] * G + g) * T * D;
+      float* own_values = values + (rows[b] * G + g) * T * E;
+      for (i64 s = 0; s < S; ++s) {
+        std::copy_n(k + ks.at(s, b, g), D, own_keys + (first + s) * D);
+        std::copy_n(v + vs.at(s, b, g), E, own_values + (first + s) * E);
+      }
+      if (S > 1) continue;
+      for (i64 h = 0; h < heads; ++h)
+        attend_one(q + qs.at(0, b, g) + h * D, own_keys, own_values, std::max<i64>(first - window, 0), first + 1, D, E,
+                   scale, p, out + (b * N + g * heads + h) * E);
+    }
+  });
+  if (S == 1) return;
+  // Several new tokens of a sequence: blocks of queries, as in training.
+  Buffer start(S), context(S * N * E), lse(N * S);
+  int32_t* from = reinterpret_cast<int32_t*>(start.data);
+  for (i64 b = 0; b < B; ++b) {
+    const i64 first = firsts[b];
+    for (i64 s = 0; s < S; ++s) from[s] = static_cast<int32_t>(std::max<i64>(first + s - window, 0));
+    const i64 numbers[kNumbers] = {S, first + S, 1, N, G, D, E, first, 0, 0, N};
+    make(numbers, from, scale, 0.0f, 0, 0)
+        .forward(q + b * qs.b, qs, keys + rows[b] * G * T * D, {D, 0, T * D}, values + rows[b] * G * T * E,
+                 {E, 0, T * E}, context, lse);
+    for (i64 s = 0; s < S; ++s) std::copy_n(context + s * N * E, N * E, out + (s * B + b) * N * E);
+  }
 }

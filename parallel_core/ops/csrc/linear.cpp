@@ -20,10 +20,56 @@ void product(bool ta, bool tb, i64 M, i64 N, i64 K, const float* A, i64 lda, con
   });
 }
 
+constexpr i64 kFewRows = 32;
+
+// y[t, o] of kR rows of x and kO rows of w: each a sum of kLanes partial sums, in an order that depends on I alone.
+template <int kR, int kO>
+void few_tile(const float* x, const float* w, const float* bias, float* y, i64 I, i64 O) {
+  Vec sum[kR][kO] = {};
+  i64 i = 0;
+  for (; i + kLanes <= I; i += kLanes) {
+    Vec b[kO];
+    for (int o = 0; o < kO; ++o) b[o] = *reinterpret_cast<const Vec*>(w + o * I + i);
+    for (int r = 0; r < kR; ++r) {
+      const Vec a = *reinterpret_cast<const Vec*>(x + r * I + i);
+      for (int o = 0; o < kO; ++o) sum[r][o] += a * b[o];
+    }
+  }
+  for (int r = 0; r < kR; ++r)
+    for (int o = 0; o < kO; ++o) {
+      float total = 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) total += sum[r][o][lane];
+      for (i64 j = i; j < I; ++j) total += x[r * I + j] * w[o * I + j];
+      y[r * O + o] = total + (bias ? bias[o] : 0.0f);
+    }
+}
+
+template <int kO>
+void few_column(const float* x, const float* w, const float* bias, float* y, i64 T, i64 I, i64 O) {
+  i64 t = 0;
+  for (; t + 4 <= T; t += 4) few_tile<4, kO>(x + t * I, w, bias, y + t * O, I, O);
+  for (; t < T; ++t) few_tile<1, kO>(x + t * I, w, bias, y + t * O, I, O);
+}
+
+// The same as `product` for a few rows of x: the weights are read once, in order, which is all the time it takes; and
+// a row's result does not depend on the rows beside it, so that a sequence is continued alike in any batch.
+void few_rows(const float* x, const float* w, const float* bias, float* y, i64 T, i64 I, i64 O) {
+  parallel(T * I * O / 16, [&](int part, int parts) {
+    const Range r = share((O + 3) / 4, part, parts);
+    for (i64 o = r.begin * 4; o < r.end * 4 && o < O; o += 4) {
+      if (o + 4 <= O)
+        few_column<4>(x, w + o * I, bias ? bias + o : nullptr, y + o, T, I, O);
+      else
+        for (i64 j = o; j < O; ++j) few_column<1>(x, w + j * I, bias ? bias + j : nullptr, y + j, T, I, O);
+    }
+  }, kPieces);
+}
+
 }  // namespace
 
 // y [T, O] = x [T, I] w [O, I]^T (+ bias [O])
 PC_API void pc_linear(const float* x, const float* w, const float* bias, float* y, i64 T, i64 I, i64 O) {
+  if (T <= kFewRows) return few_rows(x, w, bias, y, T, I, O);
   product(false, true, T, O, I, x, I, w, I, 0.0f, y);
   if (bias == nullptr) return;
   parallel(T * O, [&](int part, int parts) {

@@ -497,3 +497,43 @@ def test_flat_buffers(n):
 def test_every_compiled_kernel_is_compared():
     compiled = {name for name, entry in registry.KERNELS.items() if "CPU" in entry.implementations}
     assert compiled == COMPARED
+
+
+# ---- cached attention -----------------------------------------------------------------------------------------------
+CACHED = [(1, 3, 4, 4, 16, 9), (1, 1, 6, 2, 10, 3), (5, 2, 8, 1, 33, 1000), (40, 1, 4, 2, 24, 7), (3, 4, 2, 2, 8, 1)]
+"""New tokens S, sequences B, query heads N, groups G, head size D, window."""
+
+
+@pytest.mark.parametrize("case", CACHED)
+@compares("cached_attention", "cached_attention_packed")
+def test_cached_attention(case):
+    S, B, N, G, D, window = case
+    rng, T = np.random.default_rng(S * D), 64
+    rows, firsts = rng.permutation(B + 1)[:B].astype(np.int32), rng.integers(0, T - S, B).astype(np.int32)
+    mixed = array(rng, S, B, G, (N // G + 2) * D)
+    caches = [array(rng, B + 1, G, T, D) for _ in range(2)]
+    parts = np.split(mixed, [N // G * D, (N // G + 1) * D], -1)
+    query, key, value = (np.ascontiguousarray(x) for x in (parts[0].reshape(S, B, N, D), *parts[1:]))
+    for name, arguments in (
+        ("cached_attention_packed", (mixed, D)),
+        ("cached_attention", (query, key, value)),
+    ):
+        results = []
+        for module in (ops, reference):
+            keys, values = (cache.copy() for cache in caches)
+            given = [Tensor(x) if isinstance(x, np.ndarray) else x for x in arguments]
+            out = getattr(module, name)(*given, keys, values, rows, firsts, scale=0.3, window=window)
+            results.append((out, keys, values))
+        close(results[0][0], results[1][0], 1e-5, name)  # MindSpore's exp
+        for got, want, before in zip(results[0][1:], results[1][1:], caches):
+            np.testing.assert_array_equal(got, want)
+            assert (got != before).sum() == S * B * G * D
+
+
+def test_a_sequence_sees_the_same_beside_any_other():
+    rng = np.random.default_rng(3)
+    x, w, b = array(rng, 11, 770), array(rng, 1031, 770), array(rng, 1031)
+    every = ops.linear(Tensor(x), Tensor(w), Tensor(b)).asnumpy()
+    close(Tensor(every), reference.linear(Tensor(x), Tensor(w), Tensor(b)), 2e-6)
+    for rows in ([4], [0, 7], [10, 2, 3, 8, 1]):
+        np.testing.assert_array_equal(ops.linear(Tensor(x[rows]), Tensor(w), Tensor(b)).asnumpy(), every[rows])

@@ -1,0 +1,155 @@
+"""From a checkpoint's directory to a rank's part of its model, and its tokenizer; nothing is repeated by the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel_core.checkpoint import TensorSource, find_checkpoint, load_shards, open_checkpoint
+from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
+from parallel_core.checkpoint.loading import VOCABULARY_TENSORS
+from parallel_core.config.model_keys import model_of_settings
+from parallel_core.config.schema import AllConfig, ModelParallelConfig, TransformerConfig
+from parallel_core.context import ParallelContext
+from parallel_core.data.tokenizer import MegatronTokenizer, TokenizerSpec
+from parallel_core.errors import ConfigError, ParallelCoreError
+from parallel_core.generate.cache import KeyValueCache
+from parallel_core.generate.layout import Layout, check_layout
+from parallel_core.generate.stage import build_cached_model
+from parallel_core.layout.shard import shard_of
+from parallel_core.training.model import get_model
+from parallel_core.training.runtime import supported_precision
+from parallel_core.transformer import GPTModel
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a checkpoint says of its model.
+
+    Attributes:
+        path: the checkpoint's own directory.
+        source: its tensors.
+        model: the model's settings; the vocabulary is not padded.
+        longest: tokens of a sequence that the model was made for.
+        tokenizer: of its texts; None where the checkpoint knows of none.
+        why_no_tokenizer: why there is none.
+        noop_layers: numbers of layers that do nothing.
+    """
+
+    path: Path
+    source: TensorSource
+    model: TransformerConfig
+    longest: int
+    tokenizer: MegatronTokenizer | None
+    why_no_tokenizer: str
+    noop_layers: tuple[int, ...] = ()
+
+
+def describe(load: str | Path, step: int | None = None) -> Described:
+    """Return what the checkpoint in a directory says; nothing of its tensors is read.
+
+    Args:
+        load: a run's directory of checkpoints or one checkpoint's own, native or Megatron's, or a Hugging Face model.
+        step: the iteration to take; None: the latest.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+        ConfigError: it does not say what model it holds, or of one that cannot be continued.
+    """
+    path = Path(find_checkpoint(str(load), step, check=False))
+    source = open_checkpoint(path)
+    settings = source.common.get("model_config")
+    if not isinstance(settings, Mapping) or not settings:
+        raise ConfigError(f"{path}: does not say what model it holds; convert it with tools.convert_megatron first")
+    rows = source.info(VOCABULARY_TENSORS[0]).shape[0]
+    settings = {**settings, "vocab_size": settings.get("vocab_size") or rows}
+    model = replace(model_of_settings(settings), attention_dropout_rate=0.0, hidden_dropout_rate=0.0)
+    longest = model.max_position_embeddings or model.seq_length
+    if model.rope_dynamic_factor != 1.0:
+        # Beyond it the angles of all positions change with every token, and kept keys would be of others.
+        longest = min(longest, model.rope_original_max_position_embeddings)
+    tokenizer, why = _tokenizer(source, path)
+    parallel = _section(source.common, "parallel_config")
+    noop = tuple(n for n in parallel.get("noop_layers") or () if isinstance(n, int))
+    return Described(path, source, model, longest, tokenizer, why, noop)
+
+
+def _section(common: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    tree = common.get("config")
+    section = tree.get(name) if isinstance(tree, Mapping) else None
+    return section if isinstance(section, Mapping) else {}
+
+
+def _tokenizer(source: TensorSource, path: Path) -> tuple[MegatronTokenizer | None, str]:
+    try:
+        spec = _hugging_face_tokenizer(path) if source.format == "hugging face" else _trained_tokenizer(source)
+        return (None, f"{path} knows of no tokenizer") if spec is None else (spec.build(), "")
+    except (ParallelCoreError, OSError) as error:
+        return None, str(error)
+
+
+def _hugging_face_tokenizer(path: Path) -> TokenizerSpec | None:
+    if (path / "tokenizer.json").exists():
+        return TokenizerSpec(
+            "HuggingFaceTokenizer", tokenizer_model=str(path), tokenizer_hf_include_special_tokens=True
+        )
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        return TokenizerSpec(
+            "GPT2BPETokenizer", vocab_file=str(path / "vocab.json"), merge_file=str(path / "merges.txt")
+        )
+    if (path / "tokenizer.model").exists():
+        return TokenizerSpec("SentencePieceTokenizer", tokenizer_model=str(path / "tokenizer.model"))
+    return None
+
+
+def _trained_tokenizer(source: TensorSource) -> TokenizerSpec | None:
+    settings = tokenizer_settings(source.common)
+    return TokenizerSpec(**settings) if settings.get("tokenizer_type") else None
+
+
+def build_config(described: Described, layout: Layout) -> AllConfig:
+    """Return a run's configuration for the model in a layout: what the model's parts are built from.
+
+    Raises:
+        ConfigError: if the model cannot be cut that way.
+    """
+    model, tp, pp = described.model, layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    check_layout(model, layout)
+    per_stage, more = divmod(model.num_layers, pp)
+    counts = tuple((per_stage + (stage < more),) for stage in range(pp))
+    config = AllConfig(
+        model_config=replace(model, vocab_size=-(-model.vocab_size // tp) * tp),
+        parallel_config=ModelParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            num_layer_list=counts if pp > 1 else (),
+            noop_layers=described.noop_layers,
+            distributed_timeout_minutes=layout.distributed_timeout_minutes,
+        ),
+    )
+    return supported_precision(config)[0]
+
+
+def load_model(described: Described, config: AllConfig, context: ParallelContext, cache: KeyValueCache) -> GPTModel:
+    """Return this rank's stage with its weights.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or its tensors are not those of the model.
+    """
+    rank_model = get_model(lambda stage, **_: build_cached_model(stage, cache), config, context)
+    model: Any = rank_model.chunks[0]
+    parameters = list(model.get_parameters())
+    wanted = {shard_of(p).name: shard_of(p) for p in parameters}
+    known = {key for keys in context.world.all_gather_object(list(wanted)) for key in keys}
+    known.update(key for key in described.source.keys() if "@" in key)  # noqa: SIM118 - a method of TensorSource
+    for i, parameter in enumerate(parameters):
+        name = shard_of(parameter).name
+        # One at a time: the first values are given back before the next weights are read.
+        arrays, _ = load_shards(described.source, {name: wanted[name]}, all_keys=None if i else known)
+        parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(arrays.pop(name))))
+    return model

@@ -1,0 +1,106 @@
+"""The engine against `transformers`' greedy continuations, and against the training model without a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+from generate_models import computed, directory_of, generator, prompts
+from mindspore import Tensor
+
+from parallel_core.checkpoint import TensorShard, load_shards, open_checkpoint
+from parallel_core.config.model_keys import model_of_settings
+from parallel_core.generate import engine
+from parallel_core.generate.generator import Generator
+from parallel_core.generate.requests import SamplingParams
+from parallel_core.layout.shard import shard_of
+from parallel_core.transformer import GPTModel, ModelStage
+from tools.convert_megatron.cli import main as convert
+
+MODELS = ["gpt2", "llama", "llama_allbias", "qwen3", "mistral_window16"]
+"""Learned and rotary positions, tied and not, grouped queries, normed queries, a window."""
+SAMPLED = SamplingParams(
+    max_new_tokens=16, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=5,
+    logprobs=2, ignore_eos=True,
+)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    return request.param, generator(request.param, tmp_path_factory.mktemp("models"), max_batch_size=4)
+
+
+def uncached_logprobs(path, rows) -> list[np.ndarray]:
+    """Return the training model's log-probabilities at every position of each row."""
+    source = open_checkpoint(path)
+    settings = model_of_settings(source.common["model_config"])
+    plain = GPTModel(ModelStage(dataclasses.replace(settings, attention_dropout_rate=0.0, hidden_dropout_rate=0.0)))
+    names = [shard_of(p).name for p in plain.trainable_params()]
+    shards = {n: TensorShard.full(n, p.shape, "float32") for n, p in zip(names, plain.trainable_params())}
+    arrays, _ = load_shards(source, shards, all_keys=names)
+    for name, parameter in zip(names, plain.trainable_params()):
+        parameter.set_data(Tensor(arrays[name]))
+    out = []
+    for row in rows:
+        logits = plain(Tensor(np.array([row], np.int32))).asnumpy()[0].astype(np.float64)
+        top = logits.max(-1, keepdims=True)
+        out.append(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))
+    return out
+
+
+def test_greedy_continuations_are_those_of_transformers(model) -> None:
+    name, it = model
+    greedy = SamplingParams(max_new_tokens=24, temperature=0, ignore_eos=True)
+    got = [c.tokens for c in it.generate(prompts(name, 12, 12), greedy)]
+    np.testing.assert_array_equal(got, computed(name)["greedy"])
+
+
+def test_cached_is_uncached(model) -> None:
+    """Prompts in one piece and in chunks, then tokens one by one: every log-probability is the training model's."""
+    name, it = model
+    asked = prompts(name, 23, 9, 40)
+    whole = it.generate(asked, dataclasses.replace(SAMPLED, prompt_logprobs=True))
+    with mock.patch.object(engine, "PREFILL_CHUNK", 7):
+        chunked = it.generate(asked, dataclasses.replace(SAMPLED, prompt_logprobs=True))
+    rows = [[*prompt, *c.tokens] for prompt, c in zip(asked, whole)]
+    for want, row, *answers in zip(uncached_logprobs(it.described.path, rows), rows, whole, chunked):
+        expected = want[np.arange(len(row) - 1), row[1:]]
+        for answer in answers:
+            got = [x.logprob for x in (*answer.prompt_logprobs, *answer.logprobs)]
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+            for place, entry in enumerate((*answer.prompt_logprobs, *answer.logprobs)):
+                best = np.argsort(-want[place], kind="stable")[:2]
+                np.testing.assert_allclose([v for _, v in entry.top], want[place][best], rtol=0, atol=1e-5)
+
+
+def test_a_batch_is_each_alone(model) -> None:
+    """To the bit: six prompts over four rows, so that some wait and enter when others leave."""
+    name, it = model
+    asked = prompts(name, 3, 40, 1, 17, 12, 29)
+    each = [dataclasses.replace(SAMPLED, max_new_tokens=n) for n in (20, 3, 9, 1, 14, 30)]
+    together = it.generate(asked, each)
+    for prompt, params, answer in zip(asked, each, together):
+        (alone,) = it.generate([prompt], params)
+        assert (alone.tokens, alone.logprobs) == (answer.tokens, answer.logprobs)
+    again = it.generate(asked[::-1], each[::-1])[::-1]
+    assert [a.tokens for a in again] == [a.tokens for a in together]
+
+
+def test_plain_operators_give_the_same(tmp_path) -> None:
+    compiled = generator("llama", tmp_path).generate(prompts("llama", 12, 5), SAMPLED)
+    plain = generator("llama", tmp_path, transformer_impl="local").generate(prompts("llama", 12, 5), SAMPLED)
+    assert [a.tokens for a in plain] == [a.tokens for a in compiled]
+    for one, other in zip(plain, compiled):
+        np.testing.assert_allclose([x.logprob for x in one.logprobs], [x.logprob for x in other.logprobs], atol=1e-4)
+
+
+@pytest.mark.parametrize("words", ["", "--to megatron", "--to megatron --target-format torch_dist"])
+def test_directories_are_read_whatever_their_format(tmp_path, words: str) -> None:
+    source, greedy = directory_of("llama", tmp_path), SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+    cut = "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 1" if words else ""
+    arguments = f"--load {source} --save {tmp_path / 'converted'} --quiet {words} {cut}"
+    assert convert(arguments.split()) == 0
+    want, got = (Generator(path).generate(prompts("llama", 9), greedy) for path in (source, tmp_path / "converted"))
+    assert [c.tokens for c in got] == [c.tokens for c in want]
