@@ -57,8 +57,8 @@ _POSITIVE = """
     rotary_seq_len_interpolation_factor rope_scaling_factor rope_low_freq_factor rope_high_freq_factor
     rope_original_max_position_embeddings yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow
     yarn_attention_factor softmax_scale embedding_multiplier tensor_model_parallel_size pipeline_model_parallel_size
-    context_parallel_size virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num log_interval
-    eval_interval initial_loss_scale min_loss_scale loss_scale_window hysteresis keep_checkpoint_max
+    context_parallel_size virtual_pipeline_model_parallel_size micro_batch_size global_batch_size micro_batch_num
+    log_interval eval_interval initial_loss_scale min_loss_scale loss_scale_window hysteresis keep_checkpoint_max
     distributed_timeout_minutes adam_eps ddp_bucket_size decoder_first_pipeline_num_layers
     decoder_last_pipeline_num_layers microbatch_group_size_per_vp_stage num_layers_per_virtual_pipeline_stage
 """

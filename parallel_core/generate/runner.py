@@ -25,7 +25,7 @@ class StageRunner:
 
     def __init__(self, model: GPTModel, context: ParallelContext, cache: KeyValueCache) -> None:
         self._model, self._pp, self.cache = model, context.pp, cache
-        self._learned = model.embedding is not None and model.embedding.position_embeddings is not None
+        self._learned = model.config.position_embedding_type == "learned_absolute"
 
     def run(self, tokens_BS: np.ndarray, rows: Sequence[int], firsts: Sequence[int], last_only: bool) -> Tensor | None:
         """Run new tokens of some sequences, and keep their keys and values.

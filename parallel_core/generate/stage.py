@@ -14,6 +14,7 @@ from parallel_core.generate.cache import KeyValueCache, Step
 from parallel_core.tensor_parallel.parameter import InitMethod
 from parallel_core.transformer import GPTModel
 from parallel_core.transformer.attention import CoreAttention
+from parallel_core.transformer.models import make_model
 from parallel_core.transformer.rope import RotaryEmbedding
 from parallel_core.transformer.stage import ModelStage
 
@@ -91,12 +92,12 @@ class CachedStage(ModelStage):
 
 
 def build_cached_model(stage: ModelStage, cache: KeyValueCache) -> GPTModel:
-    """Return the stage's part of a GPT model over `cache`."""
-    model = GPTModel(CachedStage.of(stage, cache))
-    if stage.config.is_rotary:
-        shared = CachedRotary(stage.config, cache)
-        for layer in model.decoder.layers:
-            layer.self_attention.rotary = shared
+    """Return the stage's part of the model that its configuration describes, over `cache`."""
+    model = make_model(CachedStage.of(stage, cache))
+    turning = [cell for _, cell in model.cells_and_names() if getattr(cell, "rotary", None) is not None]
+    shared = CachedRotary(stage.config, cache) if turning else None
+    for cell in turning:
+        cell.rotary = shared
     model.set_train(False)
     return model
 

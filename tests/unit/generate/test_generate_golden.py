@@ -12,12 +12,12 @@ from mindspore import Tensor
 
 from parallel_core.checkpoint import TensorShard, load_shards, open_checkpoint
 from parallel_core.config.model_keys import model_of_settings
+from parallel_core.convert.cli import main as convert
 from parallel_core.generate import engine
 from parallel_core.generate.generator import Generator
 from parallel_core.generate.requests import SamplingParams
 from parallel_core.layout.shard import shard_of
 from parallel_core.transformer import GPTModel, ModelStage
-from tools.convert_megatron.cli import main as convert
 
 MODELS = ["gpt2", "llama", "llama_allbias", "qwen3", "mistral_window16"]
 """Learned and rotary positions, tied and not, grouped queries, normed queries, a window."""
