@@ -16,7 +16,7 @@ from parallel_core.checkpoint.megatron.names import (
     registration_order,
     tensor_parallel_dim,
 )
-from parallel_core.checkpoint.megatron.placement import Collector, stages_of
+from parallel_core.checkpoint.megatron.placement import Collector, is_te_spec, stages_of
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.megatron.torch_optimizer import shared_embeddings
 from parallel_core.checkpoint.source import Piece, TensorInfo
@@ -59,7 +59,7 @@ class ChunkLayouts:
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter on one tensor parallel rank."""
         shape = list(self.infos[name].shape)
-        dim = tensor_parallel_dim(name)
+        dim = tensor_parallel_dim(name, is_te_spec(self._args))
         if dim is not None and dim >= len(shape):
             raise CheckpointError(f"{name} of shape {shape} has no dim {dim} to be cut along")
         if dim is not None:
@@ -73,8 +73,7 @@ class ChunkLayouts:
             names = {name for name in names if not name.startswith("embedding.")}
         if not self.stages.is_last(pp, chunk):
             names = {name for name in names if not name.startswith(("decoder.final_layernorm.", OUTPUT_LAYER))}
-        te_spec = self._args.get("transformer_impl") == "transformer_engine"
-        order = registration_order(names, self.stages.layers[pp][chunk], te_spec)
+        order = registration_order(names, self.stages.layers[pp][chunk], is_te_spec(self._args))
         sizes = []
         for name in order:
             if self.infos[name].dtype == dtype:
@@ -99,7 +98,7 @@ def read_buckets(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo],
     if not entries:
         return state
     layouts = ChunkLayouts(infos, args)
-    collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")))
+    collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")), is_te_spec(args))
     for match, tensor in entries:
         pp, tp = divmod(int(match[1]), layouts.tp_size)
         if pp >= layouts.stages.num_ranks or int(match[2]) >= layouts.stages.num_chunks:
@@ -157,7 +156,7 @@ def read_gathered(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo]
     if not keys:
         return state
     layouts = ChunkLayouts(infos, args)
-    collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")))
+    collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")), is_te_spec(args))
     for match, key in keys:
         pp, tp = divmod(int(match[1]), layouts.tp_size)
         content = Record(stored.object(key), f"{stored.path}: {key}", CheckpointError)

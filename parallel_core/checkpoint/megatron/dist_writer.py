@@ -10,7 +10,7 @@ from typing import Any
 
 from parallel_core.checkpoint.dtypes import storage_dtype
 from parallel_core.checkpoint.megatron.export import KINDS, Export
-from parallel_core.checkpoint.megatron.names import LAYER_PATTERN, layer_of, te_fused_name
+from parallel_core.checkpoint.megatron.names import LAYER_PATTERN, layer_of
 from parallel_core.checkpoint.megatron.pickle_emitter import (
     Call,
     GlobalName,
@@ -23,7 +23,6 @@ from parallel_core.checkpoint.safetensors_file import StreamTensor
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
-_EXTRA_STATE_MODULES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 Record = tuple[str, tuple[int, ...] | None, str, int, int]
 """(key, offset of the chunk or None for an object, file, position, length)."""
 
@@ -104,7 +103,7 @@ def _write(file: Path, data: bytes) -> None:
 def _place(export: Export, name: str, kind: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """Return the key a tensor is stored under, where its chunk starts, and the chunk's shape; layers are stacked."""
     shape = export.infos[name].shape
-    key, offset = te_fused_name(name), (0,) * len(shape)
+    key, offset = export.name_in_file(name, distributed=True), (0,) * len(shape)
     match = LAYER_PATTERN.fullmatch(key)
     if match:
         key, offset, shape = f"decoder.layers.{match[2]}", (int(match[1]), *offset), (1, *shape)
@@ -116,7 +115,7 @@ def _place(export: Export, name: str, kind: str) -> tuple[str, tuple[int, ...], 
 def _objects(export: Export) -> Iterator[tuple[str, Any]]:
     """Yield what Megatron insists on: an extra state per linear layer, and the common state of releases >= 0.19."""
     layers = export.args["num_layers"]
-    for module in _EXTRA_STATE_MODULES:
+    for module in export.linears:
         for layer in range(layers):
             yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}", None
     yield "common_state/shard_0_1", _common(export)

@@ -17,10 +17,14 @@ from parallel_core.checkpoint.megatron.names import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     canonical_name,
+    is_latent,
+    linear_modules,
     num_stacked_parts,
+    te_fused_name,
     tensor_parallel_dim,
 )
 from parallel_core.checkpoint.megatron.pickle_emitter import torch_dtype
+from parallel_core.checkpoint.megatron.placement import is_te_spec
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorInfo, TensorSource
 from parallel_core.config.megatron_model import megatron_arguments
@@ -87,6 +91,8 @@ class Export:
         infos: shape (with the target's vocabulary padding) and dtype of every parameter.
         has_optimizer: whether Adam's moments of all parameters are there and wanted.
         layouts: which parameters each model chunk has, and where in its flat buffers.
+        latent: whether it has multi-latent attention.
+        linears: the linear modules of its layers.
     """
 
     def __init__(self, source: TensorSource, target: Target, whole: bool = False) -> None:
@@ -134,6 +140,8 @@ class Export:
                 f"{source.path} holds weights of several dtypes ({', '.join(dtypes)}); Megatron has one"
             )
         self.layouts = ChunkLayouts(self.infos, self.args)
+        self.latent = is_latent(names)
+        self.linears = linear_modules(names)
         for name in names:  # every cut is tried before anything is written
             self.shard(name, self.tp - 1)
 
@@ -142,11 +150,16 @@ class Export:
         stored = stored or self.stored_name(name)
         info = self.infos[stored]
         dtype = "float32" if kind else info.dtype
-        dim = tensor_parallel_dim(name)
+        dim = tensor_parallel_dim(name, is_te_spec(self.args))
         if dim is None:
             return TensorShard.full(stored, info.shape, dtype)
         parts = num_stacked_parts(name, self.gated)
         return TensorShard.split(stored, info.shape, dtype, dim, tp, self.tp, parts)
+
+    def name_in_file(self, name: str, distributed: bool) -> str:
+        """Return what a parameter is called in a file of `torch`, or of `torch_dist` (`distributed`)."""
+        fused = is_te_spec(self.args) or (distributed and not self.latent)
+        return te_fused_name(name, self.latent) if fused else name
 
     def stored_name(self, name: str) -> str:
         """Return which parameter fills `name`: the last stage's copy of tied embeddings is the embeddings."""

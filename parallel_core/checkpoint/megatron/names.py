@@ -10,7 +10,7 @@ The canonical names are Megatron-core's with the local spec; older and Transform
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LAYER_PATTERN = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
@@ -18,6 +18,12 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 QKV = "self_attention.linear_qkv"
 FC1 = "mlp.linear_fc1"
+TO_LATENT = ("self_attention.linear_q_down_proj", "self_attention.linear_kv_down_proj")
+"""Projections of multi-latent attention to latents."""
+TO_HEADS = (
+    "self_attention.linear_q_proj", "self_attention.linear_q_up_proj", "self_attention.linear_kv_up_proj",
+)  # fmt: skip
+"""Projections of multi-latent attention to heads."""
 
 _IGNORED = re.compile(r"(.*\.)?(_extra_state(/.*)?|inv_freq|core_attention\..*)")
 _LEGACY_LAYER = {
@@ -44,13 +50,22 @@ _LEGACY_TOP = {
 _TE_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
 }
+_TE_LATENT_NORMS = {fused: plain for fused, plain in _TE_NORMS.items() if plain != "input_layernorm."}
 _LAYER_PARAMETERS = (
     "input_layernorm",
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
+    "self_attention.kv_layernorm",
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
@@ -66,6 +81,21 @@ _TE_LAYER_PARAMETERS = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_TE_LATENT_LAYER_PARAMETERS = (
+    "input_layernorm",
+    "self_attention.linear_proj",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.q_layernorm",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.kv_layernorm",
+    "self_attention.linear_kv_up_proj",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""The norms of latents are part of the projections to heads; that before attention stands alone."""
 MEGATRON_LAYER_NAMES = frozenset(f"{module}.{kind}" for module in _LAYER_PARAMETERS for kind in ("weight", "bias"))
 
 
@@ -129,20 +159,42 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def te_fused_name(name: str) -> str:
-    """Return the name `torch_dist` stores a parameter under: norms are named as parts of the linear after them."""
-    for fused, plain in _TE_NORMS.items():
+def te_fused_name(name: str, latent: bool = False) -> str:
+    """Return the name with norms named as parts of the linear after them, as TransformerEngine has them.
+
+    So does `torch_dist` for any specification, except with multi-latent attention.
+
+    Args:
+        name: canonical name.
+        latent: the model has multi-latent attention.
+    """
+    if not latent and ".self_attention." in name:
+        return name
+    for fused, plain in (_TE_LATENT_NORMS if latent else _TE_NORMS).items():
         name = name.replace(f".{plain}", f".{fused}")
     return name
 
 
-def tensor_parallel_dim(name: str) -> int | None:
-    """Return the dim a parameter is cut along under tensor parallelism; None when every rank has all of it."""
+def linear_modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the linear modules of a layer of the model that has `names`, in the order of registration."""
+    there = {name.rpartition(".")[0].partition("layers.")[2].partition(".")[2] for name in names}
+    return tuple(module for module in _LAYER_PARAMETERS if ".linear_" in module and module in there)
+
+
+def tensor_parallel_dim(name: str, te_spec: bool = False) -> int | None:
+    """Return the dim a parameter is cut along under tensor parallelism; None when every rank has all of it.
+
+    Args:
+        name: canonical name.
+        te_spec: TransformerEngine's specification, where projections to latents are whole on every rank.
+    """
     if name in (WORD_EMBEDDINGS, OUTPUT_LAYER):
         return 0
     module, _, kind = name.rpartition(".")
-    if module.endswith((f".{QKV}", f".{FC1}")):
+    if module.endswith((f".{QKV}", f".{FC1}", *(f".{to_heads}" for to_heads in TO_HEADS))):
         return 0
+    if module.endswith(tuple(f".{to_latent}" for to_latent in TO_LATENT)):
+        return None if te_spec else 0
     if kind == "weight" and module.endswith((".self_attention.linear_proj", ".mlp.linear_fc2")):
         return 1
     return None
@@ -151,6 +203,11 @@ def tensor_parallel_dim(name: str) -> int | None:
 def num_stacked_parts(name: str, gated: bool) -> int:
     """Return 2 for a gated fc1, whose gates and ups are cut separately; 1 for everything else."""
     return 2 if gated and f".{FC1}." in name else 1
+
+
+def is_latent(names: Iterable[str]) -> bool:
+    """Tell whether a model of these parameters has multi-latent attention."""
+    return any(f".{TO_LATENT[1]}." in name for name in names)
 
 
 def registration_order(names: set[str], layers: range, te_spec: bool = False) -> list[str]:
@@ -162,7 +219,9 @@ def registration_order(names: set[str], layers: range, te_spec: bool = False) ->
         te_spec: whether the norms sit inside the linear layers (TransformerEngine).
     """
     order = [WORD_EMBEDDINGS, "embedding.position_embeddings.weight"]
-    modules = _TE_LAYER_PARAMETERS if te_spec else _LAYER_PARAMETERS
+    modules: tuple[str, ...] = _LAYER_PARAMETERS
+    if te_spec:
+        modules = _TE_LATENT_LAYER_PARAMETERS if is_latent(names) else _TE_LAYER_PARAMETERS
     for layer in layers:
         order += [f"decoder.layers.{layer}.{m}.{kind}" for m in modules for kind in ("weight", "bias")]
     order += ["decoder.final_layernorm.weight", "decoder.final_layernorm.bias", OUTPUT_LAYER]

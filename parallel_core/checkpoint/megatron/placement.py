@@ -29,6 +29,11 @@ class _Split:
     standalone_embedding_stage: bool
 
 
+def is_te_spec(args: Mapping[str, Any]) -> bool:
+    """Tell whether a Megatron run of these arguments has TransformerEngine's modules."""
+    return args.get("transformer_impl") == "transformer_engine"
+
+
 def stages_of(args: Mapping[str, Any]) -> StageLayout:
     """Return the layers of every pipeline stage of a Megatron run.
 
@@ -88,15 +93,16 @@ class Chunk:
 class Collector:
     """Takes each rank's part of each parameter and knows where in the global tensor it belongs."""
 
-    def __init__(self, where: str, tp_size: int, gated: bool) -> None:
+    def __init__(self, where: str, tp_size: int, gated: bool, te_spec: bool = False) -> None:
         """Start empty.
 
         Args:
             where: the checkpoint, for messages.
             tp_size: number of tensor parallel ranks that will contribute.
             gated: whether fc1 holds [gate ; up] per rank.
+            te_spec: whether TransformerEngine's specification wrote it.
         """
-        self._where, self._tp_size, self._gated = where, tp_size, gated
+        self._where, self._tp_size, self._gated, self._te_spec = where, tp_size, gated, te_spec
         self._tensors: dict[str, tuple[TensorInfo, list[Piece]]] = {}
 
     def add(self, key: str, tp: int, array: Any, row_blocks: list[tuple[int, int, int]] | None = None) -> None:
@@ -113,7 +119,7 @@ class Collector:
         info, pieces = self._tensors.setdefault(key, (TensorInfo(shard.global_shape, array.dtype), []))
         if info != TensorInfo(shard.global_shape, array.dtype):
             raise CheckpointError(f"{self._where}: tensor parallel ranks disagree about {key}: {info} and {shard}")
-        if tensor_parallel_dim(key.partition("@")[0]) is None and tp != 0:
+        if tensor_parallel_dim(key.partition("@")[0], self._te_spec) is None and tp != 0:
             return
         if row_blocks:
             pieces += _permuted_rows(shard, array, row_blocks)
@@ -135,7 +141,7 @@ class Collector:
         """
         shard = self.shard(key, local_shape, array.dtype, tp)
         _, pieces = self._tensors.setdefault(key, (TensorInfo(shard.global_shape, array.dtype), []))
-        if tensor_parallel_dim(key.partition("@")[0]) is None and tp != 0:
+        if tensor_parallel_dim(key.partition("@")[0], self._te_spec) is None and tp != 0:
             return
         count = array.shape[0] - start
         for box in shard.flat_range(first, first + count).boxes:
@@ -146,7 +152,7 @@ class Collector:
     def shard(self, key: str, local_shape: tuple[int, ...], dtype: str, tp: int) -> TensorShard:
         """Return where a rank's local array of `key` belongs."""
         name = key.partition("@")[0]
-        dim = tensor_parallel_dim(name)
+        dim = tensor_parallel_dim(name, self._te_spec)
         if dim is None or self._tp_size == 1:
             return TensorShard.full(name, local_shape, dtype)
         if dim >= len(local_shape):

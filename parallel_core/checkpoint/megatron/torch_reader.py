@@ -24,7 +24,7 @@ from parallel_core.checkpoint.megatron.names import (
     is_ignored,
     layer_of,
 )
-from parallel_core.checkpoint.megatron.placement import Chunk, Collector, old_qkv_rows
+from parallel_core.checkpoint.megatron.placement import Chunk, Collector, is_te_spec, old_qkv_rows
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
 from parallel_core.checkpoint.megatron.torch_optimizer import OptimizerState, read_optimizer
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
@@ -59,7 +59,7 @@ class MegatronTorchCheckpoint(PieceSource):
         gated = bool(args.get("swiglu"))
         tied = not args.get("untie_embeddings_and_output_weights")
         tp_size = 1 + max(tp for tp, _ in states)
-        collector = Collector(str(path), tp_size, gated)
+        collector = Collector(str(path), tp_size, gated, is_te_spec(args))
         facts = Record(first, str(_model_file(rank_dir(path, 0, 0))), CheckpointError)
         version = float(facts.number("checkpoint_version", 0, minimum=0))
         for chunk in chunks:

@@ -12,12 +12,10 @@ import numpy as np
 
 from parallel_core.checkpoint.megatron.export import KINDS, Export
 from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout
-from parallel_core.checkpoint.megatron.names import layer_of, te_fused_name, with_layer_offset
+from parallel_core.checkpoint.megatron.names import layer_of, with_layer_offset
 from parallel_core.checkpoint.megatron.pickle_emitter import torch_dtype, write_torch_zip
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.layout.shard import has_weight_decay
-
-_EXTRA_STATE_MODULES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def rank_dir_name(tp: int, pp: int, num_stages: int) -> str:
@@ -92,20 +90,21 @@ def _model_state(
     for name in _chunk_names(export, pp, chunk):
         layer = layer_of(name)
         if previous is not None and layer != previous:
-            _add_extra_state(state, previous - first, te_spec)
+            _add_extra_state(state, previous - first, export.linears, te_spec)
         previous = layer
         local = with_layer_offset(name, -first)
-        state[te_fused_name(local) if te_spec else local] = _tracked(export.tensor(name, tp), progress)
+        state[export.name_in_file(local, distributed=False)] = _tracked(export.tensor(name, tp), progress)
     if previous is not None:
-        _add_extra_state(state, previous - first, te_spec)
+        _add_extra_state(state, previous - first, export.linears, te_spec)
     if export.layouts.stages.is_last(pp, chunk):
         state["output_layer._extra_state"] = None
     return state
 
 
-def _add_extra_state(state: OrderedDict[str, StreamTensor | None], layer: int, te_spec: bool) -> None:
-    modules = (*_EXTRA_STATE_MODULES, "self_attention.core_attention") if te_spec else _EXTRA_STATE_MODULES
-    for module in modules:
+def _add_extra_state(
+    state: OrderedDict[str, StreamTensor | None], layer: int, linears: tuple[str, ...], te_spec: bool
+) -> None:
+    for module in (*linears, "self_attention.core_attention") if te_spec else linears:
         state[f"decoder.layers.{layer}.{module}._extra_state"] = None
 
 
