@@ -7,6 +7,7 @@ from parallel_core.data.tokenizer.factory import TOKENIZER_TYPES, TokenizerSpec,
 from parallel_core.data.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from parallel_core.data.tokenizer.huggingface import HuggingFaceTokenizer
 from parallel_core.data.tokenizer.null import NullTokenizer
+from parallel_core.data.tokenizer.pangu import PanguTokenizer
 from parallel_core.data.tokenizer.sentencepiece import (
     GPTSentencePieceTokenizer,
     Llama2Tokenizer,
@@ -21,6 +22,7 @@ __all__ = [
     "Llama2Tokenizer",
     "MegatronTokenizer",
     "NullTokenizer",
+    "PanguTokenizer",
     "SentencePieceTokenizer",
     "TokenizerSpec",
     "build_tokenizer",

@@ -9,6 +9,7 @@ from parallel_core.data.tokenizer.base import MegatronTokenizer
 from parallel_core.data.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from parallel_core.data.tokenizer.huggingface import HuggingFaceTokenizer
 from parallel_core.data.tokenizer.null import NullTokenizer
+from parallel_core.data.tokenizer.pangu import PanguTokenizer
 from parallel_core.data.tokenizer.sentencepiece import (
     GPTSentencePieceTokenizer,
     Llama2Tokenizer,
@@ -23,6 +24,7 @@ TOKENIZER_TYPES: dict[str, tuple[str, ...]] = {
     "Llama2Tokenizer": ("tokenizer_model",),
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
     "HuggingFaceTokenizer": ("tokenizer_model",),
+    "PanguTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
 }
 
@@ -122,6 +124,8 @@ def build_tokenizer(
         return NullTokenizer(int(vocab_size or 0), legacy_tokenizer)
     if tokenizer_type == "GPT2BPETokenizer":
         return GPT2BPETokenizer(str(vocab_file), str(merge_file), legacy_tokenizer)
+    if tokenizer_type == "PanguTokenizer":
+        return PanguTokenizer(str(tokenizer_model))
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(
             str(tokenizer_model), bool(tokenizer_hf_include_special_tokens), legacy_tokenizer
@@ -146,6 +150,8 @@ def _check_options(tokenizer_type: str, vocab_extra_ids: int, legacy: bool, incl
         raise ConfigError(
             f"tokenizer_hf_include_special_tokens is for HuggingFaceTokenizer, not for {tokenizer_type}; leave it out."
         )
+    if legacy and tokenizer_type == "PanguTokenizer":
+        raise ConfigError("legacy_tokenizer asks for Megatron's class, which has no PanguTokenizer; leave it out")
     if include is False and legacy and tokenizer_type == "HuggingFaceTokenizer":
         raise ConfigError(
             "legacy_tokenizer asks for the class that always includes special tokens, and "

@@ -33,7 +33,7 @@ def _load_model(model_file: str) -> sentencepiece.SentencePieceProcessor:
     return model
 
 
-class _SentencePieceBase(MegatronTokenizer):
+class SentencePieceModel(MegatronTokenizer):
     """A loaded model, picklable so that worker processes can have a copy."""
 
     def __init__(self, class_name: str, model_file: str, vocab_extra_ids: int) -> None:
@@ -58,7 +58,7 @@ class _SentencePieceBase(MegatronTokenizer):
         return self._model.id_to_piece(piece_id) if 0 <= piece_id < self._model.get_piece_size() else default
 
 
-class SentencePieceTokenizer(_SentencePieceBase):
+class SentencePieceTokenizer(SentencePieceModel):
     """A SentencePiece model plus the special tokens Megatron's legacy class appends when it has no piece of that name.
 
     Ids after the model's own go, in this order, to those of `<CLS> <SEP> <EOD> <MASK>`, the pad, begin and end pieces
@@ -127,7 +127,7 @@ class SentencePieceTokenizer(_SentencePieceBase):
         return "".join(pieces) + super().detokenize(plain)
 
 
-class GPTSentencePieceTokenizer(_SentencePieceBase):
+class GPTSentencePieceTokenizer(SentencePieceModel):
     """A SentencePiece model as it is; documents end with the model's own end-of-sentence id.
 
     This is what Megatron-core's tokenizer library makes of every SentencePiece type, and the legacy class of this name.
