@@ -195,6 +195,8 @@ def is_checkpoint_dir(path: Path) -> bool:
         or (path / "metadata.json").exists()
         or is_hugging_face(path)
         or any(path.glob("*.safetensors"))
+        or any(path.glob("*.ckpt"))
+        or any(path.glob("rank_*/*.ckpt"))
     )
 
 

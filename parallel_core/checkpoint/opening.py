@@ -9,6 +9,7 @@ from parallel_core.checkpoint.huggingface import HuggingFaceCheckpoint, is_huggi
 from parallel_core.checkpoint.layout_files import os_errors_named
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
+from parallel_core.checkpoint.mindspore import PanguCheckpoint, is_pangu
 from parallel_core.checkpoint.native import NativeCheckpoint, is_native
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
@@ -37,4 +38,6 @@ def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
         return MegatronTorchCheckpoint(path, allow_inert)
     if is_hugging_face(path):
         return HuggingFaceCheckpoint(path)
+    if is_pangu(path):
+        return PanguCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")

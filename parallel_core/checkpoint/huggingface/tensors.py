@@ -10,6 +10,7 @@ from parallel_core.config.schema import TransformerConfig
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
+QUERIES = "decoder.query_embedding.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm"
 
@@ -93,13 +94,22 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     norms = {"input_layernorm": H, "pre_mlp_layernorm": H}
     if model.qk_layernorm:
         norms.update({"self_attention.q_layernorm": D, "self_attention.k_layernorm": D})
+    asking = {
+        "self_attention.linear_q": (N * D, H, model.qkv_has_bias),
+        "self_attention.linear_kv": (2 * G * D, H, model.qkv_has_bias),
+    }
     for i in range(model.num_layers):
-        layer = f"decoder.layers.{i}"
-        for module, (rows, columns, has_bias) in linears.items():
+        layer, blocks = f"decoder.layers.{i}", dict(linears)
+        if i == model.num_layers - 1 and model.top_query_layer != "none":
+            del blocks["self_attention.linear_qkv"]
+            blocks = {**asking, **blocks}
+        for module, (rows, columns, has_bias) in blocks.items():
             shapes[f"{layer}.{module}.weight"] = (rows, columns)
             if has_bias:
                 shapes[f"{layer}.{module}.bias"] = (rows,)
         shapes.update({f"{layer}.{name}.{kind}": (size,) for name, size in norms.items() for kind in norm})
+    if model.top_query_layer != "none":
+        shapes[QUERIES] = (model.max_position_embeddings, H)
     shapes.update({f"{FINAL_NORM}.{kind}": (H,) for kind in norm})
     if model.untie_embeddings_and_output_weights:
         shapes[OUTPUT] = (V, H)

@@ -1,0 +1,7 @@
+"""Checkpoints that MindSpore's static-graph systems wrote: `.ckpt` files, whole or in slices with a strategy file."""
+
+from __future__ import annotations
+
+from parallel_core.checkpoint.mindspore.pangu import PanguCheckpoint, is_pangu
+
+__all__ = ["PanguCheckpoint", "is_pangu"]

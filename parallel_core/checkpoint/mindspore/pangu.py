@@ -1,0 +1,314 @@
+"""PanGu-alpha checkpoints as MindSpore's systems wrote them: published slices, merged files, pipeline slices.
+
+A directory holds one `.ckpt` file with the whole model, or one for every rank (`NAME_R.ckpt`, as the published
+`filerted_0.ckpt` to `filerted_511.ckpt` are called, or `rank_R/NAME.ckpt`) beside a strategy file, and may hold the
+three tables as `word_embedding.npy`, `position_embedding.npy` and `top_query_embedding.npy`, which then stand over
+those in the files. What is no weight (optimizer state, counters, key and value caches) is left out.
+
+`pangu.json` may say what the files do not: `num_attention_heads`, `hidden_act`, `top_query_layer`, `layernorm_epsilon`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel_core.checkpoint.huggingface.tensors import FINAL_NORM, POSITIONS, QUERIES, WORD_EMBEDDINGS, our_shapes
+from parallel_core.checkpoint.layout_files import os_errors_named
+from parallel_core.checkpoint.mindspore.files import read_ckpt, read_strategy
+from parallel_core.checkpoint.mindspore.slices import Files, Whole, whole_parameters
+from parallel_core.checkpoint.source import Blob, Piece, PieceSource, TensorInfo
+from parallel_core.config.model_keys import model_settings
+from parallel_core.config.schema import TransformerConfig
+from parallel_core.errors import CheckpointError, ConfigError, bullet_list
+from parallel_core.layout.shard import intersect
+from parallel_core.records import parse_json, show
+
+SETTINGS_NAME = "pangu.json"
+_TABLES = {
+    WORD_EMBEDDINGS: ("word_embedding.embedding_table", "word_embedding_table"),
+    POSITIONS: ("position_embedding.embedding_table", "position_embedding_table"),
+    QUERIES: ("top_query_embedding.embedding_table", "query_embedding_table", "top_query_embedding_table"),
+}  # fmt: skip
+_NPY = {
+    "word_embedding.npy": WORD_EMBEDDINGS, "position_embedding.npy": POSITIONS, "top_query_embedding.npy": QUERIES,
+}  # fmt: skip
+_LAYER = re.compile(r"(?:blocks\.(\d+)|top_query_layer)\.(.+)")
+_OLDER = {"mapping_weight": "weight", "mapping_bias": "bias"}
+_NO_WEIGHT = re.compile(
+    r"(adam_[mv]\.|accu_grads\.|moments\.|.*\.?(key_past|value_past)$|(global_step|epoch_num|step_num|loss_scale|"
+    r"current_iterator_step|last_overflow_iterator_step|scale_sense|learning_rate)$)"
+)
+_EXPERTS = re.compile(r"output\.(ffn|router)\.")
+_MODULES = {
+    "layernorm1": "input_layernorm", "layernorm2": "pre_mlp_layernorm", "attention.projection":
+    "self_attention.linear_proj", "output.mapping": "mlp.linear_fc1", "output.projection": "mlp.linear_fc2",
+}  # fmt: skip
+_DENSE = {"self_attention.linear_q": (1,), "self_attention.linear_kv": (2, 3), "self_attention.linear_qkv": (1, 2, 3)}
+"""Which of dense1 (queries), dense2 (keys) and dense3 (values) a module has, head by head."""
+_TURNED = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+"""Modules whose matrices are stored [in, out]."""
+_HEADS = {1024: 16, 2560: 32, 5120: 40, 16384: 128}
+"""Heads of the published sizes, by hidden size (the 1.3B preset that has 1024 and 32 heads is said in pangu.json)."""
+_KINDS = {"gamma": "weight", "beta": "bias"}
+
+
+def is_pangu(path: Path) -> bool:
+    """Tell whether a directory holds MindSpore `.ckpt` files, whole or of ranks, and no other format's description."""
+    return path.is_dir() and bool(_rank_files(path))
+
+
+class PanguCheckpoint(PieceSource):
+    """A PanGu-alpha model as global tensors; iteration 0, no optimizer state."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read where the tensors are.
+
+        Raises:
+            CheckpointError: a file is damaged, a slice or a table is missing, or a tensor has no known place.
+        """
+        path = Path(path)
+        with os_errors_named(path):
+            found = _named(path, whole_parameters(*_stored(path), str(path)))
+        model = _model(path, found)
+        shapes = our_shapes(model)
+        _refuse_unknown(path, found, {s[0] for name, shape in shapes.items() for s in _sources(name, shape, model)})
+        tensors = {name: _placed(path, name, shape, model, found) for name, shape in shapes.items()}
+        common = {
+            "iteration": 0,
+            "consumed_train_samples": 0,
+            "consumed_valid_samples": 0,
+            "model_config": {**model_settings(model), "vocab_size": model.vocab_size},
+        }
+        super().__init__(path, "pangu-alpha", tensors, common)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def _rank_files(path: Path) -> dict[int, Path]:
+    """Return the files of the ranks; a file that is alone is rank 0's.
+
+    Raises:
+        CheckpointError: two files are the same rank's.
+    """
+    files = [file for file in sorted(path.glob("*.ckpt")) if "strategy" not in file.name]
+    files += sorted(path.glob("rank_*/*.ckpt"))
+    if len(files) == 1:
+        return {0: files[0]}
+    found: dict[int, Path] = {}
+    for file in files:
+        number = re.fullmatch(r"rank_(\d+)", file.parent.name) or re.search(r"(\d+)\.ckpt$", file.name)
+        if number is None or len(number[1]) > 6:
+            raise CheckpointError(f"{file}: whose slice is it? Name it NAME_RANK.ckpt, or put it into rank_RANK/")
+        rank = int(number[1])
+        if rank in found:
+            raise CheckpointError(f"{found[rank]} and {file} are both rank {rank}'s; leave one")
+        found[rank] = file
+    return found
+
+
+def _stored(path: Path) -> tuple[Files, dict[str, Any]]:
+    files = {rank: read_ckpt(file) for rank, file in _rank_files(path).items()}
+    strategies = [file for file in sorted(path.glob("*.ckpt")) if "strategy" in file.name]
+    if len(strategies) > 1:
+        raise CheckpointError(f"{path} holds {len(strategies)} strategy files; leave the one of these slices")
+    if len(files) > 1 and not strategies:
+        raise CheckpointError(f"{path} holds slices of {len(files)} ranks and no strategy.ckpt, which says their cuts")
+    strategy = read_strategy(strategies[0]) if strategies and len(files) > 1 else {}
+    return files, strategy
+
+
+def _named(path: Path, stored: Mapping[str, Whole]) -> dict[str, Whole]:
+    """Return the parameters by one spelling: `LAYER.MODULE.KIND`, and our names for the tables and the final norm."""
+    found: dict[str, Whole] = {}
+    strange: list[str] = []
+    last = -1
+    for full, whole in stored.items():
+        name = full.removeprefix("backbone.")
+        if _NO_WEIGHT.match(full) or _NO_WEIGHT.match(name):
+            continue
+        for ours, spellings in _TABLES.items():
+            if name in spellings or name.removeprefix("embedding.") in spellings:
+                name = ours
+        match = _LAYER.fullmatch(name)
+        if match is not None:
+            last = max(last, int(match[1] or -1))
+            if _EXPERTS.match(match[2]):
+                raise CheckpointError(f"{path}: {show(full)} belongs to experts; PanGu-alpha with experts is not read")
+            head, _, tail = match[2].rpartition(".")
+            name = f"{'top' if match[1] is None else int(match[1])}.{head}.{_OLDER.get(tail, tail)}"
+        elif name in ("layernorm.gamma", "layernorm.beta"):
+            name = f"{FINAL_NORM}.{_KINDS[name.rpartition('.')[2]]}"
+        elif name not in _TABLES:
+            strange.append(full)
+            continue
+        if name in found:
+            raise CheckpointError(f"{path}: {show(full)} is stored twice, under two spellings")
+        found[name] = whole
+    _refuse_unknown(path, strange)
+    # The first implementation calls the query layer a block like the others.
+    top = last + 1 if any(name.startswith("top.") for name in found) else last
+    named = {re.sub(r"^top\.", f"{top}.", name): whole for name, whole in found.items()}
+    for file, ours in _NPY.items():
+        if (path / file).exists():
+            named[ours] = _table(path / file)
+    return named
+
+
+def _refuse_unknown(path: Path, names: Iterable[str], known: Set[str] = frozenset()) -> None:
+    strange = [show(_spelled(name)) for name in names if name not in known]
+    if strange:
+        raise CheckpointError(f"{path}: {len(strange)} tensors of no known place:\n{bullet_list(strange, 20)}")
+
+
+def _table(file: Path) -> Whole:
+    """Return a `.npy` table, unread.
+
+    Raises:
+        CheckpointError: it is no table of numbers.
+    """
+    try:
+        with file.open("rb") as handle:
+            version = np.lib.format.read_magic(handle)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(handle)
+            offset = handle.tell()
+    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise CheckpointError(f"{file} is no NumPy file: {str(error)[:200]}") from None
+    if fortran or len(shape) != 2 or dtype.str not in ("<f4", "<f2"):
+        raise CheckpointError(f"{file} holds {dtype.str} of shape {list(shape)}; a table of float32 or float16 is read")
+    tag = {"<f4": "float32", "<f2": "float16"}[dtype.str]
+    return Whole(shape, tag, (Piece((0, 0), shape, Blob.contiguous(file, offset, tag, shape)),))
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+def _model(path: Path, found: Mapping[str, Whole]) -> TransformerConfig:
+    for ours in (*_TABLES, f"{FINAL_NORM}.weight", f"{FINAL_NORM}.bias"):
+        if ours not in found:
+            spelled = _TABLES.get(ours, (ours,))[0]
+            file = next((npy for npy, name in _NPY.items() if name == ours), "")
+            raise CheckpointError(f"{path}: {spelled} is in no file{f', nor is {file} there' if file else ''}")
+    numbers = {int(name.partition(".")[0]) for name in found if name[0].isdigit()}
+    num_layers = max(numbers, default=-1) + 1
+    missing = sorted(set(range(num_layers)) - numbers)
+    if missing or not numbers:
+        raise CheckpointError(f"{path}: layers {missing or 'of any number'} are in no file")
+    told = _settings(path / SETTINGS_NAME)
+    vocab, hidden = found[WORD_EMBEDDINGS].shape
+    mapping = found.get("0.output.mapping.weight")
+    if mapping is None or len(mapping.shape) != 2:
+        raise CheckpointError(f"{path}: blocks.0.output.mapping.weight is in no file")
+    heads = told.pop("num_attention_heads", _HEADS.get(hidden))
+    if heads is None:
+        raise CheckpointError(
+            f"{path}: of hidden size {hidden} the files do not say how many heads there are; write "
+            f'{{"num_attention_heads": N}} into {path / SETTINGS_NAME}'
+        )
+    positions = found[POSITIONS].shape[0]
+    try:
+        return TransformerConfig(
+            num_layers=num_layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            vocab_size=vocab,
+            seq_length=positions,
+            max_position_embeddings=positions,
+            ffn_hidden_size=mapping.shape[1],
+            **{"hidden_act": "fast_gelu", "top_query_layer": "norm_before", **told},
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+_TOLD: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("fast_gelu", "gelu_tanh", "gelu"),
+    "top_query_layer": ("norm_before", "norm_after"),
+}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    told = parse_json(file.read_bytes()[: 1 << 20], str(file), CheckpointError)
+    wrong = None
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    settings: dict[str, Any] = {}
+    for key, value in told.items():
+        heads = key == "num_attention_heads" and type(value) is int and 0 < value < 1 << 20
+        if heads or (key in _TOLD and value in _TOLD[key]):
+            settings[key] = value
+        elif key == "layernorm_epsilon" and type(value) in (int, float) and 0 < value < 1:
+            settings["norm_epsilon"] = float(value)
+        else:
+            wrong = f"{show(key)}: {show(json.dumps(value))[:100]}"
+    if wrong:
+        known = ", ".join(f"{key} ({', '.join(values)})" for key, values in _TOLD.items())
+        raise CheckpointError(f"{file} has {wrong}; it may hold {known}, num_attention_heads, layernorm_epsilon")
+    return settings
+
+
+def _placed(
+    path: Path, name: str, shape: tuple[int, ...], model: TransformerConfig, found: Mapping[str, Whole]
+) -> tuple[TensorInfo, list[Piece]]:
+    """Return one of our tensors as pieces of theirs."""
+    pieces: list[Piece] = []
+    dtypes: set[str] = set()
+    for theirs, ours_row, their_row, rows, turned in _sources(name, shape, model):
+        whole = found.get(theirs)
+        if whole is None:
+            raise CheckpointError(f"{path}: {_spelled(theirs)} is in no file")
+        needed = theirs_shape(theirs, shape, model, turned)
+        if whole.shape != needed:
+            raise CheckpointError(f"{path}: {_spelled(theirs)} has shape {list(whole.shape)} instead of {list(needed)}")
+        dtypes.add(whole.dtype)
+        for piece in whole.pieces:
+            start, extent = (piece.start[::-1], piece.shape[::-1]) if turned else (piece.start, piece.shape)
+            wanted = [(their_row, their_row + rows), *((0, n) for n in shape[1:])]
+            common = intersect(wanted, [(a, a + n) for a, n in zip(start, extent)])
+            if common is None:
+                continue
+            blob: Any = piece.blob
+            if turned:
+                blob = blob.transposed()
+            inside = tuple((a - s, b - s) for (a, b), s in zip(common, start))
+            at = (common[0][0] - their_row + ours_row, *(a for a, _ in common[1:]))
+            pieces.append(Piece(at, tuple(b - a for a, b in common), blob.crop(inside)))
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{path}: the parts of {name} are of types {', '.join(sorted(dtypes))}")
+    return TensorInfo(shape, dtypes.pop()), pieces
+
+
+def theirs_shape(theirs: str, shape: tuple[int, ...], model: TransformerConfig, turned: bool) -> tuple[int, ...]:
+    """Return the shape that one of their tensors must have."""
+    if re.search(r"\.attention\.dense[123]\.", theirs):
+        shape = (model.hidden_size, *shape[1:])
+    return shape[::-1] if turned else shape
+
+
+def _sources(name: str, shape: tuple[int, ...], model: TransformerConfig) -> list[tuple[str, int, int, int, bool]]:
+    """Return (their tensor, first row here, first row there, rows, whether it is stored [in, out]) of a tensor."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        return [(name, 0, 0, shape[0], False)]
+    number, module, kind = match.groups()
+    D, N = model.kv_channels, model.num_attention_heads
+    if module in _DENSE:
+        which = _DENSE[module]
+        return [
+            (f"{number}.attention.dense{j}.{kind}", (head * len(which) + i) * D, head * D, D, False)
+            for head in range(N)
+            for i, j in enumerate(which)
+        ]
+    theirs = next(old for old, new in _MODULES.items() if new == module)
+    if module.endswith("layernorm"):
+        kind = {"weight": "gamma", "bias": "beta"}[kind]
+    return [(f"{number}.{theirs}.{kind}", 0, 0, shape[0], module in _TURNED and len(shape) == 2)]
+
+
+def _spelled(theirs: str) -> str:
+    return f"backbone.blocks.{theirs}" if theirs[0].isdigit() else theirs

@@ -1,0 +1,343 @@
+"""PanGu-alpha's own checkpoints, written with MindSpore's protobuf classes: whole, in slices, in older spellings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindspore.train.checkpoint_pb2 import Checkpoint
+from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
+from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
+from parallel_core.convert.cli import main
+from parallel_core.errors import CheckpointError
+from tests.unit.transformer.test_pangu_alpha import det, golden_values
+
+H, LAYERS, S, V, F = 8, 3, 6, 11, 32
+TABLES = {
+    "embedding.word_embedding.embedding_table": det("word", (V, H), 0.3),
+    "embedding.position_embedding.embedding_table": det("pos", (S, H), 0.2),
+    "top_query_embedding.embedding_table": det("query", (S, H), 0.25),
+}
+
+
+def published() -> dict[str, np.ndarray]:
+    """Return the golden model's weights under the names and in the orientation of MindSpore's checkpoints."""
+    p = {"layernorm.gamma": 1 + det("g", (H,), 0.1), "layernorm.beta": det("b", (H,), 0.1), **TABLES}
+    for layer in ("blocks.0", "blocks.1", "top_query_layer"):
+        pre = f"backbone.{layer}"
+        for n in "12":
+            p[f"{layer}.layernorm{n}.gamma"] = 1 + det(f"{pre}{n}g", (H,), 0.1)
+            p[f"{layer}.layernorm{n}.beta"] = det(f"{pre}{n}b", (H,), 0.1)
+        for d in ("dense1", "dense2", "dense3", "projection"):
+            p[f"{layer}.attention.{d}.weight"] = det(pre + d, (H, H), 0.3)
+            p[f"{layer}.attention.{d}.bias"] = det(f"{pre}{d}b", (H,), 0.05)
+        p[f"{layer}.output.mapping.weight"] = det(f"{pre}m", (H, F), 0.3)
+        p[f"{layer}.output.mapping.bias"] = det(f"{pre}mb", (F,), 0.05)
+        p[f"{layer}.output.projection.weight"] = det(f"{pre}p", (F, H), 0.3)
+        p[f"{layer}.output.projection.bias"] = det(f"{pre}pb", (H,), 0.05)
+    return {f"backbone.{name}": value.astype(np.float32) for name, value in p.items()}
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], parts: int = 1, checksum: bool = False) -> None:
+    """Write a `.ckpt` as MindSpore does; tensors in several parts as it writes those above 512 MiB."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    message = Checkpoint()
+    for name, array in tensors.items():
+        for part in np.array_split(array.reshape(-1), parts):
+            value = message.value.add()
+            value.tag = name
+            value.tensor.dims.extend(array.shape)
+            value.tensor.tensor_type = {"float32": "Float32", "float16": "Float16", "int32": "Int32"}[array.dtype.name]
+            value.tensor.tensor_content = part.tobytes()
+    data = message.SerializeToString()
+    if checksum:
+        data += b"crc_num" + zlib.crc32(data).to_bytes(10, "big")
+    path.write_bytes(data)
+
+
+def settings(folder: Path, **more: object) -> None:
+    (folder / "pangu.json").write_text(json.dumps({"num_attention_heads": 2, **more}))
+
+
+def assert_golden(folder: Path) -> None:
+    source = open_checkpoint(find_checkpoint(folder))
+    values = golden_values()
+    assert sorted(source.keys()) == sorted(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(read_tensor(source, name), value.astype(np.float32), err_msg=name)
+    model = source.common["model_config"]
+    assert (model["num_layers"], model["hidden_size"], model["hidden_act"]) == (LAYERS, H, "fast_gelu")
+
+
+# ---- whole files ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("parts", "checksum"), [(1, False), (3, True)])
+def test_a_merged_file_is_the_model(parts, checksum, tmp_path):
+    extra = {
+        "adam_m.backbone.layernorm.gamma": np.zeros(H, np.float32), "global_step": np.array([7], np.int32),
+        "backbone.blocks.0.attention.key_past": np.zeros((1, 2, 4, 6), np.float16),
+    }  # fmt: skip
+    write(tmp_path / "pangu.ckpt", {**published(), **extra}, parts, checksum)
+    settings(tmp_path)
+    assert_golden(tmp_path)
+
+
+def test_tables_may_come_as_npy_files_and_stand_over_those_in_the_file(tmp_path):
+    weights = published()
+    kept = {name: value for name, value in weights.items() if name.removeprefix("backbone.") not in TABLES}
+    write(tmp_path / "pangu.ckpt", {**kept, "backbone.word_embedding_table": np.zeros((V, H), np.float32)})
+    for name in TABLES:
+        np.save(tmp_path / f"{name.split('.')[-2]}.npy", weights[f"backbone.{name}"])
+    settings(tmp_path)
+    assert_golden(tmp_path)
+    (tmp_path / "position_embedding.npy").unlink()
+    with pytest.raises(CheckpointError, match=r"is in no file, nor is position_embedding.npy"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_first_implementations_names_are_read(tmp_path):
+    """It calls the query layer a block like the others and matrices `mapping_weight`."""
+    renamed = {}
+    for name, value in published().items():
+        name = name.replace("top_query_layer", f"blocks.{LAYERS - 1}")
+        for module in (".projection.", ".mapping."):
+            name = name.replace(f"{module}weight", f"{module}mapping_weight").replace(
+                f"{module}bias", f"{module}mapping_bias"
+            )
+        renamed[name] = value
+    assert any("mapping_weight" in name for name in renamed)
+    write(tmp_path / "pangu.ckpt", renamed)
+    settings(tmp_path)
+    assert_golden(tmp_path)
+
+
+# ---- slices ---------------------------------------------------------------------------------------------------------
+def cut(
+    weights: dict[str, np.ndarray], stages: int, dp: int, mp: int, shard: int
+) -> tuple[list[dict[str, np.ndarray]], ParallelStrategyMap]:
+    """Cut a model as a static-graph run of stages x dp x mp ranks with optimizer shards over dp does.
+
+    Args:
+        weights: whole tensors.
+        stages: pipeline stages.
+        dp: data parallel ranks.
+        mp: model parallel ranks.
+        shard: optimizer shards of each slice, 1 for none; -1: over all of dp, as the strategy says "as many as fit".
+    """
+    count, strategy = dp * mp, ParallelStrategyMap(current_stage=0)
+    files: list[dict[str, np.ndarray]] = [{} for _ in range(stages * count)]
+    for name, value in weights.items():
+        layer = name.removeprefix("backbone.").split(".")
+        number = int(layer[1]) if layer[0] == "blocks" else LAYERS - 1
+        stage = min(number * stages // LAYERS, stages - 1)
+        dims = [-1] * value.ndim
+        if ".dense" in name or name.endswith("mapping.bias"):
+            dims[0] = 0  # rows over mp
+        elif name.endswith(("attention.projection.weight", "output.projection.weight")):
+            dims[0] = 0
+        elif name.endswith("mapping.weight"):
+            dims[1] = 0
+        rows = value.shape[0] // (mp if dims[0] == 0 else 1)
+        shards = dp if shard == -1 else shard
+        step = mp if shards > 1 and rows % shards == 0 else 0
+        if layer[0] in ("embedding", "top_query_embedding"):
+            step = 0
+        item = strategy.parallel_layout_item.add()
+        item.param_name = name
+        layouts = item.parallel_layouts
+        layouts.dev_matrix.add().dim.extend([dp, mp])
+        layouts.tensor_map.add().dim.extend(dims)
+        layouts.field = 0
+        layouts.opt_weight_shard_step = step
+        layouts.opt_weight_shard_size = (shard if shard > 0 else -1) if step else 0
+        for r in range(count):
+            d, m = divmod(r, mp)
+            part = value
+            for dim, device in enumerate(dims):
+                if device == 0:
+                    part = np.split(part, mp, dim)[m]
+            if step:
+                part = np.split(part, shards)[d % shards]
+            files[stage * count + r][name] = np.ascontiguousarray(part)
+    return files, strategy
+
+
+SHAPES = [
+    (1, 1, 1, 1), (1, 1, 2, 1), (1, 2, 2, 2), (1, 4, 2, 2), (1, 4, 2, -1), (3, 1, 2, 1), (2, 2, 1, -1), (3, 2, 2, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "dp", "mp", "shard"), SHAPES)
+def test_slices_are_merged_as_the_strategy_says(stages, dp, mp, shard, tmp_path):
+    files, strategy = cut(published(), stages, dp, mp, shard)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / f"filerted_{rank}.ckpt", tensors)
+    (tmp_path / "strategy.ckpt").write_bytes(strategy.SerializeToString())
+    settings(tmp_path)
+    assert_golden(tmp_path)
+
+
+def test_slices_may_lie_in_a_folder_for_each_rank(tmp_path):
+    files, strategy = cut(published(), 1, 2, 2, 2)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / f"rank_{rank}" / f"pangu{rank}-1_2.ckpt", tensors)
+    (tmp_path / "strategy.ckpt").write_bytes(strategy.SerializeToString())
+    settings(tmp_path)
+    assert_golden(tmp_path)
+    (tmp_path / "rank_3" / "pangu3-1_4.ckpt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="are both rank 3's; leave one"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_missing_slice_is_named_with_what_needs_it(tmp_path):
+    files, strategy = cut(published(), 1, 2, 2, 2)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / f"filerted_{rank}.ckpt", tensors)
+    (tmp_path / "strategy.ckpt").write_bytes(strategy.SerializeToString())
+    settings(tmp_path)
+    (tmp_path / "filerted_3.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"backbone\.blocks\.\S+ needs the slice of rank 3, which is in no file"):
+        open_checkpoint(tmp_path)
+    write(tmp_path / "filerted_3.ckpt", {name: value.astype(np.float16) for name, value in files[3].items()})
+    with pytest.raises(CheckpointError, match=r"has a slice of shape \[\d+.*\] \(float16\) at rank 3"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "strategy.ckpt").unlink()
+    with pytest.raises(CheckpointError, match="slices of 4 ranks and no strategy.ckpt"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_wrong_model_in_slices_is_named(tmp_path):
+    weights = published()
+    del weights["backbone.blocks.1.attention.dense2.bias"]
+    write(tmp_path / "pangu.ckpt", weights)
+    settings(tmp_path)
+    with pytest.raises(CheckpointError, match=r"backbone\.blocks\.1\.attention\.dense2\.bias is in no file"):
+        open_checkpoint(tmp_path)
+    write(tmp_path / "pangu.ckpt", {**published(), "backbone.blocks.1.output.router.dense.weight": weights[
+        "backbone.layernorm.gamma"]})  # fmt: skip
+    with pytest.raises(CheckpointError, match="belongs to experts"):
+        open_checkpoint(tmp_path)
+    strange = {"backbone.blocks.1.attention.rotary": weights["backbone.layernorm.beta"]}
+    write(tmp_path / "pangu.ckpt", {**published(), **strange})
+    with pytest.raises(CheckpointError, match="blocks.1.attention.rotary"):
+        open_checkpoint(tmp_path)
+
+
+def test_heads_that_no_file_tells_are_asked_for(tmp_path):
+    write(tmp_path / "pangu.ckpt", published())
+    with pytest.raises(CheckpointError, match=r"of hidden size 8 the files do not say how many heads"):
+        open_checkpoint(tmp_path)
+    settings(tmp_path, top_query_layer="norm_after", hidden_act="gelu_tanh")
+    model = open_checkpoint(tmp_path).common["model_config"]
+    assert (model["top_query_layer"], model["hidden_act"]) == ("norm_after", "gelu_tanh")
+    settings(tmp_path, hidden_act="relu")
+    with pytest.raises(CheckpointError, match="hidden_act"):
+        open_checkpoint(tmp_path)
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+def test_every_flipped_bit_of_a_file_with_a_checksum_is_found(tmp_path):
+    file = tmp_path / "pangu.ckpt"
+    write(file, published(), checksum=True)
+    settings(tmp_path)
+    good = file.read_bytes()
+    draws = random.Random(0)
+    for _ in range(60):
+        bad = bytearray(good)
+        bad[draws.randrange(len(bad) - 17)] ^= 1 << draws.randrange(8)
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path)
+
+
+def test_cut_and_foreign_bytes_are_named_errors(tmp_path):
+    file = tmp_path / "pangu.ckpt"
+    write(file, published())
+    settings(tmp_path)
+    good, draws = file.read_bytes(), random.Random(1)
+    for _ in range(150):
+        bad = bytearray(good[: draws.randrange(len(good))] if draws.random() < 0.3 else good)
+        for _ in range(draws.randrange(1, 4)):
+            if bad:
+                bad[draws.randrange(len(bad))] = draws.randrange(256)
+        file.write_bytes(bad)
+        try:
+            source = open_checkpoint(tmp_path)
+        except CheckpointError as error:
+            assert str(error).isprintable() or "\n" in str(error)
+        else:  # a number inside a tensor: such a file has nothing to compare with
+            assert math.prod(source.info("decoder.final_layernorm.bias").shape) == H
+    for strange in (b"", b"\x08", b"\xff" * 40, b"\x0a\xff\xff\xff\xff\x0f", bytes(200)):
+        file.write_bytes(strange)
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path)
+
+
+def test_uneven_cuts_are_refused_by_name(tmp_path):
+    files, strategy = cut(published(), 1, 1, 2, 1)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / f"filerted_{rank}.ckpt", tensors)
+    settings(tmp_path)
+    strategy.parallel_layout_item[3].parallel_layouts.field = 2
+    (tmp_path / "strategy.ckpt").write_bytes(strategy.SerializeToString())
+    with pytest.raises(CheckpointError, match="is cut unevenly"):
+        open_checkpoint(tmp_path)
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+def test_it_converts_to_native_by_the_command(tmp_path, capsys):
+    files, strategy = cut(published(), 1, 2, 2, 2)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / "slices" / f"filerted_{rank}.ckpt", tensors)
+    (tmp_path / "slices/strategy.ckpt").write_bytes(strategy.SerializeToString())
+    settings(tmp_path / "slices")
+    assert main(["--load", str(tmp_path / "slices"), "--save", str(tmp_path / "native"), "--quiet"]) == 0
+    assert_golden(tmp_path / "native")
+    assert main(["verify", str(tmp_path / "slices"), str(tmp_path / "native")]) == 0
+    assert main(["--load", str(tmp_path / "native"), "--save", str(tmp_path / "m"), "--to", "megatron", "--quiet"]) == 2
+    assert "5 tensors Megatron does not have" in capsys.readouterr().err
+
+
+def test_shards_of_ranks_with_other_slices_are_refused():
+    from parallel_core.checkpoint.mindspore.files import Layout, StoredTensor
+    from parallel_core.checkpoint.mindspore.slices import whole_parameters
+
+    tensor = StoredTensor(Path("x"), (2, 4), "float32", ((0, 32),))
+    files = {rank: {"w": tensor} for rank in range(4)}
+    layout = Layout((2, 2), (1, -1), shard_step=1, shard_size=4)
+    with pytest.raises(CheckpointError, match="optimizer shards of w are on ranks that hold other slices"):
+        whole_parameters(files, {"w": layout}, "here")
+
+
+def test_drawn_cuts_put_every_element_in_its_place(tmp_path):
+    """Any device matrix and tensor map: what a rank's coordinates say it has is where it is put."""
+    from parallel_core.checkpoint.mindspore.files import Layout, read_ckpt
+    from parallel_core.checkpoint.mindspore.slices import whole_parameters
+
+    draws = random.Random(2)
+    for case in range(25):
+        matrix = tuple(draws.choice((1, 2, 3)) for _ in range(draws.randrange(1, 4)))
+        free = draws.sample(range(len(matrix)), k=min(len(matrix), draws.randrange(0, 3)))
+        tensor_map = tuple((*free, -1, -1)[:2])
+        parts = [1 if m < 0 else matrix[len(matrix) - 1 - m] for m in tensor_map]
+        whole = np.arange(math.prod(parts) * 6, dtype=np.float32).reshape(parts[0] * 2, parts[1] * 3)
+        files = {}
+        for rank, coordinates in enumerate(itertools.product(*map(range, matrix))):
+            part = whole
+            for dim, m in enumerate(tensor_map):
+                if m >= 0:
+                    part = np.split(part, parts[dim], dim)[coordinates[len(matrix) - 1 - m]]
+            file = tmp_path / f"{case}_{rank}.ckpt"
+            write(file, {"w": np.ascontiguousarray(part)})
+            files[rank] = read_ckpt(file)
+        found = whole_parameters(files, {"w": Layout(matrix, tensor_map)}, "here")["w"]
+        got = np.zeros_like(whole)
+        for piece in found.pieces:
+            piece.blob.read_into(got[tuple(slice(a, b) for a, b in piece.globe)])
+        np.testing.assert_array_equal(got, whole)
