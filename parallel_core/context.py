@@ -23,6 +23,9 @@ GROUP_AXES = {
 }
 """The axes that each group of a rank spans."""
 
+EXPERT_GROUP_AXES = {"ep": ("ep",), "etp": ("etp",), "edp": ("edp",), "ep_etp": ("etp", "ep")}
+"""The same of the groups of experts, on the mesh of experts."""
+
 
 @dataclass(frozen=True)
 class ParallelContext:
@@ -33,6 +36,9 @@ class ParallelContext:
     checkpoints or writes logs asks `dp_cp`. `model` is tensor x pipeline (one replica of the model); `embedding` is
     the first and last pipeline stage, or a group of one on the stages between. `cp_inner` and `cp_ring` are the two
     levels of a hierarchical exchange within `cp` (see `context_parallel.attention`), groups of one without one.
+
+    Experts see the same ranks on a mesh of their own: `ep` shares a layer's experts, `etp` each expert, `edp` holds
+    equal ones; `ep_etp` is where tokens are exchanged.
     """
 
     mesh: Mesh
@@ -47,16 +53,20 @@ class ParallelContext:
     embedding: Group
     cp_inner: Group = field(default_factory=SoloGroup)
     cp_ring: Group = field(default_factory=SoloGroup)
+    ep: Group = field(default_factory=SoloGroup)
+    etp: Group = field(default_factory=SoloGroup)
+    edp: Group = field(default_factory=SoloGroup)
+    ep_etp: Group = field(default_factory=SoloGroup)
 
     @property
     def groups(self) -> dict[str, Group]:
         """The groups by name."""
-        return {name: getattr(self, name) for name in GROUP_AXES}
+        return {name: getattr(self, name) for name in (*GROUP_AXES, *EXPERT_GROUP_AXES)}
 
     @property
     def coordinates(self) -> dict[str, int]:
         """This rank's position on the axes that parameters are cut or repeated over (see `TensorShard`)."""
-        return {"tp": self.tp.rank}
+        return {"tp": self.tp.rank, "ep": self.ep.rank, "etp": self.etp.rank}
 
     @property
     def is_first_stage(self) -> bool:
@@ -91,8 +101,15 @@ class ParallelContext:
             return cls.solo()
         make = group_factory(config.distributed_backend, config.distributed_timeout_minutes * 60, rank, world_size)
         groups: dict[str, Group] = {}
-        for label, axes in GROUP_AXES.items():
-            ranks = mesh.group_of(rank, *axes)
+        of_experts = Mesh.of_experts(
+            world_size,
+            tensor_parallel=config.expert_tensor_size,
+            expert_parallel=config.expert_model_parallel_size,
+            pipeline_parallel=config.pipeline_model_parallel_size,
+        )
+        spans = [(label, mesh.group_of(rank, *axes)) for label, axes in GROUP_AXES.items()]
+        spans += [(label, of_experts.group_of(rank, *axes)) for label, axes in EXPERT_GROUP_AXES.items()]
+        for label, ranks in spans:
             same = next((group for group in groups.values() if list(group.ranks) == ranks), None)
             # Groups of the same ranks are one communicator: dp_cp is dp where nothing is cut along the sequence.
             groups[label] = make(label, ranks) if same is None or len(ranks) == 1 else same

@@ -15,6 +15,7 @@ from typing import Any
 
 import mindspore as ms
 import mindspore.mint.distributed as dist
+import numpy as np
 from mindspore import Tensor, communication, mint
 
 from parallel_core.comm.interface import Done, Group, Handle
@@ -192,6 +193,14 @@ class HcclGroup(MindSporeGroup):
         with self._guard("all_to_all", x):
             dist.all_to_all(outputs, inputs, group=self.name)
         return mint.cat(outputs, concat_dim)
+
+    def all_to_all_rows(self, x: Tensor, counts: np.ndarray) -> Tensor:
+        """Exchange parts of different lengths."""
+        given, got = counts[self.rank].tolist(), counts[:, self.rank].tolist()
+        out = mint.empty((sum(got), *x.shape[1:]), dtype=x.dtype)
+        with self._guard("all_to_all_rows", x):
+            dist.all_to_all_single(out, x.contiguous(), got, given, group=self.name)
+        return out
 
     def send(self, x: Tensor, dst: int) -> Handle:
         """Start an asynchronous send."""

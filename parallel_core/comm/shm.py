@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "pcs_reduce_scatter": ([P, P, P, L, L, I, I, c_double], c_int),
     "pcs_all_gather": ([P, P, P, L, L, I, c_double], c_int),
     "pcs_all_to_all": ([P, P, P, L, L, L, L, I, c_double], c_int),
+    "pcs_all_to_all_rows": ([P, P, P, P, P, L, I, c_double], c_int),
     "pcs_broadcast": ([P, P, L, I, I, c_double], c_int),
     "pcs_send": ([P, P, L, I, I, c_double], c_int),
     "pcs_receive": ([P, P, L, I, I, c_double], c_int),
@@ -238,6 +239,29 @@ class ShmGroup(Group):
         )
         if status:
             self._check(status, "all_to_all", x)
+        return out
+
+    def all_to_all_rows(self, x: Tensor, counts: np.ndarray) -> Tensor:
+        """Exchange parts of different lengths."""
+        x = x.contiguous()
+        code, item, _ = _dtype(x)
+        row = math.prod(x.shape[1:]) * item
+        given, got = (np.ascontiguousarray(part * row, np.int64) for part in (counts[self.rank], counts[:, self.rank]))
+        if given.sum() != x.size * item:
+            raise CommError(f"all_to_all_rows of {tuple(x.shape)}: the counts name {int(counts[self.rank].sum())} rows")
+        out = _empty((int(counts[:, self.rank].sum()), *x.shape[1:]), x.dtype)
+        status = self._lib.pcs_all_to_all_rows(
+            self._group,
+            x.data_ptr(),
+            out.data_ptr(),
+            given.ctypes.data,
+            got.ctypes.data,
+            int(counts.max()) * row,
+            code,
+            self.timeout_s,
+        )
+        if status:
+            self._check(status, "all_to_all_rows", x)
         return out
 
     def broadcast_(self, x: Tensor, src: int = 0) -> Tensor:

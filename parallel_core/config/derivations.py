@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+from parallel_core.config.expert_checks import EXPERT_DERIVATIONS
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import GATED, ROTARY
 from parallel_core.config.vocabulary import tokenizer_vocab_size
@@ -134,6 +136,9 @@ def widths(r: Resolution) -> None:
         if r.is_given("num_query_groups") and r["num_query_groups"] not in (1, heads):
             r.note(f"{r.term('num_query_groups')}: not used without group_query_attention, as in Megatron")
         r.derive("num_query_groups", derived.key_value_heads(heads, 0, grouped=False), "widths")
+
+
+DERIVATIONS.update(EXPERT_DERIVATIONS)
 
 
 @_rule
@@ -316,6 +321,10 @@ def batches(r: Resolution) -> None:
     if r.world_size is None:
         known = r.positive("micro_batch_size") and r.positive("global_batch_size") and r.positive("micro_batch_num")
         r.world_size = model * max(1, total // (micro * number) if known else 1)
+        if r["num_experts"] and r.positive("expert_model_parallel_size"):  # experts' ranks divide all ranks too
+            experts = r["expert_model_parallel_size"] * max(1, r["expert_tensor_parallel_size"] or r[sizes[0]])
+            least = math.lcm(model, experts * r[sizes[1]])
+            r.world_size = -(-r.world_size // least) * least
     r.values["world_size"] = r.world_size
     r.values["data_parallel_size"] = dp = r.world_size // model
     if not r.positive("micro_batch_size") or dp < 1:

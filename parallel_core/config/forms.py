@@ -105,12 +105,17 @@ NESTED: dict[str, _Reader] = {
     "model_config.llm.blocks.ffn.dropout_rate": _as("hidden_dropout"),
     "model_config.llm.blocks.ffn.mlp_bias": _as("add_bias_linear"),
     "model_config.llm.blocks.ffn.post_norm_scale": _as("ffn_post_norm_scale"),
+    "moe_config.expert_num": lambda value: {"num_experts": None if str(value) == "1" else value},
+    "moe_config.num_experts_chosen": lambda value: {"moe_router_topk": value, "moe_router_pre_softmax": True},
+    "moe_config.capacity_factor": lambda value: {
+        "moe_expert_capacity_factor": value, "moe_token_drop_policy": "position"
+    },
+    "moe_config.aux_loss_factor": _as("moe_aux_loss_coeff"),
     "model_config.llm.head.shared_embedding": _opposite("untie_embeddings_and_output_weights"),
 }
 """The guide's nested keys whose name differs from the argument's; the others stand for themselves."""
 
 _MEGATRON_YAML: dict[str, _Reader] = {
-    "num_moe_experts": _as("num_experts"),
     "activation_func": lambda value: {
         {"swiglu": "swiglu", "squaredrelu": "squared_relu"}.get(str(value), "hidden_act"):
         True if str(value) in ("swiglu", "squaredrelu") else None if str(value) == "gelu" else value
@@ -182,13 +187,16 @@ def _section(dotted: str, last: str, value: object) -> _Values | None:
 
 def says_nothing(path: str, value: object) -> bool:
     """Whether a field's value is its own word for "derive it" or "none", which its argument says by being absent."""
-    if isinstance(value, bool) or table.DIRECT[path].default is not None:
+    if isinstance(value, bool) or (table.DIRECT[path].default is not None and path not in _RESOLVED_NOTHING):
         return False
     value = tuple(value) if isinstance(value, list) else value
     return value in (*NOTHING, 1) and value == _RESOLVED_NOTHING.get(path, DEFAULTS.get(path))
 
 
-_RESOLVED_NOTHING = {"parallel_config.virtual_pipeline_model_parallel_size": 1}
+_RESOLVED_NOTHING: dict[str, object] = {
+    "parallel_config.virtual_pipeline_model_parallel_size": 1,
+    "model_config.moe.moe_layer_freq": (),
+}
 """What a resolved configuration has where nothing was said, if that is not the field's default."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parallel_core.config import table
+from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.schema import DEFAULTS, UNLIMITED, FlashAttentionConfig, TransformerConfig
 from parallel_core.config.values import Unreadable, convert
@@ -27,6 +28,10 @@ DEFINING: tuple[str, ...] = tuple(
     parallel_residual embedding_multiplier softmax_scale scale_attn_by_inverse_layer_idx fa_config.pre_tokens
     window_attn_skip_freq mla.multi_latent_attention mla.q_lora_rank mla.kv_lora_rank mla.qk_head_dim
     mla.qk_pos_emb_head_dim mla.v_head_dim mla.rope_type top_query_layer
+    moe.num_experts moe.moe_layer_freq moe.moe_ffn_hidden_size moe.moe_router_topk
+    moe.moe_router_score_function moe.moe_router_pre_softmax moe.moe_router_topk_scaling_factor
+    moe.moe_router_num_groups moe.moe_router_group_topk moe.moe_router_enable_expert_bias moe.moe_apply_probs_on_input
+    moe.moe_shared_expert_intermediate_size moe.moe_shared_expert_gate
     """.split()
 )
 """Fields that decide what a model computes from given weights, or what its weights are."""
@@ -58,6 +63,18 @@ NOT_DEFINING: dict[str, str] = {
     "fa_config.input_layout": _KERNEL,
     "apply_swiglu_fusion": _KERNEL,
     "apply_rope_fusion": _KERNEL,
+    "moe.moe_router_bias_update_rate": "training alone",
+    "moe.moe_router_dtype": _PRECISION,
+    "moe.moe_input_jitter_eps": "training alone",
+    "moe.moe_z_loss_coeff": "training alone",
+    "moe.moe_router_load_balancing_type": "training alone, but for sinkhorn's weights",
+    "moe.moe_aux_loss_coeff": "training alone",
+    "moe.moe_global_aux_loss_form": "training alone",
+    "moe.moe_expert_capacity_factor": "how many tokens are left out, which depends on the batch",
+    "moe.moe_pad_expert_input_to_capacity": _KERNEL,
+    "moe.moe_token_drop_policy": "which tokens are left out",
+    "moe.moe_token_dispatcher_type": _KERNEL,
+    "moe.moe_layer_recompute": "what is computed again",
     "recompute_granularity": "what is computed again",
     "recompute_method": "what is computed again",
     "recompute_num_layers": "what is computed again",
@@ -76,6 +93,8 @@ def model_settings(model: TransformerConfig) -> dict[str, Any]:
     settings = {NAME_OF[field]: value_of(model, field) for field in DEFINING if has_effect(model, field)}
     if "window_attn_skip_freq" in settings:
         settings["window_attn_skip_freq"] = list(model.window_attn_skip_freq) or [1] * model.num_layers
+    if "moe_layer_freq" in settings:
+        settings["moe_layer_freq"] = list(model.moe.moe_layer_freq) or [1] * model.num_layers
     return {**settings, "swiglu": model.hidden_act == "swiglu", "add_qkv_bias": model.qkv_has_bias}
 
 
@@ -99,6 +118,8 @@ def has_effect(model: TransformerConfig, field: str) -> bool:
             scaled = model.use_rope_scaling or model.rope_dynamic_factor != 1.0
             return model.has_yarn or (model.is_rotary and scaled)
         return model.is_rotary
+    if field.startswith("moe."):
+        return bool(model.moe.num_experts)
     if field.startswith("yarn_"):
         return model.has_yarn
     if field == "window_attn_skip_freq":
@@ -135,6 +156,8 @@ def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
     window = values.pop("fa_config.pre_tokens", UNLIMITED)
     values["fa_config"] = FlashAttentionConfig(pre_tokens=window)
     values["mla"] = MLAConfig(**{name: values.pop(f"mla.{name}") for name in _LATENT if f"mla.{name}" in values})
+    experts = {field[4:]: values.pop(field) for field in list(values) if field.startswith("moe.")}
+    values["moe"] = MoEConfig(**experts)
     values.setdefault("seq_length", values.get("max_position_embeddings", 1))
     for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         values.setdefault(name, 1)

@@ -9,6 +9,7 @@ from parallel_core.config import table
 from parallel_core.config.argument import IGNORED, REFUSED
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
+from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import (
@@ -81,7 +82,12 @@ _SECTION_TYPES: dict[str, Any] = {
     "dataset_config": DatasetConfig,
     "optimizer_config": OptimizerConfig,
 }
-_NESTED_TYPES: dict[str, Any] = {"fa_config": FlashAttentionConfig, "mla": MLAConfig, "profile": ProfileConfig}
+_NESTED_TYPES: dict[str, Any] = {
+    "fa_config": FlashAttentionConfig,
+    "mla": MLAConfig,
+    "moe": MoEConfig,
+    "profile": ProfileConfig,
+}
 
 
 def build_config(resolution: Resolution) -> AllConfig:

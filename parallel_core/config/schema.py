@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
 from parallel_core.layout import derived
 from parallel_core.layout.derived import ROTARY
@@ -155,6 +156,8 @@ class TransformerConfig:
     apply_rope_fusion: bool = True
     mla: MLAConfig = field(default_factory=MLAConfig)
     """Multi-latent attention."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Experts in place of the MLP."""
     recompute_granularity: str = "none"
     """none, selective (core attention) or full (whole layers)."""
     recompute_method: str = "none"
@@ -187,6 +190,8 @@ class TransformerConfig:
             embedding_init_std=self.embedding_init_std or self.init_method_std,
             embedding_init_dtype=self.embedding_init_dtype or self.params_dtype,
         )
+        if self.moe.num_experts and not self.moe.moe_ffn_hidden_size:
+            _fill(self, moe=dataclasses.replace(self.moe, moe_ffn_hidden_size=self.ffn_hidden_size))
 
     def _default_trained_length(self) -> int:
         if self.use_rope_scaling:
@@ -246,6 +251,9 @@ class ModelParallelConfig:
     hierarchical_context_parallel_sizes: tuple[int, ...] = ()
     """For a2a+p2p: ranks that exchange heads, ranks of a ring; their product is context_parallel_size."""
     expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: int = 0
+    """Ranks that share each expert; 0: tensor_model_parallel_size."""
     virtual_pipeline_model_parallel_size: int = 0
     """Model chunks on each pipeline rank; 0: as num_layer_list or num_layers_per_virtual_pipeline_stage say, else 1."""
     num_layers_per_virtual_pipeline_stage: int = 0
@@ -279,6 +287,11 @@ class ModelParallelConfig:
         _fill(self, sequence_parallel=self.sequence_parallel and self.tensor_model_parallel_size > 1)
         if not self.virtual_pipeline_model_parallel_size:
             _fill(self, virtual_pipeline_model_parallel_size=len(self.num_layer_list[0]) if self.num_layer_list else 1)
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,7 +164,8 @@ class TensorShard:
                 {"tp": 1}.
         """
         cut_over = {cut.axis for cut in self.cuts if cut.size > 1}
-        return not self.is_copy and all(rank == 0 for axis, rank in coordinates.items() if axis not in cut_over)
+        axes = ("ep", "etp") if self.replicas == "edp" else ("tp",)
+        return not self.is_copy and all(coordinates.get(axis, 0) == 0 for axis in axes if axis not in cut_over)
 
     def take(self, full: np.ndarray) -> np.ndarray:
         """Return this rank's part of the whole tensor `full`, as a C-contiguous copy.

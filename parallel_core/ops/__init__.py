@@ -5,12 +5,14 @@ Every function that `reference` marks with `@kernel` is here under its name, run
 
 from typing import TYPE_CHECKING
 
+from parallel_core.ops import reference_experts  # noqa: F401 - it registers kernels
 from parallel_core.ops.reference import ACTIVATIONS, attention_mask, cast
 from parallel_core.ops.registry import doors
 from parallel_core.ops.selection import use_kernels
 
 if TYPE_CHECKING:  # a door has the type of its reference
     from parallel_core.ops.reference import *  # noqa: F403
+    from parallel_core.ops.reference_experts import *  # noqa: F403
 
 globals().update(doors())
 

@@ -113,7 +113,7 @@ declare("pc_activation", "PPPLLI")
 declare("pc_activation_grad", "PPPPLLI")
 declare("pc_swiglu", "PPPLL")
 declare("pc_swiglu_grad", "PPPPLL")
-_KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4, "fast_gelu": 5}
+KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4, "fast_gelu": 5}
 
 
 class _Activation(Function):
@@ -129,7 +129,7 @@ class _Activation(Function):
             lib.pc_swiglu(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F // 2)
         else:
             y = raw.new(x.shape)
-            lib.pc_activation(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F, _KINDS[name])
+            lib.pc_activation(x.data_ptr(), raw.pointer(bias), y.data_ptr(), T, F, KINDS[name])
         return y
 
     @staticmethod
@@ -143,12 +143,12 @@ class _Activation(Function):
         if ctx.name == "swiglu":
             lib.pc_swiglu_grad(*addresses, F // 2)
         else:
-            lib.pc_activation_grad(*addresses, F, _KINDS[ctx.name])
+            lib.pc_activation_grad(*addresses, F, KINDS[ctx.name])
         return dx, None if bias is None else raw.sum_rows(dx, F), None
 
 
 def _no_such_activation(x: Tensor, bias: Tensor | None, name: str) -> str:
-    return "" if name == "swiglu" or name in _KINDS else f"the activation is {name}"
+    return "" if name == "swiglu" or name in KINDS else f"the activation is {name}"
 
 
 @compiled(reference.activation, refuses=_no_such_activation)

@@ -9,9 +9,11 @@ from typing import Any
 
 from mindspore import nn
 
-from parallel_core.config.schema import AllConfig
+from parallel_core.config.schema import AllConfig, ModelParallelConfig
 from parallel_core.context import ParallelContext
 from parallel_core.context_parallel.attention import ContextGroups
+from parallel_core.expert_parallel.dispatch import ExpertGroups
+from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import recompute_plan
 from parallel_core.layout.stages import StageLayout, stage_layout
 from parallel_core.tensor_parallel.random import RandomStreams
@@ -28,6 +30,7 @@ class RankModel:
     chunks: tuple[nn.Cell, ...]
     layout: StageLayout
     streams: RandomStreams
+    ledger: RoutingLedger
 
 
 def get_model(model_provider_func: ModelProvider, config: AllConfig, context: ParallelContext) -> RankModel:
@@ -39,6 +42,9 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
     parallel = config.parallel_config
     layout = stage_layout(config.model_config.num_layers, parallel)
     streams = RandomStreams(config.training_config.seed, context.tp.rank, context.cp.rank)
+    ledger = RoutingLedger(
+        config.model_config.moe, context.tp, context.cp, context.dp, config.training_config.calculate_per_token_loss
+    )
     accepted = inspect.signature(model_provider_func).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     rank, chunks = context.pp.rank, []
@@ -56,6 +62,8 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
             plan=recompute_plan(config.model_config, parallel, len(numbers), rank, chunk),
             context_groups=ContextGroups(context.cp, context.cp_inner, context.cp_ring),
             exchanges=parallel.cp_comm_type,
+            expert_groups=_expert_groups(parallel, context),
+            ledger=ledger,
             vp_stage=chunk,
             run=config,
             context=context,
@@ -68,4 +76,11 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
                 **{key: value for key, value in extra.items() if takes_all or key in accepted},
             )
         )
-    return RankModel(tuple(chunks), layout, streams)
+    return RankModel(tuple(chunks), layout, streams, ledger)
+
+
+def _expert_groups(parallel: ModelParallelConfig, context: ParallelContext) -> ExpertGroups:
+    """Return the groups of this rank's experts; where those are cut as the rest of the model, they are part of it."""
+    as_the_rest = parallel.expert_model_parallel_size == 1 and context.etp.size == context.tp.size
+    axis, replicas = ("tp", "dp_cp") if as_the_rest else ("etp", "edp")
+    return ExpertGroups(context.ep, context.etp, context.ep_etp, axis, replicas)

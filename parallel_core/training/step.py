@@ -12,6 +12,7 @@ import mindspore as ms
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.errors import ParallelCoreError
+from parallel_core.expert_parallel.ledger import Numbers
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
 from parallel_core.optimizer.finalize import finalize_model_grads
 from parallel_core.optimizer.loss_scaler import DynamicLossScaler, LossScaler
@@ -153,9 +154,11 @@ class TrainingStep:
         self._iteration = iteration
         self.model.streams.training = True
         self.ddp.start_iteration()
+        self.model.ledger.start_iteration(self.scaler.scale, num_microbatches)
         self._run(data, num_microbatches, forward_only=False)
         finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
-        found = self._reduce_scalars(self.optimizer.local_squares(), stop)
+        numbers = self.model.ledger.finish_iteration(self.context.tp.rank == 0 and self.context.dp_cp.rank == 0)
+        found = self._reduce_scalars(self.optimizer.local_squares(), stop, numbers)
         losses, scale = found.losses.means(), self.scaler.scale
         lr, weight_decay = self.scheduler.get_lr(), self.scheduler.get_wd()
         if found.tokens == 0 and found.squares == 0:
@@ -242,15 +245,16 @@ class TrainingStep:
         )
         self._exchange.finish()
 
-    def _reduce_scalars(self, squares: float, stop: Callable[[], bool]) -> Scalars:
+    def _reduce_scalars(self, squares: float, stop: Callable[[], bool], numbers: Numbers | None = None) -> Scalars:
         """Sum over the world; every number is contributed once.
 
         Losses and tokens come from the last stage's tensor parallel rank 0, squares are as `Optimizer.local_squares`
-        counts them.
+        counts them; every rank has its share of its routers' numbers.
         """
         context = self.context
         speaks = context.is_last_stage and context.tp.rank == 0
-        return self._scalars.reduce(self._stages[-1].reports if speaks else [], squares, stop)
+        reports = list(self._stages[-1].reports) if speaks else []
+        return self._scalars.reduce([*reports, (0.0, numbers)] if numbers else reports, squares, stop)
 
 
 def require_finite(losses: Mapping[str, float | None], iteration: int) -> None:

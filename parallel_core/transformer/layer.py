@@ -8,7 +8,7 @@ from mindspore import Tensor, nn
 
 from parallel_core import ops
 from parallel_core.transformer.attention import SelfAttention
-from parallel_core.transformer.mlp import make_mlp
+from parallel_core.transformer.feed_forward import make_feed_forward
 from parallel_core.transformer.multi_latent_attention import MultiLatentAttention
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.stage import ModelStage
@@ -57,7 +57,7 @@ class TransformerLayer(nn.Cell):
             regather_input=regather_input,
         )
         self.pre_mlp_layernorm = make_norm(config, f"{name}.pre_mlp_layernorm", partial_gradient=partial)
-        self.mlp = (stage.make_mlp or make_mlp)(stage, layer_number, regather_input=regather_input)
+        self.mlp = (stage.make_mlp or make_feed_forward)(stage, layer_number, regather_input=regather_input)
         self.post_attention_layernorm: nn.Cell | None = None
         self.post_mlp_layernorm: nn.Cell | None = None
         if config.use_sandwich_norm:

@@ -19,11 +19,15 @@ class MLP(nn.Cell):
         stage: configuration, group, streams.
         name: global name of this module.
         regather_input: see `ColumnParallelLinear`.
+        ffn_hidden_size: the width; 0: the model's.
     """
 
-    def __init__(self, stage: ModelStage, name: str, *, regather_input: bool = True) -> None:
+    def __init__(
+        self, stage: ModelStage, name: str, *, regather_input: bool = True, ffn_hidden_size: int = 0
+    ) -> None:
         super().__init__(auto_prefix=True)
         config = stage.config
+        width = ffn_hidden_size or config.ffn_hidden_size
         self.hidden_act = config.hidden_act
         fused = config.apply_swiglu_fusion or not config.is_gated
         self._activate = ops.activation if fused else reference.activation
@@ -37,7 +41,7 @@ class MLP(nn.Cell):
         }
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
-            parts * config.ffn_hidden_size,
+            parts * width,
             init_method=stage.init(f"{name}.linear_fc1.weight"),
             stride=parts,
             regather_input=regather_input,
@@ -45,7 +49,7 @@ class MLP(nn.Cell):
             **common,
         )
         self.linear_fc2 = RowParallelLinear(
-            config.ffn_hidden_size,
+            width,
             config.hidden_size,
             init_method=stage.output_init(f"{name}.linear_fc2.weight"),
             name=f"{name}.linear_fc2",
@@ -56,11 +60,3 @@ class MLP(nn.Cell):
         """Return (output, bias or None): the output in hidden's shape before fc2's bias [H], and that bias."""
         wide, bias = self.linear_fc1(hidden)
         return self.linear_fc2(self._activate(wide, bias, self.hidden_act))
-
-
-def make_mlp(stage: ModelStage, layer_number: int, *, regather_input: bool = True) -> nn.Cell:
-    """Return the feed-forward block of a layer: a Cell that takes [S, B, H] and returns (output, bias or None).
-
-    A model may bring its own by `ModelStage.make_mlp`, in this signature.
-    """
-    return MLP(stage, f"decoder.layers.{layer_number}.mlp", regather_input=regather_input)

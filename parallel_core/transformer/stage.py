@@ -15,6 +15,8 @@ from mindspore import Parameter, nn
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.context_parallel.attention import ContextGroups
+from parallel_core.expert_parallel.dispatch import ExpertGroups
+from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.layout.sequence import positions
 from parallel_core.layout.shard import Cut, TensorShard, mark
@@ -44,10 +46,13 @@ class ModelStage:
         plan: what is recomputed in backward; None: nothing.
         make_core_attention: builds a layer's core attention from this stage, the layer's number and its name; None:
             `attention.CoreAttention`.
-        make_mlp: builds a layer's feed-forward block; None: `mlp.make_mlp`, which has the signature.
+        make_mlp: builds a layer's feed-forward block; None:
+            `feed_forward.make_feed_forward`, which has the signature.
         context_groups: the ranks that hold parts of the same sequences.
         exchanges: how attention sees the other ranks' keys, a word of `layout.sequence.EXCHANGES` for each
             layer of the model, or one for all.
+        expert_groups: the ranks that share a layer's experts.
+        ledger: what routers of experts share.
         vp_stage: number of the chunk on this rank.
         run: everything the run is told, where there is one.
         context: this rank's groups, where there is a run.
@@ -66,6 +71,8 @@ class ModelStage:
     make_mlp: Callable[..., nn.Cell] | None = None
     context_groups: ContextGroups = field(default_factory=ContextGroups)
     exchanges: tuple[str, ...] = ("p2p",)
+    expert_groups: ExpertGroups = field(default_factory=ExpertGroups)
+    ledger: RoutingLedger = field(default_factory=RoutingLedger)
     vp_stage: int = 0
     run: AllConfig | None = None
     context: ParallelContext | None = None

@@ -25,7 +25,7 @@ from parallel_core.config.schema import (
     TrainingConfig,
     TransformerConfig,
 )
-from parallel_core.context import GROUP_AXES, ParallelContext, hierarchy
+from parallel_core.context import EXPERT_GROUP_AXES, GROUP_AXES, ParallelContext, hierarchy
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import Box, region, shard_of
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
@@ -67,14 +67,24 @@ def world_group(ctx: CaseContext) -> Group:
 
 @functools.cache
 def parallel_context(
-    rank: int, world_size: int, tp: int = 1, pp: int = 1, cp: int = 1, levels: tuple[int, ...] = ()
+    rank: int,
+    world_size: int,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    levels: tuple[int, ...] = (),
+    ep: int = 1,
+    etp: int = 0,
 ) -> ParallelContext:
     """Return what `ParallelContext.create` makes, with groups that are made once for all cases of a job."""
     mesh = Mesh.megatron(world_size, tensor_parallel=tp, pipeline_parallel=pp, context_parallel=cp)
     if world_size == 1:
         return ParallelContext.solo()
     world = _group(rank, world_size, tuple(range(world_size)))
-    groups = {name: _group(rank, world_size, tuple(mesh.group_of(rank, *axes))) for name, axes in GROUP_AXES.items()}
+    experts = Mesh.of_experts(world_size, tensor_parallel=etp or tp, expert_parallel=ep, pipeline_parallel=pp)
+    spans = {name: mesh.group_of(rank, *axes) for name, axes in GROUP_AXES.items()}
+    spans |= {name: experts.group_of(rank, *axes) for name, axes in EXPERT_GROUP_AXES.items()}
+    groups = {name: _group(rank, world_size, tuple(ranks)) for name, ranks in spans.items()}
     stages = mesh.group_of(rank, "pp")
     ends = tuple(dict.fromkeys((stages[0], stages[-1])))
     embedding = _group(rank, world_size, ends) if rank in ends else SoloGroup("embedding", rank)
@@ -156,6 +166,8 @@ def context_of(ctx: CaseContext, tiny: Tiny) -> ParallelContext:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
         parallel.hierarchical_context_parallel_sizes,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
     )
 
 

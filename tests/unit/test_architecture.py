@@ -34,6 +34,7 @@ LAYERS: dict[str, int] = {
     "pipeline": 6,
     "optimizer": 6,
     "context_parallel": 7,
+    "expert_parallel": 7,
     "transformer": 8,
     "training": 9,
     "launch": 10,

@@ -171,6 +171,31 @@ PC_API int pcs_all_to_all(void* group, void* x, void* out, i64 outer, i64 length
   });
 }
 
+// given[r] bytes of x go to rank r, those for rank 0 first; got[r] bytes of rank r arrive in out. The longest part of all
+// ranks has `most` bytes.
+PC_API int pcs_all_to_all_rows(void* group, void* x, void* out, const int64_t* given, const int64_t* got, i64 most,
+                               int dtype, double limit) {
+  Group& g = *static_cast<Group*>(group);
+  const i64 room = kSlotBytes / g.size;
+  std::vector<char*> from(g.size), to(g.size);
+  for (int r = 0; r < g.size; ++r) {
+    from[r] = r == 0 ? static_cast<char*>(x) : from[r - 1] + given[r - 1];
+    to[r] = r == 0 ? static_cast<char*>(out) : to[r - 1] + got[r - 1];
+  }
+  if (given[g.rank] != got[g.rank]) return kSystem;
+  if (given[g.rank]) std::memcpy(to[g.rank], from[g.rank], given[g.rank]);
+  const auto piece = [&](i64 i, i64 length) { return std::min(room, length - i * room); };
+  const auto put = [&](i64 i, char* slot) {
+    for (int r = 0; r < g.size; ++r)
+      if (const i64 n = piece(i, given[r]); n > 0 && r != g.rank) std::memcpy(slot + r * room, from[r] + i * room, n);
+  };
+  return g.run(steps_of(most, room), make_tag(6, dtype, most), deadline_after(limit), -1, put, [&](i64 i, u32 k) {
+    for (int r = 0; r < g.size; ++r)
+      if (const i64 n = piece(i, got[r]); n > 0 && r != g.rank)
+        std::memcpy(to[r] + i * room, g.slot(r, k) + g.rank * room, n);
+  });
+}
+
 // The source runs ahead of the others as far as the slots allow.
 PC_API int pcs_broadcast(void* group, void* x, i64 bytes, int dtype, int src, double limit) {
   Group& g = *static_cast<Group*>(group);

@@ -45,10 +45,10 @@ def test_convert_to_what(capsys):
 
 
 def test_explain(capsys):
-    _, out, _ = run(capsys, "explain", "--rotary-base", "num_experts", "use_mcore_models")
+    _, out, _ = run(capsys, "explain", "--rotary-base", "moe_latent_size", "use_mcore_models")
     assert "rotary_base: base of the rotary frequencies" in out and "model_config.rotary_base" in out
     assert "default in Megatron-LM: 10000.0" in out
-    assert "num_experts: refused unless it asks for nothing; not built: mixture of experts" in out
+    assert "moe_latent_size: refused unless it asks for nothing; not built: experts in a latent space" in out
     assert "ignored; there is one implementation here" in out
     code, _, err = run(capsys, "explain", "rotary_bas")
     assert code == 1 and err == "rotary_bas: unknown argument; did you mean rotary_base?\n"

@@ -185,11 +185,11 @@ def test_mistakes_are_named_with_file_and_line(tmp_path, text, message):
 
 
 def test_all_mistakes_are_reported_together(tmp_path):
-    """A mixture of experts is refused by name, not trained as a dense model."""
+    """What is not built is refused by name, not trained as something else."""
     with pytest.raises(ConfigError) as error:
-        from_text(tmp_path, FLAT + "num_experts: 8\nclip_grads: 1\nweight_decay: -1\n", "--hidden-size", "65")
+        from_text(tmp_path, FLAT + "moe_latent_size: 8\nclip_grads: 1\nweight_decay: -1\n", "--hidden-size", "65")
     text = str(error.value)
-    for part in ("4 problems", "num_experts: 8: not built: mixture of experts", "did you mean clip_grad?",
+    for part in ("4 problems", "moe_latent_size: 8: not built: experts in a latent space", "did you mean clip_grad?",
                  "weight_decay: -1: must not be negative", "--hidden-size 65", ":4: num_attention_heads: 4"):
         assert part in text
 

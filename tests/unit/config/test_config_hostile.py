@@ -113,7 +113,7 @@ LINES = {
     f"--pipeline-model-parallel-layout Et*9999999999|L {PP2}": "more than",
     f"--pipeline-model-parallel-layout {'(' * 5000} {PP2}": "parenthesis",
     f"--pipeline-model-parallel-layout {'(tt|)*99' * 99} {PP2}": "",
-    "--moe-layer-freq ([0]*1000000000000)": "not built: mixture of experts",
+    "--num-experts 4 --moe-layer-freq ([0]*1000000000000)": "it takes a number N above zero",
     "--make-vocab-size-divisible-by 0": "must be above zero",
     "--lr 1e400": "finite number",
     f"--rampup-batch-size 1 1 {10**18} --global-batch-size {10**9} --train-samples 100": "choose a larger increment",

@@ -17,13 +17,13 @@ LOADS = {
     "llama2_7b": {"ffn_hidden_size": 11008, "hidden_act": "swiglu", "normalization": "RMSNorm", "rotary_base": 10000.0},
     "llama2_70b": {"num_query_groups": 8, "recompute_granularity": "selective"},
     "llama3_8b": {"vocab_size": 128512, "apply_layernorm_1p": True, "kv_channels": 128},
+    "mixtral_8x7b": {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_query_groups": 8},
+    "qwen3_30b_a3b": {"hidden_size": 2048, "kv_channels": 128, "qk_layernorm": True},
     "qwen2.5_7b": {"qkv_has_bias": True, "out_proj_has_bias": False, "add_bias_linear": False, "norm_epsilon": 1e-6},
 }
 REFUSED = {
-    "mixtral_8x7b": ["mixture of experts"],
-    "qwen3_30b_a3b": ["mixture of experts"],
     "llama3_8b_fp8": ["FP8 and FP4 arithmetic"],
-    "deepseek_v3_like": ["mixture of experts", "multi-token prediction"],
+    "deepseek_v3_like": ["multi-token prediction"],
     # Megatron-LM 0.12 refuses its own example for the same reason.
     "gpt3_175b_megatron_0.12": [],
 }
@@ -56,12 +56,13 @@ def test_is_refused_for_what_is_missing(name):
                        "a ramp-up needs train_samples instead of train_iters"
 
 
-@pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen3_30b_a3b"])
-def test_only_the_missing_feature_is_in_the_way(name):
-    words, skip = [], False
-    for word in SCRIPTS[name]:
-        if word.startswith("--"):
-            skip = word.startswith(("--moe", "--num-experts", "--expert"))
-        if not skip:
-            words.append(word)
-    assert load_config(words).config.model_config.num_layers
+@pytest.mark.parametrize(
+    ("name", "experts", "width", "chosen", "ranks"),
+    [("mixtral_8x7b", 8, 14336, 2, 32), ("qwen3_30b_a3b", 128, 768, 8, 16)],
+)
+def test_experts_of_public_models(name, experts, width, chosen, ranks):
+    """As many ranks as their layout needs: two of tensor or four of pipeline parallelism times those of experts."""
+    loaded = load_config(SCRIPTS[name])
+    moe = loaded.config.model_config.moe
+    assert (moe.num_experts, moe.moe_ffn_hidden_size, moe.moe_router_topk) == (experts, width, chosen)
+    assert loaded.world_size == ranks

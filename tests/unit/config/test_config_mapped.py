@@ -77,12 +77,35 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "profile_aicore_metrics": ("", "1"), "profile_step_end": ("", "20"), "profile_step_start": ("", "5"),
     "ckpt_format": ("", "ckpt"), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
 }
+MOE = "--num-experts 4"
+SIGMOID = MOE + " --moe-router-score-function sigmoid"
+SHARED = MOE + " --disable-bias-linear"
+SPECIAL |= {
+    "num_experts": ("", "4"), "moe_layer_freq": (MOE, "[1,0]*2"), "moe_ffn_hidden_size": (MOE, "32"),
+    "moe_router_topk": (MOE, "3"), "moe_router_score_function": (MOE, "sigmoid"), "moe_router_pre_softmax": (MOE, ""),
+    "moe_router_topk_scaling_factor": (MOE, "2.5"), "moe_router_dtype": (MOE, "fp32"),
+    "moe_router_num_groups": (MOE + " --moe-router-group-topk 1", "2"),
+    "moe_router_group_topk": (MOE + " --moe-router-num-groups 2", "2"),
+    "moe_router_enable_expert_bias": (SIGMOID, ""), "moe_router_bias_update_rate": (MOE, "0.5"),
+    "moe_input_jitter_eps": (MOE, "0.1"), "moe_z_loss_coeff": (MOE, "0.1"),
+    "moe_router_load_balancing_type": (MOE, "seq_aux_loss"), "moe_aux_loss_coeff": (MOE, "0.1"),
+    "moe_global_aux_loss_form": (MOE, "megatron"), "moe_expert_capacity_factor": (MOE, "1.5"),
+    "moe_pad_expert_input_to_capacity": (MOE + " --moe-expert-capacity-factor 1.5", ""),
+    "moe_token_drop_policy": (MOE + " --moe-expert-capacity-factor 1.5", "position"),
+    "moe_apply_probs_on_input": (MOE + " --moe-router-topk 1 --moe-router-pre-softmax", ""),
+    "moe_shared_expert_intermediate_size": (SHARED, "32"),
+    "moe_shared_expert_gate": (SHARED + " --moe-shared-expert-intermediate-size 32", ""),
+    "moe_token_dispatcher_type": (MOE, "alltoall"), "moe_layer_recompute": (MOE, ""),
+    "expert_model_parallel_size": (MOE, "2"),
+    "expert_tensor_parallel_size": (SHARED + " --tensor-model-parallel-size 2 --sequence-parallel", "1"),
+}
 # What the run without the argument has, where the context alone is not a legal run.
 WITHOUT = {
     "recompute_method": "--recompute-granularity full --recompute-num-layers 1 --recompute-method uniform",
     "recompute_num_layers": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "account_for_embedding_in_pipeline_split": PIPE, "account_for_loss_in_pipeline_split": PIPE,
-    "start_weight_decay": "", "end_weight_decay": "",
+    "start_weight_decay": "", "end_weight_decay": "", "moe_router_num_groups": MOE, "moe_router_group_topk": MOE
+    + " --moe-router-num-groups 2 --moe-router-group-topk 1",
     "hierarchical_context_parallel_sizes": CP, "ulysses_degree_in_cp": CP,
 }
 # Arguments with one legal value, and those that say where arguments are read from: tested on their own.

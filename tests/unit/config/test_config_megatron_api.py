@@ -85,8 +85,8 @@ def test_a_namespace_of_megatrons_own(tmp_path):
     config = init_configs_from_args(args)
     expected = load("--bf16", "--global-batch-size", "8", world_size=2).config
     assert config == expected
-    args.num_experts = 8
-    with pytest.raises(ConfigError, match="num_experts: 8: not built: mixture of experts"):
+    args.moe_latent_size = 8
+    with pytest.raises(ConfigError, match="moe_latent_size: 8: not built: experts in a latent space"):
         init_configs_from_args(args)
 
 

@@ -110,6 +110,10 @@ DERIVED = [
     ("batches", "", {D + "global_batch_size": 2, D + "micro_batch_num": 1}),
     ("batches", "--global-batch-size 8", {D + "micro_batch_num": 4}),
     ("batches", "--micro-batch-num 3", {D + "global_batch_size": 6}),
+    ("experts", "--num-experts 4 --moe-layer-freq 2", {M + "moe.moe_layer_freq": (1, 0, 1, 0)}),
+    ("experts", "--num-experts 4 --ffn-hidden-size 96", {M + "moe.moe_ffn_hidden_size": 96}),
+    ("experts", "--num-experts 4 --moe-expert-capacity-factor -1", {M + "moe.moe_expert_capacity_factor": 0.0}),
+    ("experts", "--num-experts 0 --moe-router-topk 4", {M + "moe.num_experts": 0, M + "moe.moe_router_topk": 2}),
     ("run_length", "--train-iters null --train-samples 101", {T + "training_iters": 50, T + "train_samples": 101}),
     # 4 (start) to 8 in one step of 4 over 10 samples: 4, 4, 4 (12 > 10 consumed), then 88/8 = 11 more.
     ("run_length", "--train-iters null --train-samples 100 --global-batch-size 8 --rampup-batch-size 4 4 10",
@@ -141,6 +145,8 @@ def test_every_derivation_has_a_case():
     assert {rule for rule, _, _ in DERIVED} == set(DERIVATIONS)
 
 
+MOE = "--num-experts 4"
+SIGMOID = f"{MOE} --moe-router-score-function sigmoid"
 # rule, flags, what the message says
 REFUSED = [
     ("recompute_activations", "--recompute-activations --recompute-granularity full", "ask for two different things"),
@@ -294,6 +300,42 @@ REFUSED = [
     ("data_sources", "--data-path a --mock-data", "--data-path a, --mock-data: give one of them"),
     ("data_sources", "--data-path a --train-data-path b", "give one of them"),
     ("data_sources", "--train-data-path b --split 1,1,1", "does not apply"),
+    ("expert_sizes", f"{MOE} --moe-router-topk 5", "a token cannot go to more experts than there are"),
+    ("expert_sizes", f"{MOE} --moe-ffn-hidden-size -1", "--moe-ffn-hidden-size -1: must be above zero"),
+    ("expert_sizes", f"{MOE} --moe-input-jitter-eps 1", "at least 0 and below 1"),
+    ("expert_sizes", f"{MOE} --moe-layer-freq [1,0]", "has 2 entries, one for every layer"),
+    ("expert_sizes", f"{MOE} --moe-layer-freq [0]*4", "no layer has experts"),
+    ("expert_choice", f"{MOE} --moe-router-topk 1", "add --moe-router-pre-softmax"),
+    ("expert_choice", f"{SIGMOID} --moe-router-pre-softmax", "there is no softmax"),
+    ("expert_choice", f"{MOE} --moe-router-enable-expert-bias", "add --moe-router-score-function sigmoid"),
+    ("expert_choice", f"{MOE} --moe-apply-probs-on-input", "needs one expert per token"),
+    ("expert_choice", f"{MOE} --moe-router-num-groups 2", "belong together; give both"),
+    ("expert_choice", f"{MOE} --moe-router-num-groups 3 --moe-router-group-topk 1", "not 3 equal groups"),
+    ("expert_choice", f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 4", "which would be none"),
+    ("expert_choice", f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 1", "have not so many"),
+    ("expert_choice", f"{MOE} --moe-router-num-groups 2 --moe-router-group-topk 3", "there are not so many groups"),
+    ("expert_balance", f"{MOE} --moe-router-load-balancing-type quantile_balancing", "takes different words of"),
+    ("expert_balance", f"{MOE} --moe-router-load-balancing-type aux_loss none --moe-aux-loss-coeff 1 1", "stand alone"),
+    ("expert_balance", f"{MOE} --moe-router-load-balancing-type aux_loss seq_aux_loss", "2 kinds and 1 coefficients"),
+    ("expert_balance", f"{MOE} --moe-aux-loss-coeff -1", "must not be negative"),
+    ("expert_balance", f"{MOE} --moe-router-load-balancing-type none --moe-aux-loss-coeff 1", "none has no loss"),
+    ("expert_balance", f"{MOE} --moe-router-load-balancing-type sinkhorn --moe-expert-capacity-factor 1",
+     "does not go with sinkhorn"),
+    ("expert_capacity", f"{MOE} --moe-pad-expert-input-to-capacity", "give the capacity to pad to"),
+    ("expert_capacity", f"{MOE} --moe-token-drop-policy position", "nothing is dropped without a capacity"),
+    ("shared_expert", f"{MOE} --moe-shared-expert-gate", "gates an expert that is not there"),
+    ("shared_expert", f"{MOE} --moe-shared-expert-intermediate-size 8", "add --disable-bias-linear"),
+    ("expert_layout", "--expert-model-parallel-size 2", "there are no experts to share out"),
+    ("expert_layout", f"{MOE} --expert-model-parallel-size 3", "4 is not a multiple of 3; write 3 or 6"),
+    ("expert_layout", f"{MOE} --expert-model-parallel-size -1", "must be above zero"),
+    ("expert_layout", f"{MOE} --tensor-model-parallel-size 2", "add --sequence-parallel"),
+    ("expert_layout", f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel", "added by each rank of an expert"),
+    ("expert_layout", f"{MOE} --disable-bias-linear --moe-ffn-hidden-size 7 --expert-tensor-parallel-size 2",
+     "7 is not a multiple of 2"),
+    ("expert_layout", f"{MOE} --expert-model-parallel-size 2 --moe-expert-capacity-factor 1 "
+     "--moe-pad-expert-input-to-capacity", "write moe_token_dispatcher_type alltoall"),
+    ("expert_layout", f"{MOE} --moe-layer-recompute --recompute-granularity full --recompute-method uniform "
+     "--recompute-num-layers 1", "full recomputes them already"),
     ("profiling", "--profile --profile-step-start 5 --profile-step-end 4", "the profile ends before it starts"),
 ]
 

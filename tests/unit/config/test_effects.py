@@ -34,6 +34,8 @@ BUCKETS = "--ddp-bucket-size 300"
 OVERLAP = f"{BUCKETS} --overlap-grad-reduce"
 DISTRIBUTED = f"{OVERLAP} --use-distributed-optimizer"
 LEVEL1 = "--profile-level level1"
+MOE = "--num-experts 4"
+SIGMOID = f"{MOE} --moe-router-score-function sigmoid"
 
 # probe -> lines of `argument | words that set it [| words of both command lines [| of the other one alone]]`
 SEEN = {
@@ -70,6 +72,12 @@ SEEN = {
         add_dense_bias | --no-add-dense-bias
         untie_embeddings_and_output_weights | --untie-embeddings-and-output-weights
         use_sandwich_norm | --use-sandwich-norm
+        num_experts | --num-experts 4
+        moe_layer_freq | --moe-layer-freq 2 | {MOE}
+        moe_ffn_hidden_size | --moe-ffn-hidden-size 8 | {MOE}
+        moe_shared_expert_intermediate_size | --moe-shared-expert-intermediate-size 8 | {MOE} --disable-bias-linear
+        moe_shared_expert_gate | --moe-shared-expert-gate | {MOE} --disable-bias-linear \
+            --moe-shared-expert-intermediate-size 8
     """,
     "dtypes": """
         params_dtype | --params-dtype bf16
@@ -120,6 +128,17 @@ SEEN = {
         apply_residual_connection_post_layernorm | --apply-residual-connection-post-layernorm
         label_smoothing | --label-smoothing 0.25
         pre_tockens | --pre-tockens 2
+        moe_router_topk | --moe-router-topk 3 | {MOE}
+        moe_router_score_function | --moe-router-score-function sigmoid | {MOE}
+        moe_router_pre_softmax | --moe-router-pre-softmax | {MOE}
+        moe_router_topk_scaling_factor | --moe-router-topk-scaling-factor 2 | {MOE}
+        moe_router_num_groups | --moe-router-num-groups 2 --moe-router-group-topk 1 | {MOE}
+        moe_router_group_topk | --moe-router-group-topk 2 | {MOE} --moe-router-num-groups 2 \
+            | --moe-router-group-topk 1
+        moe_router_dtype | --moe-router-dtype fp32 | {MOE} --fp16 --loss-scale 1
+        moe_expert_capacity_factor | --moe-expert-capacity-factor 0.5 | {MOE}
+        moe_token_drop_policy | --moe-token-drop-policy position | {MOE} --moe-expert-capacity-factor 0.5
+        moe_apply_probs_on_input | --moe-apply-probs-on-input | {MOE} --moe-router-topk 1 --moe-router-pre-softmax
         window_size | --window-size 2 0
         compute_dtype | --compute-dtype fp16 --loss-scale 1
         attention_softmax_in_fp32 | --attention-softmax-in-fp32 | --fp16 --loss-scale 1
@@ -132,7 +151,13 @@ SEEN = {
         attention_dropout | --attention-dropout 0.5
     """,
     "gradient_norm": "calculate_per_token_loss | --calculate-per-token-loss",
-    "weights": """
+    "weights": f"""
+        moe_router_enable_expert_bias | --moe-router-enable-expert-bias | {SIGMOID} --moe-router-bias-update-rate 0.5
+        moe_router_bias_update_rate | --moe-router-bias-update-rate 0.5 | {SIGMOID} --moe-router-enable-expert-bias
+        moe_input_jitter_eps | --moe-input-jitter-eps 0.5 | {MOE}
+        moe_z_loss_coeff | --moe-z-loss-coeff 0.1 | {MOE}
+        moe_router_load_balancing_type | --moe-router-load-balancing-type seq_aux_loss | {MOE} --moe-aux-loss-coeff 1
+        moe_aux_loss_coeff | --moe-aux-loss-coeff 1 | {MOE}
         optimizer | --optimizer sgd
         lr | --lr 1e-3
         adam_bias_correction | --no-adam-bias-correction
@@ -287,6 +312,14 @@ WORDS = {
 
 # Arguments whose effect needs several processes, or is what other tests are about: the tests that show it.
 ELSEWHERE = {
+    "moe_global_aux_loss_form":
+        "tests/ranks/cases_experts.py::test_a_microbatch_is_compared_with_those_before_it_in_every_layout",
+    "moe_pad_expert_input_to_capacity":
+        "tests/unit/transformer/test_experts.py::test_padding_gives_every_expert_its_rows",
+    "moe_layer_recompute": "tests/unit/transformer/test_experts.py::test_recomputation_routes_again_and_counts_once",
+    "moe_token_dispatcher_type": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
+    "expert_model_parallel_size": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
+    "expert_tensor_parallel_size": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
     "tensor_model_parallel_size": "tests/ranks/cases_layouts.py::test_two_ranks_train_like_one",
     "sequence_parallel": "tests/ranks/cases_tensor_parallel.py::test_column_parallel_linear_equals_the_unsharded_layer",
     "context_parallel_size": "tests/ranks/cases_context_parallel.py::test_two_parts_of_a_sequence_train_like_one",

@@ -17,9 +17,11 @@ WITHIN_THE_CONFIG = {
     "model_config.fa_config.pre_tokens": "TransformerConfig.window_of",
     "model_config.mla.rope_type": "TransformerConfig.has_yarn",
     "model_config.window_attn_skip_freq": "TransformerConfig.window_of",
+    "parallel_config.expert_tensor_parallel_size": "ModelParallelConfig.expert_tensor_size",
+    "model_config.moe.moe_layer_freq": "MoEConfig.has_experts",
+    "model_config.moe.moe_expert_capacity_factor": "MoEConfig.capacity",
+    "model_config.moe.moe_aux_loss_coeff": "MoEConfig.balancing_losses",
     # Refused unless they ask for nothing.
-    "parallel_config.expert_model_parallel_size": "refused above 1",
-
     "model_config.fa_config.next_tokens": "refused above 0",
 }
 # Fields that nothing reads: arguments that are accepted and do nothing. The set is to be empty.

@@ -34,6 +34,7 @@ LLAMA3 = f"{ROPE} --use-rope-scaling"
 YARN = "--position-embedding-type yarn --rotary-scaling-factor 4"
 WINDOW = "--window-size 8 0"
 LATENT = f"{ROPE} --rope-type rope --multi-latent-attention --disable-bias-linear --hidden-act gelu"
+MOE = "--num-experts 4"
 # field -> (words of both runs, words that change the field)
 CHANGES = {
     "num_layers": ("", "--num-layers 2"),
@@ -86,6 +87,25 @@ CHANGES = {
     "mla.qk_pos_emb_head_dim": (LATENT, "--qk-pos-emb-head-dim 8"),
     "mla.v_head_dim": (LATENT, "--v-head-dim 16"),
     "mla.rope_type": (LATENT.replace("--rope-type rope", ""), "--rope-type rope"),
+    "moe.num_experts": (MOE, "--num-experts 8"),
+    "moe.moe_layer_freq": (MOE, "--moe-layer-freq 2"),
+    "moe.moe_ffn_hidden_size": (MOE, "--moe-ffn-hidden-size 32"),
+    "moe.moe_router_topk": (MOE, "--moe-router-topk 3"),
+    "moe.moe_router_score_function": (MOE, "--moe-router-score-function sigmoid"),
+    "moe.moe_router_pre_softmax": (MOE, "--moe-router-pre-softmax"),
+    "moe.moe_router_topk_scaling_factor": (MOE, "--moe-router-topk-scaling-factor 2.5"),
+    "moe.moe_router_num_groups": (MOE + " --moe-router-group-topk 1 --moe-router-num-groups 2",
+                                  "--num-experts 8 --moe-router-num-groups 4"),
+    "moe.moe_router_group_topk": (MOE + " --moe-router-num-groups 2 --moe-router-group-topk 1",
+                                  "--moe-router-group-topk 2"),
+    "moe.moe_router_enable_expert_bias": (MOE + " --moe-router-score-function sigmoid",
+                                          "--moe-router-enable-expert-bias"),
+    "moe.moe_apply_probs_on_input": (MOE + " --moe-router-topk 1 --moe-router-pre-softmax",
+                                     "--moe-apply-probs-on-input"),
+    "moe.moe_shared_expert_intermediate_size": (MOE + " --disable-bias-linear --hidden-act gelu",
+                                                "--moe-shared-expert-intermediate-size 32"),
+    "moe.moe_shared_expert_gate": (MOE + " --disable-bias-linear --moe-shared-expert-intermediate-size 32",
+                                   "--moe-shared-expert-gate"),
 }
 WORDS = [(field, f"{both} {change}", both) for field, (both, change) in CHANGES.items()]
 NOT_IN_MEGATRON = {
@@ -200,7 +220,7 @@ def test_what_megatrons_arguments_do_not_speak_of_is_left_open():
 
 @pytest.mark.parametrize(
     ("args", "named"),
-    [({"num_experts": 8}, "mixture of experts"), ({"qk_l2_norm": True}, "this form of attention"),
+    [({"moe_latent_size": 8}, "experts in a latent space"), ({"qk_l2_norm": True}, "this form of attention"),
      ({"softmax_type": "learnable"}, "softmax_type='learnable'"), ({"num_experts": None, "qk_l2_norm": False}, None),
      ({"no_rope_freq": 4}, "no_rope_freq=4")],
 )  # fmt: skip

@@ -128,7 +128,9 @@ def test_cuts_over_several_axes_cover_a_tensor_once(data: st.DataObject) -> None
 def test_one_rank_has_the_copy_that_counts() -> None:
     cut = TensorShard.cut("w", (4, 4), Cut("tp", 0, 1, 2))
     whole = TensorShard.cut("norm.weight", (4,))
-    assert cut.is_first_copy({"tp": 1}) and not cut.is_first_copy({"tp": 1, "ep": 1})
+    assert cut.is_first_copy({"tp": 1}) and cut.is_first_copy({"tp": 1, "ep": 1})  # experts' ranks are others' ranks
+    expert = TensorShard.cut("w", (4, 4), Cut("ep", 0, 1, 2), replicas="edp")
+    assert expert.is_first_copy({"tp": 1, "ep": 1, "etp": 0}) and not expert.is_first_copy({"ep": 1, "etp": 1})
     assert whole.is_first_copy({"tp": 0}) and not whole.is_first_copy({"tp": 1})
     assert not TensorShard.cut("w", (4, 4), Cut("tp", 0, 0, 2), is_copy=True).is_first_copy({"tp": 0})
 

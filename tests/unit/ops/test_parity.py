@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core import ops
-from parallel_core.ops import reference, registry
+from parallel_core.ops import reference, reference_experts, registry
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -492,6 +492,50 @@ def test_flat_buffers(n):
     ops.write_(written, Tensor(state[0]))
     np.testing.assert_array_equal(added, flat + state[0])
     np.testing.assert_array_equal(written, state[0])
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 70, 0], [0, 0], [1], [40, 37, 1, 0, 22]])
+@compares("grouped_linear", "grouped_linear_grad_input", "grouped_linear_grad_weight", "grouped_linear_grad_weight_")
+def test_products_of_rows_with_their_experts_weight(counts):
+    """Experts without a row, one with all, and no row at all."""
+    rng, counts = np.random.default_rng(len(counts)), np.array(counts, np.int64)
+    N, E, I, O = int(counts.sum()), len(counts), 48, 80
+    x, w, dy = Tensor(array(rng, N, I)), Tensor(array(rng, E, O, I)), Tensor(array(rng, N, O))
+    close(ops.grouped_linear(x, w, counts), reference_experts.grouped_linear(x, w, counts))
+    close(ops.grouped_linear_grad_input(dy, w, counts), reference_experts.grouped_linear_grad_input(dy, w, counts))
+    want = reference_experts.grouped_linear_grad_weight(dy, x, counts)
+    close(ops.grouped_linear_grad_weight(dy, x, counts), want, SUMMED)
+    empty = counts == 0
+    assert not want.asnumpy()[empty].any()
+    for add in (False, True):
+        into = array(rng, E, O, I)
+        expected = want.asnumpy() + (into if add else 0)
+        ops.grouped_linear_grad_weight_(into, dy, x, counts, add)
+        np.testing.assert_allclose(into, expected, atol=2e-5)
+        assert add or not into[empty].any()
+
+
+@pytest.mark.parametrize(("T", "N"), [(7, 11), (300, 900), (1, 0)])
+@compares("gather_rows", "sum_rows")
+def test_rows_by_number(T, N):
+    rng = np.random.default_rng(T)
+    x, y = Tensor(array(rng, T, 257)), Tensor(array(rng, max(N, 1), 257))
+    index = rng.integers(-1, T, N).astype(np.int32)
+    close(ops.gather_rows(x, index), reference_experts.gather_rows(x, index), 0.0)
+    places = rng.integers(-1, max(N, 1), (T, 3)).astype(np.int32)
+    places[0] = -1
+    close(ops.sum_rows(y, places), reference_experts.sum_rows(y, places))
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "gelu_tanh", "silu", "squared_relu"])
+@compares("scaled_activation")
+def test_weighted_rows_of_an_activation(name):
+    rng = np.random.default_rng(3)
+    x, scale = array(rng, 70, 64), np.abs(array(rng, 70))
+    compare(
+        lambda *a: ops.scaled_activation(*a, name), lambda *a: reference_experts.scaled_activation(*a, name),
+        [x, scale], rng, summed=(1,),
+    )  # fmt: skip
 
 
 def test_every_compiled_kernel_is_compared():

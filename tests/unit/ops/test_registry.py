@@ -13,7 +13,7 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core import ops
-from parallel_core.ops import ascend, build, library, reference, registry
+from parallel_core.ops import ascend, build, library, reference, reference_experts, registry
 from parallel_core.ops.registry import KERNELS, compiled, doors, kernel, on_ascend
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
@@ -187,12 +187,14 @@ def test_every_public_function_of_the_reference_is_in_ops():
     """A function that `@kernel` was forgotten on would have a type, but not exist."""
     public = {
         name
-        for name, value in vars(reference).items()
-        if inspect.isfunction(value) and value.__module__ == reference.__name__ and not name.startswith("_")
+        for module in (reference, reference_experts)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     assert public == KERNELS.keys() ^ SHARED and public <= set(ops.__all__)
     for name in KERNELS:
-        assert getattr(ops, name) is KERNELS[name].door and getattr(reference, name) is KERNELS[name].reference
+        module = reference if hasattr(reference, name) else reference_experts
+        assert getattr(ops, name) is KERNELS[name].door and getattr(module, name) is KERNELS[name].reference
         assert getattr(ops, name).__doc__ == getattr(reference, name).__doc__
 
 

@@ -1,0 +1,1 @@
+"""Experts shared out over ranks: which tokens go where, how they get there, and what is computed of them."""
