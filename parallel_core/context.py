@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
+from parallel_core.layout.expert_mesh import EXPERT_GROUP_AXES, expert_spans
 from parallel_core.layout.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ GROUP_AXES = {
     "model": ("tp", "pp"),
 }
 """The axes that each group of a rank spans."""
-
-EXPERT_GROUP_AXES = {"ep": ("ep",), "etp": ("etp",), "edp": ("edp",), "ep_etp": ("etp", "ep")}
-"""The same of the groups of experts, on the mesh of experts."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,8 @@ class ParallelContext:
             return cls.solo()
         make = group_factory(config.distributed_backend, config.distributed_timeout_minutes * 60, rank, world_size)
         groups: dict[str, Group] = {}
-        of_experts = Mesh.of_experts(
-            world_size,
-            tensor_parallel=config.expert_tensor_size,
-            expert_parallel=config.expert_model_parallel_size,
-            pipeline_parallel=config.pipeline_model_parallel_size,
-        )
         spans = [(label, mesh.group_of(rank, *axes)) for label, axes in GROUP_AXES.items()]
-        spans += [(label, of_experts.group_of(rank, *axes)) for label, axes in EXPERT_GROUP_AXES.items()]
-        for label, ranks in spans:
+        for label, ranks in (*spans, *expert_spans(rank, world_size, config)):
             same = next((group for group in groups.values() if list(group.ranks) == ranks), None)
             # Groups of the same ranks are one communicator: dp_cp is dp where nothing is cut along the sequence.
             groups[label] = make(label, ranks) if same is None or len(ranks) == 1 else same

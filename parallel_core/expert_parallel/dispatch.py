@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from mindspore import Tensor
@@ -18,6 +18,10 @@ from parallel_core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+
+if TYPE_CHECKING:
+    from parallel_core.config.schema import ModelParallelConfig
+    from parallel_core.context import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class ExpertGroups:
     ep_etp: Group = field(default_factory=SoloGroup)
     etp_axis: str = "tp"
     replicas: str = "dp_cp"
+
+    @classmethod
+    def of(cls, parallel: ModelParallelConfig, context: ParallelContext) -> ExpertGroups:
+        """Return the groups of a rank's experts; where those are cut as the rest of the model, they are part of it."""
+        as_the_rest = parallel.expert_model_parallel_size == 1 and context.etp.size == context.tp.size
+        axis, replicas = ("tp", "dp_cp") if as_the_rest else ("etp", "edp")
+        return cls(context.ep, context.etp, context.ep_etp, axis, replicas)
 
 
 class Dispatched(NamedTuple):

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Parameter, Tensor
 
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.experts import MoEConfig
+
+if TYPE_CHECKING:
+    from parallel_core.config.schema import AllConfig
+    from parallel_core.context import ParallelContext
 
 Numbers = dict[str, tuple[float, float]]
 """{name: (sum, number)}"""
@@ -54,6 +59,12 @@ class RoutingLedger:
     cp: Group = field(default_factory=SoloGroup)
     dp: Group = field(default_factory=SoloGroup)
     per_token: bool = False
+
+    @classmethod
+    def of(cls, config: AllConfig, context: ParallelContext) -> RoutingLedger:
+        """Return the ledger of a rank's run."""
+        per_token = config.training_config.calculate_per_token_loss
+        return cls(config.model_config.moe, context.tp, context.cp, context.dp, per_token)
 
     def __post_init__(self) -> None:
         self._records: list[RouterRecord] = []

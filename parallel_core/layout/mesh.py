@@ -43,25 +43,6 @@ class Mesh:
             (("tp", tensor_parallel), ("cp", context_parallel), ("dp", world_size // model), ("pp", pipeline_parallel))
         )
 
-    @classmethod
-    def of_experts(
-        cls, world_size: int, *, tensor_parallel: int = 1, expert_parallel: int = 1, pipeline_parallel: int = 1
-    ) -> Mesh:
-        """Return the same ranks as experts see them: etp (ranks of one expert), ep, edp (equal experts), pp.
-
-        Raises:
-            ConfigError: if `world_size` is not a multiple of the product of the other sizes.
-        """
-        model = tensor_parallel * expert_parallel * pipeline_parallel
-        if world_size < 1 or world_size % model:
-            raise ConfigError(
-                f"world size {world_size} is not a multiple of expert_tensor_parallel_size={tensor_parallel} x "
-                f"expert_model_parallel_size={expert_parallel} x pipeline_model_parallel_size={pipeline_parallel} = "
-                f"{model}; start {max(1, round(world_size / model)) * model} processes, or change the sizes"
-            )
-        sizes = tensor_parallel, expert_parallel, world_size // model, pipeline_parallel
-        return cls(tuple(zip(("etp", "ep", "edp", "pp"), sizes)))
-
     @property
     def world_size(self) -> int:
         """The number of ranks."""

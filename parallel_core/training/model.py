@@ -9,7 +9,7 @@ from typing import Any
 
 from mindspore import nn
 
-from parallel_core.config.schema import AllConfig, ModelParallelConfig
+from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.context_parallel.attention import ContextGroups
 from parallel_core.expert_parallel.dispatch import ExpertGroups
@@ -42,9 +42,7 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
     parallel = config.parallel_config
     layout = stage_layout(config.model_config.num_layers, parallel)
     streams = RandomStreams(config.training_config.seed, context.tp.rank, context.cp.rank)
-    ledger = RoutingLedger(
-        config.model_config.moe, context.tp, context.cp, context.dp, config.training_config.calculate_per_token_loss
-    )
+    ledger = RoutingLedger.of(config, context)
     accepted = inspect.signature(model_provider_func).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     rank, chunks = context.pp.rank, []
@@ -62,7 +60,7 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
             plan=recompute_plan(config.model_config, parallel, len(numbers), rank, chunk),
             context_groups=ContextGroups(context.cp, context.cp_inner, context.cp_ring),
             exchanges=parallel.cp_comm_type,
-            expert_groups=_expert_groups(parallel, context),
+            expert_groups=ExpertGroups.of(parallel, context),
             ledger=ledger,
             vp_stage=chunk,
             run=config,
@@ -77,10 +75,3 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
             )
         )
     return RankModel(tuple(chunks), layout, streams, ledger)
-
-
-def _expert_groups(parallel: ModelParallelConfig, context: ParallelContext) -> ExpertGroups:
-    """Return the groups of this rank's experts; where those are cut as the rest of the model, they are part of it."""
-    as_the_rest = parallel.expert_model_parallel_size == 1 and context.etp.size == context.tp.size
-    axis, replicas = ("tp", "dp_cp") if as_the_rest else ("etp", "edp")
-    return ExpertGroups(context.ep, context.etp, context.ep_etp, axis, replicas)

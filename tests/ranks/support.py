@@ -25,7 +25,8 @@ from parallel_core.config.schema import (
     TrainingConfig,
     TransformerConfig,
 )
-from parallel_core.context import EXPERT_GROUP_AXES, GROUP_AXES, ParallelContext, hierarchy
+from parallel_core.context import GROUP_AXES, ParallelContext, hierarchy
+from parallel_core.layout.expert_mesh import expert_spans
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import Box, region, shard_of
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
@@ -81,9 +82,10 @@ def parallel_context(
     if world_size == 1:
         return ParallelContext.solo()
     world = _group(rank, world_size, tuple(range(world_size)))
-    experts = Mesh.of_experts(world_size, tensor_parallel=etp or tp, expert_parallel=ep, pipeline_parallel=pp)
+    sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+    parallel = ModelParallelConfig(pipeline_model_parallel_size=pp, **sizes)
     spans = {name: mesh.group_of(rank, *axes) for name, axes in GROUP_AXES.items()}
-    spans |= {name: experts.group_of(rank, *axes) for name, axes in EXPERT_GROUP_AXES.items()}
+    spans |= dict(expert_spans(rank, world_size, parallel))
     groups = {name: _group(rank, world_size, tuple(ranks)) for name, ranks in spans.items()}
     stages = mesh.group_of(rank, "pp")
     ends = tuple(dict.fromkeys((stages[0], stages[-1])))
