@@ -81,25 +81,12 @@ class Group(abc.ABC):
     def all_to_all(self, x: Tensor, split_dim: int, concat_dim: int) -> Tensor:
         """Cut `x` along `split_dim`, send part i to rank i, and join what arrives along `concat_dim`."""
 
+    @abc.abstractmethod
     def all_to_all_rows(self, x: Tensor, counts: np.ndarray) -> Tensor:
-        """Send rows of `x` to the members that they are for: consecutive rows to rank 0, 1, ...
+        """Send the rows of `x` [N, ..] to rank 0, 1, ..., and return those that arrive, rank 0's first.
 
-        Args:
-            x: [N, ..].
-            counts: int64 [size, size], the same on every member: counts[r, s] rows go from rank r to rank s.
-
-        Returns:
-            The rows that arrive, those of rank 0 first.
+        `counts`, int64 [size, size] and the same on every member: counts[r, s] rows go from rank r to rank s.
         """
-        from mindspore import mint, ops  # here, so that the interface itself loads without MindSpore
-
-        most = max(1, int(counts.max()))
-        ends = [0, *np.cumsum(counts[self.rank]).tolist()]
-        filler = mint.zeros((most, *x.shape[1:]), dtype=x.dtype)
-        parts = [mint.cat((x[a:b], filler[: most - (b - a)]), 0) if b > a else filler for a, b in zip(ends, ends[1:])]
-        padded = self.all_to_all(ops.concat(parts, 0), 0, 0)
-        arrived = [padded[r * most : r * most + int(n)] for r, n in enumerate(counts[:, self.rank]) if n]
-        return mint.cat(arrived, 0) if arrived else mint.zeros((0, *x.shape[1:]), dtype=x.dtype)
 
     @abc.abstractmethod
     def broadcast_(self, x: Tensor, src: int = 0) -> Tensor:

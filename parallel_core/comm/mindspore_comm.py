@@ -141,6 +141,16 @@ class McclGroup(MindSporeGroup):
         parts = [mint.narrow(part, split_dim, self.rank * n, n) for part in self._gather_list(x)]
         return mint.cat(parts, concat_dim)
 
+    def all_to_all_rows(self, x: Tensor, counts: np.ndarray) -> Tensor:
+        """Exchange parts that are padded to one length."""
+        most = max(1, int(counts.max()))
+        ends = [0, *np.cumsum(counts[self.rank]).tolist()]
+        filler = mint.zeros((most, *x.shape[1:]), dtype=x.dtype)
+        parts = [mint.cat((x[a:b], filler[: most - (b - a)]), 0) if b > a else filler for a, b in zip(ends, ends[1:])]
+        padded = self.all_to_all(mint.cat(parts, 0), 0, 0)
+        arrived = [padded[r * most : r * most + int(n)] for r, n in enumerate(counts[:, self.rank]) if n]
+        return mint.cat(arrived, 0) if arrived else mint.zeros((0, *x.shape[1:]), dtype=x.dtype)
+
     def send(self, x: Tensor, dst: int) -> Handle:
         """Hand `x` to the transport, which keeps its own copy."""
         with self._guard(f"send(to={self.ranks[dst]})", x):

@@ -95,7 +95,8 @@ class ContextAttention:
             mixed_SBGX = _to_sequence(all_to_all(_whole_groups(mixed_SBGX, both, u), self._heads, 2, 0), u)
         heads = (self._heads.rank * num_heads // u, num_heads)
         factor = scale * softmax_coefficient
-        options: dict[str, Any] = {"scale": factor, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "heads": heads}
+        options: dict[str, Any] = {"scale": factor, "heads": heads}
+        options |= {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed}
         if self._ring.size == 1 and both == 2 * head_size:
             context = ops.causal_attention_packed(
                 mixed_SBGX, head_size, document_start_BS=document_start_BS, softmax_in_fp32=True, **options
