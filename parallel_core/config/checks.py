@@ -9,13 +9,14 @@ from parallel_core.config.expert_checks import EXPERT_CHECKS
 from parallel_core.config.model_checks import MODEL_CHECKS
 from parallel_core.config.resolution import LARGEST, Resolution
 from parallel_core.config.schema import ROTARY, ModelParallelConfig
+from parallel_core.config.watching_checks import WATCHING_CHECKS
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_place
 from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
-CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS}
+CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **WATCHING_CHECKS}
 
 
 def _rule(function: Rule) -> Rule:

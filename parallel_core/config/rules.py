@@ -19,6 +19,7 @@ from parallel_core.config.schema import (
     ModelParallelConfig,
     OptimizerConfig,
     ProfileConfig,
+    TrackingConfig,
     TrainingConfig,
     TransformerConfig,
 )
@@ -87,6 +88,7 @@ _NESTED_TYPES: dict[str, Any] = {
     "mla": MLAConfig,
     "moe": MoEConfig,
     "profile": ProfileConfig,
+    "tracking": TrackingConfig,
 }
 
 

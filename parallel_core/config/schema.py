@@ -426,6 +426,37 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What a run tells of itself beside loss, learning rate and speed, and whom."""
+
+    log_params_norm: bool = False
+    log_num_zeros_in_grad: bool = False
+    timing_log_level: int = 0
+    """0: no timers, 1: the parts of an iteration, 2: also what happens within them."""
+    timing_log_option: str = "minmax"
+    """max, minmax or all: which ranks' times the log shows."""
+    barrier_with_L1_time: bool = True  # noqa: N815 - Megatron-LM's word
+    """All ranks begin a timed part of the iteration together."""
+    tensorboard_dir: str = ""
+    tensorboard_log_interval: int = 1
+    tensorboard_queue_size: int = 1000
+    log_timers_to_tensorboard: bool = False
+    log_loss_scale_to_tensorboard: bool = True
+    log_learning_rate_to_tensorboard: bool = True
+    log_validation_ppl_to_tensorboard: bool = False
+    log_memory_to_tensorboard: bool = False
+    log_world_size_to_tensorboard: bool = False
+    wandb_project: str = ""
+    wandb_exp_name: str = ""
+    wandb_save_dir: str = ""
+    wandb_entity: str = ""
+    mlflow_experiment: str = ""
+    mlflow_run_name: str = ""
+    mlflow_tracking_uri: str = ""
+    """Server or folder; empty: what MLFLOW_TRACKING_URI says."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The run: length, precision of updates, data parallelism, checkpoints, logging."""
 
@@ -491,6 +522,7 @@ class TrainingConfig:
     print_schedule: bool = False
     deterministic_mode: bool = False
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         handles_overflow = self.fp16 and not self.loss_scale  # A NaN is an overflow then, and the step is skipped.

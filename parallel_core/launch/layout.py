@@ -5,6 +5,7 @@ from __future__ import annotations
 from parallel_core.config.load import LoadedConfig, load_config, required_world_size
 from parallel_core.config.schema import AllConfig, ModelParallelConfig
 from parallel_core.errors import ConfigError
+from parallel_core.tracking.writers import require_packages
 
 
 def check_configuration(arguments: list[str], num_ranks: int) -> LoadedConfig:
@@ -15,9 +16,11 @@ def check_configuration(arguments: list[str], num_ranks: int) -> LoadedConfig:
         num_ranks: what `NPROC` says; 0 when it is unset.
 
     Raises:
-        ConfigError: if the configuration breaks a rule, or the layout does not fit `num_ranks`.
+        ConfigError: if the configuration breaks a rule, needs a package that is not installed, or the layout
+            does not fit `num_ranks`.
     """
     loaded = load_config(arguments)
+    require_packages(loaded.config.training_config.tracking)
     needed = required_world_size(loaded.config)
     if num_ranks % needed:
         raise ConfigError(_mismatch(loaded.config.parallel_config, num_ranks, needed))

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from parallel_core.errors import ParallelCoreError
 from parallel_core.pipeline.schedule import SENDS, TRANSFER_OF, Action, Op, Step
+from parallel_core.spans import span
+
+_SENDING = {transfer.send: f"{op.name.lower()}-send" for op, transfer in TRANSFER_OF.items()}
 
 
 class Stage(Protocol):
@@ -58,17 +61,21 @@ def run_steps(steps: Sequence[Step], stages: Sequence[Stage], exchange: Exchange
         output = None
         if step.compute is not None:
             op, microbatch, chunk = step.compute
-            if op is Op.FORWARD:
-                received = inbox.pop(Action(TRANSFER_OF[op].receive, microbatch, chunk), None)
-                output = stages[chunk].forward(microbatch, None if received is None else received.wait())
-            else:
-                backwards_left[chunk] -= 1
-                received = inbox.pop(Action(TRANSFER_OF[op].receive, microbatch, chunk), None)
-                gradient = None if received is None else received.wait()
-                output = stages[chunk].backward(microbatch, gradient, backwards_left[chunk] == 0)
+            name = op.name.lower()
+            received, entry = inbox.pop(Action(TRANSFER_OF[op].receive, microbatch, chunk), None), None
+            if received is not None:
+                with span(f"{name}-recv", microbatch=microbatch, chunk=chunk):
+                    entry = received.wait()
+            with span(f"{name}-compute", microbatch=microbatch, chunk=chunk):
+                if op is Op.FORWARD:
+                    output = stages[chunk].forward(microbatch, entry)
+                else:
+                    backwards_left[chunk] -= 1
+                    output = stages[chunk].backward(microbatch, entry, backwards_left[chunk] == 0)
         for action in step.exchange:
             if action.op in SENDS:
-                exchange.send(action, output)
+                with span(_SENDING[action.op], microbatch=action.microbatch, chunk=action.chunk):
+                    exchange.send(action, output)
             else:
                 inbox[action] = exchange.receive(action)
                 if not wait_late:

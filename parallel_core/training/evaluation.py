@@ -12,7 +12,8 @@ from parallel_core.training.log import RunLog
 from parallel_core.training.step import TrainingStep
 
 NonLossDataFunction = Callable[[list[Any], int, Any], None]
-"""`process_non_loss_data_func(collected, iteration, writer)`, as in Megatron-LM; the writer is None."""
+"""`process_non_loss_data_func(collected, iteration, writer)`, as in Megatron-LM; the writer is TensorBoard's
+on the rank that has it, else None."""
 
 
 class Evaluator:
@@ -60,5 +61,5 @@ class Evaluator:
         if self._process_non_loss_data is not None and split == "validation":
             collected = self._step.collect_non_loss_data(data, iteration, self._microbatches)
             if self._step.context.is_last_stage:
-                self._process_non_loss_data(collected, iteration, None)
+                self._process_non_loss_data(collected, iteration, self._log.events)
         return True

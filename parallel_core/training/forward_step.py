@@ -9,6 +9,7 @@ from typing import Any
 from mindspore import Tensor
 
 from parallel_core.pipeline.stage import ForwardStep
+from parallel_core.spans import span
 
 LossParts = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
 """Sum of the loss, number of tokens that count, and (sum, number) of every value to report, by name."""
@@ -20,7 +21,8 @@ def get_batch(data_iterator: Any) -> tuple[Tensor | None, ...]:
     Megatron-LM has an attention mask in the fourth place. `document_start`, int32 [B, S], says the same in less: the
     first position that each position may see; None is plain causal attention.
     """
-    batch = next(data_iterator)
+    with span("batch-generator"):
+        batch = next(data_iterator)
     return tuple(batch[key] for key in ("tokens", "labels", "loss_mask", "document_start", "position_ids"))
 
 

@@ -15,11 +15,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel_core.config.schema import AllConfig, TrackingConfig
 from parallel_core.context import ParallelContext
 from parallel_core.environment import LOG_DIR_VARIABLE
 from parallel_core.errors import printable_lines
+from parallel_core.tracking.board import Board
+from parallel_core.tracking.writers import make_writers
 from parallel_core.training.metrics_file import MetricsFile, up_to
 from parallel_core.training.step import StepReport
+from parallel_core.training.timers import times_text
+from parallel_core.training.watch import Observed
 
 
 class RunLog:
@@ -33,10 +38,19 @@ class RunLog:
         log_dir: where `metrics.jsonl` goes without a launcher.
         seq_length: tokens of a sample.
         flops: floating point operations of a step over so many samples, to report TFLOP/s; None: do not.
+        config: the run, for TensorBoard, Weights & Biases and MLflow; None: they are not told.
+
+    Raises:
+        ConfigError: if one of those cannot be told.
     """
 
     def __init__(
-        self, context: ParallelContext, log_dir: str, seq_length: int, flops: Callable[[int], float] | None = None
+        self,
+        context: ParallelContext,
+        log_dir: str,
+        seq_length: int,
+        flops: Callable[[int], float] | None = None,
+        config: AllConfig | None = None,
     ) -> None:
         self._tells_start = context.rank == 0
         self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp_cp.rank == 0
@@ -44,6 +58,17 @@ class RunLog:
         self._recent: deque[float] = deque(maxlen=20)
         self._path = log_folder(log_dir) / "metrics.jsonl"
         self._metrics: MetricsFile | None = None
+        self._since_shown: list[float] = []
+        self._samples = 0
+        tracking = config.training_config.tracking if config is not None else TrackingConfig()
+        self._timing_option = tracking.timing_log_option
+        writers = make_writers(tracking, config.to_dict()) if config is not None and self._tells_steps else []
+        self._board = Board(tracking, writers, context.world.size)
+
+    @property
+    def events(self) -> Any:
+        """TensorBoard's SummaryWriter on the rank that writes it, else None."""
+        return self._board.events
 
     def begin(self, iteration: int, evaluates_only: bool = False) -> None:
         """Open `metrics.jsonl`: a resumed run continues it, what lies past the loaded iteration goes.
@@ -79,9 +104,12 @@ class RunLog:
         skipped: int,
         elapsed_s: float,
         show: bool,
+        observed: Observed,
     ) -> None:
         """Write one iteration's metrics, and its line if it is to be shown."""
         self._recent.append(elapsed_s)
+        self._since_shown.append(elapsed_s)
+        self._samples = consumed_samples
         if not self._tells_steps:
             return
         tokens_per_s = samples * self._seq_length / elapsed_s
@@ -104,26 +132,45 @@ class RunLog:
                 "elapsed_ms": elapsed_s * 1e3,
                 **rates,
                 **{name: value for name, value in report.losses.items() if name != "lm loss"},
+                **observed.numbers,
             }
         )
+        values = {**report.losses, "lr": report.lr, "loss_scale": report.loss_scale, "grad_norm": report.grad_norm}
+        self._board.iteration(
+            iteration,
+            consumed_samples,
+            {**values, **observed.numbers},
+            batch_size=samples,
+            memory=observed.memory,
+            times=observed.times,
+        )
         if show:
+            mean_s = sum(self._since_shown) / len(self._since_shown)
+            self._since_shown.clear()
+            self._board.interval(iteration, mean_s, rates.get("tflops_per_device"))
+            more = "".join(f"{_SHOWN[name]}: {value:.6g}, " for name, value in observed.numbers.items())
             left = (last_iteration - iteration) * sum(self._recent) / len(self._recent)
             self._print(
                 "INFO",
                 f"Epoch: {epoch}, Step: {iteration}, Loss: {format_loss(loss)}, Time: {elapsed_s * 1e3:.2f} ms, "
-                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, {rate_text}, "
+                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, {more}{rate_text}, "
                 f"Loss scale: {report.loss_scale:g}, Skipped: {skipped}, Memory: {peak_memory_mb():.0f} MB, "
                 f"Progress: {iteration}/{last_iteration} ({100 * iteration / last_iteration:.0f}%), "
                 f"Left: {format_duration(left)}",
                 True,
             )
+            if observed.times:
+                self._print("INFO", times_text(observed.times, self._timing_option), True)
 
     def evaluation(self, split: str, iteration: int, losses: Mapping[str, float | None]) -> None:
         """Write and print one evaluation: a row and a line for each loss, with its name if it is not `lm loss`."""
         if not self._tells_steps:
             return
+        perplexities = {}
         for name, loss in losses.items():
             perplexity = None if loss is None else math.exp(min(loss, 20.0))  # in this order: a loss of NaN stays one
+            if perplexity is not None:
+                perplexities[name] = perplexity
             other = {} if name == "lm loss" else {"name": name}
             self._write({"iteration": iteration, "split": split, "loss": loss, "ppl": perplexity, **other})
             text = "".join(f"{value}, " for value in other.values())
@@ -133,9 +180,11 @@ class RunLog:
                 f"PPL: {format_loss(perplexity, 4)}",
                 True,
             )
+        self._board.evaluation(split, iteration, self._samples, losses, perplexities)
 
     def close(self) -> None:
-        """Flush and close the metrics."""
+        """Flush and close the metrics and what else is told."""
+        self._board.close()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -147,6 +196,9 @@ class RunLog:
     def _print(level: str, text: str, visible: bool) -> None:
         if visible:
             print(printable_lines(f"{level} - {text}"), file=sys.stdout, flush=True)
+
+
+_SHOWN = {"params_norm": "Params norm", "num_zeros_in_grad": "Zeros in grad"}
 
 
 def format_loss(loss: float | None, digits: int = 10) -> str:

@@ -25,6 +25,7 @@ from parallel_core.files import create_file
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.schedule import format_steps
 from parallel_core.pipeline.stage import ForwardStep
+from parallel_core.tracking.writers import require_packages
 from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
 from parallel_core.training.evaluation import Evaluator, NonLossDataFunction
@@ -33,12 +34,12 @@ from parallel_core.training.log import RunLog, Stopwatch, log_folder
 from parallel_core.training.model import ModelProvider, get_model
 from parallel_core.training.names import check_parameter_names
 from parallel_core.training.next_commands import Invocation, next_commands
-from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.runtime import start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 from parallel_core.training.signals import StopRequests
 from parallel_core.training.step import StepReport, TrainingStep
 from parallel_core.training.summary import describe_run
+from parallel_core.training.watch import StepWatch
 
 DatasetsProvider = Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]
 """`train_valid_test_datasets_provider((train, valid, test) samples) -> (train, valid, test) datasets or None`."""
@@ -68,7 +69,8 @@ def pretrain(
         forward_step_func: `(data_iterator, model) -> (output, loss_func)`; None: Megatron's for GPT.
         process_non_loss_data_func: called on the last stage after each validation with what
             `loss_func(output, non_loss_data=True)` gave for each microbatch of one batch (of a loss_func without such
-            an argument: the outputs), the iteration, and None (no writer).
+            an argument: the outputs), the iteration, and TensorBoard's
+            writer on the rank that has it (else None).
         extra_args_provider: adds argument groups to the command line's parser.
         args_defaults: values of arguments that nobody gave.
         all_config: the configuration; None: from the command line.
@@ -94,6 +96,7 @@ def pretrain(
         if argv is None:
             invocation = Invocation(sys.argv[0], tuple(words), loaded.given, options)
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
+    require_packages(all_config.training_config.tracking)
     with own_directories(all_config, resolved or sections_yaml(all_config), rank):
         if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
             ms.set_deterministic(True)  # MindSpore takes it once
@@ -159,13 +162,13 @@ class TrainingRun:
         self.sizes = batch_sizes(config, context.dp.size)
         self.iterations = train_iterations(config, self.sizes)
         flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
-        self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops)
-        self.profiler = StepProfiler(config.training_config, context.rank)
+        self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops, config)
         kernels = ops.use_kernels(config.model_config.transformer_impl)
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
         check_parameter_names(model.chunks, context)
         self.step = TrainingStep(config, context, model, forward_step_func, scheduler, loss_scaler(config))
+        self.watch = StepWatch(config.training_config, context, self.step)
         self.stops = StopRequests(config.training_config.exit_duration_in_mins)
         self.evaluator = Evaluator(
             config, self.step, self.sizes, self.log, self.stops.wanted, process_non_loss_data_func
@@ -300,11 +303,10 @@ class TrainingRun:
         samples = self.sizes.current(done.trained_samples)
         microbatches = self.sizes.num_microbatches(done.trained_samples)
         iteration = done.iteration + 1
-        self.profiler.before_step(iteration)
         if self.train_data is None:
             raise ConfigError("there is no training data: call load_data before train")
-        report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
-        self.profiler.after_step(iteration)
+        with self.watch.iteration(iteration):
+            report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
         self.progress = _replace(
             done,
             iteration=iteration,
@@ -312,6 +314,7 @@ class TrainingRun:
             skipped_iterations=done.skipped_iterations + report.skipped,
         )
         interval = self.config.training_config.log_interval
+        show = bool(interval) and (iteration % interval == 0 or iteration == self.iterations)
         self.log.step(
             report,
             iteration=iteration,
@@ -321,7 +324,8 @@ class TrainingRun:
             samples=samples,
             skipped=self.progress.skipped_iterations,
             elapsed_s=watch.lap(),
-            show=bool(interval) and (iteration % interval == 0 or iteration == self.iterations),
+            show=show,
+            observed=self.watch.after(report, iteration, show),
         )
         return report
 
@@ -337,7 +341,7 @@ class TrainingRun:
             self._save()  # first, so that nothing that happens in the evaluation costs the training
             ends = (("validation", self.valid_data), ("test", self.test_data))
             stopped = not all(self.evaluator.run(split, data, iteration) for split, data in ends)
-        self.profiler.stop()
+        self.watch.stop()
         self.checkpointer.finish()
         for source in (self.train_data, self.valid_data, self.test_data):
             if source is not None:

@@ -23,6 +23,7 @@ from parallel_core.pipeline.exchange import PipelineExchange
 from parallel_core.pipeline.executor import run_steps
 from parallel_core.pipeline.schedule import Step, make_schedule
 from parallel_core.pipeline.stage import ForwardStep, PipelineStage
+from parallel_core.spans import span
 from parallel_core.training.batches import BatchSource
 from parallel_core.training.model import RankModel
 from parallel_core.training.scalars import LossTotals, ScalarReducer, Scalars
@@ -155,8 +156,10 @@ class TrainingStep:
         self.model.streams.training = True
         self.ddp.start_iteration()
         self.model.ledger.start_iteration(self.scaler.scale, num_microbatches)
-        self._run(data, num_microbatches, forward_only=False)
-        finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
+        with span("forward-backward", 1):
+            self._run(data, num_microbatches, forward_only=False)
+        with span("all-grads-sync", 1):
+            finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
         numbers = self.model.ledger.finish_iteration(self.context.tp.rank == 0 and self.context.dp_cp.rank == 0)
         found = self._reduce_scalars(self.optimizer.local_squares(), stop, numbers)
         losses, scale = found.losses.means(), self.scaler.scale
@@ -166,7 +169,8 @@ class TrainingStep:
         if self._check_losses and math.isfinite(found.squares):  # the optimizer tells of gradients, by name
             require_finite(losses, iteration)
         factor = 1.0 / max(found.tokens, 1.0) if self._per_token else 1.0
-        result = self.optimizer.step(self.scheduler, found.squares, factor)
+        with span("optimizer", 1):
+            result = self.optimizer.step(self.scheduler, found.squares, factor)
         self.scaler.require_progress()
         if result.success:
             self.scheduler.step(samples)

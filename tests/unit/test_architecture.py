@@ -16,6 +16,7 @@ PACKAGE = REPO / "parallel_core"
 
 LAYERS: dict[str, int] = {
     "bundled": 0,
+    "spans": 0,
     "files": 0,
     "records": 1,
     "errors": 0,
@@ -36,6 +37,7 @@ LAYERS: dict[str, int] = {
     "context_parallel": 7,
     "expert_parallel": 7,
     "transformer": 8,
+    "tracking": 8,
     "training": 9,
     "launch": 10,
     "report": 10,
@@ -64,6 +66,8 @@ PURE = (
     "errors",
     "environment",
     "bundled",
+    "spans",
+    "tracking",
     "convert",
     "prepare",
     "layout",

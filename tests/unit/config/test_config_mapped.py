@@ -17,6 +17,7 @@ YARN = "--position-embedding-type yarn"
 SAMPLES = "--train-samples 100"
 CP = "--context-parallel-size 4"
 LATENT = f"{ROPE} --multi-latent-attention"
+WANDB = "--wandb-project a --wandb-exp-name b"
 
 # argument -> (what else must be there, the words that set it); the others are set by their kind.
 SPECIAL: dict[str, tuple[str, str]] = {
@@ -63,6 +64,10 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "recompute": (PIPE, "[2,1]"), "select_recompute": (PIPE, "[2,1]"), "select_comm_recompute": (PIPE, "[2,1]"),
     "distributed_backend": ("", "shm"), "overlap_param_gather": (DIST, ""), "delay_grad_reduce": (DIST, ""),
     "grad_reduce_in_bf16": ("--bf16", ""), "wrap_with_ddp": ("", ""), "train_samples": ("", "100"),
+    "timing_log_level": ("", "2"), "timing_log_option": ("", "all"),
+    "wandb_project": ("--wandb-exp-name a", "mine"), "wandb_exp_name": ("--wandb-project a", "mine"),
+    "wandb_save_dir": (WANDB, "there"), "wandb_entity": (WANDB, "we"),
+    "mlflow_run_name": ("--mlflow-experiment a", "b"), "mlflow_tracking_uri": ("--mlflow-experiment a", "b"),
     "profile_level": ("", "level1"), "profile_framework": ("", "time"), "optimizer": ("", "sgd"),
     "betas": ("", "0.5 0.6"), "adam_beta1": ("", "0.5"), "adam_beta2": ("", "0.6"), "sgd_momentum": ("", "0.5"),
     "start_weight_decay": ("--weight-decay-incr-style linear --end-weight-decay 0.5", "0.25"),
@@ -101,6 +106,7 @@ SPECIAL |= {
 }
 # What the run without the argument has, where the context alone is not a legal run.
 WITHOUT = {
+    "wandb_project": "", "wandb_exp_name": "",
     "recompute_method": "--recompute-granularity full --recompute-num-layers 1 --recompute-method uniform",
     "recompute_num_layers": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "account_for_embedding_in_pipeline_split": PIPE, "account_for_loss_in_pipeline_split": PIPE,

@@ -21,8 +21,8 @@ KINDS: dict[str, Any] = {
     "training_config": schema.TrainingConfig, "dataset_config": schema.DatasetConfig,
     "optimizer_config": schema.OptimizerConfig,
 }
-NESTED: dict[str, Any] = {"profile": schema.ProfileConfig, "fa_config": schema.FlashAttentionConfig,
-                          "mla": schema.MLAConfig, "moe": schema.MoEConfig}
+NESTED: dict[str, Any] = {"profile": schema.ProfileConfig, "tracking": schema.TrackingConfig,
+                          "fa_config": schema.FlashAttentionConfig, "mla": schema.MLAConfig, "moe": schema.MoEConfig}
 # What a flag says that Python says in the model's own section.
 TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 

@@ -336,6 +336,11 @@ REFUSED = [
      "--moe-pad-expert-input-to-capacity", "write moe_token_dispatcher_type alltoall"),
     ("expert_layout", f"{MOE} --moe-layer-recompute --recompute-granularity full --recompute-method uniform "
      "--recompute-num-layers 1", "full recomputes them already"),
+    ("intervals_of_watching", "--timing-log-level 3", "--timing-log-level 3: must be 0, 1 or 2"),
+    ("trackers", "--wandb-project a", "--wandb-project a, wandb_exp_name= (default): go together; give both or none"),
+    ("trackers", "--wandb-entity a", "--wandb-entity a: belongs to wandb_project, which is not given"),
+    ("trackers", "--mlflow-run-name a", "--mlflow-run-name a: belongs to mlflow_experiment, which is not given"),
+    ("intervals_of_watching", "--tensorboard-log-interval 0", "--tensorboard-log-interval 0: must be above 0"),
     ("profiling", "--profile --profile-step-start 5 --profile-step-end 4", "the profile ends before it starts"),
 ]
 

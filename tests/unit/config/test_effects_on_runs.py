@@ -110,6 +110,88 @@ def not_finite(folder):
     assert seen.metrics[-1]["skipped"]
 
 
+# ---- what a run tells of itself -------------------------------------------------------------------------------------
+@shows("log_params_norm", "log_num_zeros_in_grad", "timing_log_level", "timing_log_option", "barrier_with_L1_time")
+def numbers_and_timers(folder):
+    seen = run(folder, "--log-params-norm --log-num-zeros-in-grad --timing-log-level 2 --timing-log-option all")
+    assert all(row["params_norm"] > 0 and row["num_zeros_in_grad"] >= 0 for row in seen.metrics)
+    lines = [line for line in seen.lines if "Step: " in line]
+    assert all("Params norm: " in line and "Zeros in grad: " in line for line in lines)
+    titles = [line for line in seen.lines if "times across ranks (ms):" in line]
+    timed = {line.split()[0] for line in seen.lines if "....: " in line}
+    assert len(titles) == 4 and {"forward-backward", "optimizer", "forward-compute", "batch-generator"} <= timed
+    less = run(folder, "--timing-log-level 1 --timing-log-option max", "less")
+    timed = {line.split()[0] for line in less.lines if "....: " in line}
+    assert timed == {"forward-backward", "all-grads-sync", "optimizer"} and "params_norm" not in less.metrics[0]
+    assert any("max time across ranks (ms):" in line for line in less.lines)
+    met = mock.Mock(size=2)
+    from parallel_core.training.timers import Timers
+
+    for barrier in (True, False):
+        Timers(1, met, barrier).begin("optimizer", 1, {})
+        assert met.barrier.call_count == 1
+
+
+TOLD = """
+    tensorboard_dir tensorboard_log_interval tensorboard_queue_size log_timers_to_tensorboard
+    log_loss_scale_to_tensorboard log_learning_rate_to_tensorboard log_validation_ppl_to_tensorboard
+    log_memory_to_tensorboard log_world_size_to_tensorboard
+"""
+
+
+@shows(*TOLD.split())
+def tensorboard(folder):
+    pytest.importorskip("tensorboardX")
+    from tracking_events import values_by_tag
+
+    words = "--eval-iters 1 --eval-interval 2 --tensorboard-dir FOLDER/"
+    run(folder, f"{words}plain", "plain")
+    plain = values_by_tag(folder / "plain")
+    assert [step for step, _ in plain["lm loss"]] == [1, 2, 3, 4] and {"learning-rate", "loss-scale"} <= plain.keys()
+    extra = "--log-timers-to-tensorboard --timing-log-level 1 --log-validation-ppl-to-tensorboard"
+    extra += " --log-memory-to-tensorboard --log-world-size-to-tensorboard --no-log-learnig-rate-to-tensorboard"
+    extra += " --no-log-loss-scale-to-tensorboard --tensorboard-log-interval 2 --tensorboard-queue-size 1"
+    from tensorboardX import SummaryWriter
+
+    with mock.patch.object(SummaryWriter, "__init__", autospec=True, side_effect=SummaryWriter.__init__) as made:
+        run(folder, f"{words}more {extra}", "more")
+    assert made.call_args.kwargs["max_queue"] == 1
+    more = values_by_tag(folder / "more")
+    assert [step for step, _ in more["lm loss"]] == [2, 4]
+    assert set(more) - set(plain) == {
+        "forward-backward-time", "all-grads-sync-time", "optimizer-time", "iteration-time", "world-size",
+        "lm loss validation ppl", "lm loss validation ppl vs samples", "lm loss test ppl",
+        "lm loss test ppl vs samples", "mem-reserved-bytes", "mem-allocated-bytes", "mem-max-allocated-bytes",
+        "world-size vs samples",
+    }  # fmt: skip
+    assert set(plain) - set(more) == {
+        "learning-rate", "learning-rate vs samples", "loss-scale", "loss-scale vs samples"}
+
+
+@shows("wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity", "mlflow_experiment", "mlflow_run_name",
+       "mlflow_tracking_uri")  # fmt: skip
+def other_trackers(folder):
+    """What the two services' packages are asked; the packages themselves are not needed."""
+    wandb, mlflow = mock.Mock(), mock.Mock()
+    modules = {"wandb": wandb, "mlflow": mlflow}
+    words = "--wandb-project p --wandb-exp-name n --wandb-entity e --wandb-save-dir FOLDER/w"
+    words += " --mlflow-experiment x --mlflow-run-name y --mlflow-tracking-uri FOLDER/m"
+    from parallel_core.tracking import writers
+
+    with mock.patch.dict("sys.modules", modules), mock.patch.object(writers.importlib.util, "find_spec"):
+        run(folder, words)
+    made = wandb.init.call_args.kwargs
+    assert (made["project"], made["name"], made["entity"], made["dir"]) == ("p", "n", "e", f"{folder}/w")
+    assert made["config"]["model_config"]["num_layers"] == 2
+    logged = [call for call in wandb.init.return_value.log.call_args_list if "lm loss" in call.args[0]]
+    assert [call.kwargs["step"] for call in logged] == [1, 2, 3, 4] and wandb.init.return_value.finish.called
+    mlflow.set_tracking_uri.assert_called_once_with(f"{folder}/m")
+    mlflow.set_experiment.assert_called_once_with("x")
+    mlflow.start_run.assert_called_once_with(run_name="y")
+    steps = [call.kwargs["step"] for call in mlflow.log_metric.call_args_list if call.args[0] == "lm loss"]
+    assert steps == [1, 2, 3, 4] and mlflow.end_run.called
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 @shows("save", "save_interval", "ckpt_format", "ckpt_prefix", "keep_checkpoint_max")
 def saving(folder):

@@ -1,0 +1,60 @@
+"""Numbers about the whole model, in every layout, against NumPy on the whole tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parallel_core.training.statistics import model_statistics
+from parallel_core.training.timers import Timers, times_text
+from tests.helpers.cases import CaseContext, case
+from tests.ranks.cases_layouts import LAYOUTS_OF_2, LAYOUTS_OF_4, settings
+from tests.ranks.support import TinyRun, context_of
+
+
+def check(ctx: CaseContext, layout: str, **model: object) -> None:
+    tiny = settings(layout).with_(model=model)
+    run = TinyRun(tiny, context_of(ctx, tiny))
+    run.train(2)
+    found = model_statistics(run.step.optimizer, run.context, params_norm=True, num_zeros=True)
+    parameters, gradients = run.parameters(), run.gradients()
+    norm = np.sqrt(sum(np.square(values.astype(np.float64)).sum() for values in parameters.values()))
+    zeros = sum(values.size - np.count_nonzero(values) for values in gradients.values())
+    assert zeros > 0
+    np.testing.assert_allclose(found["params_norm"], norm, rtol=1e-6)
+    assert found["num_zeros_in_grad"] == zeros
+    assert len(set(map(str, run.context.world.all_gather_object(found)))) == 1
+    assert not model_statistics(run.step.optimizer, run.context, params_norm=False, num_zeros=False)
+
+
+@case(world_size=2, variants=[{"layout": name} for name in (*LAYOUTS_OF_2, "cp2")])
+def test_norm_and_zeros_on_two_ranks(ctx: CaseContext, layout: str) -> None:
+    check(ctx, layout, max_position_embeddings=16)  # twice the sequence: half of the rows have no gradient
+
+
+@case(world_size=4, variants=[{"layout": name} for name in LAYOUTS_OF_4])
+def test_norm_and_zeros_on_four_ranks(ctx: CaseContext, layout: str) -> None:
+    check(ctx, layout, untie_embeddings_and_output_weights=True, vocab_size=64)
+
+
+@case(world_size=2, variants=[{"level": level} for level in (0, 1, 2)])
+def test_timers_of_a_pipeline(ctx: CaseContext, level: int) -> None:
+    """Every rank's times arrive, each level has its names, and a sum over parts is no more than the whole."""
+    tiny = settings("pp2 vpp2")
+    run = TinyRun(tiny, context_of(ctx, tiny))
+    timers = Timers(level, run.context.world)
+    for _ in range(3):
+        with timers:
+            run.train(1)
+    times = timers.collect(reset=True)
+    parts, within = {"forward-backward", "all-grads-sync", "optimizer"}, {"forward-compute", "backward-compute"}
+    passing = {"forward-recv", "forward-send", "backward-recv", "backward-send", "batch-generator"}
+    assert set(times) == (set(), parts, parts | within | passing)[level]
+    assert all(len(of_ranks) == 2 and min(of_ranks) > 0 for of_ranks in times.values())
+    if level == 2:
+        for rank in range(2):
+            inner = sum(times[name][rank] for name in within | passing if name != "batch-generator")
+            assert inner <= times["forward-backward"][rank]
+            assert times["batch-generator"][rank] <= times["forward-compute"][rank]
+    run.train(1)  # nobody listens any more
+    assert set(timers.collect(reset=False)) == set()
+    assert (times_text(times, "minmax") == "") == (level == 0)
