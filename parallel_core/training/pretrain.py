@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 
 from parallel_core import ops
-from parallel_core.checkpoint.claim import claimed
 from parallel_core.config.dump import resolved_yaml, sections_yaml
 from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
@@ -21,16 +18,16 @@ from parallel_core.context import ParallelContext
 from parallel_core.data import data_order_fingerprint, describe_data_order, explain_data_order_change
 from parallel_core.data import train_valid_test_num_samples as count_samples
 from parallel_core.errors import ConfigError, bullet_list
-from parallel_core.files import create_file
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.schedule import format_steps
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.tracking.writers import require_packages
 from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
+from parallel_core.training.directories import own_directories
 from parallel_core.training.evaluation import Evaluator, NonLossDataFunction
 from parallel_core.training.forward_step import forward_step_with, get_batch
-from parallel_core.training.log import RunLog, Stopwatch, log_folder
+from parallel_core.training.log import RunLog, Stopwatch
 from parallel_core.training.model import ModelProvider, get_model
 from parallel_core.training.names import check_parameter_names
 from parallel_core.training.next_commands import Invocation, next_commands
@@ -114,35 +111,6 @@ def pretrain(
         run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)
         run.train()
         context.destroy()
-
-
-@contextmanager
-def own_directories(config: AllConfig, text: str, rank: int) -> Iterator[None]:
-    """Hold the directory of checkpoints while the block runs, and write the configuration; rank 0 does it for all.
-
-    The resolved configuration becomes config.yaml beside the logs and beside the checkpoints.
-
-    Raises:
-        ConfigError: if one of the directories cannot be written, or another run writes checkpoints there.
-    """
-    training = config.training_config
-    writes = [training.output_dir] if training.output_dir and not training.skip_train else []
-    with ExitStack() as held:
-        if rank == 0:
-            for root in writes:
-                held.enter_context(claimed(root, lambda text: print(f"WARNING - {text}", flush=True)))
-            _save_configuration([log_folder(training.log_dir), *map(Path, writes)], text)
-        yield
-
-
-def _save_configuration(folders: Sequence[Path], text: str) -> None:
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with create_file(folder / "config.yaml") as file:
-                file.write(text)
-        except OSError as error:
-            raise ConfigError(f"the configuration cannot be written to {folder}: {error.strerror or error}") from None
 
 
 class TrainingRun:

@@ -21,9 +21,10 @@ from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import default_datasets_provider
+from parallel_core.training.directories import own_directories
 from parallel_core.training.forward_step import get_batch
 from parallel_core.training.model import ModelProvider
-from parallel_core.training.pretrain import DatasetsProvider, TrainingRun, own_directories
+from parallel_core.training.pretrain import DatasetsProvider, TrainingRun
 from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.transformer.stage import ModelStage
 
