@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import mindspore as ms
 from mindspore import Tensor, mint
 
 from parallel_core import ops
@@ -144,7 +145,7 @@ class _AllGather(Function):
         query, kv, out, *log_sum_exps = ctx.saved_tensors
         blocks: Blocks = ctx.blocks
         k, v = _apart(_gathered(kv, ctx.group), ctx.head_size)
-        dqs, total = [], mint.zeros((k.shape[0], *kv.shape[1:]), dtype=kv.dtype)
+        dqs, total = [], mint.zeros((k.shape[0], *kv.shape[1:]), dtype=ms.float32)
         for block, lse in zip(blocks.own, log_sum_exps):
             end = block.first + blocks.length
             dq, dk, dv = ops.attention_block_grad(
@@ -152,10 +153,10 @@ class _AllGather(Function):
                 **block.options(0),
             )  # fmt: skip
             dqs.append(dq)
-            seen = mint.cat((dk, dv), -1)
+            seen = ops.cast(mint.cat((dk, dv), -1), ms.float32)
             total = seen + total if end == total.shape[0] else mint.cat((seen + total[:end], total[end:]), 0)
         dkv = ctx.group.reduce_scatter(_reordered(total, held_order(ctx.group.size)), 0)
-        dk, dv = _apart(dkv, ctx.head_size)
+        dk, dv = _apart(ops.cast(dkv, kv.dtype), ctx.head_size)
         return mint.cat(dqs, 0), dk, dv, None, None, None
 
 
@@ -185,7 +186,7 @@ class _Ring(Function):
                 found[place] = merged(found[place], part)
             visiting = visiting if arriving is None else arriving.wait()
         parts = [part for part in found if part is not None]
-        out = mint.cat([part for part, _ in parts], 0)
+        out = ops.cast(mint.cat([part for part, _ in parts], 0), query.dtype)
         ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
         ctx.blocks, ctx.group, ctx.head_size = blocks, group, key.shape[-1]
         return out
@@ -211,17 +212,20 @@ class _Ring(Function):
             dkv = dkv if home is None else dkv + home.wait()
             home = group.shift_start(dkv)
             visiting = visiting if arriving is None else arriving.wait()
-        dk, dv = _apart(home.wait(), D)
-        return mint.cat([_or_zeros(part, query) for part in dqs], 0), dk, dv, None, None, None
+        dk, dv = _apart(ops.cast(home.wait(), query.dtype), D)
+        dq = mint.cat([_or_zeros(part, query) for part in dqs], 0)
+        return ops.cast(dq, query.dtype), dk, dv, None, None, None
 
 
 def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    """Return the sum in float32: in a narrower type every rank of the ring would add its rounding."""
+    part = ops.cast(part, ms.float32)
     return part if total is None else total + part
 
 
 def _or_zeros(part: Tensor | None, like: Tensor) -> Tensor:
     """Return a chunk's gradient, zeros where nothing saw it."""
-    return mint.zeros((like.shape[0] // 2, *like.shape[1:]), dtype=like.dtype) if part is None else part
+    return mint.zeros((like.shape[0] // 2, *like.shape[1:]), dtype=ms.float32) if part is None else part
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint
 
+from parallel_core import ops
 from parallel_core.layout.sequence import chunk_ids, chunk_length
 
 
@@ -95,7 +96,7 @@ def merged(found: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> 
         part: the same of other keys. The result is kept in float32 whatever the parts' dtype: errors would add up.
     """
     if found is None:
-        return ops_float32(part[0]), part[1]
+        return ops.cast(part[0], ms.float32), part[1]
     (one, of_one), (other, of_other) = found, part
     top = mint.maximum(of_one, of_other)
     finite = mint.where(top > -1e30, top, Tensor(np.float32(0.0)))  # rows that have seen nothing yet
@@ -103,7 +104,7 @@ def merged(found: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> 
     total = weigh_one + weigh_other
     some = total > 0
     safe = mint.where(some, total, Tensor(np.float32(1.0)))
-    joined = _weighted(one, weigh_one / safe) + _weighted(ops_float32(other), weigh_other / safe)
+    joined = _weighted(one, weigh_one / safe) + _weighted(ops.cast(other, ms.float32), weigh_other / safe)
     return joined, mint.where(some, finite + mint.log(safe), Tensor(np.float32(-np.inf)))
 
 
@@ -111,8 +112,3 @@ def _weighted(x_SBX: Tensor, weight_BNS: Tensor) -> Tensor:
     S, B, _ = x_SBX.shape
     N = weight_BNS.shape[1]
     return (x_SBX.reshape(S, B, N, -1) * weight_BNS.transpose(2, 0, 1).reshape(S, B, N, 1)).reshape(S, B, -1)
-
-
-def ops_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32."""
-    return x if x.dtype == ms.float32 else x.astype(ms.float32)

@@ -464,10 +464,11 @@ def attention_block_grad(
     query, key, value = _stacked_heads(query_SBND, G), _rows_of_groups(key_TBGD), _rows_of_groups(value_TBGE)
     out, dout = (_stacked_heads(x.reshape(S, B, N, E), G) for x in (out_SBX, dout_SBX))
     kept = weights if keep is None else weights * keep
-    dv = _bmm_tn(kept, dout)
-    dweights = _bmm_nt(dout, value)
+    dv = _bmm_tn(kept.astype(dout.dtype), dout)
+    dweights = _bmm_nt(dout, value).astype(ms.float32)
     dweights = dweights if keep is None else dweights * keep
-    dscores = weights * (dweights - (out * dout).sum(-1, keepdims=True)) * scale
+    through_out = (out.astype(ms.float32) * dout.astype(ms.float32)).sum(-1, keepdims=True)
+    dscores = (weights * (dweights - through_out) * scale).astype(key.dtype)
     dq, dk = _bmm_nn(dscores, key), _bmm_tn(dscores, query)
     T = key_TBGD.shape[0]
     return _apart(dq, S, B, N), dk.transpose(1, 0, 2).reshape(T, B, G, -1), dv.transpose(1, 0, 2).reshape(T, B, G, E)

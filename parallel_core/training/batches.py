@@ -110,7 +110,7 @@ class BatchSource:
         needs_data: bool,
     ) -> None:
         data = config.dataset_config
-        self._keep_positions = data.reset_position_ids or context.cp.size > 1
+        self._keep_positions = data.reset_position_ids
         self._cp = context.cp
         self._keep_mask = data.reset_attention_mask
         self._vocab_size = config.model_config.vocab_size

@@ -48,7 +48,7 @@ class LanguageModelEmbedding(nn.Cell):
 
         Args:
             tokens_BS: int32 token ids.
-            position_ids_BS: int32 positions; None: 0..S-1 in every sample.
+            position_ids_BS: int32 positions; None: those that this rank holds of a sequence, 0..S-1 of a whole one.
         """
         hidden = ops.cast(self.word_embeddings(tokens_BS.transpose(1, 0)), self.residual_dtype)
         if self.multiplier != 1.0:
@@ -73,7 +73,7 @@ class LearnedPositions(nn.Cell):
     def __init__(self, stage: ModelStage, name: str) -> None:
         super().__init__(auto_prefix=True)
         config = stage.config
-        self.tp_group = stage.tp_group
+        self.tp_group, self._positions = stage.tp_group, stage.positions
         self.cut = stage.sequence_parallel and stage.tp_group.size > 1
         shard = TensorShard.cut(
             f"{name}.weight",
@@ -87,8 +87,8 @@ class LearnedPositions(nn.Cell):
         """Return the rows, [S, B, H] or [S / tp, B, H] with sequence parallelism.
 
         Args:
-            shape: (B, S) of the whole sequences.
-            position_ids_BS: int32; None: 0..S-1 in every sample.
+            shape: (B, S) of this context parallel rank.
+            position_ids_BS: int32; None: those that this rank holds of a sequence, 0..S-1 of a whole one.
 
         Raises:
             ConfigError: the sequence is longer than the table.
@@ -105,6 +105,7 @@ class LearnedPositions(nn.Cell):
         count = length // self.tp_group.size if self.cut else length
         if self._plain_ids_SB is None or self._plain_ids_SB.shape != (count, samples):
             first = self.tp_group.rank * count if self.cut else 0
-            ids_S = np.arange(first, first + count, dtype=np.int32)
+            held = self._positions(length)
+            ids_S = (np.arange(length) if held is None else held)[first : first + count].astype(np.int32)
             self._plain_ids_SB = Tensor(np.repeat(ids_S[:, None], samples, axis=1))
         return embedding_lookup(self._plain_ids_SB, table)

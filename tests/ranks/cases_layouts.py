@@ -8,8 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from parallel_core.config.schema import FlashAttentionConfig
+from parallel_core.layout.sequence import EXCHANGES
 from tests.helpers.cases import CaseContext, case
-from tests.ranks.support import LLAMA, Tiny, TinyRun, assert_close, context_of, from_rank_0, parallel_context
+from tests.ranks.support import (
+    LLAMA,
+    SampleSource,
+    Tiny,
+    TinyRun,
+    assert_close,
+    context_of,
+    from_rank_0,
+    parallel_context,
+)
 
 ITERATIONS = 3
 RTOL = 2e-6
@@ -19,9 +30,9 @@ parameters by lr in either direction.)"""
 
 
 @functools.cache
-def reference(tiny: Tiny) -> dict[str, Any]:
+def reference(tiny: Tiny, source: type[SampleSource] = SampleSource) -> dict[str, Any]:
     """Train on one process."""
-    run = TinyRun(tiny, parallel_context(0, 1))
+    run = TinyRun(tiny, parallel_context(0, 1), source=source)
     initial = run.parameters()
     reports = run.train(ITERATIONS)
     return {
@@ -33,10 +44,12 @@ def reference(tiny: Tiny) -> dict[str, Any]:
     }
 
 
-def check(ctx: CaseContext, common: Tiny, layout: Tiny, rtol: float = RTOL) -> None:
+def check(
+    ctx: CaseContext, common: Tiny, layout: Tiny, rtol: float = RTOL, source: type[SampleSource] = SampleSource
+) -> None:
     """Train `layout` on all ranks and `common` on one, and compare."""
-    want = from_rank_0(ctx, lambda: reference(common))
-    run = TinyRun(layout, context_of(ctx, layout))
+    want = from_rank_0(ctx, lambda: reference(common, source))
+    run = TinyRun(layout, context_of(ctx, layout), source=source)
     assert_close(run.parameters(), want["initial"], 0.0)  # Every layout starts from the same model
     reports = run.train(ITERATIONS)
     np.testing.assert_allclose([r.losses["lm loss"] for r in reports], want["losses"], rtol=rtol)
@@ -74,9 +87,9 @@ def settings(layout: str) -> Tiny:
             parallel["virtual_pipeline_model_parallel_size"] = int(word[3:])
         elif word.startswith("cp"):
             parallel["context_parallel_size"] = int(word[2:])
-        elif word in ("p2p", "all_gather", "a2a", "a2a+p2p"):
-            parallel["cp_comm_type"] = (word,)
-            if word == "a2a+p2p":
+        elif set(word.split(",")) <= set(EXCHANGES):  # one, or one for each layer
+            parallel["cp_comm_type"] = tuple(word.split(","))
+            if "a2a+p2p" in word.split(","):
                 parallel["hierarchical_context_parallel_sizes"] = (2, parallel["context_parallel_size"] // 2)
         elif word == "sp":
             parallel["sequence_parallel"] = True
@@ -159,10 +172,10 @@ RTOL_OF_DRAWN = 1e-5
 def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
     """Return (model and training options, the same with a layout) that are legal for `world_size` ranks."""
     rng = random.Random(1000 * world_size + seed)
-    tp = rng.choice([n for n in (1, 2, 4) if n <= world_size])
-    pp = rng.choice([n for n in (1, 2, 4) if n <= world_size // tp])
+    axes = ("tp", "pp", "cp", "dp")
+    factors = [axes[seed % 4], *rng.choices(axes, k=world_size.bit_length() - 2)]  # four seeds have every axis
+    tp, pp, cp, dp = (2 ** factors.count(axis) for axis in axes)
     vpp = rng.choice([1, 2]) if pp == 2 else 1
-    dp = world_size // tp // pp
     groups = 4 if tp == 4 else rng.choice([4, 2])
     model: dict[str, Any] = {
         "transformer_impl": "local" if world_size == 2 and seed % 5 == 4 else "auto",
@@ -184,16 +197,22 @@ def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
         "untie_embeddings_and_output_weights": rng.random() < 0.5,
         "apply_residual_connection_post_layernorm": rng.random() < 0.2,
         "label_smoothing": rng.choice([0.0, 0.1]),
-        "hidden_dropout_rate": rng.choice([0.0, 0.2]),
+        "hidden_dropout_rate": rng.choice([0.0, 0.2]) if cp == 1 else 0.0,  # each part draws its own masks
         "attention_dropout_rate": 0.2 if tp == 1 and rng.random() < 0.5 else 0.0,
         "recompute_granularity": rng.choice(["none", "none", "selective", "full"]),
     }
     if model["recompute_granularity"] == "full":
         model |= {"recompute_method": rng.choice(["uniform", "block"]), "recompute_num_layers": rng.choice([1, 2])}
+    if cp > 1:
+        model |= {"seq_length": 8 * cp}
+        if model["transformer_impl"] == "local":
+            model["attention_dropout_rate"] = 0.0  # plain operators draw by block
+        if rng.random() < 0.4:
+            model["fa_config"] = FlashAttentionConfig(pre_tokens=rng.randrange(1, 8 * cp))
     training = {
         "overlap_grad_reduce": rng.random() < 0.5,
         "average_in_collective": rng.random() < 0.5,
-        "use_distributed_optimizer": dp > 1 and rng.random() < 0.6,
+        "use_distributed_optimizer": dp * cp > 1 and rng.random() < 0.6,
         "bucket_size": rng.choice([0, 300, 2000]),
     }
     parallel: dict[str, Any] = {
@@ -203,6 +222,13 @@ def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
         "sequence_parallel": tp > 1 and rng.random() < 0.6 and not model["hidden_dropout_rate"],
         "overlap_p2p_comm": rng.random() < 0.5,
     }
+    if cp > 1:
+        dealt = ["a2a"] * (4 // tp % cp == 0) + ["a2a+p2p"] * (cp >= 4 and 4 // tp % 2 == 0)
+        words = ["p2p", "all_gather", *dealt]
+        every = tuple(rng.choice(words) for _ in range(4))
+        parallel |= {"context_parallel_size": cp, "cp_comm_type": every if rng.random() < 0.5 else every[:1]}
+        if "a2a+p2p" in parallel["cp_comm_type"]:
+            parallel["hierarchical_context_parallel_sizes"] = (2, cp // 2)
     if pp > 1 and vpp == 1 and rng.random() < 0.4:
         parallel["num_layer_list"] = {2: ((1,), (3,)), 4: ((1,), (2,), (0,), (1,))}[pp]
     gather = training["use_distributed_optimizer"] and training["overlap_grad_reduce"] and rng.random() < 0.5
@@ -210,6 +236,7 @@ def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
         model=model,
         training={"calculate_per_token_loss": rng.random() < 0.3},
         data={"reset_attention_mask": rng.random() < 0.3, "batch_size": rng.choice([1, 2])},
+        optimizer={"learning_rate": 1e-3},  # not where a rounding in one update becomes another curve in the next
     )
     return common, common.with_(parallel=parallel, training=training, optimizer={"overlap_param_gather": gather})
 

@@ -183,24 +183,31 @@ class SampleSource:
             number = microbatch * context.dp.size + context.dp.rank
             rng = np.random.default_rng([iteration, number])
             ids = rng.integers(0, model.vocab_size, (size, model.seq_length + 1)).astype(np.int32)
-            mask = (rng.random((size, model.seq_length)) < 0.8).astype(np.float32)
-            mask[0, 0] = 1.0
+            mask = self._mask(rng, number, (size, model.seq_length)).astype(np.float32)
             starts = None
             if config.dataset_config.reset_attention_mask:
                 cuts = rng.integers(0, model.seq_length, size)
                 place = np.arange(model.seq_length)
                 starts = np.where(place >= cuts[:, None], cuts[:, None], 0).astype(np.int32)
             places = np.broadcast_to(np.arange(model.seq_length, dtype=np.int32), mask.shape)
+            if starts is not None and config.dataset_config.reset_position_ids:
+                places = places - starts
             whole = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask, "position_ids": places}
             part = get_batch_on_this_cp_rank(whole, context.cp)
             batch = {name: Tensor(array.copy()) for name, array in part.items()}
-            if context.cp.size == 1:
+            if not config.dataset_config.reset_position_ids:
                 batch["position_ids"] = None
             self._batches.append({**batch, "document_start": None if starts is None else Tensor(starts)})
 
     def iterator(self, chunk: int) -> Iterator[dict[str, Tensor | None]]:
         """Return the microbatches, for one model chunk."""
         return iter(self._batches)
+
+    def _mask(self, rng: np.random.Generator, number: int, shape: tuple[int, int]) -> np.ndarray:
+        """Return which tokens [B, S] of a microbatch count."""
+        mask = rng.random(shape) < 0.8
+        mask[0, 0] = True
+        return mask
 
 
 def provide_model(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
@@ -211,8 +218,14 @@ def provide_model(pre_process: bool, post_process: bool, stage: ModelStage) -> n
 class TinyRun:
     """A training run on this rank, one iteration at a time."""
 
-    def __init__(self, tiny: Tiny, context: ParallelContext, provider: Callable[..., nn.Cell] = provide_model) -> None:
-        self.config, self.context = tiny.config(), context
+    def __init__(
+        self,
+        tiny: Tiny,
+        context: ParallelContext,
+        provider: Callable[..., nn.Cell] = provide_model,
+        source: type[SampleSource] = SampleSource,
+    ) -> None:
+        self.config, self.context, self._source = tiny.config(), context, source
         ops.use_kernels(self.config.model_config.transformer_impl)
         self.sizes = batch_sizes(self.config, context.dp.size)
         iterations = self.config.training_config.training_iters
@@ -228,7 +241,7 @@ class TinyRun:
         for _ in range(iterations):
             self.iteration += 1
             count = self.sizes.num_microbatches(0)
-            data: Any = SampleSource(self.config, self.context, count, self.iteration)
+            data: Any = self._source(self.config, self.context, count, self.iteration)
             samples = self.sizes.global_batch_size
             reports.append(self.step.train(data, self.iteration, count, samples))
         return reports
@@ -236,7 +249,7 @@ class TinyRun:
     def evaluate(self) -> dict[str, float]:
         """Return the losses of one global batch."""
         count = self.sizes.num_microbatches(0)
-        data: Any = SampleSource(self.config, self.context, count, 1000)
+        data: Any = self._source(self.config, self.context, count, 1000)
         return self.step.evaluate(data, self.iteration, count, 1)
 
     def parameters(self) -> dict[str, np.ndarray]:
