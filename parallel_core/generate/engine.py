@@ -52,7 +52,7 @@ class Engine:
         pp_group: the ranks of the pipeline.
         vocab_size: tokens that exist.
         detokenize: the tokenizer's; None: answers have no text, and stop texts are refused.
-        eod: the token that ends a document; None: none does.
+        eod: the token that ends a text; None: none does.
     """
 
     def __init__(

@@ -79,14 +79,16 @@ class Generator:
         sampler = None
         if context.is_last_stage:
             rows = config.model_config.vocab_size // context.tp.size
-            sampler = Sampler(context.tp, self.described.model.vocab_size, rows)
+            # Where a checkpoint does not say which rows are padding, the tokenizer does: it has no text for them.
+            known = self.described.model.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+            sampler = Sampler(context.tp, min(known, self.described.model.vocab_size), rows)
         self.engine = Engine(
             StageRunner(model, context, cache),
             sampler,
             context.pp,
             self.described.model.vocab_size,
             None if self.tokenizer is None else self.tokenizer.detokenize,
-            None if self.tokenizer is None else self.tokenizer.eod,
+            None if self.tokenizer is None else self.tokenizer.end_of_text,
         )
         self._loop = RankLoop(self.engine, context)
         self._numbers = itertools.count()

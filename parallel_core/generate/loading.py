@@ -87,7 +87,10 @@ def _section(common: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _tokenizer(source: TensorSource, path: Path) -> tuple[MegatronTokenizer | None, str]:
     try:
-        spec = _hugging_face_tokenizer(path) if source.format == "hugging face" else _trained_tokenizer(source)
+        if source.format == "pangu-alpha":
+            spec = _pangu_tokenizer(path)
+        else:
+            spec = _hugging_face_tokenizer(path) if source.format == "hugging face" else _trained_tokenizer(source)
         return (None, f"{path} knows of no tokenizer") if spec is None else (spec.build(), "")
     except (ParallelCoreError, OSError) as error:
         return None, str(error)
@@ -105,6 +108,11 @@ def _hugging_face_tokenizer(path: Path) -> TokenizerSpec | None:
     if (path / "tokenizer.model").exists():
         return TokenizerSpec("SentencePieceTokenizer", tokenizer_model=str(path / "tokenizer.model"))
     return None
+
+
+def _pangu_tokenizer(path: Path) -> TokenizerSpec | None:
+    file = path / "vocab.model"
+    return TokenizerSpec("PanguTokenizer", tokenizer_model=str(file)) if file.exists() else None
 
 
 def _trained_tokenizer(source: TensorSource) -> TokenizerSpec | None:

@@ -46,6 +46,11 @@ class MegatronTokenizer(ABC):
         """The id that ends a document. 0 is a legal value."""
 
     @property
+    def end_of_text(self) -> int:
+        """The id that ends a generated text: by default the one that ends a document."""
+        return self.eod
+
+    @property
     def pad(self) -> int | None:
         """The id that fills a short sequence, or None when the vocabulary has none."""
         return None

@@ -18,7 +18,7 @@ _PAD, _END_OF_TEXT = "<pad>", "<eot>"
 class PanguTokenizer(SentencePieceModel):
     """Words joined by single spaces, encoded by the model; the text's own spaces and newlines are pieces of their own.
 
-    Documents end with `<pad>`, which training also pads with; a generated text ends with `<eot>` (`stop_ids`). The
+    Documents end with `<pad>`, which training also pads with; a generated text ends with `<eot>`. The
     model normalises as it likes, so full-width punctuation comes back half-width, and tabs are lost.
 
     Args:
@@ -53,9 +53,9 @@ class PanguTokenizer(SentencePieceModel):
         return self._pad
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """What ends a generated text: `<eot>`, 9 in the published model."""
-        return (self._end,)
+    def end_of_text(self) -> int:
+        """Id of `<eot>`, 9 in the published model."""
+        return self._end
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of `text`."""

@@ -65,7 +65,7 @@ def test_spaces_and_newlines_come_back_and_the_words_are_the_segmenters(small):
 
 def test_documents_end_with_pad_and_answers_with_eot(small):
     tokenizer = PanguTokenizer(small, words)
-    assert (tokenizer.eod, tokenizer.pad, tokenizer.stop_ids) == (6, 6, (9,))
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.end_of_text) == (6, 6, 9)
 
 
 def test_a_model_without_the_special_pieces_is_refused():
