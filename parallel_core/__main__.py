@@ -29,6 +29,7 @@ COMMANDS = {
     "tokenizer": Command("parallel_core.prepare.train_tokenizer", (), "train a SentencePiece tokenizer"),
     "data": Command("parallel_core.data.__main__", (), "look into prepared texts"),
     "schedule": Command("parallel_core.report.pipeline", (), "draw a pipeline schedule"),
+    "generate": Command("parallel_core.generate.command", (), "continue texts with the model of a checkpoint"),
     "memory": Command("parallel_core.report.memory", (), "memory by formula and by measurement"),
 }
 """The commands, in the order in which they are listed."""

@@ -55,8 +55,3 @@ class KeyValueCache:
         """Say which tokens run through the layers next."""
         self.step = Step(np.array(rows, np.int32), np.array(firsts, np.int32), length)
         return self.step
-
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Keep the first tokens of one sequence as those of another."""
-        for keys, values in self._layers.values():
-            keys[target, :, :length], values[target, :, :length] = keys[source, :, :length], values[source, :, :length]

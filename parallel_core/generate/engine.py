@@ -175,7 +175,7 @@ class Engine:
             ends = token in params.stop_token_ids or (token == self._eod and not params.ignore_eos)
             if sequence.stream is not None and not ends:
                 sequence.stream.add(token)
-                done.text = sequence.stream.text
+                done.text, done.certain = sequence.stream.text, sequence.stream.certain
                 ends = sequence.stream.stopped
             if ends or len(done.tokens) == params.max_new_tokens:
                 self._answering.remove(sequence)
@@ -184,7 +184,7 @@ class Engine:
     def _end(self, sequence: _Sequence, reason: str) -> None:
         if sequence.stream is not None:
             sequence.stream.end()
-            sequence.completion.text = sequence.stream.text
+            sequence.completion.text, sequence.completion.certain = sequence.stream.text, len(sequence.stream.text)
         if sequence.stream is not None and sequence.stream.stopped and reason == "length":
             reason = "stop"  # the last character brought the stop text
         sequence.completion.finish_reason = reason

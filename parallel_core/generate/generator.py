@@ -14,7 +14,7 @@ from parallel_core.errors import ConfigError
 from parallel_core.generate.cache import KeyValueCache
 from parallel_core.generate.engine import Engine
 from parallel_core.generate.layout import Layout
-from parallel_core.generate.loading import Described, build_config, describe, load_model
+from parallel_core.generate.loading import Described, build_config, checked_length, describe, load_model
 from parallel_core.generate.ranks import RankLoop
 from parallel_core.generate.requests import Completion, Request, SamplingParams
 from parallel_core.generate.runner import StageRunner
@@ -34,7 +34,8 @@ class Generator:
     Rank 0 asks (`generate`, `stream`, `submit` and `step`), the others serve it (`follow`).
 
     Args:
-        load: directory of a checkpoint: native or Megatron's in any layout, or a Hugging Face model.
+        load: directory of a checkpoint: native or Megatron's in any layout, or a Hugging Face model; or what `describe`
+            said of it.
         layout: ranks; None: this process alone.
         max_batch_size: sequences that are continued at a time, on each of the data parallel models.
         max_length: tokens of a prompt with its answer; None: what the model was made for.
@@ -49,7 +50,7 @@ class Generator:
 
     def __init__(
         self,
-        load: str | Path,
+        load: str | Path | Described,
         *,
         layout: Layout | None = None,
         max_batch_size: int = DEFAULT_ROWS,
@@ -59,7 +60,7 @@ class Generator:
         context: ParallelContext | None = None,
     ) -> None:
         layout = layout or Layout()
-        self.described = describe(load, step)
+        self.described = load if isinstance(load, Described) else describe(load, step)
         config = build_config(self.described, layout)
         self.max_length = checked_length(self.described, max_length)
         if max_batch_size < 1:
@@ -187,17 +188,3 @@ class Generator:
         """Let the other ranks end; on rank 0, when nothing more is asked."""
         self._loop.close()
         self.context.destroy()
-
-
-def checked_length(described: Described, asked: int | None) -> int:
-    """Return how many tokens a sequence may have.
-
-    Raises:
-        ConfigError: if the model cannot have as many.
-    """
-    if asked is None:
-        return described.longest
-    learned = described.model.position_embedding_type == "learned_absolute" or described.model.rope_dynamic_factor != 1
-    if asked < 1 or (learned and asked > described.longest):
-        raise ConfigError(f"max_length={asked}: give 1 to {described.longest}, the positions that the model has")
-    return asked

@@ -120,6 +120,20 @@ def _trained_tokenizer(source: TensorSource) -> TokenizerSpec | None:
     return TokenizerSpec(**settings) if settings.get("tokenizer_type") else None
 
 
+def checked_length(described: Described, asked: int | None) -> int:
+    """Return how many tokens a sequence may have.
+
+    Raises:
+        ConfigError: if the model cannot have as many.
+    """
+    if asked is None:
+        return described.longest
+    learned = described.model.position_embedding_type == "learned_absolute" or described.model.rope_dynamic_factor != 1
+    if asked < 1 or (learned and asked > described.longest):
+        raise ConfigError(f"max_length={asked}: give 1 to {described.longest}, the positions that the model has")
+    return asked
+
+
 def build_config(described: Described, layout: Layout) -> AllConfig:
     """Return a run's configuration for the model in a layout: what the model's parts are built from.
 

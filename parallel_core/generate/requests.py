@@ -144,6 +144,7 @@ class Completion:
         key: the request's.
         sample: which of its `n` answers.
         text: new text, without the stop text; empty without a tokenizer.
+        certain: how many characters of it stay, whatever comes; a stop text may begin in the others.
         tokens: new tokens, with the one that ended the answer.
         logprobs: of the new tokens, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on.
@@ -155,6 +156,7 @@ class Completion:
     sample: int
     prompt_tokens: int
     text: str = ""
+    certain: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)

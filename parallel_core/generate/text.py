@@ -9,7 +9,7 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """Collects an answer's tokens and gives out its text in pieces.
+    """Collects an answer's tokens and knows what of its text is certain.
 
     Args:
         detokenize: the tokenizer's.
@@ -22,7 +22,7 @@ class TextStream:
         self._tokens: list[int] = []
         self._from = 0  # tokens before it no longer change how those after it read
         self._read = 0  # tokens before it have been turned to text
-        self._given = 0
+        self._ended = False
         self.text = ""
         """All text so far that is certain; without the stop text once that has come."""
         self.stopped = False
@@ -39,7 +39,8 @@ class TextStream:
         self._extend(now[len(before) :])
 
     def end(self) -> None:
-        """Take what is left of characters that were never finished."""
+        """Take what is left of characters that were never finished; nothing more comes."""
+        self._ended = True
         if self._read < len(self._tokens) and not self.stopped:
             before = self._detokenize(self._tokens[self._from : self._read])
             self._read = len(self._tokens)
@@ -52,13 +53,11 @@ class TextStream:
         if found:
             self.text, self.stopped = self.text[: min(found)], True
 
-    def take(self, *, last: bool = False) -> str:
-        """Return the text since the last call that no stop text can begin in; all of it when it is the `last`."""
+    @property
+    def certain(self) -> int:
+        """How many characters of `text` stay, whatever comes: no stop text can begin among them."""
         end = len(self.text)
-        if not last and not self.stopped:
-            longest = min(self._longest - 1, end - self._given)
-            tails = {k: self.text[end - k :] for k in range(1, longest + 1)}
-            end -= max((k for k, tail in tails.items() if any(x.startswith(tail) for x in self._stop)), default=0)
-        piece = self.text[self._given : end]
-        self._given = max(self._given, end)
-        return piece
+        if self._ended or self.stopped:
+            return end
+        tails = {k: self.text[end - k :] for k in range(1, min(self._longest - 1, end) + 1)}
+        return end - max((k for k, tail in tails.items() if any(x.startswith(tail) for x in self._stop)), default=0)

@@ -16,14 +16,13 @@ def of_bytes(tokens) -> str:
 @settings(deadline=None)
 @given(st.text(max_size=30))
 def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
-    stream, pieces = TextStream(of_bytes), []
+    stream, shown = TextStream(of_bytes), ""
     for token in text.encode():
         stream.add(token)
-        pieces.append(stream.take())
+        assert text.startswith(stream.text) and stream.text.startswith(shown) and stream.certain == len(stream.text)
+        shown = stream.text
     stream.end()
-    pieces.append(stream.take(last=True))
-    assert "".join(pieces) == text and stream.text == text
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert stream.text == text
 
 
 @settings(deadline=None)
@@ -33,11 +32,14 @@ def test_nothing_of_a_stop_text_is_shown(text: str, stops: list[str]) -> None:
     places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     for token in text.encode():
         stream.add(token)
-        shown += stream.take()
+        assert stream.text.startswith(shown)
+        shown = stream.text[: stream.certain]
         assert not any(stop in shown for stop in stops)
         if stream.stopped:
             break
-    shown += stream.take(last=True)
+    stream.end()
+    assert stream.text.startswith(shown)
+    shown = stream.text
     assert stream.stopped == bool(places)
     if not places:
         assert shown == text
@@ -52,9 +54,9 @@ def test_bytes_that_never_make_a_character_are_shown_in_the_end() -> None:
     stream = TextStream(of_bytes)
     for token in "é".encode()[:1]:
         stream.add(token)
-    assert stream.take() == ""
+    assert stream.text == ""
     stream.end()
-    assert stream.take(last=True) == "\ufffd"
+    assert stream.text == "\ufffd"
 
 
 def test_words_of_tokens_that_carry_a_space_are_joined_as_the_tokenizer_joins_them() -> None:
@@ -64,5 +66,5 @@ def test_words_of_tokens_that_carry_a_space_are_joined_as_the_tokenizer_joins_th
     shown = []
     for token in range(4):
         stream.add(token)
-        shown.append(stream.take())
-    assert shown == ["Once", " up", "on", " a"]
+        shown.append(stream.text)
+    assert shown == ["Once", "Once up", "Once upon", "Once upon a"]
