@@ -31,6 +31,7 @@ COMMANDS = {
     "schedule": Command("parallel_core.report.pipeline", (), "draw a pipeline schedule"),
     "generate": Command("parallel_core.generate.command", (), "continue texts with the model of a checkpoint"),
     "memory": Command("parallel_core.report.memory", (), "memory by formula and by measurement"),
+    "doctor": Command("parallel_core.doctor.__main__", (), "what this machine lacks, and other nodes"),
 }
 """The commands, in the order in which they are listed."""
 

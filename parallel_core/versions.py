@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 from parallel_core import __version__
-from parallel_core.ops.build import BuildError, cached_library, compiler_version
 
 
 def describe_versions() -> str:
@@ -23,6 +22,10 @@ def describe_versions() -> str:
 
 def kernels() -> str:
     """Return in one line which compiled kernels a run on CPU has here."""
+    try:
+        from parallel_core.ops.build import BuildError, cached_library, compiler_version
+    except ImportError as error:
+        return f"cannot be told: {error}"
     try:
         compiler = compiler_version()
         library = cached_library()

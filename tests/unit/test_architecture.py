@@ -43,6 +43,7 @@ LAYERS: dict[str, int] = {
     "report": 10,
     "compat": 10,
     "convert": 10,
+    "doctor": 11,
     "prepare": 10,
     "versions": 10,
     "__main__": 11,
@@ -55,10 +56,12 @@ LAYERS: dict[str, int] = {
 SIDES = ("tensor_parallel", "pipeline", "optimizer")
 """Parts of one layer that never import each other."""
 
-WINGS = ("launch", "report", "compat", "convert", "prepare", "generate", "parallel_state", "mindspeed_compat")
+WINGS = ("launch", "report", "compat", "convert", "prepare", "doctor", "generate", "parallel_state", "mindspeed_compat")
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
 
-SHARED_BY_WINGS = {("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch")}
+SHARED_BY_WINGS = {
+    ("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch"), ("doctor", "launch"),
+}  # fmt: skip
 
 PURE = (
     "files",
@@ -68,6 +71,8 @@ PURE = (
     "bundled",
     "spans",
     "tracking",
+    "doctor",
+    "versions",
     "convert",
     "prepare",
     "layout",
