@@ -48,6 +48,7 @@ LAYERS: dict[str, int] = {
     "versions": 10,
     "__main__": 11,
     "generate": 11,
+    "evaluate": 12,
     "parallel_state": 11,
     "mindspeed_compat": 11,
 }
@@ -56,11 +57,15 @@ LAYERS: dict[str, int] = {
 SIDES = ("tensor_parallel", "pipeline", "optimizer")
 """Parts of one layer that never import each other."""
 
-WINGS = ("launch", "report", "compat", "convert", "prepare", "doctor", "generate", "parallel_state", "mindspeed_compat")
+WINGS = (
+    "launch", "report", "compat", "convert", "prepare", "doctor", "generate", "evaluate", "serve",
+    "parallel_state", "mindspeed_compat",
+)  # fmt: skip
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
 
 SHARED_BY_WINGS = {
     ("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch"), ("doctor", "launch"),
+    ("evaluate", "generate"), ("evaluate", "launch"), ("serve", "generate"), ("serve", "launch"),
 }  # fmt: skip
 
 PURE = (
