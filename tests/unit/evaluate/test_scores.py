@@ -106,7 +106,10 @@ def test_choices_are_scored_by_the_dialogue_after_them(it, tmp_path) -> None:
     assert c3.evaluate(it, questions) == {"top1_acc": right / 3, "questions": 3}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "[]", '[[["a"], [{"question": "b", "choice": ["c"], "answer": "d"}], 1]]'])
+OTHER = ["{", "[1]", "[]", '[[["a"], [{"question": "b", "choice": ["c"], "answer": "d"}], 1]]']
+
+
+@pytest.mark.parametrize("text", OTHER)
 def test_other_files_are_refused(tmp_path, text: str) -> None:
     (tmp_path / "f.json").write_text(text)
     with pytest.raises(ConfigError, match="f.json"):
