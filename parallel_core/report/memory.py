@@ -1,7 +1,7 @@
 """What a layout costs in memory: the closed formulas beside what a short run really uses, as a table.
 
     python -m parallel_core.report.memory --config configs/gpt_tiny.yaml
-    python -m parallel_core.report.memory --layouts single,tp2+sp,pp2+vpp2,dp2+distopt,single+full --config FILE
+    python -m parallel_core.report.memory --layouts single,tp2+sp,pp2+vpp2,cp2,dp2+distopt,single+full --config FILE
 
 Every layout is started as a job of its own and runs three iterations on random tokens. Parameters, gradients and
 optimizer state are measured as the bytes of the real buffers, activations as the peak that `MemoryMeter` sees in the
@@ -27,6 +27,7 @@ from parallel_core.config.load import load_config, required_world_size
 from parallel_core.config.plan import Memory, in_flight, rank_memory
 from parallel_core.config.schema import AllConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
 
 _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
@@ -34,7 +35,8 @@ _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
 
 _USAGE = "usage: python -m parallel_core.report.memory [--layouts L,L,..] [--config FILE] [--megatron-flag value ...]"
 
-_WORDS = "single, tpN, ppN, vppN, dpN, sp, distopt, selective, full"
+_EXCHANGES = tuple(word for word in EXCHANGES if "+" not in word)
+_WORDS = f"single, tpN, ppN, vppN, cpN, dpN, sp, distopt, {', '.join(_EXCHANGES)}, selective, full"
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,25 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
     """Return the flags that a layout stands for, and its number of ranks.
 
     Args:
-        layout: words joined by '+': single, tpN, ppN, vppN (chunks per pipeline rank), dpN, sp (sequence parallelism),
-            distopt (distributed optimizer), selective or full (recomputation).
+        layout: words joined by '+': single, tpN, ppN, vppN (chunks per pipeline rank), cpN, dpN, sp (sequence
+            parallelism), distopt (distributed optimizer), p2p, all_gather or a2a (how context parallel ranks exchange
+            keys), selective or full (recomputation).
 
     Raises:
         ConfigError: for another word.
     """
-    sizes = {"tp": 1, "pp": 1, "vpp": 1, "dp": 1}
+    sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
     switches = {"sp": False, "distopt": False}
     recompute: list[str] = []
+    exchange: list[str] = []
     for word in layout.split("+"):
-        sized = re.fullmatch(r"(tp|pp|vpp|dp)([1-9]\d*)", word)
+        sized = re.fullmatch(r"(tp|pp|vpp|cp|dp)([1-9]\d*)", word)
         if sized:
             sizes[sized[1]] = int(sized[2])
         elif word in switches:
             switches[word] = True
+        elif word in _EXCHANGES:
+            exchange = ["--cp-comm-type", word]
         elif word == "selective":
             recompute = ["--recompute-granularity", "selective"]
         elif word == "full":
@@ -75,11 +81,13 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
         elif word != "single":
             raise ConfigError(f"--layouts: {layout!r} has the word {word!r}; use {_WORDS}, joined by '+'")
     flags = ["--tensor-model-parallel-size", str(sizes["tp"]), "--pipeline-model-parallel-size", str(sizes["pp"])]
+    if sizes["cp"] > 1:
+        flags += ["--context-parallel-size", str(sizes["cp"]), *exchange]
     if sizes["vpp"] > 1:
         flags += ["--virtual-pipeline-model-parallel-size", str(sizes["vpp"])]
     flags.append("--sequence-parallel" if switches["sp"] else "--no-sequence-parallel")
     flags.append("--use-distributed-optimizer" if switches["distopt"] else "--no-use-distributed-optimizer")
-    return flags + recompute, sizes["tp"] * sizes["pp"] * sizes["dp"]
+    return flags + recompute, sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]
 
 
 def compare(layout: str, argv: Sequence[str]) -> list[StageMemory]:

@@ -148,7 +148,20 @@ def test_a_job_of_two_ranks_holds_half_of_the_optimizer_state_each():
     assert row.measured.activations > row.formula.activations / 2
 
 
+@pytest.mark.parametrize("exchange", ["p2p", pytest.param("all_gather", marks=pytest.mark.slow),
+                                      pytest.param("a2a", marks=pytest.mark.slow)])  # fmt: skip
+def test_activations_of_a_rank_fall_with_the_ranks_that_share_a_sequence(exchange):
+    flags = [*FLAGS.split(), "--seq-length", "1024", "--max-position-embeddings", "1024", "--micro-batch-size", "1"]
+    flags[flags.index("local")] = "auto"
+    (one,), (two,) = (compare(layout, flags) for layout in ("single", f"cp2+{exchange}"))
+    assert two.formula.activations == one.formula.activations // 2
+    assert two.measured.activations < 0.7 * one.measured.activations  # pages of the pool do not halve
+    assert two.measured.activations > two.formula.activations / 2
+
+
 def test_layouts_by_word():
+    flags, ranks = layout_flags("cp2+a2a")
+    assert ranks == 2 and "--context-parallel-size 2 --cp-comm-type a2a" in " ".join(flags)
     flags, ranks = layout_flags("tp2+sp+pp4+vpp2+dp3+distopt+full")
     assert ranks == 24
     words = " ".join(flags)
