@@ -66,6 +66,12 @@ class _Span:
             listener.end(self._name, self._level, self._start, end, self._details)
 
 
+def tell(name: str, start_ns: int, end_ns: int, level: int = 2, **details: Any) -> None:
+    """Tell the listeners of a span whose details are known only when it has ended."""
+    for listener in _listeners:
+        listener.end(name, level, start_ns, end_ns, details)
+
+
 def span(name: str, level: int = 2, **details: Any) -> _Span | _Nothing:
     """Return a context whose time is told to the listeners.
 

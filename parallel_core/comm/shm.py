@@ -110,23 +110,23 @@ class ShmGroup(Group):
         super().__init__(name, ranks, global_rank)
         self.timeout_s = timeout_s
         self._pids = tuple(pids)
-        self._lib: Any = library()
+        self.library: Any = library()
         cores = len(os.sched_getaffinity(0))
         spin_s = SPIN_S if len(pids) <= cores else CROWDED_SPIN_S
-        self._group = self._lib.pcs_open(
+        self.handle = self.library.pcs_open(
             descriptor, self.rank, self.size, (c_int32 * self.size)(*self._pids), spin_s
         )
-        if not self._group:
+        if not self.handle:
             raise CommError(f"group {name}: the shared memory cannot be mapped")
         # Also for a group that nobody closes: its mappings and process descriptors go with the last reference to it.
-        self._release = weakref.finalize(self, self._lib.pcs_close, self._group)
+        self._release = weakref.finalize(self, self.library.pcs_close, self.handle)
         self._release.atexit = False
         self._inboxes: dict[int, deque[_Receive]] = {}
 
     @property
     def waited_s(self) -> float:
         """Seconds that this rank has spent waiting for the others in this group's operations."""
-        return float(self._lib.pcs_waited(self._group))
+        return float(self.library.pcs_waited(self.handle))
 
     def close(self) -> None:
         """Unmap the memory and close the descriptors; every later operation raises a CommError.
@@ -134,7 +134,7 @@ class ShmGroup(Group):
         What this rank has sent and nobody has received yet is lost: end with a collective.
         """
         self._release()
-        self._lib = _Closed(self.name)
+        self.library = _Closed(self.name)
 
     # ---- creation ---------------------------------------------------------------------------------------------------
     def subgroup(self, name: str, ranks: Sequence[int]) -> ShmGroup:
@@ -161,12 +161,12 @@ class ShmGroup(Group):
         return group
 
     def _send_numbers(self, numbers: np.ndarray, dst: int) -> None:
-        status = self._lib.pcs_send(self._group, numbers.ctypes.data, numbers.nbytes, 4, dst, self.timeout_s)
+        status = self.library.pcs_send(self.handle, numbers.ctypes.data, numbers.nbytes, 4, dst, self.timeout_s)
         self._check(status, "send of numbers", "")
 
     def _receive_numbers(self, count: int, src: int) -> np.ndarray:
         numbers = np.empty(count, np.int64)
-        status = self._lib.pcs_receive(self._group, numbers.ctypes.data, numbers.nbytes, 4, src, self.timeout_s)
+        status = self.library.pcs_receive(self.handle, numbers.ctypes.data, numbers.nbytes, 4, src, self.timeout_s)
         self._check(status, "receive of numbers", "")
         return numbers
 
@@ -178,8 +178,8 @@ class ShmGroup(Group):
             raise CommError(f"all_reduce({op}) does not exist; use one of {', '.join(_OPS)}")
         if not x.is_contiguous():
             raise CommError(f"all_reduce_ of a non-contiguous {tuple(x.shape)} view; use all_reduce")
-        status = self._lib.pcs_all_reduce(
-            self._group, x.data_ptr(), x.size * item, code, item, _OPS[op], self.timeout_s
+        status = self.library.pcs_all_reduce(
+            self.handle, x.data_ptr(), x.size * item, code, item, _OPS[op], self.timeout_s
         )
         if status:
             self._check(status, f"all_reduce({op})", x)
@@ -197,8 +197,8 @@ class ShmGroup(Group):
         outer, length = math.prod(shape[:dim]), math.prod(shape[dim:]) * item
         shape[dim] *= self.size
         out = _empty(shape, x.dtype)
-        status = self._lib.pcs_all_gather(
-            self._group, x.data_ptr(), out.data_ptr(), outer, length, code, self.timeout_s
+        status = self.library.pcs_all_gather(
+            self.handle, x.data_ptr(), out.data_ptr(), outer, length, code, self.timeout_s
         )
         if status:
             self._check(status, "all_gather", x)
@@ -211,8 +211,8 @@ class ShmGroup(Group):
         shape = self._cut(x, dim)
         outer, length = math.prod(shape[:dim]), math.prod(shape[dim:]) * item
         out = _empty(shape, x.dtype)
-        status = self._lib.pcs_reduce_scatter(
-            self._group, x.data_ptr(), out.data_ptr(), outer, length, code, item, self.timeout_s
+        status = self.library.pcs_reduce_scatter(
+            self.handle, x.data_ptr(), out.data_ptr(), outer, length, code, item, self.timeout_s
         )
         if status:
             self._check(status, "reduce_scatter", x)
@@ -226,8 +226,8 @@ class ShmGroup(Group):
         shape = list(part)
         shape[concat_dim] *= self.size
         out = _empty(shape, x.dtype)
-        status = self._lib.pcs_all_to_all(
-            self._group,
+        status = self.library.pcs_all_to_all(
+            self.handle,
             x.data_ptr(),
             out.data_ptr(),
             math.prod(part[:split_dim]),
@@ -250,8 +250,8 @@ class ShmGroup(Group):
         if given.sum() != x.size * item:
             raise CommError(f"all_to_all_rows of {tuple(x.shape)}: the counts name {int(counts[self.rank].sum())} rows")
         out = _empty((int(counts[:, self.rank].sum()), *x.shape[1:]), x.dtype)
-        status = self._lib.pcs_all_to_all_rows(
-            self._group,
+        status = self.library.pcs_all_to_all_rows(
+            self.handle,
             x.data_ptr(),
             out.data_ptr(),
             given.ctypes.data,
@@ -269,14 +269,14 @@ class ShmGroup(Group):
         code, item, _ = _dtype(x)
         if not x.is_contiguous():
             raise CommError(f"broadcast_ of a non-contiguous {tuple(x.shape)} view; pass x.contiguous()")
-        status = self._lib.pcs_broadcast(self._group, x.data_ptr(), x.size * item, code, src, self.timeout_s)
+        status = self.library.pcs_broadcast(self.handle, x.data_ptr(), x.size * item, code, src, self.timeout_s)
         if status:
             self._check(status, f"broadcast(src={self.ranks[src]})", x)
         return x
 
     def barrier(self) -> None:
         """Wait for every member."""
-        status = self._lib.pcs_barrier(self._group, self.timeout_s)
+        status = self.library.pcs_barrier(self.handle, self.timeout_s)
         if status:
             self._check(status, "barrier", "")
 
@@ -289,7 +289,7 @@ class ShmGroup(Group):
         """Copy `x` into memory that rank `dst` reads, and return."""
         x = x.contiguous()
         code, item, _ = _dtype(x)
-        status = self._lib.pcs_send(self._group, x.data_ptr(), x.size * item, code, dst, self.timeout_s)
+        status = self.library.pcs_send(self.handle, x.data_ptr(), x.size * item, code, dst, self.timeout_s)
         if status:
             self._check(status, f"send(to={self.ranks[dst]})", x)
         return Done(None)
@@ -302,7 +302,7 @@ class ShmGroup(Group):
         """Return the next message from `src`."""
         out = _empty(shape, dtype)
         code, item, _ = _dtype(out)
-        status = self._lib.pcs_receive(self._group, out.data_ptr(), out.size * item, code, src, self.timeout_s)
+        status = self.library.pcs_receive(self.handle, out.data_ptr(), out.size * item, code, src, self.timeout_s)
         if status:
             self._check(status, f"receive(from={self.ranks[src]})", out)
         return out
@@ -320,7 +320,7 @@ class ShmGroup(Group):
         if not status:
             return
         details = (c_int64 * 3)()
-        self._lib.pcs_failure(self._group, details)
+        self.library.pcs_failure(self.handle, details)
         what = f"{operation} in group {self.name} (global ranks {list(self.ranks)})"
         if isinstance(x, Tensor):
             what += f" of {tuple(x.shape)} {x.dtype}"

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from parallel_core.spans import span
+
 EXIT_CODE = 75
 """Exit status of a rank that gave up waiting (EX_TEMPFAIL)."""
 
@@ -33,7 +35,8 @@ class Watchdog:
             self._thread.start()
         self._current = (what, time.monotonic())
         try:
-            yield
+            with span("communication", what=what):
+                yield
         finally:
             self._current = None
 

@@ -14,6 +14,7 @@ from parallel_core.autograd import Function, main_grad_of, needs_gradient
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
+from parallel_core.spans import span
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.parameter import InitMethod, constant, make_parameter
 
@@ -260,7 +261,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         summed = ctx.group.all_reduce_start_(dx)
     else:
         summed = None
-    dw = _weight_gradient(dy, x, weight)
+    with span("weight-gradient"):
+        dw = _weight_gradient(dy, x, weight)
     return dx if summed is None else summed.wait(), dw
 
 

@@ -1,7 +1,8 @@
-"""Profiles of a range of iterations, thin over `mindspore.profiler`.
+"""Profiles of a range of iterations: the timeline, and what `mindspore.profiler` records.
 
-On CPU the profiler records the operators of the host. Options of the device (stacks, memory, AI cores, caches,
-bandwidths, parallel strategy) are handed on; an NPU is needed for them to record something.
+The timeline (`training/timeline.py`) is cheap and always there. MindSpore's profiler makes a step on CPU several times
+longer and is asked from level1 on there; it records the operators of the host. Options of the device (stacks, memory,
+AI cores, caches, bandwidths, parallel strategy) are handed on; an NPU is needed for them to record something.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import mindspore as ms
 from mindspore import profiler
 
 from parallel_core.config.schema import ProfileConfig, TrainingConfig
+from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
+from parallel_core.training.timeline import Timeline
 
 _LEVELS = {
     "level0": profiler.ProfilerLevel.Level0,
@@ -35,22 +38,27 @@ _AICORE_METRICS = {
 
 
 class StepProfiler:
-    """Records iterations step_start to step_end, both included, into `<save_path>/rank_<rank>`.
+    """Records iterations step_start to step_end, both included.
+
+    The timeline goes to `<save_path>/timeline_rank_<rank>.json`, MindSpore's records to `<save_path>/rank_<rank>`.
 
     Args:
         training: the profile's options, and the directories that stand in for an empty save_path.
-        rank: global rank.
+        context: this rank's groups.
 
     Raises:
         ConfigError: if the options leave nothing to record.
     """
 
-    def __init__(self, training: TrainingConfig, rank: int) -> None:
+    def __init__(self, training: TrainingConfig, context: ParallelContext) -> None:
         config = training.profile
         folder = Path(config.save_path or Path(training.output_dir or training.log_dir) / "profile")
-        self.folder = folder / f"rank_{rank}"
+        self.folder = folder / f"rank_{context.rank}"
         self._first, self._last = config.step_start, config.step_end
-        self._options = profile_options(config, self.folder) if config.enabled else None
+        detailed = ms.get_context("device_target") != "CPU" or config.level != "level0"
+        self._options = profile_options(config, self.folder) if config.enabled and detailed else None
+        self._timeline = Timeline(folder / f"timeline_rank_{context.rank}.json", context) if config.enabled else None
+        self._recording = False
         self._running: Any = None
         self._dynamic: Any = None
         if config.dynamic_profiler_config_path:
@@ -60,6 +68,9 @@ class StepProfiler:
 
     def before_step(self, iteration: int) -> None:
         """Start recording if `iteration` is the first to be recorded (or the first after a resume in the range)."""
+        if self._timeline is not None and self._first <= iteration <= self._last and not self._recording:
+            self._recording = True
+            self._timeline.start()
         if self._options is not None and self._first <= iteration <= self._last and self._running is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._running = profiler.profile(**self._options)
@@ -75,7 +86,13 @@ class StepProfiler:
             self._dynamic.step_end(_Step(iteration))
 
     def stop(self) -> None:
-        """Stop a recording under way and write its files."""
+        """Stop a recording under way and write its files; a timeline that cannot be written costs a warning."""
+        if self._timeline is not None and self._recording:
+            self._recording, timeline, self._timeline = False, self._timeline, None
+            try:
+                timeline.stop()
+            except OSError as error:
+                print(f"WARNING - the timeline cannot be written: {error}", flush=True)
         if self._running is not None:
             self._running.stop()
             self._running = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from parallel_core.config.schema import TrainingConfig
 from parallel_core.context import ParallelContext
+from parallel_core.spans import span
 from parallel_core.training.profiler import StepProfiler
 from parallel_core.training.statistics import memory_values, model_statistics
 from parallel_core.training.step import StepReport, TrainingStep
@@ -40,7 +41,7 @@ class StepWatch:
 
     def __init__(self, training: TrainingConfig, context: ParallelContext, step: TrainingStep) -> None:
         self._tracking, self._context, self._step = training.tracking, context, step
-        self._profiler = StepProfiler(training, context.rank)
+        self._profiler = StepProfiler(training, context)
         self._timers = Timers(
             self._tracking.timing_log_level, context.world, barrier=self._tracking.barrier_with_L1_time
         )
@@ -49,7 +50,7 @@ class StepWatch:
     def iteration(self, iteration: int) -> Iterator[None]:
         """Observe the iteration that the block runs."""
         self._profiler.before_step(iteration)
-        with self._timers:
+        with self._timers, span("iteration", 0, iteration=iteration):
             yield
         self._profiler.after_step(iteration)
 

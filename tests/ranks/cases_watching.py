@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
+from parallel_core.pipeline.schedule import Op
 from parallel_core.training.statistics import model_statistics
+from parallel_core.training.timeline import LANES, Timeline
 from parallel_core.training.timers import Timers, times_text
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.cases_layouts import LAYOUTS_OF_2, LAYOUTS_OF_4, settings
@@ -58,3 +62,33 @@ def test_timers_of_a_pipeline(ctx: CaseContext, level: int) -> None:
     run.train(1)  # nobody listens any more
     assert set(timers.collect(reset=False)) == set()
     assert (times_text(times, "minmax") == "") == (level == 0)
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("pp2", "pp2 vpp2", "tp2 sp", "dp2 distopt")])
+def test_the_timeline_holds_the_schedule(ctx: CaseContext, layout: str) -> None:
+    """Every computation once an iteration and in the schedule's order, nothing after the end, rows without overlap."""
+    tiny = settings(layout)
+    run = TinyRun(tiny, context_of(ctx, tiny))
+    run.train(1)
+    file = ctx.tmp_path / f"timeline_{layout.replace(' ', '_')}_{ctx.rank}.json"
+    timeline = Timeline(file, run.context)
+    timeline.start()
+    run.train(2)
+    timeline.stop()
+    run.train(1)
+    document = json.loads(file.read_text())
+    assert document["metadata"]["rank"] == ctx.rank and document["metadata"]["pp"] == run.context.pp.rank
+    events = [event for event in document["traceEvents"] if event["ph"] == "X"]
+    steps = run.step.schedule(run.sizes.num_microbatches(0))[run.context.pp.rank]
+    computed = [step.compute for step in steps if step.compute is not None]
+    names = {Op.FORWARD: "forward-compute", Op.BACKWARD: "backward-compute"}
+    want = [(names[one.op], one.microbatch, one.chunk) for one in computed]
+    got = [(e["name"], e["args"]["microbatch"], e["args"]["chunk"]) for e in events if e["name"] in names.values()]
+    assert got == 2 * want
+    count = {name: sum(event["name"] == name for event in events) for name in {event["name"] for event in events}}
+    assert count["forward-backward"] == count["optimizer"] == 2 and count["weight-gradient"] > 0
+    expected = {"pp": {"send", "receive"}, "tp": {"all-gather", "reduce-scatter"}, "dp": {"reduce-scatter"}}
+    assert expected[layout[:2]] <= count.keys(), count
+    for lane in ("communication", "waiting"):
+        spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["tid"] == LANES[lane])
+        assert spans and all(before[1] <= after[0] + 0.01 for before, after in zip(spans, spans[1:])), lane

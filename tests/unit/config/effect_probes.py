@@ -314,7 +314,7 @@ def dynamic_profile(words: tuple[str, ...]) -> Any:
     """What MindSpore's dynamic profiler is asked for over three steps."""
     monitor = mock.MagicMock()
     with mock.patch.object(profiler.profiler, "DynamicProfilerMonitor", monitor):
-        steps_of = profiler.StepProfiler(config_of(words).training_config, 3)
+        steps_of = profiler.StepProfiler(config_of(words).training_config, ParallelContext.solo())
         for iteration in (1, 2, 3):
             steps_of.before_step(iteration)
             steps_of.after_step(iteration)

@@ -309,9 +309,17 @@ def profiling(folder):
         return step(self, data, iteration, *rest)
 
     with mock.patch.object(profiler.profiler, "profile", profile), mock.patch.object(see.TrainingStep, "train", train):
-        seen = run(folder, "--profile --profile-save-path there --profile-step-start 2 --profile-step-end 3")
+        seen = run(folder, "--profile --profile-level level1 --profile-save-path there --profile-step-start 2"
+                   " --profile-step-end 3")
     assert recorded == [1, "start", 2, 3, "stop", 4]
     assert any(name.startswith("there/rank_0/") and name.endswith("trace_view.json") for name in seen.files)
+    assert "there/timeline_rank_0.json" in seen.files
+    recorded.clear()
+    with mock.patch.object(profiler.profiler, "profile", profile), mock.patch.object(see.TrainingStep, "train", train):
+        words = "--profile --profile-save-path there --profile-step-start 2 --profile-step-end 3"
+        plain = run(folder, words, "plain")
+    assert recorded == [1, 2, 3, 4]
+    assert [name for name in plain.files if name.startswith("there")] == ["there/timeline_rank_0.json"]
 
 
 # ---- the configuration itself ---------------------------------------------------------------------------------------
