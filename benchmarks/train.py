@@ -1,7 +1,11 @@
 """Tokens per second of a training step, ours and Megatron-LM's in alternation, for sizes A and B and several layouts.
 
 python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp2,dp2dist] [--rounds 3] [--json FILE]
+python benchmarks/train.py --sizes L,XL --layouts core1,cp2,cp2gather,cp2a2a,tp2sp [--steps 7]      # long sequences
                            [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--profile]
+
+Layouts with cp, and core1 (one process on one core), are ours alone; below each size, `time` and `memory` are every
+layout's share of core1's milliseconds and of its megabytes above the libraries'.
 
 The peer is a script that trains megatron.core's GPTModel on gloo, run by a Python that has torch and megatron-core; it
 takes --tp --pp --vpp --sp --dist-opt --hidden --layers --heads --seq --vocab --mbs --num-microbatches --iters --warmup
@@ -68,10 +72,18 @@ class Layout:
     stages: int = 1
     chunks: int = 1
     replicas: int = 1
+    threads: int = 0
+    """Of each rank; 0: its share of the cores."""
 
 
-SIZES = {"A": Size(256, 128, 4), "B": Size(512, 256, 2)}
+SIZES = {
+    "A": Size(256, 128, 4),
+    "B": Size(512, 256, 2),
+    "L": Size(128, 4096, 1, layers=2, heads=4, vocab=2048, microbatches=2),
+    "XL": Size(128, 16384, 1, layers=2, heads=4, vocab=2048, microbatches=1),
+}
 _TP, _PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+_CP = ("--context-parallel-size", "2")
 LAYOUTS = {
     "tp1": Layout(ranks=1),
     "tp2": Layout(_TP, ("--tp", "2")),
@@ -82,7 +94,12 @@ LAYOUTS = {
     ),
     "dp2": Layout(replicas=2),
     "dp2dist": Layout(("--use-distributed-optimizer",), ("--dist-opt",), replicas=2),
+    "core1": Layout(ranks=1, threads=1),
+    "cp2": Layout(_CP),
+    "cp2gather": Layout((*_CP, "--cp-comm-type", "all_gather")),
+    "cp2a2a": Layout((*_CP, "--cp-comm-type", "a2a")),
 }
+BY_DEFAULT = tuple(name for name in LAYOUTS if name != "core1" and not name.startswith("cp"))
 
 
 def write_data(folder: Path) -> Path:
@@ -90,7 +107,7 @@ def write_data(folder: Path) -> Path:
     generator = np.random.default_rng(0)
     with IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=np.uint16) as builder:
         for _ in range(100):
-            builder.add_document(generator.integers(0, 8000, 2000), [2000])
+            builder.add_document(generator.integers(0, 2000, 2000), [2000])
         builder.finalize(f"{folder}/tokens.idx")
     return folder / "tokens"
 
@@ -190,9 +207,10 @@ class MemoryWatch:
         return sum(sorted(self.peaks.values(), reverse=True)[:ranks]) / ranks / 1024
 
 
-def run(command: list[str], ranks: int, folder: str, **environment: str) -> float:
+def run(command: list[str], layout: Layout, folder: str, **environment: str) -> float:
     """Run a job to its end and return the peak memory of a rank in MB."""
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    ranks = layout.ranks
+    threads = str(layout.threads or max(1, (os.cpu_count() or 1) // ranks))
     variables = {**os.environ, "OMP_NUM_THREADS": threads, **environment}
     log = Path(folder) / "log.txt"
     with log.open("w") as out:
@@ -211,7 +229,7 @@ def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool
         environment |= {"PYTHONPATH": str(REPO), "BENCH_OUT": folder, "PARALLEL_CORE_KERNELS": kernels}
         if profile:
             environment["BENCH_PROFILE"] = "1"
-        peak = run(our_command(size, layout, steps, Path(folder)), layout.ranks, folder, **environment)
+        peak = run(our_command(size, layout, steps, Path(folder)), layout, folder, **environment)
         ranks = [json.loads(Path(folder, f"ours_{r}.json").read_text()) for r in range(layout.ranks)]
     rows = [rank["steps"][WARM_UP:] for rank in ranks]
     # The slowest rank's clock is the step's.
@@ -249,7 +267,7 @@ def run_peer(python: str, script: str, size: Size, layout: Layout, steps: int) -
         # The job runs in `folder`: relative paths are the caller's. Links stay: they make Python an environment's.
         paths = os.path.abspath(python), os.path.abspath(script)
         command = peer_command(*paths, size, layout, steps, out)
-        peak = run(command, layout.ranks, folder, ORACLE_THREADS=threads)
+        peak = run(command, layout, folder, ORACLE_THREADS=threads)
         return {"ms": [row["ms"] for row in json.loads(out.read_text())["curve"]][WARM_UP:], "peak_mb": peak}
 
 
@@ -260,7 +278,7 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
     peer: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
         ours.append(run_ours(size, layout, arguments.steps, arguments.kernels, arguments.profile))
-        if arguments.peer_python:
+        if arguments.peer_python and name in BY_DEFAULT:
             peer.append(run_peer(arguments.peer_python, arguments.peer_script, size, layout, arguments.steps))
     milliseconds = statistics.median(ms for one in ours for ms in one["ms"])
     result: dict[str, Any] = {
@@ -290,7 +308,7 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
 
 
 HEADING = (
-    f"{'size':4} {'layout':8} {'ours t/s':>9} {'peer t/s':>9} {'ratio':>6} {'matmul':>7} {'kernel':>7} {'comm':>6} "
+    f"{'size':4} {'layout':9} {'ours t/s':>9} {'peer t/s':>9} {'ratio':>6} {'matmul':>7} {'kernel':>7} {'comm':>6} "
     f"{'idle':>6} {'python':>7} {'ideal':>6} {'late':>6} {'MB':>5} {'peer':>5} {'+MB':>5} {'+peer':>5}"
 )
 
@@ -304,15 +322,27 @@ def line(row: dict[str, Any]) -> str:
     memory = [row.get(key, float("nan")) for key in columns]
     peer = f"{row['peer_tokens_per_s']:9.0f} {row['ratio']:6.2f}" if "ratio" in row else f"{'':9} {'':6}"
     return (
-        f"{row['size']:4} {row['layout']:8} {row['tokens_per_s']:9.0f} {peer} {shares[0]:>7} {shares[1]:>7} "
+        f"{row['size']:4} {row['layout']:9} {row['tokens_per_s']:9.0f} {peer} {shares[0]:>7} {shares[1]:>7} "
         f"{shares[2]:>6} {shares[3]:>6} {shares[4]:>7} {ideal:>6} {late:>6} " + " ".join(f"{mb:5.0f}" for mb in memory)
     )
+
+
+def against_one_core(rows: list[dict[str, Any]]) -> list[str]:
+    """Return, for each layout of a size, its shares of one core's milliseconds and memory; nothing without core1."""
+    one = next((row for row in rows if row["layout"] == "core1"), None)
+    if one is None:
+        return []
+    return [
+        f"     {row['layout']:10} time {row['ms'] / one['ms']:.2f}  memory "
+        f"{row['over_import_mb'] / one['over_import_mb']:.2f}"
+        for row in rows if row is not one
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="A,B")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--layouts", default=",".join(BY_DEFAULT))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help=f"of each run; the first {WARM_UP} do not count")
     parser.add_argument("--kernels", default="auto", choices=["auto", "local"])
@@ -326,7 +356,7 @@ def main() -> None:
     if arguments.steps < WARM_UP + 5:
         parser.error(f"--steps must be at least {WARM_UP + 5}: medians are over five steps or more")
     print(HEADING, flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in arguments.sizes.split(","):
         for layout in arguments.layouts.split(","):
             row = measure(layout, size, arguments)
@@ -334,6 +364,7 @@ def main() -> None:
             print(line(row), flush=True)
             for entry in row["top"]:
                 print(f"     {entry['ms per step']:9.2f} ms {entry['calls per step']:8.1f} x  {entry['operator']}")
+        print("\n".join(against_one_core([row for row in rows if row["size"] == size])), flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, ops
+from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
 
 from parallel_core.ops import reference
 from parallel_core.ops.registry import on_ascend
 
 _FULL_MASK = 1
 """`sparse_mode` of a mask that is given whole."""
+_ANY = 2**31 - 1
+"""Tokens before and after a query that it may see, for the mask to say which."""
 
 
 def has_flash_attention() -> bool:
@@ -92,3 +96,109 @@ def flash_attention(
 def _laid_out(x_SBND: Tensor, input_layout: str) -> Tensor:
     S, B, N, D = x_SBND.shape
     return x_SBND.reshape(S, B, N * D) if input_layout == "SBH" else x_SBND.transpose(1, 2, 0, 3)
+
+
+# ---- blocks (no autograd) -------------------------------------------------------------------------------------------
+def _not_by_block(query_SBND: Tensor, key_TBGD: Tensor, value_TBGE: Tensor, *_: Any, **options: Any) -> str:
+    if query_SBND.shape[-1] % 16:
+        return "the head size is not a multiple of 16"
+    return _not_by_flash_attention(query_SBND, key_TBGD, value_TBGE, dropout_rate=options.get("dropout_rate", 0.0))
+
+
+@on_ascend(
+    reference.attention_block, dtypes=(ms.float16, ms.bfloat16), integers=["start_BS"], refuses=_not_by_block
+)
+def attention_block(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
+    dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
+    heads: tuple[int, int] | None = None,  # noqa: ARG001 - for dropout, which goes to the reference
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.attention_block` by FlashAttentionScore. Not verified: never run on an NPU.
+
+    The operator returns the scores' maximum and the sum of exponentials less it, each eight times, [B, N, S, 8].
+    """
+    forbidden, sees = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
+    operator = FlashAttentionScore(
+        query_SBND.shape[2], scale_value=scale, input_layout="SBH", sparse_mode=0 if forbidden is None else _FULL_MASK
+    )
+    top, total, _, context = operator(*map(_rows, (query_SBND, key_TBGD, value_TBGE)), attn_mask=forbidden)
+    log_sum_exp = top[..., 0] + ops.log(total[..., 0])
+    if sees is not None:  # what the operator returns for queries that see no key is not documented
+        log_sum_exp = ops.select(sees.expand_as(log_sum_exp), log_sum_exp, ops.full_like(log_sum_exp, -np.inf))
+        context = ops.select(sees.transpose(2, 0, 1).expand_as(context), context, ops.zeros_like(context))
+    return context, log_sum_exp
+
+
+@on_ascend(
+    reference.attention_block_grad,
+    dtypes=(ms.float16, ms.bfloat16),
+    integers=["start_BS", "log_sum_exp_BNS"],
+    refuses=_not_by_block,
+)
+def attention_block_grad(
+    query_SBND: Tensor,
+    key_TBGD: Tensor,
+    value_TBGE: Tensor,
+    start_BS: Tensor | None,
+    out_SBX: Tensor,
+    dout_SBX: Tensor,
+    log_sum_exp_BNS: Tensor,
+    *,
+    q_first: int,
+    k_first: int,
+    scale: float,
+    dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
+    dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
+    heads: tuple[int, int] | None = None,  # noqa: ARG001 - for dropout, which goes to the reference
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.attention_block_grad` by FlashAttentionScoreGrad. Not verified: never run on an NPU.
+
+    The operator weighs a score s by exp(s - maximum) / sum: with the logarithm over all blocks for the maximum, and 1
+    for the sum, these are the weights of the whole softmax.
+    """
+    forbidden, _ = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
+    operator = FlashAttentionScoreGrad(
+        query_SBND.shape[2], scale_value=scale, pre_tokens=_ANY, next_tokens=_ANY, inner_precise=0,
+        input_layout="SBH", sparse_mode=0 if forbidden is None else _FULL_MASK,
+    )  # fmt: skip
+    top = ops.tile(log_sum_exp_BNS.expand_dims(-1), (1, 1, 1, 8))
+    dq, dk, dv, *_ = operator(
+        *map(_rows, (query_SBND, key_TBGD, value_TBGE)),
+        dout_SBX,
+        atten_mask=forbidden,
+        softmax_max=top,
+        softmax_sum=ops.ones_like(top),
+        attention_in=out_SBX,
+    )
+    return dq.reshape(query_SBND.shape), dk.reshape(key_TBGD.shape), dv.reshape(value_TBGE.shape)
+
+
+def _rows(x_SBND: Tensor) -> Tensor:
+    return _laid_out(x_SBND, "SBH")
+
+
+def _block_mask(
+    shape: tuple[int, ...], T: int, start_BS: Tensor | None, q_first: int, k_first: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what queries of `shape` (S, B, ..) do not see of T keys, and which see any, bool [B, 1, S].
+
+    The first is True where a key is hidden, [S, T] or [B, 1, S, T]; None where all is seen, as the second where every
+    query sees a key.
+    """
+    S, B = shape[:2]
+    q_at, k_at = q_first + np.arange(S)[:, None], k_first + np.arange(T)[None]
+    hidden = k_at > q_at
+    if start_BS is None:
+        sees = Tensor(np.broadcast_to(~hidden.all(-1), (B, 1, S)).copy()) if k_first > q_first else None
+        return (Tensor(hidden) if hidden.any() else None), sees
+    before = Tensor(k_at[None].astype(np.int32)) < start_BS.reshape(B, S, 1)
+    forbidden = ops.logical_or(Tensor(hidden[None]), before).reshape(B, 1, S, T)
+    return forbidden, ops.logical_not(forbidden).any(-1)
