@@ -286,8 +286,6 @@ def virtual_pipeline(r: Resolution) -> None:
     if r["pipeline_model_parallel_layout"] is not None and r.positive("pipeline_model_parallel_size"):
         try:
             contents = parse_layout(r["pipeline_model_parallel_layout"], pp)
-            if any("m" in stage for row in contents for stage in row):
-                raise ConfigError("has m, a layer of multi-token prediction, which is not built")
             layers = decoder_layers(contents)
             if r["num_layer_list"] not in (None, layers):
                 r.fail("pipeline_model_parallel_layout num_layer_list", "places layers twice; give one")

@@ -47,7 +47,7 @@ _MEGATRON_HAS_ONLY: dict[str, Any] = {
 """Fields that Megatron has no argument for, with the value of all its models."""
 
 NOT_BUILT = """
-    moe_latent_size mtp_num_layers hybrid_override_pattern hybrid_layer_pattern is_hybrid_model
+    moe_latent_size hybrid_override_pattern hybrid_layer_pattern is_hybrid_model
     attention_output_gate qk_l2_norm softmax_type mrope_section no_rope_freq quick_geglu glu_linear_offset
     activation_func_clamp_value experimental_attention_variant linear_attention_freq use_mup enable_mhc_connections
     heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json

@@ -12,6 +12,7 @@ from typing import Any
 from parallel_core.config import table
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.schema import DEFAULTS, UNLIMITED, FlashAttentionConfig, TransformerConfig
 from parallel_core.config.values import Unreadable, convert
 from parallel_core.errors import ConfigError
@@ -32,6 +33,7 @@ DEFINING: tuple[str, ...] = tuple(
     moe.moe_router_score_function moe.moe_router_pre_softmax moe.moe_router_topk_scaling_factor
     moe.moe_router_num_groups moe.moe_router_group_topk moe.moe_router_enable_expert_bias moe.moe_apply_probs_on_input
     moe.moe_shared_expert_intermediate_size moe.moe_shared_expert_gate
+    mtp.mtp_num_layers
     """.split()
 )
 """Fields that decide what a model computes from given weights, or what its weights are."""
@@ -45,6 +47,7 @@ NOT_DEFINING: dict[str, str] = {
     "attention_dropout_rate": "training alone",
     "hidden_dropout_rate": "training alone",
     "label_smoothing": "the training loss alone",
+    "mtp.mtp_loss_scaling_factor": "the training loss alone",
     "attn_post_norm_scale": _FIRST,
     "ffn_post_norm_scale": _FIRST,
     "init_method_std": _FIRST,
@@ -155,6 +158,7 @@ def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
         values.update(num_query_groups=groups, group_query_attention=True)
     window = values.pop("fa_config.pre_tokens", UNLIMITED)
     values["fa_config"] = FlashAttentionConfig(pre_tokens=window)
+    values["mtp"] = MTPConfig(mtp_num_layers=values.pop("mtp.mtp_num_layers", 0))
     values["mla"] = MLAConfig(**{name: values.pop(f"mla.{name}") for name in _LATENT if f"mla.{name}" in values})
     experts = {field[4:]: values.pop(field) for field in list(values) if field.startswith("moe.")}
     values["moe"] = MoEConfig(**experts)

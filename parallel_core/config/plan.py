@@ -20,7 +20,8 @@ class StageParameters:
     embedding: int
     head: int
     tied_copy: int
-    """The output layer's copy of a tied embedding; it exists on the last stage when the first is another one."""
+    """The last stage's copy of an embedding that it uses too, as output layer or to predict further tokens; where the
+    first stage is another one."""
 
     @property
     def total(self) -> int:
@@ -74,7 +75,13 @@ def model_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
     count += positions if model.top_query_layer != "none" else 0
     count += model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
     count += table if model.untie_embeddings_and_output_weights else 0
-    return count + (model.num_layers - num_noop) * layer_parameters(model)
+    return count + (model.num_layers - num_noop) * layer_parameters(model) + prediction_parameters(model)
+
+
+def prediction_parameters(model: TransformerConfig, tp: int = 1) -> int:
+    """Return the parameters of multi-token prediction on one rank of the last stage, without the shared embedding."""
+    h = model.hidden_size
+    return model.mtp.mtp_num_layers * (layer_parameters(model, tp) + 2 * h * h // tp + 3 * h * _norm_weights(model))
 
 
 def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> StageParameters:
@@ -92,8 +99,9 @@ def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> St
     untied = model.untie_embeddings_and_output_weights
     if last and untied:
         head += table
-    tied_copy = table if last and not untied and not first else 0
-    return StageParameters(layers * layer_parameters(model, tp), embedding, head, tied_copy)
+    tied_copy = table if last and not first and (not untied or model.mtp.mtp_num_layers) else 0
+    held = layers * layer_parameters(model, tp) + (prediction_parameters(model, tp) if last else 0)
+    return StageParameters(held, embedding, head, tied_copy)
 
 
 @dataclass(frozen=True)
@@ -214,7 +222,13 @@ def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
     if pp_rank == layout.num_ranks - 1:
         tp = config.parallel_config.tensor_model_parallel_size
         tokens = model.seq_length // config.parallel_config.context_parallel_size * data.batch_size
-        kept += tokens * model.vocab_size // tp * 4  # float32 logits of one microbatch.
+        depths = model.mtp.mtp_num_layers
+        kept += (1 + depths) * tokens * model.vocab_size // tp * 4  # float32 logits of one microbatch.
+        whole = tp if config.parallel_config.sequence_parallel else 1
+        joined = 6 * tokens * model.hidden_size * BYTES[model.compute_dtype] // whole  # two norms' inputs and outputs
+        each = layer_activations(config, model.recompute_granularity) + joined
+        kept += depths * (tokens * model.hidden_size * BYTES[model.compute_dtype] // whole
+                          if model.recompute_granularity == "full" else each)  # fmt: skip
     return kept
 
 
@@ -235,7 +249,9 @@ def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
         to_latents, per_head = _latent_products(model)
         scores = seq * (model.mla.head_size + model.mla.v_head_dim) / 2
         attention = 6 * layers * (to_latents + model.num_attention_heads * (per_head + scores))
-    return round(batch_size * seq * (mlp + attention + 6 * h * model.vocab_size))
+    depths = model.mtp.mtp_num_layers
+    logits, joined = 6 * h * model.vocab_size * (1 + depths), 12 * h * h * depths
+    return round(batch_size * seq * ((mlp + attention) * (layers + depths) / max(layers, 1) + logits + joined))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import (
     AllConfig,
@@ -87,6 +88,7 @@ _NESTED_TYPES: dict[str, Any] = {
     "fa_config": FlashAttentionConfig,
     "mla": MLAConfig,
     "moe": MoEConfig,
+    "mtp": MTPConfig,
     "profile": ProfileConfig,
     "tracking": TrackingConfig,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.layout import derived
 from parallel_core.layout.derived import ROTARY
 
@@ -158,6 +159,8 @@ class TransformerConfig:
     """Multi-latent attention."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Experts in place of the MLP."""
+    mtp: MTPConfig = field(default_factory=MTPConfig)
+    """Multi-token prediction."""
     recompute_granularity: str = "none"
     """none, selective (core attention) or full (whole layers)."""
     recompute_method: str = "none"
@@ -233,8 +236,8 @@ class TransformerConfig:
         return scale
 
     def window_of(self, layer_number: int) -> int:
-        """Return how many positions before its own a query of a layer (numbered from 0) sees."""
-        windowed = not self.window_attn_skip_freq or self.window_attn_skip_freq[layer_number]
+        """Return how many positions before its own a query of a layer (from 0; beyond the last as there) sees."""
+        windowed = not self.window_attn_skip_freq or self.window_attn_skip_freq[min(layer_number, self.num_layers - 1)]
         return self.fa_config.pre_tokens if windowed else UNLIMITED
 
 

@@ -157,7 +157,17 @@ class _StageCell(nn.Cell):
             self.reports.append(loss_func(output, non_loss_data=True) if takes else output)
             return output
         loss_sum, num_tokens, report = checked_loss(loss_func(output))
+        loss = self._objective(loss_sum, num_tokens)
+        for name, total, number, weight in getattr(self.model, "take_auxiliary_losses", list)():
+            part = self._objective(total, number)
+            loss = loss + weight * part
+            # Megatron-LM logs the mean over microbatches of each one's mean.
+            report = {**report, name: (total, number) if self._per_token_loss else (part, 1.0)}
         self.reports.append((num_tokens, report))
+        return loss
+
+    def _objective(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
+        """Return the mean over the microbatch's tokens on all ranks that hold it, or the sum of this rank's."""
         if self._per_token_loss:
             return loss_sum
         one = Tensor(np.float32(1.0))

@@ -48,7 +48,9 @@ def forward_step(
     On the last stage the output is the loss of every token, float32 [B, S]; before it, hidden states.
     """
     tokens, labels, loss_mask, document_start, position_ids = get_batch_func(data_iterator)
-    return model(tokens, position_ids, document_start, labels), partial(masked_loss, loss_mask)
+    # A model of one's own need not take the mask; one that predicts further tokens counts with it.
+    more = {"loss_mask": loss_mask} if getattr(model, "mtp", None) is not None else {}
+    return model(tokens, position_ids, document_start, labels, **more), partial(masked_loss, loss_mask)
 
 
 def forward_step_with(get_batch_func: Callable[[Any], Any]) -> ForwardStep:

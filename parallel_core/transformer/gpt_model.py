@@ -13,6 +13,7 @@ from parallel_core.tensor_parallel.linear import ColumnParallelLinear
 from parallel_core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from parallel_core.transformer.block import TransformerBlock
 from parallel_core.transformer.embedding import LanguageModelEmbedding
+from parallel_core.transformer.multi_token_prediction import AuxiliaryLoss, MultiTokenPrediction
 from parallel_core.transformer.stage import ModelStage
 
 
@@ -42,6 +43,11 @@ class GPTModel(nn.Cell):
         tied = not config.untie_embeddings_and_output_weights
         self.embedding = LanguageModelEmbedding(stage) if stage.pre_process else None
         self.decoder = self.make_decoder(stage)
+        self.mtp: MultiTokenPrediction | None = None
+        if stage.post_process and config.mtp.mtp_num_layers:
+            self.mtp = MultiTokenPrediction(stage)
+        self.streams = stage.streams
+        self._auxiliary_losses: list[AuxiliaryLoss] = []
         self.output_layer: ColumnParallelLinear | None = None
         if stage.post_process:
             self.output_layer = ColumnParallelLinear(
@@ -58,7 +64,7 @@ class GPTModel(nn.Cell):
             if self.output_layer.weight is not None:
                 mark(self.output_layer.weight, is_embedding_or_output=True)
         table = None if self.embedding is None else self.embedding.word_embeddings.weight
-        self.tied_weight = stage.share_word_embeddings(table) if tied else None
+        self.tied_weight = stage.share_word_embeddings(table) if stage.needs_word_embeddings else None
 
     def make_decoder(self, stage: ModelStage) -> nn.Cell:
         """Return what turns embeddings into the output layer's input.
@@ -87,9 +93,17 @@ class GPTModel(nn.Cell):
         """Return the output layer's [V / tp, H] weight: the embedding's when they are tied; None without either."""
         if self.config.untie_embeddings_and_output_weights:
             return None if self.output_layer is None else self.output_layer.weight
+        return self._word_embeddings()
+
+    def _word_embeddings(self) -> Parameter | None:
         if self.tied_weight is not None or self.embedding is None:
             return self.tied_weight
         return self.embedding.word_embeddings.weight
+
+    def take_auxiliary_losses(self) -> list[AuxiliaryLoss]:
+        """Return the losses of the last call that come on top of what it returned, and forget them."""
+        losses, self._auxiliary_losses = self._auxiliary_losses, []
+        return losses
 
     def construct(
         self,
@@ -97,6 +111,7 @@ class GPTModel(nn.Cell):
         position_ids: Tensor | None = None,
         document_start: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -106,6 +121,7 @@ class GPTModel(nn.Cell):
             document_start: int32 [B, S], the first position that each position may see; None: causal over the whole
                 sequence.
             labels: int32 [B, S]; used on the last stage.
+            loss_mask: float32 [B, S], 1 where a token counts; None: everywhere. Used with multi-token prediction.
 
         Returns:
             Hidden states [S, B, H] ([S / tp, B, H] with sequence parallelism) before the last stage; on the last one
@@ -123,6 +139,11 @@ class GPTModel(nn.Cell):
         hidden = self.hidden_states(tokens, position_ids, document_start)
         if self.output_layer is None:
             return hidden
+        if self.mtp is not None and labels is not None and self.streams.training:
+            batch = (tokens, labels, loss_mask)
+            self._auxiliary_losses = self.mtp(
+                hidden, batch, document_start, self._word_embeddings(), lambda h, y: self._loss(self.logits_of(h), y)
+            )
         logits = self.logits_of(hidden)
         if labels is None:
             if not self.parallel_output:

@@ -19,11 +19,11 @@ LOADS = {
     "llama3_8b": {"vocab_size": 128512, "apply_layernorm_1p": True, "kv_channels": 128},
     "mixtral_8x7b": {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_query_groups": 8},
     "qwen3_30b_a3b": {"hidden_size": 2048, "kv_channels": 128, "qk_layernorm": True},
+    "deepseek_v3_like": {"hidden_size": 7168, "kv_channels": 192, "position_embedding_type": "rope"},
     "qwen2.5_7b": {"qkv_has_bias": True, "out_proj_has_bias": False, "add_bias_linear": False, "norm_epsilon": 1e-6},
 }
 REFUSED = {
     "llama3_8b_fp8": ["FP8 and FP4 arithmetic"],
-    "deepseek_v3_like": ["multi-token prediction"],
     # Megatron-LM 0.12 refuses its own example for the same reason.
     "gpt3_175b_megatron_0.12": [],
 }

@@ -48,6 +48,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "multi_latent_attention": (ROPE, ""), "q_lora_rank": (LATENT, "7"), "kv_lora_rank": (LATENT, "7"),
     "qk_head_dim": (LATENT, "7"), "qk_pos_emb_head_dim": (LATENT, "8"), "v_head_dim": (LATENT, "7"),
     "rope_type": (LATENT, "rope"),
+    "mtp_num_layers": (ROPE, "1"), "mtp_loss_scaling_factor": (f"{ROPE} --mtp-num-layers 1", "0.5"),
     "context_parallel_size": ("", "2"), "cp_comm_type": (CP, "all_gather"),
     "context_parallel_algo": (CP, "ulysses_cp_algo"),
     "hierarchical_context_parallel_sizes": (CP + " --cp-comm-type a2a+p2p", "2 2"),

@@ -22,7 +22,8 @@ KINDS: dict[str, Any] = {
     "optimizer_config": schema.OptimizerConfig,
 }
 NESTED: dict[str, Any] = {"profile": schema.ProfileConfig, "tracking": schema.TrackingConfig,
-                          "fa_config": schema.FlashAttentionConfig, "mla": schema.MLAConfig, "moe": schema.MoEConfig}
+                          "fa_config": schema.FlashAttentionConfig, "mla": schema.MLAConfig, "moe": schema.MoEConfig,
+                          "mtp": schema.MTPConfig}
 # What a flag says that Python says in the model's own section.
 TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 

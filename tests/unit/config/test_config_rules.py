@@ -18,6 +18,7 @@ GIVEN = "--num-layers-per-virtual-pipeline-stage"
 
 # rule, flags, {field: value}
 CP2 = "--context-parallel-size 2 "
+MTP = "--num-layers 8 --pipeline-model-parallel-size 2 --mtp-num-layers 1 --position-embedding-type rope"
 LATENT = "--multi-latent-attention --position-embedding-type rope"
 DERIVED = [
     ("recompute_activations", "--recompute-activations", {M + "recompute_granularity": "selective"}),
@@ -48,6 +49,7 @@ DERIVED = [
     ("biases", "--disable-bias-linear", {M + "qkv_has_bias": False, M + "out_proj_has_bias": False}),
     ("biases", "--disable-bias-linear --add-qkv-bias", {M + "qkv_has_bias": True, M + "out_proj_has_bias": False}),
     ("biases", "--no-qkv-has-bias --no-add-dense-bias", {M + "qkv_has_bias": False, M + "add_bias_linear": True}),
+    ("virtual_pipeline", f"{MTP} --pipeline-model-parallel-layout Et*5|tttmL", {P + "num_layer_list": ((5,), (3,))}),
     ("latent_attention", LATENT, {
         M + "mla.rope_type": "yarn", M + "kv_channels": 192, M + "qkv_has_bias": False, M + "out_proj_has_bias": True,
         M + "yarn_mscale": 1.0, M + "rope_original_max_position_embeddings": 4096}),
@@ -198,6 +200,15 @@ REFUSED = [
     ("rotary_scaling", "--rotary-base 1 --position-embedding-type yarn", "must be above 1"),
     ("query_layer", "--top-query-layer norm_before --position-embedding-type rope", "asks by learned positions"),
     ("residuals", "--parallel-residual --apply-residual-connection-post-layernorm", "place the residual twice"),
+    ("multi_token_prediction", "--mtp-num-layers 1", "write position_embedding_type rope or none"),
+    ("multi_token_prediction", "--mtp-loss-scaling-factor 0.5", "belongs to mtp_num_layers; give that too"),
+    ("multi_token_prediction", "--mtp-num-layers 32 --position-embedding-type rope", "no token of a sample is so far"),
+    ("multi_token_prediction", "--mtp-num-layers -1 --position-embedding-type rope", "must not be negative"),
+    ("multi_token_prediction", "--mtp-num-layers 1 --mtp-loss-scaling-factor -1", "must not be negative"),
+    ("multi_token_placement", f"{MTP} --pipeline-model-parallel-layout Et*5|tttL",
+     "has m 0 times, for 1 layers of multi-token prediction"),
+    ("multi_token_placement", f"{MTP} --pipeline-model-parallel-layout Et*8m|L", "has m before the last stage"),
+    ("multi_token_placement", f"{MTP} --pipeline-model-parallel-layout Et*5|tttmmL", "has m 2 times, for 1 layers"),
     ("latent_sizes", "--v-head-dim 16", "--v-head-dim 16: belongs to multi_latent_attention; give that too, or"),
     ("latent_sizes", "--rope-type yarn", "belongs to multi_latent_attention; write position_embedding_type yarn"),
     ("latent_sizes", f"{LATENT} --qk-pos-emb-head-dim 7", "--qk-pos-emb-head-dim 7: channels turn in pairs"),

@@ -45,6 +45,7 @@ SEEN = {
         kv_lora_rank | --kv-lora-rank 6 | {LATENT.replace("--kv-lora-rank 8", "")}
         qk_head_dim | --qk-head-dim 6 | {LATENT.replace("--qk-head-dim 4", "")}
         qk_pos_emb_head_dim | --qk-pos-emb-head-dim 6 | {LATENT.replace("--qk-pos-emb-head-dim 4", "")}
+        mtp_num_layers | --mtp-num-layers 1 | {ROPE}
         v_head_dim | --v-head-dim 6 | {LATENT.replace("--v-head-dim 4", "")}
         num_layers | --num-layers 3
         hidden_size | --hidden-size 32
@@ -150,7 +151,10 @@ SEEN = {
         hidden_dropout | --hidden-dropout 0.5
         attention_dropout | --attention-dropout 0.5
     """,
-    "gradient_norm": "calculate_per_token_loss | --calculate-per-token-loss",
+    "gradient_norm": f"""
+        calculate_per_token_loss | --calculate-per-token-loss
+        mtp_loss_scaling_factor | --mtp-loss-scaling-factor 0.5 | {ROPE} --mtp-num-layers 1
+    """,
     "weights": f"""
         moe_router_enable_expert_bias | --moe-router-enable-expert-bias | {SIGMOID} --moe-router-bias-update-rate 0.5
         moe_router_bias_update_rate | --moe-router-bias-update-rate 0.5 | {SIGMOID} --moe-router-enable-expert-bias

@@ -86,6 +86,7 @@ CHANGES = {
     "mla.qk_head_dim": (LATENT, "--qk-head-dim 16"),
     "mla.qk_pos_emb_head_dim": (LATENT, "--qk-pos-emb-head-dim 8"),
     "mla.v_head_dim": (LATENT, "--v-head-dim 16"),
+    "mtp.mtp_num_layers": (ROPE, "--mtp-num-layers 1"),
     "mla.rope_type": (LATENT.replace("--rope-type rope", ""), "--rope-type rope"),
     "moe.num_experts": (MOE, "--num-experts 8"),
     "moe.moe_layer_freq": (MOE, "--moe-layer-freq 2"),
