@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import ROTARY
-from parallel_core.layout.stages import parse_layout, prediction_layers
+from parallel_core.layout.stages import Placement, parse_layout
 
 MULTI_TOKEN_CHECKS: dict[str, Callable[[Resolution], None]] = {}
 
@@ -44,7 +44,7 @@ def multi_token_placement(r: Resolution) -> None:
     if text is None or not r.positive(ranks):
         return
     try:
-        counts = prediction_layers(parse_layout(text, r[ranks]))
+        counts = _on_stages(parse_layout(text, r[ranks]))
     except ConfigError:
         return  # the derivation of the layers has said why
     if sum(counts) != layers:
@@ -52,3 +52,10 @@ def multi_token_placement(r: Resolution) -> None:
                "multi-token prediction")
     elif sum(counts) != counts[-1]:
         r.fail("pipeline_model_parallel_layout", "has m before the last stage, where the losses are; put all m there")
+
+
+def _on_stages(contents: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    """Return the number of layers of multi-token prediction of each stage of a parsed layout, first to last."""
+    placement = Placement.in_turn(len(contents), len(contents[0]))
+    places = (placement.place(stage) for stage in range(placement.num_stages))
+    return tuple(contents[rank][chunk].count("m") for rank, chunk in places)

@@ -235,6 +235,16 @@ class TransformerConfig:
             scale *= derived.yarn_concentration(self.yarn_rotary_scaling_factor, self.yarn_mscale_all_dim) ** 2
         return scale
 
+    @property
+    def shares_word_embeddings(self) -> bool:
+        """Whether the last stage uses the word embeddings too: as output layer, or to predict further tokens."""
+        return not self.untie_embeddings_and_output_weights or self.mtp.mtp_num_layers > 0
+
+    def layer_name(self, layer_number: int) -> str:
+        """Return the global name of a layer; those that follow the model's last one predict further tokens."""
+        beyond = layer_number - self.num_layers
+        return f"decoder.layers.{layer_number}" if beyond < 0 else f"mtp.layers.{beyond}.transformer_layer"
+
     def window_of(self, layer_number: int) -> int:
         """Return how many positions before its own a query of a layer (from 0; beyond the last as there) sees."""
         windowed = not self.window_attn_skip_freq or self.window_attn_skip_freq[min(layer_number, self.num_layers - 1)]

@@ -280,13 +280,6 @@ def decoder_layers(contents: Sequence[Sequence[str]]) -> tuple[tuple[int, ...], 
     return tuple(tuple(stage.count("t") for stage in row) for row in contents)
 
 
-def prediction_layers(contents: Sequence[Sequence[str]]) -> tuple[int, ...]:
-    """Return the number of layers of multi-token prediction of each stage of a parsed layout, first to last."""
-    placement = Placement.in_turn(len(contents), len(contents[0]))
-    places = (placement.place(stage) for stage in range(placement.num_stages))
-    return tuple(contents[rank][chunk].count("m") for rank, chunk in places)
-
-
 def _unrolled(text: str) -> str:
     """Return the layout with every repetition written out."""
     open_groups: list[list[str]] = [[]]

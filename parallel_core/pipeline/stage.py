@@ -161,7 +161,6 @@ class _StageCell(nn.Cell):
         for name, total, number, weight in getattr(self.model, "take_auxiliary_losses", list)():
             part = self._objective(total, number)
             loss = loss + weight * part
-            # Megatron-LM logs the mean over microbatches of each one's mean.
             report = {**report, name: (total, number) if self._per_token_loss else (part, 1.0)}
         self.reports.append((num_tokens, report))
         return loss

@@ -14,6 +14,6 @@ def make_feed_forward(stage: ModelStage, layer_number: int, *, regather_input: b
 
     A model may bring its own by `ModelStage.make_mlp`, in this signature.
     """
-    name = f"{stage.layer_name(layer_number)}.mlp"
+    name = f"{stage.config.layer_name(layer_number)}.mlp"
     kind = MoELayer if stage.config.moe.has_experts(layer_number) else MLP
     return kind(stage, name, regather_input=regather_input)

@@ -26,12 +26,7 @@ class GPTModel(nn.Cell):
         parallel_output: return this rank's part of the logits' vocabulary instead of all of it.
     """
 
-    def __init__(
-        self,
-        stage: ModelStage,
-        *,
-        parallel_output: bool = True,
-    ) -> None:
+    def __init__(self, stage: ModelStage, *, parallel_output: bool = True) -> None:
         super().__init__(auto_prefix=True)
         config = stage.config
         self.config, self.tp_group, self.residual_dtype = config, stage.tp_group, stage.residual_dtype
@@ -40,14 +35,9 @@ class GPTModel(nn.Cell):
         self.parallel_output = parallel_output
         self.sequence_parallel = stage.sequence_parallel
         self._input_tensor: Tensor | None = None
-        tied = not config.untie_embeddings_and_output_weights
         self.embedding = LanguageModelEmbedding(stage) if stage.pre_process else None
         self.decoder = self.make_decoder(stage)
-        self.mtp: MultiTokenPrediction | None = None
-        if stage.post_process and config.mtp.mtp_num_layers:
-            self.mtp = MultiTokenPrediction(stage)
-        self.streams = stage.streams
-        self._auxiliary_losses: list[AuxiliaryLoss] = []
+        self.mtp = MultiTokenPrediction(stage) if stage.post_process and config.mtp.mtp_num_layers else None
         self.output_layer: ColumnParallelLinear | None = None
         if stage.post_process:
             self.output_layer = ColumnParallelLinear(
@@ -59,12 +49,12 @@ class GPTModel(nn.Cell):
                 sequence_parallel=stage.sequence_parallel,
                 params_dtype=config.params_dtype,
                 name="output_layer",
-                skip_weight_param_allocation=tied,
+                skip_weight_param_allocation=not config.untie_embeddings_and_output_weights,
             )
             if self.output_layer.weight is not None:
                 mark(self.output_layer.weight, is_embedding_or_output=True)
         table = None if self.embedding is None else self.embedding.word_embeddings.weight
-        self.tied_weight = stage.share_word_embeddings(table) if stage.needs_word_embeddings else None
+        self.tied_weight = stage.share_word_embeddings(table) if config.shares_word_embeddings else None
 
     def make_decoder(self, stage: ModelStage) -> nn.Cell:
         """Return what turns embeddings into the output layer's input.
@@ -93,17 +83,15 @@ class GPTModel(nn.Cell):
         """Return the output layer's [V / tp, H] weight: the embedding's when they are tied; None without either."""
         if self.config.untie_embeddings_and_output_weights:
             return None if self.output_layer is None else self.output_layer.weight
-        return self._word_embeddings()
+        return self.word_embeddings()
 
-    def _word_embeddings(self) -> Parameter | None:
-        if self.tied_weight is not None or self.embedding is None:
-            return self.tied_weight
-        return self.embedding.word_embeddings.weight
+    def word_embeddings(self) -> Parameter | None:
+        """Return this stage's [V / tp, H] table of the word embedding, where it has one."""
+        return self.tied_weight if self.embedding is None else self.embedding.word_embeddings.weight
 
     def take_auxiliary_losses(self) -> list[AuxiliaryLoss]:
         """Return the losses of the last call that come on top of what it returned, and forget them."""
-        losses, self._auxiliary_losses = self._auxiliary_losses, []
-        return losses
+        return [] if self.mtp is None else self.mtp.take_losses()
 
     def construct(
         self,
@@ -139,17 +127,14 @@ class GPTModel(nn.Cell):
         hidden = self.hidden_states(tokens, position_ids, document_start)
         if self.output_layer is None:
             return hidden
-        if self.mtp is not None and labels is not None and self.streams.training:
-            batch = (tokens, labels, loss_mask)
-            self._auxiliary_losses = self.mtp(
-                hidden, batch, document_start, self._word_embeddings(), lambda h, y: self._loss(self.logits_of(h), y)
-            )
+        if self.mtp is not None and labels is not None:
+            self.mtp(self, hidden, (tokens, labels, loss_mask), document_start)
         logits = self.logits_of(hidden)
         if labels is None:
             if not self.parallel_output:
                 logits = gather_from_tensor_model_parallel_region(logits, self.tp_group)
             return logits.transpose(1, 0, 2)
-        return self._loss(logits, labels)
+        return self.loss_of(logits, labels)
 
     def hidden_states(
         self, tokens: Tensor, position_ids: Tensor | None = None, document_start: Tensor | None = None
@@ -174,7 +159,8 @@ class GPTModel(nn.Cell):
     def _output_weight(self) -> Tensor | None:
         return None if self.config.untie_embeddings_and_output_weights else self.shared_embedding_or_output_weight()
 
-    def _loss(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+    def loss_of(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Return the loss of every token, float32 [B, S], of logits [S, B, V / tp] that it may overwrite."""
         if not self.config.fp16_lm_cross_entropy:
             logits_SBV = ops.cast(logits_SBV, ms.float32)
         labels_SB = labels_BS.transpose(1, 0)

@@ -39,7 +39,7 @@ class TransformerLayer(nn.Cell):
         regather_input: bool = True,
     ) -> None:
         super().__init__(auto_prefix=True)
-        config, name = stage.config, stage.layer_name(layer_number)
+        config, name = stage.config, stage.config.layer_name(layer_number)
         self.layer_number, self.name = layer_number, name
         self.compute_dtype = stage.compute_dtype
         self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate

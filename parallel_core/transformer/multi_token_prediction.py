@@ -9,8 +9,7 @@ Shapes: S sequence, B microbatch, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mindspore as ms
 import numpy as np
@@ -18,6 +17,7 @@ from mindspore import Parameter, Tensor, mint, nn
 
 from parallel_core import ops
 from parallel_core.comm.interface import Group
+from parallel_core.errors import ConfigError
 from parallel_core.layout.sequence import chunk_ids, sequence_order
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.embedding import embedding_lookup
@@ -42,6 +42,19 @@ class AuxiliaryLoss(NamedTuple):
     total: Tensor
     number: Tensor
     weight: float
+
+
+class LastStage(Protocol):
+    """What predictions need of the model's last stage; see `GPTModel`."""
+
+    def word_embeddings(self) -> Parameter | None:
+        """Return the stage's table of the word embedding."""
+
+    def logits_of(self, hidden_SBH: Tensor) -> Tensor:
+        """Return logits of hidden states."""
+
+    def loss_of(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Return the loss of every token."""
 
 
 class MultiTokenPredictionLayer(nn.Cell):
@@ -119,37 +132,42 @@ class MultiTokenPrediction(nn.Cell):
         self.multiplier = config.embedding_multiplier
         depths = config.mtp.mtp_num_layers
         self.weight = config.mtp.mtp_loss_scaling_factor / depths
+        self._losses: list[AuxiliaryLoss] = []
         self.layers = nn.CellList([MultiTokenPredictionLayer(stage, depth) for depth in range(depths)])
 
     def construct(
         self,
+        model: LastStage,
         hidden: Tensor,
         batch: tuple[Tensor, Tensor, Tensor | None],
         document_start: Tensor | None,
-        table: Parameter,
-        losses_of: Callable[[Tensor, Tensor], Tensor],
-    ) -> list[AuxiliaryLoss]:
-        """Return the loss of each depth.
+    ) -> None:
+        """Compute the loss of each depth in training, for `take_losses`.
 
         Args:
+            model: whose last stage this is; its word embeddings and its output layer are used.
             hidden: the decoder's output after its final norm, [S, B, H] ([S / tp, B, H] with sequence parallelism).
             batch: tokens and labels, int32 [B, S], and the loss mask, float32 [B, S]; None: every token counts.
             document_start: see `MultiTokenPredictionLayer`.
-            table: this rank's rows of the word embedding, [V / tp, H].
-            losses_of: hidden states and labels [B, S] -> the loss of every token, float32 [B, S].
 
         Communication: under context parallelism 1 all-gather of tokens, labels and mask for each depth, and that of
         the layers and of the word embedding.
         """
+        self._losses = []
+        if not self.streams.training:
+            return
         tokens, labels, mask = batch
         mask = Tensor(np.ones(labels.shape, np.float32)) if mask is None else mask
-        found = []
         for depth, layer in enumerate(self.layers):
             tokens, labels, mask = (self._rolled(x) for x in (tokens, labels, mask))
-            hidden = layer(hidden, self._embedded(tokens, table, depth), document_start)
-            total, number = (losses_of(hidden, labels) * mask).sum(), mask.sum()
-            found.append(AuxiliaryLoss(f"mtp_{depth + 1} loss", total, number, self.weight))
-        return found
+            hidden = layer(hidden, self._embedded(tokens, model.word_embeddings(), depth), document_start)
+            total = (model.loss_of(model.logits_of(hidden), labels) * mask).sum()
+            self._losses.append(AuxiliaryLoss(f"mtp_{depth + 1} loss", total, mask.sum(), self.weight))
+
+    def take_losses(self) -> list[AuxiliaryLoss]:
+        """Return the losses of the last call, and forget them."""
+        losses, self._losses = self._losses, []
+        return losses
 
     def _rolled(self, x_BS: Tensor) -> Tensor:
         """Return what stands one position further, 0 behind the last."""
@@ -157,8 +175,10 @@ class MultiTokenPrediction(nn.Cell):
         moved = mint.cat((whole[:, 1:], mint.zeros((whole.shape[0], 1), dtype=whole.dtype)), 1)
         return _part(moved, self.cp_group)
 
-    def _embedded(self, tokens_BS: Tensor, table: Parameter, depth: int) -> Tensor:
+    def _embedded(self, tokens_BS: Tensor, table: Parameter | None, depth: int) -> Tensor:
         """Return the word embeddings as the first stage has them, with dropout of their own."""
+        if table is None:
+            raise ConfigError("multi-token prediction is on the last stage, with a copy of the word embeddings")
         rows = embedding_lookup(tokens_BS.transpose(1, 0), table, self.tp_group.rank * table.shape[0])
         if self.sequence_parallel:
             rows = mappings.reduce_scatter_to_sequence_parallel_region(rows, self.tp_group)

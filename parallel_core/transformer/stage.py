@@ -77,11 +77,6 @@ class ModelStage:
     run: AllConfig | None = None
     context: ParallelContext | None = None
 
-    def layer_name(self, layer_number: int) -> str:
-        """Return the global name of a layer; those that follow the model's last one predict further tokens."""
-        beyond = layer_number - self.config.num_layers
-        return f"decoder.layers.{layer_number}" if beyond < 0 else f"mtp.layers.{beyond}.transformer_layer"
-
     def exchange_of(self, layer_number: int) -> str:
         """Return how a layer's attention sees the other ranks' keys."""
         return self.exchanges[min(layer_number, len(self.exchanges) - 1)]
@@ -122,11 +117,6 @@ class ModelStage:
         if self.config.init_method_xavier_uniform:
             return named_xavier_uniform(self.seed, name)
         return named_normal(std, self.seed, name)
-
-    @property
-    def needs_word_embeddings(self) -> bool:
-        """Whether the last stage uses the word embeddings too: as output layer, or to predict further tokens."""
-        return not self.config.untie_embeddings_and_output_weights or self.config.mtp.mtp_num_layers > 0
 
     def share_word_embeddings(self, table: Parameter | None) -> Parameter | None:
         """Tie the word embeddings of the first and the last pipeline stage, so that their gradients are summed.

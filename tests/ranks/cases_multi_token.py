@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from parallel_core.config.multi_token import MTPConfig
@@ -24,7 +26,8 @@ def compare(ctx: CaseContext, layout: str, model: dict = MODEL, **training: bool
     logged = "mtp_1 loss"
     run = TinyRun(mine, context_of(ctx, mine))
     found = [report.losses[logged] for report in run.train(ITERATIONS)]
-    want = from_rank_0(ctx, lambda: [r.losses[logged] for r in TinyRun(common, parallel_context(0, 1)).train(ITERATIONS)])
+    one = functools.partial(TinyRun, common, parallel_context(0, 1))
+    want = from_rank_0(ctx, lambda: [report.losses[logged] for report in one().train(ITERATIONS)])
     np.testing.assert_allclose(found, want, rtol=RTOL)
     assert logged not in run.evaluate()
 
