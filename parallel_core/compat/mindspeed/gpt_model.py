@@ -51,6 +51,11 @@ class GPTModel(Module):
         reset_position_ids: bool = False,
     ) -> None:
         super().__init__(config)
+        if config.mtp.mtp_num_layers:
+            raise ConfigError(
+                f"mtp_num_layers={config.mtp.mtp_num_layers}: this class predicts the next token alone; leave it out, "
+                "or use parallel_core.transformer.GPTModel"
+            )
         self.parallel_output, self.pre_process, self.post_process = parallel_output, pre_process, post_process
         self.eos_mask: EosMask | None = None
         if eod is not None:
