@@ -28,6 +28,7 @@ COMMANDS = {
     "merge": Command("parallel_core.prepare.merge_datasets", (), "several prepared texts into one"),
     "tokenizer": Command("parallel_core.prepare.train_tokenizer", (), "train a SentencePiece tokenizer"),
     "data": Command("parallel_core.data.__main__", (), "look into prepared texts"),
+    "report": Command("parallel_core.report.__main__", (), "one HTML page about runs"),
     "schedule": Command("parallel_core.report.pipeline", (), "draw a pipeline schedule"),
     "generate": Command("parallel_core.generate.command", (), "continue texts with the model of a checkpoint"),
     "evaluate": Command("parallel_core.evaluate.command", (), "perplexity of a file, choices among answers"),
