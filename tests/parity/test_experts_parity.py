@@ -15,7 +15,7 @@ from parallel_core.layout.shard import shard_of
 from parallel_core.transformer import GPTModel, ModelStage
 from tests.e2e.runs import Run, several
 from tests.parity.experts import FAMILY, VARIANTS, arguments, assert_follows, curve, joined, write_initial_checkpoint
-from tests.parity.golden import arrays
+from tests.parity.golden import GOLDEN, arrays
 from tests.parity.test_one_step import full_gradients, probed, relative_error
 
 # float32: two programs sum in different orders, and 20 updates carry the difference on; these runs differ from
@@ -199,6 +199,27 @@ def test_variants_of_two_ranks_follow_megatron(workplace: Path, start: str, tmp_
     for name, run in runs.items():
         assert run.status == 0, run.console
         golden = curve(f"variant_{name}")
-        until = 15 if name == "cap_probs_ep2" else 21  # the equal weights of `test_twenty_updates_follow_megatron`
+        until = 15 if name.startswith("cap_probs") else 21  # equal weights again
         golden = {i: row for i, row in golden.items() if i < until}
         assert_follows({i: run.steps[i] for i in golden}, golden, TOLERANCE)
+
+
+RESUMED: dict[str, tuple[int, str]] = {
+    "one": (1, ""),
+    "tp2etp1": (2, OTHERS["tp2etp1"][2]),
+    "ep2": LAYOUTS["ep2"],
+    "dp2ep2distopt": LAYOUTS["dp2ep2distopt"],
+    "pp2ep2": LAYOUTS["pp2ep2"],
+}
+
+
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in (1, 2, 4)]
+)
+def test_megatrons_checkpoint_goes_on_in_any_layout(ranks: int, workplace: Path, tmp_path):
+    """Two ranks of experts wrote it, each with an optimizer of its own for them."""
+    load = ["--load", str(GOLDEN / FAMILY / "ckpt_torch_ep2")]
+    plan = {n: {"argv": [*arguments("", words), *load]} for n, (size, words) in RESUMED.items() if size == ranks}
+    for run in several(tmp_path, ranks, plan, cwd=workplace).values():
+        assert run.status == 0, run.console
+        assert_follows(run.steps, curve("resume_ep2"), TOLERANCE)

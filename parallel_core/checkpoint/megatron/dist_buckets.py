@@ -97,6 +97,11 @@ def read_buckets(stored: DistributedCheckpoint, infos: Mapping[str, TensorInfo],
     state = FlatState(dialect="dp_reshardable" if entries else "")
     if not entries:
         return state
+    if any(key.startswith("chained_1.") for key in stored.tensors):
+        raise CheckpointError(
+            f"{stored.path}: the experts' optimizer is in the flat buckets of ranks (dp_reshardable), which cannot be "
+            "read; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+        )
     layouts = ChunkLayouts(infos, args)
     collector = Collector(str(stored.path), layouts.tp_size, bool(args.get("swiglu")), is_te_spec(args))
     for match, tensor in entries:

@@ -26,7 +26,7 @@ from parallel_core.errors import CheckpointError
 from parallel_core.layout.shard import TensorShard
 from parallel_core.records import Record
 
-_STATE_KEY = re.compile(r"(?:chained_0\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
+_STATE_KEY = re.compile(r"(?:chained_\d\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 _KINDS = {"fp32_param": "master", "param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 Tensors = dict[str, tuple[TensorInfo, list[Piece]]]

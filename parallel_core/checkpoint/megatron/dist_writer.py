@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_core.checkpoint.dtypes import storage_dtype
+from parallel_core.checkpoint.megatron.experts import is_buffer, is_expert
 from parallel_core.checkpoint.megatron.export import KINDS, Export
 from parallel_core.checkpoint.megatron.names import LAYER_PATTERN, layer_of
 from parallel_core.checkpoint.megatron.pickle_emitter import (
@@ -33,7 +34,8 @@ def dist_items(export: Export) -> list[tuple[str, str]]:
         return [(name, "") for name in export.infos]
     # A float32 model has masters only where the distributed optimizer keeps its own copy of the weights.
     masters = export.params_dtype != "float32" or export.args["use_distributed_optimizer"]
-    return [(name, kind) for name in export.infos for kind in ("", *(("master",) if masters else ()), *KINDS)]
+    kinds = ("", *(("master",) if masters else ()), *KINDS)
+    return [(name, kind) for name in export.infos for kind in (("",) if is_buffer(name) else kinds)]
 
 
 def write_distcp(
@@ -77,7 +79,8 @@ def write_dist_metadata(path: Path, export: Export, records: Sequence[Record]) -
         if key in entries:
             entries[key].state["chunks"].append(chunk)
             continue
-        whole = (export.args["num_layers"], *shape[1:]) if layer_of(name) is not None else shape
+        in_stack = export.stacked and layer_of(name) is not None
+        whole = (export.args["num_layers"], *shape[1:]) if in_stack else shape
         state = {"properties": _properties(export.shard(name, 0, kind).dtype), "size": _size(whole), "chunks": [chunk]}
         entries[key] = Instance(GlobalName(_METADATA, "TensorStorageMetadata"), state)
     for key, at, *_ in records:
@@ -105,7 +108,7 @@ def _place(export: Export, name: str, kind: str) -> tuple[str, tuple[int, ...], 
     shape = export.infos[name].shape
     key, offset = export.name_in_file(name, distributed=True), (0,) * len(shape)
     match = LAYER_PATTERN.fullmatch(key)
-    if match:
+    if match and export.stacked:
         key, offset, shape = f"decoder.layers.{match[2]}", (int(match[1]), *offset), (1, *shape)
     if kind == "master":
         kind = "param" if export.args["use_distributed_optimizer"] else "fp32_param"
@@ -115,9 +118,17 @@ def _place(export: Export, name: str, kind: str) -> tuple[str, tuple[int, ...], 
 def _objects(export: Export) -> Iterator[tuple[str, Any]]:
     """Yield what Megatron insists on: an extra state per linear layer, and the common state of releases >= 0.19."""
     layers = export.args["num_layers"]
-    for module in export.linears:
-        for layer in range(layers):
-            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}", None
+    for name, info in export.infos.items():
+        module, _, kind = name.rpartition(".")
+        match = LAYER_PATTERN.fullmatch(module)
+        if match is None or kind != "weight" or ".linear_" not in module:
+            continue
+        places = [str(number) for number in range(info.shape[0])] if is_expert(name) else [""]
+        for place in places:  # of a stack every layer, of experts every one
+            shard = [str(n) for n in ((match[1],) if export.stacked else ()) + ((place,) if place else ())]
+            total = [str(n) for n in ((layers,) if export.stacked else ()) + ((info.shape[0],) if place else ())]
+            key = f"decoder.layers.{match[2]}" if export.stacked else module
+            yield f"{key}._extra_state/shard_{'.'.join(shard or ['0'])}_{'.'.join(total or ['1'])}", None
     yield "common_state/shard_0_1", _common(export)
 
 

@@ -13,6 +13,7 @@ from parallel_core.checkpoint.common import checked_args
 from parallel_core.checkpoint.loading import VOCABULARY_TENSORS, read_shard
 from parallel_core.checkpoint.megatron.common_state import refuse_unsupported
 from parallel_core.checkpoint.megatron.dist_buckets import ChunkLayouts
+from parallel_core.checkpoint.megatron.experts import is_buffer, is_expert
 from parallel_core.checkpoint.megatron.names import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -115,13 +116,19 @@ class Export:
             raise CheckpointError(
                 f"{source.path}: {len(foreign)} tensors Megatron does not have:\n{bullet_list(foreign)}"
             )
+        trained = [name for name in names if not is_buffer(name)]
+        if any(map(is_expert, names)) and not whole:
+            raise CheckpointError(
+                f"{source.path}: a mixture of experts is not written in Megatron's torch format; use torch_dist, which "
+                "any layout loads"
+            )
         if WORD_EMBEDDINGS not in names:
             raise CheckpointError(f"{source.path} holds no {WORD_EMBEDDINGS}")
         for name in {*VOCABULARY_TENSORS} & {*names}:
             if len(source.info(name).shape) != 2:
                 shape = list(source.info(name).shape)
                 raise CheckpointError(f"{source.path}: {name} of shape {shape} is no matrix of rows and hidden size")
-        self.has_optimizer = target.with_optimizer and _has_optimizer(source, names)
+        self.has_optimizer = target.with_optimizer and _has_optimizer(source, trained)
         self.args = _target_args(source.common, target, {name: source.info(name) for name in names})
         refuse_unsupported(self.args, str(source.path))
         self.tp = 1 if whole else self.args["tensor_model_parallel_size"]
@@ -134,12 +141,13 @@ class Export:
             name: TensorInfo((rows, *info.shape[1:]) if name in VOCABULARY_TENSORS else info.shape, info.dtype)
             for name, info in ((name, source.info(name)) for name in names)
         }
-        dtypes = sorted({info.dtype for info in self.infos.values()})
+        dtypes = sorted({self.infos[name].dtype for name in trained})
         if len(dtypes) > 1:
             raise CheckpointError(
                 f"{source.path} holds weights of several dtypes ({', '.join(dtypes)}); Megatron has one"
             )
         self.layouts = ChunkLayouts(self.infos, self.args)
+        self.stacked = isinstance(self.args.get("moe_layer_freq", 1), int)
         self.latent = is_latent(names)
         self.linears = linear_modules(names)
         for name in names:  # every cut is tried before anything is written
@@ -159,6 +167,8 @@ class Export:
     def name_in_file(self, name: str, distributed: bool) -> str:
         """Return what a parameter is called in a file of `torch`, or of `torch_dist` (`distributed`)."""
         fused = is_te_spec(self.args) or (distributed and not self.latent)
+        if is_te_spec(self.args) and name.replace("pre_mlp_layernorm", "mlp.router") in self.infos:
+            return name  # the norm before experts is a module of its own there
         return te_fused_name(name, self.latent) if fused else name
 
     def stored_name(self, name: str) -> str:
@@ -296,6 +306,10 @@ def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, 
         args.update(_UNEVEN)
         args["decoder_first_pipeline_num_layers"] = target.first_stage_layers
         args["decoder_last_pipeline_num_layers"] = target.last_stage_layers
+    if args.get("num_experts"):
+        # As whole tensors experts are of no layout. Megatron stacks its layers where the pattern is a number.
+        args["expert_model_parallel_size"], args["expert_tensor_parallel_size"] = 1, None
+        args["moe_layer_freq"] = 1 if all(args.get("moe_layer_freq") or [1]) else list(args["moe_layer_freq"])
     _set_switches(args, common, target, infos)
     return args
 

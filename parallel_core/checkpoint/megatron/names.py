@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from parallel_core.checkpoint.megatron.experts import is_expert
+
 LAYER_PATTERN = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
@@ -69,6 +71,9 @@ _LAYER_PARAMETERS = (
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
+    "mlp.router",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
 )
 """Order in which Megatron's local spec registers a layer's modules: the projection comes before qkv."""
 _TE_LAYER_PARAMETERS = (
@@ -96,6 +101,7 @@ _TE_LATENT_LAYER_PARAMETERS = (
     "mlp.linear_fc2",
 )
 """The norms of latents are part of the projections to heads; that before attention stands alone."""
+_WITHOUT_KIND = ("mlp.router.expert_bias", "mlp.shared_experts.gate_weight")
 MEGATRON_LAYER_NAMES = frozenset(f"{module}.{kind}" for module in _LAYER_PARAMETERS for kind in ("weight", "bias"))
 
 
@@ -134,7 +140,8 @@ def canonical_name(name: str) -> str | None:
     for fused, plain in _TE_NORMS.items():
         if rest.startswith(fused):
             rest = plain + rest.removeprefix(fused)
-    return f"decoder.layers.{match[1]}.{rest}" if rest in MEGATRON_LAYER_NAMES else None
+    known_here = rest in MEGATRON_LAYER_NAMES or rest in _WITHOUT_KIND or is_expert(rest)
+    return f"decoder.layers.{match[1]}.{rest}" if known_here else None
 
 
 def _canonical_legacy(rest: str) -> str | None:
@@ -191,18 +198,20 @@ def tensor_parallel_dim(name: str, te_spec: bool = False) -> int | None:
     if name in (WORD_EMBEDDINGS, OUTPUT_LAYER):
         return 0
     module, _, kind = name.rpartition(".")
-    if module.endswith((f".{QKV}", f".{FC1}", *(f".{to_heads}" for to_heads in TO_HEADS))):
+    by_rows = (QKV, FC1, "mlp.shared_experts.linear_fc1", *TO_HEADS)
+    if module.endswith(tuple(f".{linear}" for linear in by_rows)):
         return 0
     if module.endswith(tuple(f".{to_latent}" for to_latent in TO_LATENT)):
         return None if te_spec else 0
-    if kind == "weight" and module.endswith((".self_attention.linear_proj", ".mlp.linear_fc2")):
+    by_columns = (".self_attention.linear_proj", ".mlp.linear_fc2", ".mlp.shared_experts.linear_fc2")
+    if kind == "weight" and module.endswith(by_columns):
         return 1
     return None
 
 
 def num_stacked_parts(name: str, gated: bool) -> int:
     """Return 2 for a gated fc1, whose gates and ups are cut separately; 1 for everything else."""
-    return 2 if gated and f".{FC1}." in name else 1
+    return 2 if gated and (f".{FC1}." in name or ".mlp.shared_experts.linear_fc1." in name) else 1
 
 
 def is_latent(names: Iterable[str]) -> bool:

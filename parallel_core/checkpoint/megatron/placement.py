@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from parallel_core.checkpoint.megatron.experts import ExpertGrid
 from parallel_core.checkpoint.megatron.names import num_stacked_parts, tensor_parallel_dim, with_layer_offset
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
-from parallel_core.checkpoint.source import Piece, TensorInfo
+from parallel_core.checkpoint.source import Blob, Piece, TensorInfo
 from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.layout.shard import Range, TensorShard
 from parallel_core.layout.stages import StageLayout, decoder_layers, parse_layout, stage_layout
@@ -76,6 +77,7 @@ class Chunk:
         tensors: local tensors by name with the chunk's own layer numbers.
         num_layers: how many layers it has.
         first_layer: global number of its first layer.
+        ep: expert parallel rank.
     """
 
     tp: int
@@ -84,6 +86,11 @@ class Chunk:
     tensors: dict[str, TorchTensor]
     num_layers: int
     first_layer: int = 0
+    ep: int = 0
+
+    def only(self, wanted: Callable[[str], bool]) -> Chunk:
+        """Return the chunk with some of its parameters."""
+        return replace(self, tensors={name: tensor for name, tensor in self.tensors.items() if wanted(name)})
 
     def global_name(self, name: str) -> str:
         """Return a parameter's name with the global layer number."""
@@ -104,6 +111,7 @@ class Collector:
         """
         self._where, self._tp_size, self._gated, self._te_spec = where, tp_size, gated, te_spec
         self._tensors: dict[str, tuple[TensorInfo, list[Piece]]] = {}
+        self._experts: set[tuple[str, int, int | None]] = set()
 
     def add(self, key: str, tp: int, array: Any, row_blocks: list[tuple[int, int, int]] | None = None) -> None:
         """Add a rank's local array of `key`.
@@ -127,6 +135,28 @@ class Collector:
         for box in shard.boxes:
             part = array if len(shard.boxes) == 1 else array.crop(box.local)
             pieces.append(Piece(tuple(first for first, _ in box.globe), box.shape, part))
+
+    def add_expert(self, grid: ExpertGrid, key: str, chunk: Chunk, array: Blob) -> None:
+        """Add a rank's experts in a tensor of any specification.
+
+        Args:
+            grid: how the run shares experts out.
+            key: `NAME` or `NAME@kind`, as stored, with the global layer number.
+            chunk: the rank and chunk.
+            array: the local array, unread.
+        """
+        stored, at, kind = key.partition("@")
+        etp = grid.etp_rank(chunk.tp, chunk.ep)
+        for name, number, matrix in grid.parts(stored, array, chunk.ep):
+            place = (f"{name}{at}{kind}", number, etp)
+            if etp is None or place in self._experts:
+                continue  # several tensor parallel ranks hold the same part of an expert
+            self._experts.add(place)
+            info, pieces = grid.place(name, matrix, number, etp)
+            found, all_pieces = self._tensors.setdefault(place[0], (info, []))
+            if found != info:
+                raise CheckpointError(f"{self._where}: ranks disagree about {place[0]}: {found} and {info}")
+            all_pieces += pieces
 
     def add_flat(self, key: str, tp: int, local_shape: tuple[int, ...], array: Any, first: int, start: int) -> None:
         """Add elements of a flat buffer that are part of a rank's local array of `key`.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_core.checkpoint.megatron.common_state import scalar
+from parallel_core.checkpoint.megatron.experts import is_buffer, is_expert
 from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_size_of, flat_layout
 from parallel_core.checkpoint.megatron.names import OUTPUT_LAYER, WORD_EMBEDDINGS
 from parallel_core.checkpoint.megatron.placement import Chunk
@@ -50,6 +51,9 @@ def read_optimizer(
         CheckpointError: the state does not fit the parameters, or is in a form that cannot be read.
     """
     optimizer = state.get("optimizer")
+    chunks = [chunk.only(lambda name: not is_buffer(name)) for chunk in chunks]
+    if isinstance(optimizer, list) and len(optimizer) == 2:  # the second one is of the experts
+        return _read_both(directory, optimizer, chunks, args, allow_inert)
     if isinstance(optimizer, list) and len(optimizer) == 1:
         optimizer = optimizer[0]
     if optimizer is None:
@@ -60,7 +64,7 @@ def read_optimizer(
             )
         return OptimizerState()
     if not isinstance(optimizer, Mapping):
-        raise CheckpointError(f"{directory}: several chained optimizers (a mixture of experts?) cannot be read")
+        raise CheckpointError(f"{directory}: several chained optimizers cannot be read")
     where = f"{directory}: its optimizer"
     inner = Record(optimizer.get("optimizer", optimizer), where, CheckpointError)
     groups = inner.records("param_groups") if "param_groups" in inner.values else []
@@ -71,6 +75,32 @@ def read_optimizer(
             raise CheckpointError(f"{directory / 'distrib_optim.pt'} is missing")
         return OptimizerState()
     return _read_plain(directory, Record(optimizer, where, CheckpointError), inner.record("state"), chunks, groups)
+
+
+def _read_both(
+    directory: Path,
+    optimizers: Sequence[Any],
+    chunks: Sequence[Chunk],
+    args: Mapping[str, Any],
+    allow_inert: tuple[str, ...],
+) -> OptimizerState:
+    """Read the optimizer of the experts and that of everything else, each with its own numbers of parameters."""
+    result = OptimizerState()
+    for number, (optimizer, wanted) in enumerate(zip(optimizers, (lambda name: not is_expert(name), is_expert))):
+        mine = [chunk.only(wanted) for chunk in chunks]
+        where = f"{directory}: its optimizer {number}"
+        facts = Record(optimizer if isinstance(optimizer, Mapping) else {}, where, CheckpointError)
+        inner = Record(facts.values.get("optimizer", facts.values), where, CheckpointError)
+        groups = inner.records("param_groups") if "param_groups" in inner.values else []
+        if (directory / "distrib_optim.pt").exists():
+            part = _read_distributed(directory / "distrib_optim.pt", mine, args, groups, allow_inert, number)
+        elif "state" in inner.values:
+            part = _read_plain(directory, facts, inner.record("state"), mine, groups)
+        else:
+            continue
+        result.tensors += part.tensors
+        result.step = part.step if result.step is None else result.step
+    return result
 
 
 def _read_plain(
@@ -149,13 +179,16 @@ def _read_distributed(
     args: Mapping[str, Any],
     groups: Sequence[Record],
     allow_inert: tuple[str, ...],
+    number: int = 0,
 ) -> OptimizerState:
-    """Read the flat buffers of `distrib_optim.pt`."""
+    """Read the flat buffers of `distrib_optim.pt`, of one of its optimizers where there are several."""
     content = load_torch_zip(file, allow_inert=allow_inert)
-    if isinstance(content, list) and len(content) == 1:
-        content = content[0]
+    if isinstance(content, list) and number < len(content) <= 2:
+        content = content[number]
+        if content is None:  # written by another rank
+            return OptimizerState()
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{file}: several chained optimizers (a mixture of experts?) cannot be read")
+        raise CheckpointError(f"{file}: several chained optimizers cannot be read")
     result = OptimizerState(step=next((scalar(g.values["step"]) for g in groups if "step" in g.values), None))
     for index, chunk in enumerate(chunks):
         add_flat_buffers(result, str(file), content.get(index), chunk, args)

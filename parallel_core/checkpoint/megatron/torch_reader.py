@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from parallel_core.checkpoint.megatron.common_state import (
     refuse_unsupported,
     step_of,
 )
+from parallel_core.checkpoint.megatron.experts import ExpertGrid, is_expert
 from parallel_core.checkpoint.megatron.names import (
     LAYER_PATTERN,
     OUTPUT_LAYER,
@@ -26,9 +28,9 @@ from parallel_core.checkpoint.megatron.names import (
 )
 from parallel_core.checkpoint.megatron.placement import Chunk, Collector, is_te_spec, old_qkv_rows
 from parallel_core.checkpoint.megatron.safe_pickle import TorchTensor
-from parallel_core.checkpoint.megatron.torch_optimizer import OptimizerState, read_optimizer
+from parallel_core.checkpoint.megatron.torch_optimizer import read_optimizer
 from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
-from parallel_core.checkpoint.source import PieceSource
+from parallel_core.checkpoint.source import Blob, PieceSource
 from parallel_core.errors import CheckpointError
 from parallel_core.records import Record
 
@@ -52,22 +54,25 @@ class MegatronTorchCheckpoint(PieceSource):
         path = Path(path)
         self.notes: list[str] = []
         states, args = _read_ranks(path, tuple(allow_inert))
-        first = states[0, 0]
+        first = states[0, 0, 0]
         refuse_unsupported(args, str(path))
         chunks = [chunk for key in sorted(states) for chunk in _chunks(path, key, states[key], self.notes)]
         _number_layers(path, chunks, args)
         gated = bool(args.get("swiglu"))
         tied = not args.get("untie_embeddings_and_output_weights")
-        tp_size = 1 + max(tp for tp, _ in states)
+        tp_size = 1 + max(tp for tp, _, _ in states)
+        grid = ExpertGrid.of(args, str(path))
         collector = Collector(str(path), tp_size, gated, is_te_spec(args))
-        facts = Record(first, str(_model_file(rank_dir(path, 0, 0))), CheckpointError)
+        facts = Record(first, str(_model_file(rank_dir(path, 0, 0, 0))), CheckpointError)
         version = float(facts.number("checkpoint_version", 0, minimum=0))
         for chunk in chunks:
-            _place_weights(collector, chunk, version, args, tied)
-        for (tp, pp), state in states.items():
-            mine = [chunk for chunk in chunks if (chunk.tp, chunk.pp) == (tp, pp)]
-            optimizer = read_optimizer(rank_dir(path, tp, pp), state, mine, args, tuple(allow_inert))
-            _place_optimizer(collector, tp, optimizer, version, args, tied)
+            weights = [(chunk.global_name(name), tensor.blob) for name, tensor in chunk.tensors.items()]
+            _place(collector, grid, chunk, chunk.ep == _first_ep(states, chunk), weights, version, args, tied)
+        for (tp, pp, ep), state in states.items():
+            mine = [chunk for chunk in chunks if (chunk.tp, chunk.pp, chunk.ep) == (tp, pp, ep)]
+            optimizer = read_optimizer(rank_dir(path, tp, pp, ep), state, mine, args, tuple(allow_inert))
+            keyed = [(f"{name}@{kind}", blob) for kind, name, blob in optimizer.tensors]
+            _place(collector, grid, mine[0], ep == _first_ep(states, mine[0]), keyed, version, args, tied)
             first.setdefault("_adam_step", optimizer.step)
         iteration = facts.integer("iteration", facts.integer("total_iters", 0))
         if path.name == "release":
@@ -82,10 +87,20 @@ class MegatronTorchCheckpoint(PieceSource):
         super().__init__(path, "megatron torch", collector.tensors(), common)
 
 
-def rank_dir(path: Path, tp: int, pp: int) -> Path:
-    """Return a rank's directory; its name has no pipeline part where there is one stage."""
-    full, short = path / f"mp_rank_{tp:02d}_{pp:03d}", path / f"mp_rank_{tp:02d}"
-    return short if pp == 0 and short.is_dir() and not full.is_dir() else full
+def rank_dir(path: Path, tp: int, pp: int, ep: int = 0) -> Path:
+    """Return a rank's directory; its name has no part for pipeline or experts where there is one."""
+    names = [f"mp_rank_{tp:02d}_{pp:03d}_{ep:03d}"]
+    if ep == 0:
+        names.append(f"mp_rank_{tp:02d}_{pp:03d}")
+    if pp == 0:
+        names.append(f"mp_rank_{tp:02d}_{ep:03d}")
+        names += [f"mp_rank_{tp:02d}"] if ep == 0 else []
+    return next((path / name for name in names if (path / name).is_dir()), path / names[min(1, len(names) - 1)])
+
+
+def _first_ep(states: Mapping[tuple[int, int, int], Any], chunk: Chunk) -> int:
+    """Return which of the ranks that hold the same layers tells of what is no expert's."""
+    return min(ep for tp, pp, ep in states if (tp, pp) == (chunk.tp, chunk.pp))
 
 
 def _model_file(directory: Path) -> Path:
@@ -97,8 +112,8 @@ def _model_file(directory: Path) -> Path:
 
 def _read_ranks(
     path: Path, allow_inert: tuple[str, ...]
-) -> tuple[dict[tuple[int, int], dict[str, Any]], dict[str, Any]]:
-    """Return every rank's top-level dict by (tp, pp), and the arguments."""
+) -> tuple[dict[tuple[int, int, int], dict[str, Any]], dict[str, Any]]:
+    """Return every rank's top-level dict by (tp, pp, ep), and the arguments."""
     found = sorted(p for p in path.iterdir() if _RANK_DIR.fullmatch(p.name) and p.is_dir())
     if not found:
         raise CheckpointError(f"{path} holds no mp_rank_XX directory")
@@ -109,19 +124,21 @@ def _read_ranks(
     if "args" not in rank0:
         raise CheckpointError(f"{_model_file(zero[0])} holds no `args`: not a training checkpoint of Megatron-LM")
     args = checked_args(plain(rank0["args"]), str(_model_file(zero[0])))
-    if int(args.get("expert_model_parallel_size") or 1) > 1:
-        raise CheckpointError(f"{path} was written with expert parallelism, which cannot be read")
+    grid = ExpertGrid.of(args, str(path))
     tp_size = int(args.get("tensor_model_parallel_size") or args.get("model_parallel_size") or 1)
     pp_size = int(args.get("pipeline_model_parallel_size") or 1)
     states = {}
-    for tp in range(tp_size):
-        for pp in range(pp_size):
-            directory = rank_dir(path, tp, pp)
-            if not directory.is_dir():
-                raise CheckpointError(
-                    f"{directory} is missing; the checkpoint was written with tp{tp_size} pp{pp_size}"
-                )
-            states[tp, pp] = rank0 if directory == zero[0] else _load_state(_model_file(directory), allow_inert)
+    places = itertools.product(range(tp_size), range(pp_size), range(grid.ep))
+    for tp, pp, ep in places:
+        if grid.ep > 1 and grid.etp_rank(tp, ep) is None:
+            continue  # no rank is both
+        directory = rank_dir(path, tp, pp, ep)
+        if not directory.is_dir():
+            experts = f" ep{grid.ep}" if grid.ep > 1 else ""
+            raise CheckpointError(
+                f"{directory} is missing; the checkpoint was written with tp{tp_size} pp{pp_size}{experts}"
+            )
+        states[tp, pp, ep] = rank0 if directory == zero[0] else _load_state(_model_file(directory), allow_inert)
     return states, args
 
 
@@ -132,7 +149,7 @@ def _load_state(file: Path, allow_inert: tuple[str, ...]) -> dict[str, Any]:
     return state
 
 
-def _chunks(path: Path, key: tuple[int, int], state: Mapping[str, Any], notes: list[str]) -> list[Chunk]:
+def _chunks(path: Path, key: tuple[int, int, int], state: Mapping[str, Any], notes: list[str]) -> list[Chunk]:
     models = [name for name in state if isinstance(name, str) and re.fullmatch(r"model\d{0,4}", name)]
     names = sorted(models, key=lambda name: int(name[5:] or 0))
     if not names or not all(isinstance(state[name], Mapping) for name in names):
@@ -150,7 +167,7 @@ def _chunks(path: Path, key: tuple[int, int], state: Mapping[str, Any], notes: l
         layers = sorted({n for n in map(layer_of, tensors) if n is not None})
         if layers != list(range(len(layers))):
             raise CheckpointError(f"{rank_dir(path, *key)}: {model} has layers {layers}, not 0 to {len(layers) - 1}")
-        chunks.append(Chunk(*key, index, tensors, len(layers)))
+        chunks.append(Chunk(key[0], key[1], index, tensors, len(layers), ep=key[2]))
     return chunks
 
 
@@ -173,21 +190,34 @@ def _number_layers(path: Path, chunks: list[Chunk], args: Mapping[str, Any]) -> 
         )
 
 
-def _place_weights(collector: Collector, chunk: Chunk, version: float, args: Mapping[str, Any], tied: bool) -> None:
-    for name, tensor in chunk.tensors.items():
-        if name == OUTPUT_LAYER and tied:
-            continue  # the last stage's copy of the word embeddings
-        rows = _old_rows(name, tensor.shape, version, args)
-        collector.add(chunk.global_name(name), chunk.tp, tensor.blob, rows)
-
-
-def _place_optimizer(
-    collector: Collector, tp: int, optimizer: OptimizerState, version: float, args: Mapping[str, Any], tied: bool
+def _place(
+    collector: Collector,
+    grid: ExpertGrid,
+    chunk: Chunk,
+    tells: bool,
+    tensors: Iterable[tuple[str, Blob]],
+    version: float,
+    args: Mapping[str, Any],
+    tied: bool,
 ) -> None:
-    for kind, name, blob in optimizer.tensors:
-        if name == OUTPUT_LAYER and tied:
-            continue
-        collector.add(f"{name}@{kind}", tp, blob, _old_rows(name, blob.shape, version, args))
+    """Say where a rank's tensors belong: `NAME` or `NAME@kind`, with global layer numbers.
+
+    Args:
+        collector: takes them.
+        grid: how experts are shared out.
+        chunk: the rank and chunk they are of.
+        tells: whether this is the rank that tells of what is no expert's.
+        tensors: keys and arrays.
+        version: of the checkpoint.
+        args: Megatron's arguments.
+        tied: the output layer is the word embedding.
+    """
+    for key, blob in tensors:
+        name = key.partition("@")[0]
+        if is_expert(name):
+            collector.add_expert(grid, key, chunk, blob)
+        elif tells and not (name == OUTPUT_LAYER and tied):  # a copy of the word embeddings
+            collector.add(key, chunk.tp, blob, _old_rows(name, blob.shape, version, args))
 
 
 def _old_rows(name: str, shape: tuple[int, ...], version: float, args: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -411,7 +411,7 @@ def test_stages():
          "decoder.layers.0.self_attention.linear_proj.bias"),
         ("decoder.layers.1.mlp.linear_fc1.layer_norm_weight", "decoder.layers.1.pre_mlp_layernorm.weight"),
         ("module.decoder.layers.1.self_attention.linear_qkv.layer_norm_bias", "decoder.layers.1.input_layernorm.bias"),
-        ("decoder.layers.0.mlp.router.weight", None),
+        ("decoder.layers.0.mlp.gate.weight", None),
         ("decoder.layers.0.post_attention_layernorm.weight", None),
     ],
 )  # fmt: skip
