@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel_core.config.expert_plan import (
+    expert_layers,
+    expert_parameters,
+    experts_on_rank,
+    kept_by_feed_forward,
+)
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.stages import StageLayout, stage_layout
@@ -22,19 +28,26 @@ class StageParameters:
     tied_copy: int
     """The last stage's copy of an embedding that it uses too, as output layer or to predict further tokens; where the
     first stage is another one."""
+    experts: int = 0
+    """The rank's share of experts."""
 
     @property
     def total(self) -> int:
         """All parameters the rank holds."""
-        return self.layers + self.embedding + self.head + self.tied_copy
+        return self.layers + self.embedding + self.head + self.tied_copy + self.experts
 
 
 def layer_parameters(model: TransformerConfig, tp: int = 1) -> int:
-    """Return the parameters that one rank holds of one transformer layer, tensor parallel `tp` ways."""
+    """Return the parameters that one rank holds of one transformer layer with an MLP, tensor parallel `tp` ways."""
     h, ffn = model.hidden_size, model.ffn_hidden_size
     up = ffn * (2 if model.is_gated else 1)
+    mlp = (up * h + ffn * h) // tp + ((up // tp + h) if model.add_bias_linear else 0)
+    return mlp + _beside_mlp(model, tp)
+
+
+def _beside_mlp(model: TransformerConfig, tp: int) -> int:
+    h = model.hidden_size
     count = _norm_weights(model) * h * (4 if model.use_sandwich_norm else 2)
-    count += (up * h + ffn * h) // tp + ((up // tp + h) if model.add_bias_linear else 0)
     attention = _latent_attention if model.mla.multi_latent_attention else _self_attention
     return count + attention(model, tp) + (h if model.out_proj_has_bias else 0)
 
@@ -75,20 +88,50 @@ def model_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
     count += positions if model.top_query_layer != "none" else 0
     count += model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
     count += table if model.untie_embeddings_and_output_weights else 0
-    return count + (model.num_layers - num_noop) * layer_parameters(model) + prediction_parameters(model)
+    layers = model.num_layers - num_noop
+    sparse = min(layers, model.moe.layers_with_experts(model.num_layers))
+    count += (layers - sparse) * layer_parameters(model) + sparse * _sparse_layer(model, model.moe.num_experts)
+    experts = model.moe.num_experts * expert_parameters(model).one if _predicts_with_experts(model) else 0
+    return count + prediction_parameters(model) + model.mtp.mtp_num_layers * experts
 
 
 def prediction_parameters(model: TransformerConfig, tp: int = 1) -> int:
-    """Return the parameters of multi-token prediction on one rank of the last stage, without the shared embedding."""
-    h = model.hidden_size
-    return model.mtp.mtp_num_layers * (layer_parameters(model, tp) + 2 * h * h // tp + 3 * h * _norm_weights(model))
+    """Return the parameters of multi-token prediction on one rank of the last stage.
+
+    Without the shared embedding, and without experts, of which its layers have as many as the model's last one.
+    """
+    h, layer = model.hidden_size, layer_parameters(model, tp)
+    if _predicts_with_experts(model):
+        layer = _beside_mlp(model, tp) + expert_parameters(model, tp).shared
+    return model.mtp.mtp_num_layers * (layer + 2 * h * h // tp + 3 * h * _norm_weights(model))
+
+
+def _predicts_with_experts(model: TransformerConfig) -> bool:
+    return bool(model.mtp.mtp_num_layers) and model.moe.has_experts(model.num_layers)
+
+
+def active_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
+    """Return the parameters that one token is computed with: of experts those it goes to."""
+    sparse = min(model.num_layers - num_noop, model.moe.layers_with_experts(model.num_layers))
+    sparse += model.mtp.mtp_num_layers if _predicts_with_experts(model) else 0
+    idle = model.moe.num_experts - model.moe.moe_router_topk
+    return model_parameters(model, num_noop) - sparse * idle * (expert_parameters(model).one if sparse else 0)
+
+
+def _sparse_layer(model: TransformerConfig, experts: int) -> int:
+    """Return the parameters of a layer with so many experts."""
+    of = expert_parameters(model)
+    return _beside_mlp(model, 1) + of.shared + experts * of.one
 
 
 def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> StageParameters:
     """Return the parameters of each rank at pipeline rank `pp_rank`."""
     model, tp = config.model_config, config.parallel_config.tensor_model_parallel_size
     noop = set(config.parallel_config.noop_layers)
-    layers = sum(layer not in noop for chunk in layout.layers[pp_rank] for layer in chunk)
+    numbers = [layer for chunk in layout.layers[pp_rank] for layer in chunk if layer not in noop]
+    sparse = expert_layers(config, numbers)
+    of_layers = (len(numbers) - sparse) * layer_parameters(model, tp)
+    of_layers += sparse * (_beside_mlp(model, tp) + expert_parameters(model, tp).shared)
     table = model.vocab_size // tp * model.hidden_size
     positions = model.max_position_embeddings * model.hidden_size
     first, last = pp_rank == 0, pp_rank == layout.num_ranks - 1
@@ -100,8 +143,9 @@ def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> St
     if last and untied:
         head += table
     tied_copy = table if last and not first and (not untied or model.mtp.mtp_num_layers) else 0
-    held = layers * layer_parameters(model, tp) + (prediction_parameters(model, tp) if last else 0)
-    return StageParameters(held, embedding, head, tied_copy)
+    of_layers += prediction_parameters(model, tp) if last else 0
+    sparse += model.mtp.mtp_num_layers if last and _predicts_with_experts(model) else 0
+    return StageParameters(of_layers, embedding, head, tied_copy, sparse * experts_on_rank(config) if sparse else 0)
 
 
 @dataclass(frozen=True)
@@ -124,17 +168,23 @@ def rank_memory(config: AllConfig, layout: StageLayout, pp_rank: int, dp: int) -
 
     Weights in `params_dtype`; gradients in float32 where they are summed in it or the weights are float32; Adam keeps
     two float32 moments, and a float32 copy of 16-bit weights; the distributed optimizer divides that by the data
-    parallel size. Activations as `layer_activations`, for the microbatches in flight.
+    parallel size, of experts by the number of ranks that hold equal ones. Activations as `layer_activations`, for the
+    microbatches in flight.
     """
     model, training = config.model_config, config.training_config
-    count = stage_parameters(config, layout, pp_rank).total
+    held = stage_parameters(config, layout, pp_rank)
+    count = held.total
     width = BYTES[model.params_dtype]
     wide_gradients = training.accumulate_allreduce_grads_in_fp32 or width == 4
     optimizer = config.optimizer_config
     moments = 8 if optimizer.optimizer_type == "adam" else 4 if optimizer.sgd_momentum else 0
-    states = count * (moments + (4 if width == 2 else 0))
+    kept = moments + (4 if width == 2 else 0)
+    states = count * kept
     if training.use_distributed_optimizer:
-        states = -(-states // dp)
+        parallel = config.parallel_config
+        ranks = dp * parallel.tensor_model_parallel_size
+        equal = max(1, ranks // (parallel.expert_model_parallel_size * parallel.expert_tensor_size))
+        states = -(-(count - held.experts) * kept // dp) + -(-held.experts * kept // equal)
     return Memory(count * width, count * (4 if wide_gradients else 2), states, _activations(config, layout, pp_rank))
 
 
@@ -169,7 +219,7 @@ def layer_activations(config: AllConfig, recompute: str) -> int:
     if model.use_sandwich_norm:
         shared += 2 * model.hidden_size * width
     shared += latents * width
-    split = (heads + model.ffn_hidden_size * (3 if model.is_gated else 2)) * width
+    split = (heads + kept_by_feed_forward(model)) * width
     # Attention by blocks of a cut sequence keeps no scores; after an exchange of heads it is that of whole sequences.
     whole_sequences = parallel.context_parallel_size == 1 or "a2a" in parallel.cp_comm_type
     if not model.use_flash_attention and recompute != "selective" and whole_sequences:
@@ -243,7 +293,12 @@ def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
     layers = model.num_layers - len(config.parallel_config.noop_layers)
     ratio = model.kv_channels * model.num_attention_heads / h
     gate = 1.5 if model.is_gated else 1.0
-    mlp = 12 * layers * h * model.ffn_hidden_size * gate
+    sparse = min(layers, model.moe.layers_with_experts(model.num_layers))
+    mlp = 12 * (layers - sparse) * h * model.ffn_hidden_size * gate
+    if sparse:
+        moe = model.moe
+        width = moe.moe_ffn_hidden_size * moe.moe_router_topk + moe.moe_shared_expert_intermediate_size
+        mlp += sparse * h * (12 * width * gate + 6 * moe.num_experts)
     attention = 12 * layers * h * h * (1 + model.num_query_groups / model.num_attention_heads + seq / h / 2) * ratio
     if model.mla.multi_latent_attention:
         to_latents, per_head = _latent_products(model)

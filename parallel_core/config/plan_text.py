@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parallel_core.config.plan import Plan, in_flight, model_parameters, num_floating_point_operations
+from parallel_core.config.expert_plan import exchanged_bytes
+from parallel_core.config.plan import (
+    BYTES,
+    Plan,
+    active_parameters,
+    in_flight,
+    model_parameters,
+    num_floating_point_operations,
+)
 from parallel_core.pipeline.schedule import format_steps, make_schedule
 
 _FEW_RANKS = 64
@@ -28,11 +36,31 @@ def _summary(plan: Plan) -> Iterator[str]:
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.axes)
     yield f"ranks: {plan.mesh.world_size} = {axes}"
     yield f"parameters: {count:,} ({_scaled(count, 1000)})"
+    if config.model_config.moe.num_experts:
+        yield from _experts(plan)
     yield (
         f"batch: {data.global_batch_size} samples = micro batch {data.batch_size} x data parallel "
         f"{plan.mesh.size('dp')} x {data.micro_batch_num} microbatches; {tokens:,} tokens"
     )
     yield f"operations: {flops:.4e} per step, {flops / plan.mesh.world_size:.4e} per rank"
+
+
+def _experts(plan: Plan) -> Iterator[str]:
+    config = plan.config
+    model, parallel = config.model_config, config.parallel_config
+    active = active_parameters(model, len(parallel.noop_layers))
+    ep, etp, pp = parallel.expert_model_parallel_size, parallel.expert_tensor_size, plan.mesh.size("pp")
+    yield f"  of them active for a token: {active:,} ({_scaled(active, 1000)})"
+    yield (
+        f"experts: {model.moe.num_experts} in {model.moe.layers_with_experts(model.num_layers)} of {model.num_layers} "
+        f"layers, {model.moe.moe_router_topk} for a token; ranks: expert tensor {etp} x expert {ep} x equal experts "
+        f"{plan.mesh.world_size // (etp * ep * pp)} x pipeline {pp}"
+    )
+    sent = exchanged_bytes(config, BYTES[model.compute_dtype])
+    yield (
+        f"exchange ({model.moe.moe_token_dispatcher_type}): {sent / 2**20:.2f} MiB sent by a rank in one layer's "
+        "forward and backward pass of a microbatch, for even loads"
+    )
 
 
 def _rank_table(plan: Plan, every_rank: bool) -> Iterator[str]:

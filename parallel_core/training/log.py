@@ -201,6 +201,12 @@ class RunLog:
 _SHOWN = {"params_norm": "Params norm", "num_zeros_in_grad": "Zeros in grad"}
 
 
+def _other_losses(report: StepReport) -> str:
+    """Return what is reported beside the loss itself, such as the losses and loads of experts."""
+    others = [(name, value) for name, value in report.losses.items() if name != "lm loss"]
+    return "".join(f"{name}: {format_loss(value, 6)}, " for name, value in others)
+
+
 def format_loss(loss: float | None, digits: int = 10) -> str:
     """Return a loss as text, `none` if no token counted."""
     return "none" if loss is None else f"{loss:.{digits}f}"

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_core.config import load_config
+from parallel_core.config.expert_plan import exchanged_bytes
 from parallel_core.config.plan import (
+    active_parameters,
     in_flight,
     make_plan,
     model_parameters,
@@ -42,6 +44,39 @@ def test_parameters_of_megatrons_own_models(name, words):
         pytest.skip(f"{file.name} of {name} is not in this checkout")
     arrays = np.load(file)
     assert model_parameters(load(*words).config.model_config) == sum(arrays[key].size for key in arrays.files)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"), [("mixtral_8x7b", 46_702_792_704, 12_879_925_248),
+                                  ("qwen3_30b_a3b", 30_532_122_624, 3_353_032_704)]
+)  # fmt: skip
+def test_parameters_of_public_mixtures_of_experts(name, total, active):
+    """The published numbers; what the ranks hold adds up to them."""
+    loaded = load_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    config = loaded.config
+    assert model_parameters(config.model_config) == total and active_parameters(config.model_config) == active
+    plan = make_plan(config, loaded.world_size)
+    parallel, expert = config.parallel_config, sum(stage.experts for stage in plan.parameters)
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    one = config.model_config.moe.moe_ffn_hidden_size * config.model_config.hidden_size * 3
+    assert expert * ranks == config.model_config.num_layers * config.model_config.moe.num_experts * one
+    text = plan_text(plan)
+    assert f"of them active for a token: {active:,}" in text and "exchange (alltoall): " in text
+
+
+def test_parameters_of_megatrons_own_mixture_of_experts():
+    words = [*LLAMA, "--num-experts", "4", "--moe-ffn-hidden-size", "96"]
+    with np.load(ROOT / "tests" / "golden" / "parity" / "moe_mixtral" / "params_0000.npz") as arrays:
+        assert model_parameters(load(*words).config.model_config) == sum(arrays[key].size for key in arrays.files)
+
+
+def test_what_ranks_exchange():
+    """Rows of 64 float32 elements: 3 of 4 copies leave the rank; gathered, every token goes to the 3 others."""
+    words = ["--num-experts", "4", "--expert-model-parallel-size", "4", "--micro-batch-size", "1"]
+    config = load(*words, "--moe-token-dispatcher-type", "alltoall", without=("micro_batch_size",)).config
+    assert exchanged_bytes(config, 4) == 4 * 32 * 2 * 64 * 4 * 3 // 4
+    assert exchanged_bytes(load(*words, without=("micro_batch_size",)).config, 4) == 4 * 32 * 3 * 64 * 4
+    assert exchanged_bytes(load("--num-experts", "4").config, 4) == 0
 
 
 LATENT = """
