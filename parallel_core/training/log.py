@@ -153,7 +153,7 @@ class RunLog:
             self._print(
                 "INFO",
                 f"Epoch: {epoch}, Step: {iteration}, Loss: {format_loss(loss)}, Time: {elapsed_s * 1e3:.2f} ms, "
-                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, {more}{rate_text}, "
+                f"LR: {report.lr:.6e}, Grad norm: {report.grad_norm:.4f}, {_other_losses(report)}{more}{rate_text}, "
                 f"Loss scale: {report.loss_scale:g}, Skipped: {skipped}, Memory: {peak_memory_mb():.0f} MB, "
                 f"Progress: {iteration}/{last_iteration} ({100 * iteration / last_iteration:.0f}%), "
                 f"Left: {format_duration(left)}",
