@@ -11,6 +11,7 @@ X = (N / G + 1) * D + E.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,41 +129,55 @@ class _AllGather(Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
     ) -> Tensor:
         blocks = Blocks(query.shape[0], group.size, group.rank, start, options)
-        D = key.shape[-1]
-        kv = mint.cat((key, value), -1)
-        k, v = _apart(_gathered(kv, group), D)
+        kv, shapes = _together(key, value), (key.shape, value.shape)
+        k, v = _gathered(kv, shapes, group)
         parts = [
             ops.attention_block(block.rows(query), k[:end], v[:end], block.start, **block.options(0))
             for block, end in ((block, block.first + blocks.length) for block in blocks.own)
         ]
         out = mint.cat([part for part, _ in parts], 0)
         ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
-        ctx.blocks, ctx.group, ctx.head_size = blocks, group, D
+        ctx.blocks, ctx.group, ctx.shapes = blocks, group, shapes
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, kv, out, *log_sum_exps = ctx.saved_tensors
         blocks: Blocks = ctx.blocks
-        k, v = _apart(_gathered(kv, ctx.group), ctx.head_size)
-        dqs, total = [], mint.zeros((k.shape[0], *kv.shape[1:]), dtype=ms.float32)
-        for block, lse in zip(blocks.own, log_sum_exps):
+        k, v = _gathered(kv, ctx.shapes, ctx.group)
+        dqs: list[Tensor] = []
+        sums: list[Any] = [None, None]  # of keys and of values
+        for block, lse in zip(reversed(blocks.own), reversed(log_sum_exps)):  # the one that sees most keys first
             end = block.first + blocks.length
-            dq, dk, dv = ops.attention_block_grad(
+            dq, *seen = ops.attention_block_grad(
                 block.rows(query), k[:end], v[:end], block.start, block.rows(out), block.rows(dout), lse,
                 **block.options(0),
             )  # fmt: skip
-            dqs.append(dq)
-            seen = ops.cast(mint.cat((dk, dv), -1), ms.float32)
-            total = seen + total if end == total.shape[0] else mint.cat((seen + total[:end], total[end:]), 0)
-        dkv = ctx.group.reduce_scatter(_reordered(total, held_order(ctx.group.size)), 0)
-        dk, dv = _apart(ops.cast(dkv, kv.dtype), ctx.head_size)
-        return mint.cat(dqs, 0), dk, dv, None, None, None
+            dqs.insert(0, dq)
+            sums = [_sum_of_first(total, part) for total, part in zip(sums, seen)]
+        order, size = held_order(ctx.group.size), ctx.group.size
+        of_ranks = [_reordered(_longer(x, blocks.total), order).reshape(size, -1) for x in sums]
+        mine = ctx.group.reduce_scatter(mint.cat(of_ranks, 1).reshape(-1), 0)
+        return mint.cat(dqs, 0), *_apart(ops.cast(mine, kv.dtype), ctx.shapes), None, None, None
 
 
-def _gathered(x: Tensor, group: Group) -> Tensor:
-    """Return the whole sequence's rows, in order."""
-    return _reordered(group.all_gather(x, 0), sequence_order(group.size))
+def _sum_of_first(total: Tensor | None, part: Tensor) -> Tensor:
+    """Return the sum of a gradient and that of its first rows, in float32: the ranks' sums are added."""
+    part = ops.cast(part, ms.float32)
+    return part if total is None else mint.cat((total[: part.shape[0]] + part, total[part.shape[0] :]), 0)
+
+
+def _longer(x: Tensor, length: int) -> Tensor:
+    """Return `length` rows: the last ones, which no query of this rank sees, have no gradient."""
+    rest = length - x.shape[0]
+    return mint.cat((x, mint.zeros((rest, *x.shape[1:]), dtype=x.dtype)), 0) if rest else x
+
+
+def _gathered(kv: Tensor, shapes: _Shapes, group: Group) -> tuple[Tensor, ...]:
+    """Return the keys and the values of the whole sequence, in order."""
+    of_ranks = group.all_gather(kv, 0).reshape(group.size, -1)
+    parts = [_apart(of_ranks[rank], shapes) for rank in range(group.size)]
+    return tuple(_reordered(mint.cat(one, 0), sequence_order(group.size)) for one in zip(*parts))
 
 
 # ---- ring -----------------------------------------------------------------------------------------------------------
@@ -174,11 +189,12 @@ class _Ring(Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
     ) -> Tensor:
         blocks = Blocks(query.shape[0], group.size, group.rank, start, options)
-        kv = visiting = mint.cat((key, value), -1)
+        kv = visiting = _together(key, value)
+        shapes = key.shape, value.shape
         found: list[tuple[Tensor, Tensor] | None] = [None, None]
         for step in range(group.size):
             arriving = group.shift_start(visiting) if step < group.size - 1 else None  # travels while this computes
-            k, v = _apart(visiting, key.shape[-1])
+            k, v = _apart(visiting, shapes)
             for place, block, theirs in blocks.pairs((group.rank - step) % group.size):
                 part = ops.attention_block(
                     block.rows(query), theirs.rows(k), theirs.rows(v), block.start, **block.options(theirs.first)
@@ -188,31 +204,32 @@ class _Ring(Function):
         parts = [part for part in found if part is not None]
         out = ops.cast(mint.cat([part for part, _ in parts], 0), query.dtype)
         ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
-        ctx.blocks, ctx.group, ctx.head_size = blocks, group, key.shape[-1]
+        ctx.blocks, ctx.group, ctx.shapes = blocks, group, shapes
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, visiting, out, *log_sum_exps = ctx.saved_tensors
-        blocks, group, D = ctx.blocks, ctx.group, ctx.head_size
+        blocks, group = ctx.blocks, ctx.group
         dqs: list[Tensor | None] = [None, None]
         home: Any = None  # the gradients of the keys that visit, on their way round
         for step in range(group.size):
             arriving = group.shift_start(visiting) if step < group.size - 1 else None
-            k, v = _apart(visiting, D)
-            mine: list[Tensor | None] = [None, None]
+            k, v = _apart(visiting, ctx.shapes)
+            dks: list[Tensor | None] = [None, None]
+            dvs: list[Tensor | None] = [None, None]
             for place, block, theirs in blocks.pairs((group.rank - step) % group.size):
                 dq, dk, dv = ops.attention_block_grad(
                     block.rows(query), theirs.rows(k), theirs.rows(v), block.start, block.rows(out), block.rows(dout),
                     log_sum_exps[place], **block.options(theirs.first),
                 )  # fmt: skip
                 dqs[place] = _sum(dqs[place], dq)
-                mine[theirs.place] = _sum(mine[theirs.place], mint.cat((dk, dv), -1))
-            dkv = mint.cat([_or_zeros(part, visiting) for part in mine], 0)
+                dks[theirs.place], dvs[theirs.place] = _sum(dks[theirs.place], dk), _sum(dvs[theirs.place], dv)
+            dkv = mint.cat([_or_zeros(part, like).reshape(-1) for like, two in ((k, dks), (v, dvs)) for part in two], 0)
             dkv = dkv if home is None else dkv + home.wait()
             home = group.shift_start(dkv)
             visiting = visiting if arriving is None else arriving.wait()
-        dk, dv = _apart(ops.cast(home.wait(), query.dtype), D)
+        dk, dv = _apart(ops.cast(home.wait(), query.dtype), ctx.shapes)
         dq = mint.cat([_or_zeros(part, query) for part in dqs], 0)
         return ops.cast(dq, query.dtype), dk, dv, None, None, None
 
@@ -284,5 +301,15 @@ def _reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return mint.cat([x[i * length : (i + 1) * length] for i in order], 0)
 
 
-def _apart(kv: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    return kv[..., :head_size].contiguous(), kv[..., head_size:].contiguous()
+_Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of keys and values."""
+
+
+def _together(key: Tensor, value: Tensor) -> Tensor:
+    """Return keys and values one behind the other, 1-D: they travel as one, and are told apart without a copy."""
+    return mint.cat((key.reshape(-1), value.reshape(-1)), 0)
+
+
+def _apart(kv: Tensor, shapes: _Shapes) -> tuple[Tensor, Tensor]:
+    middle = math.prod(shapes[0])
+    return kv[:middle].reshape(shapes[0]), kv[middle:].reshape(shapes[1])

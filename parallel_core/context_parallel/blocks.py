@@ -8,8 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import mindspore as ms
-import numpy as np
-from mindspore import Tensor, mint
+from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.layout.sequence import chunk_ids, chunk_length
@@ -55,7 +54,7 @@ class Blocks:
 
     def __init__(self, local_length: int, size: int, rank: int, start: Tensor | None, options: dict[str, Any]) -> None:
         self._size, self._rank, self._start, self._options = size, rank, start, options
-        self.length = chunk_length(local_length, size)
+        self.length, self.total = chunk_length(local_length, size), local_length * size
 
     def of(self, rank: int, *, with_start: bool = False) -> list[Block]:
         """Return a rank's chunks."""
@@ -97,18 +96,4 @@ def merged(found: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> 
     """
     if found is None:
         return ops.cast(part[0], ms.float32), part[1]
-    (one, of_one), (other, of_other) = found, part
-    top = mint.maximum(of_one, of_other)
-    finite = mint.where(top > -1e30, top, Tensor(np.float32(0.0)))  # rows that have seen nothing yet
-    weigh_one, weigh_other = mint.exp(of_one - finite), mint.exp(of_other - finite)
-    total = weigh_one + weigh_other
-    some = total > 0
-    safe = mint.where(some, total, Tensor(np.float32(1.0)))
-    joined = _weighted(one, weigh_one / safe) + _weighted(ops.cast(other, ms.float32), weigh_other / safe)
-    return joined, mint.where(some, finite + mint.log(safe), Tensor(np.float32(-np.inf)))
-
-
-def _weighted(x_SBX: Tensor, weight_BNS: Tensor) -> Tensor:
-    S, B, _ = x_SBX.shape
-    N = weight_BNS.shape[1]
-    return (x_SBX.reshape(S, B, N, -1) * weight_BNS.transpose(2, 0, 1).reshape(S, B, N, 1)).reshape(S, B, -1)
+    return ops.join_blocks(*found, *part)

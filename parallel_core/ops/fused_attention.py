@@ -115,6 +115,21 @@ def _attention_block_grad(
     return dq, dk, dv
 
 
+declare("pc_join_blocks", "PPPPPPLLLL")
+
+
+@compiled(reference.join_blocks)
+def _join_blocks(
+    out_SBX: Tensor, log_sum_exp_BNS: Tensor, other_SBX: Tensor, other_log_sum_exp_BNS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One pass over both."""
+    (B, N, S), X = log_sum_exp_BNS.shape, out_SBX.shape[-1]
+    inputs = [x.contiguous() for x in (out_SBX, log_sum_exp_BNS, other_SBX, other_log_sum_exp_BNS)]
+    out, log_sum_exp = raw.new((S, B, X)), raw.new((B, N, S))
+    lib.pc_join_blocks(*(x.data_ptr() for x in (*inputs, out, log_sum_exp)), S, B, N, X // N)
+    return out, log_sum_exp
+
+
 # ---- whole sequences ------------------------------------------------------------------------------------------------
 class _Attention(Function):
     @staticmethod

@@ -474,6 +474,37 @@ def attention_block_grad(
     return _apart(dq, S, B, N), dk.transpose(1, 0, 2).reshape(T, B, G, -1), dv.transpose(1, 0, 2).reshape(T, B, G, E)
 
 
+@kernel
+def join_blocks(
+    out_SBX: Tensor, log_sum_exp_BNS: Tensor, other_SBX: Tensor, other_log_sum_exp_BNS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the attention over two sets of keys from the attention over each; no autograd.
+
+    Args:
+        out_SBX: float32 context over the one, [S, B, N * E].
+        log_sum_exp_BNS: float32, see `attention_block`.
+        other_SBX: of other keys, in any type.
+        other_log_sum_exp_BNS: of other keys.
+
+    Returns:
+        Both in float32: rounded to a narrower type at every block, errors would add up.
+    """
+    top = mint.maximum(log_sum_exp_BNS, other_log_sum_exp_BNS)
+    finite = mint.where(top > -1e30, top, Tensor(np.float32(0.0)))  # rows that have seen nothing yet
+    weight, other_weight = mint.exp(log_sum_exp_BNS - finite), mint.exp(other_log_sum_exp_BNS - finite)
+    total = weight + other_weight
+    some = total > 0
+    safe = mint.where(some, total, Tensor(np.float32(1.0)))
+    joined = _weighed(out_SBX, weight / safe) + _weighed(cast(other_SBX, ms.float32), other_weight / safe)
+    return joined, mint.where(some, finite + mint.log(safe), Tensor(np.float32(-np.inf)))
+
+
+def _weighed(x_SBX: Tensor, weight_BNS: Tensor) -> Tensor:
+    S, B, _ = x_SBX.shape
+    N = weight_BNS.shape[1]
+    return (x_SBX.reshape(S, B, N, -1) * weight_BNS.transpose(2, 0, 1).reshape(S, B, N, 1)).reshape(S, B, -1)
+
+
 def _block_weights(
     query: Tensor, key: Tensor, start: Tensor | None, q_first: int, k_first: int, scale: float, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:

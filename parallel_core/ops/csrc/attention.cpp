@@ -314,6 +314,27 @@ PC_API void pc_attention_grad(const float* q, const float* k, const float* v, co
                 strides(shape + kNumbers + 15));
 }
 
+// Attention over two sets of keys from the attention over each, a and b [S, B, N, E] with log-sum-exps [B, N, S].
+PC_API void pc_join_blocks(const float* a, const float* a_lse, const float* b, const float* b_lse, float* out,
+                           float* out_lse, i64 S, i64 B, i64 N, i64 E) {
+  constexpr float kNothing = -1e30f;  // what is below has seen no key
+  parallel(S * B * N * E, [&](int part, int parts) {
+    const Range r = share(S, part, parts);
+    for (i64 s = r.begin; s < r.end; ++s)
+      for (i64 bn = 0; bn < B * N; ++bn) {
+        const float la = a_lse[bn * S + s], lb = b_lse[bn * S + s], top = std::max(la, lb);
+        const float* from_a = a + (s * B * N + bn) * E;
+        const float* from_b = b + (s * B * N + bn) * E;
+        float* to = out + (s * B * N + bn) * E;
+        float weight_a = la > kNothing ? std::exp(la - top) : 0.0f, weight_b = lb > kNothing ? std::exp(lb - top) : 0.0f;
+        const float total = weight_a + weight_b;
+        out_lse[bn * S + s] = total > 0.0f ? top + std::log(total) : -INFINITY;
+        if (total > 0.0f) weight_a /= total, weight_b /= total;
+        for (i64 e = 0; e < E; ++e) to[e] = weight_a * from_a[e] + weight_b * from_b[e];
+      }
+  });
+}
+
 // Attention of S new tokens of B sequences to those in a cache, where their keys and values are put first.
 // q, k, v [S, B, ..] with strides; keys [rows, G, T, D]; values [rows, G, T, E]; sequence b is row rows[b] and has
 // firsts[b] tokens already. shape: S, B, N, G, D, E, T, window, then the strides of q, k and v. out [S, B, N * E].

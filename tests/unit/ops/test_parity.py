@@ -264,6 +264,21 @@ def test_attention_blocks(shape, q_first, k_first, T):
         close(got, wanted, 2e-5, floor=1.0)
 
 
+@compares("join_blocks")
+def test_joined_blocks():
+    """Rows that have seen no key on the one side, on the other, on both; scores whose exponentials overflow."""
+    rng = np.random.default_rng(4)
+    S, B, N, E = 33, 2, 3, 12
+    outs, logs = array(rng, 2, S, B, N * E), 300 * array(rng, 2, B, N, S)
+    logs[0, :, :, ::3] = logs[1, :, :, ::5] = -np.inf
+    inputs = [Tensor(x) for x in (outs[0], logs[0], outs[1], logs[1])]
+    (out, log), (want, want_log) = (f(*inputs) for f in blocks("join_blocks"))
+    close(out, want, 1e-5, floor=1.0)
+    np.testing.assert_allclose(log.asnumpy(), want_log.asnumpy(), rtol=1e-6)
+    np.testing.assert_allclose(log.asnumpy(), np.logaddexp(*logs.astype(np.float64)), rtol=3e-7)
+    assert np.isinf(log.asnumpy()[:, :, ::15]).all() and np.isfinite(out.asnumpy()).all()
+
+
 def blocks(name):
     return getattr(ops, name), getattr(reference, name)
 
