@@ -7,16 +7,19 @@ from pathlib import Path
 
 from parallel_core.checkpoint.huggingface import HuggingFaceCheckpoint, is_hugging_face
 from parallel_core.checkpoint.layout_files import os_errors_named
+from parallel_core.checkpoint.lora import MergedAdapter, base_directory, is_adapter
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.mindspore import PanguCheckpoint, is_pangu
-from parallel_core.checkpoint.native import NativeCheckpoint, is_native
+from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
 
 
 def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> TensorSource:
     """Return a checkpoint as global tensors; the format is recognised by the files in the directory.
+
+    A directory of adapters is read as its base model with the adapters merged into it.
 
     Args:
         path: one checkpoint's own directory (see `find_checkpoint`).
@@ -29,9 +32,19 @@ def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> Tensor
         return _open(Path(path), allow_inert)
 
 
+def _open_base(adapter: TensorSource, allow_inert: Iterable[str]) -> TensorSource:
+    base = _open(find_checkpoint(base_directory(adapter), check=False), allow_inert)
+    if isinstance(base, MergedAdapter):
+        raise CheckpointError(f"{adapter.path} is an adapter of an adapter; merge {base.path} first (--to native)")
+    return base
+
+
 def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
     if is_native(path):
-        return NativeCheckpoint(path)
+        source = NativeCheckpoint(path)
+        if not is_adapter(source.common):
+            return source
+        return MergedAdapter(_open_base(source, allow_inert), source)
     if (path / ".metadata").exists() or (path / "metadata.json").exists():
         return MegatronDistCheckpoint(path, allow_inert)
     if any(path.glob("mp_rank_*")):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from parallel_core.config.expert_checks import EXPERT_CHECKS
+from parallel_core.config.lora_checks import LORA_CHECKS
 from parallel_core.config.model_checks import MODEL_CHECKS
 from parallel_core.config.resolution import LARGEST, Resolution
 from parallel_core.config.schema import ROTARY, ModelParallelConfig
@@ -16,7 +17,7 @@ from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
-CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **WATCHING_CHECKS}
+CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **WATCHING_CHECKS}
 
 
 def _rule(function: Rule) -> Rule:

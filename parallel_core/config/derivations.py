@@ -53,6 +53,14 @@ def positions(r: Resolution) -> None:
 
 
 @_rule
+def adapters(r: Resolution) -> None:
+    """`use_lora` asks for adapters of rank 8 where nothing says another."""
+    if r["use_lora"] and not r.is_given("lora_rank"):
+        r.derive("lora_rank", 8, "adapters")
+    r.fill("lora_rank", 0, "adapters")
+
+
+@_rule
 def query_layer(r: Resolution) -> None:
     """A GPT has no query layer."""
     r.fill("top_query_layer", "none", "query_layer")

@@ -12,6 +12,7 @@ from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.multi_token import MTPConfig
+from parallel_core.config.lora import LoraConfig
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import (
     AllConfig,
@@ -86,6 +87,7 @@ _SECTION_TYPES: dict[str, Any] = {
 }
 _NESTED_TYPES: dict[str, Any] = {
     "fa_config": FlashAttentionConfig,
+    "lora": LoraConfig,
     "mla": MLAConfig,
     "moe": MoEConfig,
     "mtp": MTPConfig,

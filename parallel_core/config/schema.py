@@ -16,6 +16,7 @@ from typing import Any
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
 from parallel_core.config.multi_token import MTPConfig
+from parallel_core.config.lora import LoraConfig
 from parallel_core.layout import derived
 from parallel_core.layout.derived import ROTARY
 
@@ -536,6 +537,7 @@ class TrainingConfig:
     deterministic_mode: bool = False
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         handles_overflow = self.fp16 and not self.loss_scale  # A NaN is an overflow then, and the step is skipped.

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Parameter
 
 import parallel_core
+from parallel_core.adapt.lora import adapter_settings
 from parallel_core.checkpoint import (
     AsyncSaver,
     CheckpointWriter,
@@ -26,6 +27,9 @@ from parallel_core.checkpoint import (
     open_checkpoint,
     share_among_replicas,
 )
+from parallel_core.checkpoint.lora import KEY as ADAPTER_KEY
+from parallel_core.checkpoint.lora import check_same_adapter, fingerprint, open_adapter
+from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.model_keys import comparable, model_settings
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.vocabulary import known_vocabulary
@@ -90,6 +94,8 @@ class Checkpointer:
         self._say, self._warn = say, warn or say
         self._async = AsyncSaver()
         self._given_up = threading.Event()
+        self._lora = config.training_config.lora
+        self._adapter: dict[str, Any] = {}
         self._timeout_s = config.parallel_config.distributed_timeout_minutes * 60
 
     # ---- saving -----------------------------------------------------------------------------------------------------
@@ -153,6 +159,8 @@ class Checkpointer:
         values: Shards = {}
         for parameter in self._parameters():
             shard = shard_of(parameter)
+            if self._lora.rank and not parameter.requires_grad:
+                continue  # the base model stays where it is
             if shard.is_first_copy(context.coordinates):
                 values[shard.name] = (shard, parameter.asnumpy())
         out = self._share(values)
@@ -221,6 +229,8 @@ class Checkpointer:
             "loss_scaler": step.scaler.state_dict(),
             "opt_param_scheduler": step.scheduler.state_dict(),
         }
+        if self._adapter:
+            common[ADAPTER_KEY] = self._adapter
         if not training.no_save_optim:
             common["adam_step"] = step.optimizer.step_count
         if not training.no_save_rng:
@@ -248,10 +258,15 @@ class Checkpointer:
             )
             return Progress()
         path = Path(found)
-        source = self._everywhere(lambda: open_checkpoint(path))
-        self._everywhere(lambda: self._check_model(source.common, path))
+        if self._lora.rank:
+            path, source = self._load_base(path)
+        else:
+            source = self._everywhere(lambda: open_checkpoint(path))
+            self._everywhere(lambda: self._check_model(source.common, path))
+        if source is None:
+            return Progress()
         weights_only = self._starts_anew or training.no_load_optim or training.skip_train
-        wanted = {shard_of(p).name: shard_of(p) for p in self._parameters()}
+        wanted = {shard_of(p).name: shard_of(p) for p in self._parameters() if not self._lora.rank or p.requires_grad}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for _, key, shard, _ in state})
         if state and not any("@" in key for key in source.keys()):  # noqa: SIM118 - a method of TensorSource
@@ -266,14 +281,35 @@ class Checkpointer:
         arrays, report = self._everywhere(
             lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16)
         )
-        for parameter, storage in self._step.ddp.parameters():
-            storage.load(arrays[shard_of(parameter).name].reshape(-1))
+        self._fill(arrays)
         for _, key, _, part in state:
             part.load(arrays[key].reshape(-1))
         if weights_only:
             self._step.optimizer.reload_masters()
         self._say(f"Loaded checkpoint {path} ({source.format}): {report.text()}")
         return self._take_common(source.common, weights_only)
+
+    def _fill(self, arrays: dict[str, np.ndarray]) -> None:
+        for parameter, storage in self._step.ddp.parameters():
+            if shard_of(parameter).name in arrays:
+                storage.load(arrays[shard_of(parameter).name].reshape(-1))
+
+    def _load_base(self, path: Path) -> tuple[Path, TensorSource | None]:
+        """Load the frozen weights of a run with adapters; return the adapter to go on with, None to begin one."""
+        lora, world = self._lora, self._context.world
+        adapter, base = self._everywhere(lambda: open_adapter(path, lora.base))
+        self._everywhere(lambda: self._check_model(base.common, base.path))
+        self._adapter = {**adapter_settings(lora), "base": str(base.path.resolve()), "fingerprint": fingerprint(base)}
+        if adapter is not None:
+            self._everywhere(lambda: check_same_adapter(adapter, self._adapter))
+        frozen = {shard_of(p).name: shard_of(p) for p in self._parameters() if not p.requires_grad}
+        known = {key for keys in world.all_gather_object(list(frozen)) for key in keys}
+        known.update(filter(lambda key: "@" in key, base.keys()))
+        bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
+        arrays, report = self._everywhere(lambda: load_shards(base, frozen, all_keys=known, bfloat16=bfloat16))
+        self._fill(arrays)
+        self._say(f"Loaded base model {base.path} ({base.format}), frozen: {report.text()}")
+        return path, adapter
 
     @property
     def _starts_anew(self) -> bool:

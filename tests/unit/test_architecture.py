@@ -35,6 +35,7 @@ LAYERS: dict[str, int] = {
     "pipeline": 6,
     "optimizer": 6,
     "context_parallel": 7,
+    "adapt": 7,
     "expert_parallel": 7,
     "transformer": 8,
     "tracking": 8,

@@ -1,0 +1,157 @@
+"""Adapters in checkpoints: a small directory that names its base model, read as the two merged into one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel_core.checkpoint.dtypes import convert, storage_dtype
+from parallel_core.checkpoint.source import TensorInfo, TensorSource, read_tensor
+from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import Range
+from parallel_core.records import Record
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+"""What a layer's name is followed by in its adapter's: A [rank, in], B [out, rank]."""
+KEY = "lora"
+"""Under this `common` says that a checkpoint is an adapter: rank, alpha, target_modules, base, fingerprint."""
+_SAMPLED = 64
+
+
+def is_adapter(common: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint holds adapters alone."""
+    return common.get(KEY) is not None
+
+
+def fingerprint(source: TensorSource) -> str:
+    """Return what tells one model's weights from another's, in any format and layout: shapes, and some of each tensor.
+
+    The padded vocabulary belongs to the layout, so tables count by their width.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(key for key in source.keys() if "@" not in key):  # noqa: SIM118 - a method of TensorSource
+        info = source.info(name)
+        ends = [min(n, _SAMPLED if dim == len(info.shape) - 1 else 1) for dim, n in enumerate(info.shape)]
+        sample = np.empty(ends, storage_dtype(info.dtype))
+        source.read_into(name, [(0, n) for n in ends], sample)
+        values = convert(sample, info.dtype, "float32")
+        shape = info.shape[1:] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else info.shape
+        digest.update(f"{name} {shape} ".encode() + np.ascontiguousarray(values, "<f4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def base_directory(adapter: TensorSource, chosen: str = "") -> Path:
+    """Return where an adapter's base model is said to be.
+
+    Args:
+        adapter: the adapter's checkpoint.
+        chosen: the user's word (`--lora-base`), which stands over the adapter's.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    told = Record(adapter.common[KEY], f"{adapter.path}: {KEY}", CheckpointError)
+    path = Path(chosen or told.text("base"))
+    if not path.exists():
+        raise CheckpointError(
+            f"{adapter.path} is an adapter of {path}, which is not there; name the base model's directory with "
+            "--lora-base"
+        )
+    return path
+
+
+def check_base(adapter: TensorSource, base: TensorSource) -> None:
+    """Compare a base model with the one an adapter was trained beside.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    if adapter.common[KEY].get("fingerprint") != fingerprint(base):
+        raise CheckpointError(
+            f"{base.path} is not the base model of the adapter {adapter.path}: its weights are others; name the right "
+            "one with --lora-base"
+        )
+
+
+def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None, TensorSource]:
+    """Return the adapter in a directory, None where it holds a whole model, and the base model.
+
+    Raises:
+        CheckpointError: the base model is not there or another one.
+    """
+    from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native
+    from parallel_core.checkpoint.opening import open_checkpoint  # which reads adapters by this module
+
+    if not is_native(path):
+        return None, open_checkpoint(path)
+    source = NativeCheckpoint(path)
+    if not is_adapter(source.common):
+        return None, source
+    base = open_checkpoint(find_checkpoint(base_directory(source, chosen_base), check=False))
+    check_base(source, base)
+    return source, base
+
+
+def check_same_adapter(adapter: TensorSource, asked: Mapping[str, Any]) -> None:
+    """Compare a run's adapters with those it is to go on with.
+
+    Raises:
+        CheckpointError: they have another rank, scale or other targets.
+    """
+    told = adapter.common[KEY]
+    wrong = [name for name in ("rank", "alpha", "target_modules") if told.get(name) != asked[name]]
+    if wrong:
+        lines = "; ".join(f"lora_{name}: saved {told.get(name)}, asked {asked[name]}" for name in wrong)
+        raise CheckpointError(f"{adapter.path} holds another adapter: {lines}")
+
+
+class MergedAdapter:
+    """A `TensorSource` of a base model with an adapter's W + alpha / rank * B A in the place of each adapted W."""
+
+    def __init__(self, base: TensorSource, adapter: TensorSource) -> None:
+        """Pair the two.
+
+        Raises:
+            CheckpointError: they do not belong together.
+        """
+        check_base(adapter, base)
+        told = Record(adapter.common[KEY], f"{adapter.path}: {KEY}", CheckpointError)
+        alpha, rank = told.number("alpha", minimum=0.0), told.integer("rank", minimum=1)
+        self._scale = float(alpha or 0.0) / int(rank or 1)
+        self.base, self.adapter = base, adapter
+        self.path, self.format = adapter.path, adapter.format
+        self.common = {**base.common, **{key: value for key, value in adapter.common.items() if key != KEY}}
+        self._adapted = {
+            key.removesuffix(LORA_A): (key, key.removesuffix(LORA_A) + LORA_B)
+            for key in adapter.keys()  # noqa: SIM118 - a method of TensorSource
+            if key.endswith(LORA_A)
+        }
+        known = set(base.keys())
+        for name in self._adapted:
+            if f"{name}.weight" not in known:
+                raise CheckpointError(f"{adapter.path} adapts {name}, which {base.path} does not have")
+
+    def keys(self) -> list[str]:
+        """Return the base's parameters; its optimizer state is of other weights."""
+        return [key for key in self.base.keys() if "@" not in key]  # noqa: SIM118 - a method of TensorSource
+
+    def info(self, key: str) -> TensorInfo:
+        """Return the global shape and the stored dtype of `key`."""
+        return self.base.info(key)
+
+    def read_into(self, key: str, ranges: Sequence[Range], out: np.ndarray) -> int:
+        """Fill `out` with one rectangle of `key`: summed in float32, rounded to the base's type."""
+        count = self.base.read_into(key, ranges, out)
+        pair = self._adapted.get(key.removesuffix(".weight"))
+        if pair is None or not key.endswith(".weight"):
+            return count
+        dtype = self.base.info(key).dtype
+        a, b = (convert(read_tensor(self.adapter, k), self.adapter.info(k).dtype, "float32") for k in pair)
+        (rows, columns) = (slice(*bounds) for bounds in ranges)
+        merged = convert(out, dtype, "float32") + np.float32(self._scale) * (b[rows] @ a[:, columns])
+        np.copyto(out, convert(merged.astype(np.float32), "float32", dtype))
+        return count

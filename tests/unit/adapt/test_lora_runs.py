@@ -1,0 +1,139 @@
+"""Adapters in runs and checkpoints: small directories that go on to the bit, know their base, and merge into it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
+from parallel_core.checkpoint.native import NativeCheckpoint
+from parallel_core.config import load_config
+from parallel_core.convert.cli import main as convert
+from parallel_core.errors import CheckpointError, ConfigError
+from tests.helpers.one_process import evaluations, iterations, run
+
+LORA = "--load {place}/base --lora-rank 4 --lora-alpha 8 --save ck --lr 5e-2 --num-layers 2"
+
+
+def go(place: Path, name: str, words: str):
+    """Run in a folder of its own below `place`; `{place}` in the words is that one."""
+    return run(place / name, words.replace("{place}", str(place)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    go(folder, "first", "--save {place}/base --num-layers 2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(place):
+    return go(place, "adapted", f"{LORA} --save {{place}}/ad --eval-iters 2")
+
+
+def losses(seen) -> list[float]:
+    return [row["loss"] for row in seen.rows if "split" not in row]
+
+
+def test_the_first_loss_is_the_bases_to_the_bit_and_the_checkpoint_is_small(place, adapted):
+    base = go(place, "base_on", "--load {place}/base --finetune --num-layers 2 --lr 5e-2")
+    assert losses(adapted)[0] == losses(base)[0] and losses(adapted)[2] != losses(base)[2]
+    held = NativeCheckpoint(find_checkpoint(place / "ad"))
+    names = {key.partition("@")[0] for key in held.keys()}  # noqa: SIM118
+    assert names and all(".lora_" in name for name in names)
+    assert {key.partition("@")[2] for key in held.keys()} == {"", "exp_avg", "exp_avg_sq"}  # noqa: SIM118
+    assert held.common["lora"]["rank"] == 4 and held.common["lora"]["base"].endswith("base/iter_0000004")
+    assert any("Loaded base model" in line and "frozen" in line for line in adapted.lines)
+
+
+def test_a_resumed_adapter_goes_on_to_the_bit(place, adapted):
+    go(place, "half", f"{LORA} --save {{place}}/half_ck --exit-interval 2")
+    rest = go(place, "rest", f"{LORA} --load {{place}}/half_ck --save {{place}}/half_ck")
+    assert losses(rest) == losses(adapted)[2:]
+    one, other = (NativeCheckpoint(find_checkpoint(place / name)) for name in ("ad", "half_ck"))
+    for key in one.keys():  # noqa: SIM118
+        np.testing.assert_array_equal(read_tensor(one, key), read_tensor(other, key))
+
+
+@pytest.mark.parametrize("how", ["read as merged", "converted"])
+def test_merged_is_the_adapter(how, place, adapted):
+    load = "ad"
+    if how == "converted":
+        load = "merged"
+        assert convert(["--load", str(place / "ad"), "--save", str(place / "merged"), "--quiet"]) == 0
+    words = f"--load {{place}}/{load} --skip-train --eval-iters 2 --num-layers 2"
+    ((_, _, got), *_) = evaluations(go(place, f"evaluated_{load}", words))
+    ((_, _, wanted), *_) = evaluations(adapted)
+    assert got == pytest.approx(wanted, rel=1e-6)
+    base, found = (open_checkpoint(find_checkpoint(place / name)) for name in ("base", load))
+    name = "decoder.layers.1.mlp.linear_fc1"
+    adapter = NativeCheckpoint(find_checkpoint(place / "ad"))
+    product = read_tensor(adapter, f"{name}.lora_B.weight") @ read_tensor(adapter, f"{name}.lora_A.weight")
+    want = read_tensor(base, f"{name}.weight") + 2.0 * product
+    np.testing.assert_allclose(read_tensor(found, f"{name}.weight"), want, rtol=0, atol=1e-6)
+    rows = np.empty((3, 8), np.float32)
+    found.read_into(f"{name}.weight", [(2, 5), (0, 8)], rows)
+    np.testing.assert_allclose(rows, want[2:5], rtol=0, atol=1e-6)
+
+
+def test_some_modules_alone_by_name_and_by_expression(place):
+    words = "--load {place}/base --lora-rank 2 --num-layers 2 --train-iters 1 --save {place}/some --lora-target-modules"
+    expression = r"decoder\.layers\.1\.mlp\..*"
+    go(place, "some_run", f"{words} linear_proj {expression}")
+    held = NativeCheckpoint(find_checkpoint(place / "some"))
+    adapted = {key.rpartition(".lora_")[0] for key in held.keys()}  # noqa: SIM118
+    assert adapted == {f"decoder.layers.{n}.self_attention.linear_proj" for n in (0, 1)} | {
+        f"decoder.layers.1.mlp.linear_fc{n}" for n in (1, 2)
+    }
+    with pytest.raises(ConfigError, match="lora_target_modules .*: no layer of the model is meant"):
+        go(place, "none_run", f"{words} linear_query")
+
+
+def test_another_base_or_none_or_another_adapter_is_refused(place, adapted, tmp_path):
+    words = f"{LORA} --load {{place}}/ad"
+    with pytest.raises(CheckpointError, match="holds another adapter: lora_rank: saved 4, asked 5"):
+        go(place, "again", words.replace("--lora-rank 4", "--lora-rank 5"))
+    go(place, "other_run", "--save {place}/other --num-layers 2 --seed 7")
+    with pytest.raises(CheckpointError, match="is not the base model of the adapter"):
+        go(place, "again", f"{words} --lora-base {{place}}/other")
+    shutil.copytree(place / "base", tmp_path / "moved")
+    shutil.copytree(place / "ad", tmp_path / "ad")
+    shutil.move(place / "base", place / "hidden")
+    try:
+        with pytest.raises(CheckpointError, match="is an adapter of .*base.*, which is not there.*--lora-base"):
+            open_checkpoint(find_checkpoint(tmp_path / "ad"))
+        moved = tmp_path / "moved"
+        more = "--train-iters 6 --override-opt_param-scheduler"
+        seen = go(place, "moved_run", f"{words} --lora-base {moved} {more}")
+        assert iterations(seen) == [5, 6]
+    finally:
+        shutil.move(place / "hidden", place / "base")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lora-rank 4", "adapts a model: give load"),
+        ("--lora-rank -1 --load x", "must be above zero"),
+        ("--lora-alpha 4", "there are none; give lora_rank"),
+        ("--lora-rank 4 --load x --lora-alpha 0", "must be above zero"),
+        ("--lora-rank 4 --load x --lora-dropout 1", "must be at least 0 and below 1"),
+        ("--lora-rank 4 --load x --lora-target-modules query_key_value", "is called linear_qkv here"),
+        ("--lora-rank 4 --load x --lora-target-modules (", "is no regular expression"),
+    ],
+)
+def test_what_adapters_need_is_said_before_anything_starts(words, said):
+    base = "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --micro-batch-size 1 --vocab-size 31"
+    with pytest.raises(ConfigError, match=said):
+        load_config(f"{base} {words}".split())
+
+
+def test_the_seeds_words_ask_for_the_same():
+    base = "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --micro-batch-size 1 --vocab-size 31"
+    lora = load_config(f"{base} --load x --use-lora".split()).config.training_config.lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 32.0, 0.0)
+    assert load_config(f"{base} --load x --lora-r 3".split()).config.training_config.lora.rank == 3
