@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from parallel_core.adapt.lora import LoraLinear, add_adapters
+from parallel_core.adapt.lora import LoraLinear, adapt, add_adapters
 
-__all__ = ["LoraLinear", "add_adapters"]
+__all__ = ["LoraLinear", "adapt", "add_adapters"]

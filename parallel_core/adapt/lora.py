@@ -13,15 +13,16 @@ Source: Hu et al. 2021 (arXiv:2106.09685).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
 from parallel_core.checkpoint.lora import LORA_A, LORA_B
-from parallel_core.comm.interface import SoloGroup
+from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.lora import LORA_MODULES, LoraConfig
+from parallel_core.config.schema import TrainingConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard, shard_of
 from parallel_core.tensor_parallel import mappings
@@ -132,17 +133,21 @@ def add_adapters(model: nn.Cell, config: LoraConfig, streams: RandomStreams, see
     return found
 
 
-def check_targets(found: Iterable[str], config: LoraConfig) -> None:
-    """Refuse targets that mean no layer of the model.
+def adapt(chunks: Sequence[nn.Cell], training: TrainingConfig, streams: RandomStreams, world: Group) -> None:
+    """Put a run's adapters on this rank's chunks; collective.
 
     Args:
-        found: the adapted layers of all ranks.
-        config: what was asked.
+        chunks: the model, changed in place.
+        training: the run.
+        streams: the model's.
+        world: all ranks.
 
     Raises:
-        ConfigError: a target means none of them.
+        ConfigError: as `add_adapters`, or a target means no layer of the model on any rank.
     """
-    names = set(found)
+    config = training.lora
+    found = [name for chunk in chunks for name in add_adapters(chunk, config, streams, training.seed)]
+    names = {name for part in world.all_gather_object(found) for name in part}
     strange = [target for target in config.target_modules if not any(is_target(name, target) for name in names)]
     if strange:
         raise ConfigError(

@@ -77,25 +77,6 @@ def check_base(adapter: TensorSource, base: TensorSource) -> None:
         )
 
 
-def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None, TensorSource]:
-    """Return the adapter in a directory, None where it holds a whole model, and the base model.
-
-    Raises:
-        CheckpointError: the base model is not there or another one.
-    """
-    from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native
-    from parallel_core.checkpoint.opening import open_checkpoint  # which reads adapters by this module
-
-    if not is_native(path):
-        return None, open_checkpoint(path)
-    source = NativeCheckpoint(path)
-    if not is_adapter(source.common):
-        return None, source
-    base = open_checkpoint(find_checkpoint(base_directory(source, chosen_base), check=False))
-    check_base(source, base)
-    return source, base
-
-
 def check_same_adapter(adapter: TensorSource, asked: Mapping[str, Any]) -> None:
     """Compare a run's adapters with those it is to go on with.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parallel_core.checkpoint.huggingface import HuggingFaceCheckpoint, is_hugging_face
 from parallel_core.checkpoint.layout_files import os_errors_named
-from parallel_core.checkpoint.lora import MergedAdapter, base_directory, is_adapter
+from parallel_core.checkpoint.lora import MergedAdapter, base_directory, check_base, is_adapter
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.mindspore import PanguCheckpoint, is_pangu
@@ -54,3 +54,19 @@ def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
     if is_pangu(path):
         return PanguCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")
+
+
+def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None, TensorSource]:
+    """Return the adapter in a directory, None where it holds a whole model, and the base model.
+
+    Raises:
+        CheckpointError: the base model is not there or another one.
+    """
+    if not is_native(path):
+        return None, open_checkpoint(path)
+    source = NativeCheckpoint(path)
+    if not is_adapter(source.common):
+        return None, source
+    base = open_checkpoint(find_checkpoint(base_directory(source, chosen_base), check=False))
+    check_base(source, base)
+    return source, base

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from parallel_core.config import table
 from parallel_core.config.lora import LORA_MODULES
 from parallel_core.config.resolution import Resolution
+from parallel_core.config.schema import DEFAULTS
 
 LORA_CHECKS: dict[str, Callable[[Resolution], None]] = {}
 _OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_base")
@@ -27,7 +29,7 @@ def adapters(r: Resolution) -> None:
         r.fail("lora_rank", "must be above zero; 0: the whole model is trained")
     if not rank:
         for name in _OPTIONS:
-            if r.is_given(name):
+            if r.is_given(name) and r[name] != DEFAULTS[table.BY_NAME[name].fields[0]]:
                 r.fail(name, "belongs to adapters, and there are none; give lora_rank")
         return
     if not r["load"]:

@@ -15,7 +15,6 @@ import numpy as np
 from mindspore import Parameter
 
 import parallel_core
-from parallel_core.adapt.lora import adapter_settings
 from parallel_core.checkpoint import (
     AsyncSaver,
     CheckpointWriter,
@@ -28,8 +27,6 @@ from parallel_core.checkpoint import (
     share_among_replicas,
 )
 from parallel_core.checkpoint.lora import KEY as ADAPTER_KEY
-from parallel_core.checkpoint.lora import check_same_adapter, fingerprint, open_adapter
-from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.model_keys import comparable, model_settings
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.vocabulary import known_vocabulary
@@ -39,6 +36,7 @@ from parallel_core.layout.shard import shard_of
 from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.loss_scaler import DynamicLossScaler
 from parallel_core.optimizer.optimizer import STATE_OF
+from parallel_core.training.frozen_base import load_base
 from parallel_core.training.step import TrainingStep
 from parallel_core.training.together import together
 
@@ -90,18 +88,18 @@ class Checkpointer:
         say: Callable[[str], None],
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        self._config, self._context, self._step = config, context, step
-        self._say, self._warn = say, warn or say
+        self.config, self.context, self._step = config, context, step
+        self.say, self._warn = say, warn or say
         self._async = AsyncSaver()
         self._given_up = threading.Event()
-        self._lora = config.training_config.lora
+        self._lora = config.training_config.lora.rank
         self._adapter: dict[str, Any] = {}
         self._timeout_s = config.parallel_config.distributed_timeout_minutes * 60
 
     # ---- saving -----------------------------------------------------------------------------------------------------
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; collective. With async_save only the copy is made before this returns."""
-        training, context = self._config.training_config, self._context
+        training, context = self.config.training_config, self.context
         self._step.ddp.finish_param_gather()
         token = context.world.broadcast_object(f"{platform.node()}-{os.getpid()}")
         writer = CheckpointWriter(
@@ -113,23 +111,23 @@ class Checkpointer:
             ckpt_prefix=training.prefix,
             token="".join(c if c.isalnum() else "-" for c in str(token)),
         )
-        self._everywhere(self._async.wait)
-        self._everywhere(writer.begin if context.rank == 0 else _nothing)
+        self.everywhere(self._async.wait)
+        self.everywhere(writer.begin if context.rank == 0 else _nothing)
         shards = self._shards_to_save()
         common = self._common(progress)
         if training.async_save:
             self._async.start(shards, lambda copies: self._write_alone(writer, copies, common))
-            self._say(f"Saving checkpoint {writer.final_path} in the background")
+            self.say(f"Saving checkpoint {writer.final_path} in the background")
             return
-        manifest = self._everywhere(lambda: writer.write_rank_file(shards))
+        manifest = self.everywhere(lambda: writer.write_rank_file(shards))
         manifests = context.world.all_gather_object(manifest)
         keep = training.keep_checkpoint_max
-        self._everywhere((lambda: writer.commit(manifests, common, keep)) if context.rank == 0 else _nothing)
-        self._say(f"Saved checkpoint {writer.final_path}")
+        self.everywhere((lambda: writer.commit(manifests, common, keep)) if context.rank == 0 else _nothing)
+        self.say(f"Saved checkpoint {writer.final_path}")
 
     def finish(self) -> None:
         """Wait for a save in the background; collective."""
-        self._everywhere(self._async.wait)
+        self.everywhere(self._async.wait)
 
     def settle(self) -> None:
         """Wait for this rank's part of a save in the background, after an error; not collective."""
@@ -141,27 +139,26 @@ class Checkpointer:
     def _write_alone(self, writer: CheckpointWriter, shards: Shards, common: dict[str, Any]) -> None:
         """Write without communication: rank 0 collects what the others wrote from the directory."""
         manifest = writer.write_rank_file(shards)
-        if self._context.rank == 0:
-            alone = self._context.world.size == 1
+        if self.context.rank == 0:
+            alone = self.context.world.size == 1
             manifests = [manifest] if alone else writer.collect_manifests(given_up=self._given_up.is_set)
-            writer.commit(manifests, common, self._config.training_config.keep_checkpoint_max)
+            writer.commit(manifests, common, self.config.training_config.keep_checkpoint_max)
 
-    def _everywhere(self, action: Callable[[], Any]) -> Any:
+    def everywhere(self, action: Callable[[], Any]) -> Any:
         """Run `action` on this rank, and raise on all ranks if it fails on one; see `together`."""
         try:
-            return together(self._context.world, action, self._timeout_s)
+            return together(self.context.world, action, self._timeout_s)
         except CheckpointError:
             self._given_up.set()
             raise
 
     def _shards_to_save(self) -> Shards:
-        context, training = self._context, self._config.training_config
+        context, training = self.context, self.config.training_config
         values: Shards = {}
-        for parameter in self._parameters():
+        for parameter in self.parameters():
             shard = shard_of(parameter)
-            if self._lora.rank and not parameter.requires_grad:
-                continue  # the base model stays where it is
-            if shard.is_first_copy(context.coordinates):
+            stays = self._lora and not parameter.requires_grad  # the base model is in its own directory
+            if shard.is_first_copy(context.coordinates) and not stays:
                 values[shard.name] = (shard, parameter.asnumpy())
         out = self._share(values)
         if not training.no_save_optim:
@@ -170,20 +167,20 @@ class Checkpointer:
 
     def _state_to_save(self) -> Shards:
         """Return masters and state: with the distributed optimizer this rank's own parts, else its share of all."""
-        context = self._context
+        context = self.context
         values = {
             key: (shard, part.numpy().reshape(shard.local_shape))
             for parameter, key, shard, part in self._state_parts()
             if shard_of(parameter).is_first_copy(context.coordinates)
         }
-        if self._config.training_config.use_distributed_optimizer:
+        if self.config.training_config.use_distributed_optimizer:
             return values
         return self._share(values)
 
     def _share(self, values: Shards) -> Shards:
         """Return what this one of the ranks that all hold `values` writes of them."""
         mine: list[str] = []
-        for name, group in self._context.groups.items():
+        for name, group in self.context.groups.items():
             sizes = {key: v.nbytes for key, (shard, v) in values.items() if shard.replicas == name}
             mine += share_among_replicas(sizes, group.rank, group.size)
         return {key: values[key] for key in values if key in set(mine)}
@@ -191,7 +188,7 @@ class Checkpointer:
     def _state_parts(self) -> list[tuple[Parameter, str, TensorShard, Flat]]:
         """Return parameter, key, place in the global tensor and storage of all masters and state this rank keeps."""
         optimizer, parts = self._step.optimizer, []
-        kinds = STATE_OF[self._config.optimizer_config.optimizer_type]
+        kinds = STATE_OF[self.config.optimizer_config.optimizer_type]
         for parameter, segments in optimizer.segments_by_parameter():
             whole = shard_of(parameter).with_dtype("float32")
             for segment in segments:
@@ -203,15 +200,16 @@ class Checkpointer:
                 parts += [(parameter, f"{shard.name}@{kind}", shard, part) for kind, part in stored.items()]
         return parts
 
-    def _parameters(self) -> list[Parameter]:
+    def parameters(self) -> list[Parameter]:
+        """Return this rank's parameters, frozen ones among them."""
         return [parameter for parameter, _ in self._step.ddp.parameters()]
 
     def _common(self, progress: Progress) -> dict[str, Any]:
-        step, training, mesh = self._step, self._config.training_config, self._context.mesh
+        step, training, mesh = self._step, self.config.training_config, self.context.mesh
         common: dict[str, Any] = {
             **asdict(progress),
-            "config": self._config.to_dict(),
-            "model_config": stored_settings(self._config),
+            "config": self.config.to_dict(),
+            "model_config": stored_settings(self.config),
             "mesh": {
                 "tensor_model_parallel_size": mesh.size("tp"),
                 "pipeline_model_parallel_size": mesh.size("pp"),
@@ -249,8 +247,8 @@ class Checkpointer:
         Raises:
             CheckpointError: if there is none to be had, it is damaged, or it holds another model.
         """
-        training, context = self._config.training_config, self._context
-        found = context.world.broadcast_object(self._everywhere(self._find if context.rank == 0 else _nothing))
+        training, context = self.config.training_config, self.context
+        found = context.world.broadcast_object(self.everywhere(self._find if context.rank == 0 else _nothing))
         if not found:
             self._warn(
                 f"--load {training.load_checkpoint}: there is no checkpoint yet; the run starts from random weights "
@@ -258,15 +256,15 @@ class Checkpointer:
             )
             return Progress()
         path = Path(found)
-        if self._lora.rank:
-            path, source = self._load_base(path)
+        if self._lora:
+            source, self._adapter = load_base(self, path)
+            if source is None:
+                return Progress()
         else:
-            source = self._everywhere(lambda: open_checkpoint(path))
-            self._everywhere(lambda: self._check_model(source.common, path))
-        if source is None:
-            return Progress()
+            source = self.everywhere(lambda: open_checkpoint(path))
+            self.everywhere(lambda: self.check_model(source.common, path))
         weights_only = self._starts_anew or training.no_load_optim or training.skip_train
-        wanted = {shard_of(p).name: shard_of(p) for p in self._parameters() if not self._lora.rank or p.requires_grad}
+        wanted = {shard_of(p).name: shard_of(p) for p in self.parameters() if not self._lora or p.requires_grad}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for _, key, shard, _ in state})
         if state and not any("@" in key for key in source.keys()):  # noqa: SIM118 - a method of TensorSource
@@ -274,63 +272,48 @@ class Checkpointer:
                 f"{path} holds weights but no optimizer state; add --no-load-optim to go on with fresh state, or "
                 "--finetune to start a new run from these weights"
             )
-        bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
+        bfloat16 = next((p.asnumpy().dtype for p in self.parameters() if p.dtype == ms.bfloat16), None)
         known = {key for keys in context.world.all_gather_object(list(wanted)) for key in keys}
         if weights_only:
             known.update(filter(lambda key: "@" in key, source.keys()))
-        arrays, report = self._everywhere(
+        arrays, report = self.everywhere(
             lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16)
         )
-        self._fill(arrays)
+        self.fill(arrays)
         for _, key, _, part in state:
             part.load(arrays[key].reshape(-1))
         if weights_only:
             self._step.optimizer.reload_masters()
-        self._say(f"Loaded checkpoint {path} ({source.format}): {report.text()}")
+        self.say(f"Loaded checkpoint {path} ({source.format}): {report.text()}")
         return self._take_common(source.common, weights_only)
 
-    def _fill(self, arrays: dict[str, np.ndarray]) -> None:
+    def fill(self, arrays: dict[str, np.ndarray]) -> None:
+        """Give parameters the values of these names."""
         for parameter, storage in self._step.ddp.parameters():
-            if shard_of(parameter).name in arrays:
-                storage.load(arrays[shard_of(parameter).name].reshape(-1))
-
-    def _load_base(self, path: Path) -> tuple[Path, TensorSource | None]:
-        """Load the frozen weights of a run with adapters; return the adapter to go on with, None to begin one."""
-        lora, world = self._lora, self._context.world
-        adapter, base = self._everywhere(lambda: open_adapter(path, lora.base))
-        self._everywhere(lambda: self._check_model(base.common, base.path))
-        self._adapter = {**adapter_settings(lora), "base": str(base.path.resolve()), "fingerprint": fingerprint(base)}
-        if adapter is not None:
-            self._everywhere(lambda: check_same_adapter(adapter, self._adapter))
-        frozen = {shard_of(p).name: shard_of(p) for p in self._parameters() if not p.requires_grad}
-        known = {key for keys in world.all_gather_object(list(frozen)) for key in keys}
-        known.update(filter(lambda key: "@" in key, base.keys()))
-        bfloat16 = next((p.asnumpy().dtype for p in self._parameters() if p.dtype == ms.bfloat16), None)
-        arrays, report = self._everywhere(lambda: load_shards(base, frozen, all_keys=known, bfloat16=bfloat16))
-        self._fill(arrays)
-        self._say(f"Loaded base model {base.path} ({base.format}), frozen: {report.text()}")
-        return path, adapter
+            if (values := arrays.get(shard_of(parameter).name)) is not None:
+                storage.load(values.reshape(-1))
 
     @property
     def _starts_anew(self) -> bool:
         """Whether a checkpoint gives its weights to a new run."""
-        training = self._config.training_config
+        training = self.config.training_config
         return training.finetune or not training.resume_training
 
     def _find(self) -> str:
         """Return the directory to load, empty if the run may begin without one."""
-        training = self._config.training_config
+        training = self.config.training_config
         step = training.ckpt_step or None
-        needed = step or training.finetune or training.skip_train or training.exit_on_missing_checkpoint
+        needed = step or self._lora or training.finetune or training.skip_train or training.exit_on_missing_checkpoint
         if not needed and not holds_checkpoint(training.load_checkpoint):
             return ""
         return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._warn))
 
-    def _check_model(self, common: dict[str, Any], path: Path) -> None:
-        length = self._config.model_config.seq_length
+    def check_model(self, common: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint of another model."""
+        length = self.config.model_config.seq_length
         asked, saved = (
             comparable(settings, length)
-            for settings in (stored_settings(self._config), dict(common.get("model_config") or {}))
+            for settings in (stored_settings(self.config), dict(common.get("model_config") or {}))
         )
         both = asked.keys() & saved.keys()
         differences = compare_model_config({key: saved[key] for key in both}, {key: asked[key] for key in both})
@@ -338,7 +321,7 @@ class Checkpointer:
             raise CheckpointError(f"{path} holds another model:\n{bullet_list(differences, 20)}")
 
     def _take_common(self, common: dict[str, Any], weights_only: bool) -> Progress:
-        training, step = self._config.training_config, self._step
+        training, step = self.config.training_config, self._step
         if self._starts_anew:
             return Progress()
         progress = Progress(
@@ -351,7 +334,7 @@ class Checkpointer:
         )
         if not weights_only:
             step.optimizer.step_count = int(common.get("adam_step", common["iteration"]))
-            optimizer = self._config.optimizer_config
+            optimizer = self.config.optimizer_config
             if common.get("opt_param_scheduler"):
                 step.scheduler.load_state_dict(
                     common["opt_param_scheduler"],

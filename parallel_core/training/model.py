@@ -9,7 +9,7 @@ from typing import Any
 
 from mindspore import nn
 
-from parallel_core.adapt.lora import add_adapters, check_targets
+from parallel_core.adapt.lora import adapt
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.context_parallel.attention import ContextGroups
@@ -47,7 +47,6 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
     accepted = inspect.signature(model_provider_func).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     rank, chunks = context.pp.rank, []
-    adapted: list[str] = []
     for chunk, layers in enumerate(layout.layers[rank]):
         numbers = tuple(n for n in layers if n not in parallel.noop_layers)
         stage = ModelStage(
@@ -69,15 +68,8 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
             context=context,
         )
         extra: dict[str, Any] = {"vp_stage": chunk, "stage": stage}
-        model = model_provider_func(
-            pre_process=stage.pre_process,
-            post_process=stage.post_process,
-            **{key: value for key, value in extra.items() if takes_all or key in accepted},
-        )
-        if config.training_config.lora.rank:
-            adapted += add_adapters(model, config.training_config.lora, streams, config.training_config.seed)
-        chunks.append(model)
+        taken = {key: value for key, value in extra.items() if takes_all or key in accepted}
+        chunks.append(model_provider_func(pre_process=stage.pre_process, post_process=stage.post_process, **taken))
     if config.training_config.lora.rank:
-        everywhere = context.world.all_gather_object(adapted)
-        check_targets([name for names in everywhere for name in names], config.training_config.lora)
+        adapt(chunks, config.training_config, streams, context.world)
     return RankModel(tuple(chunks), layout, streams, ledger)

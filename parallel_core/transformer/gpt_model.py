@@ -57,9 +57,7 @@ class GPTModel(nn.Cell):
         self.tied_weight = stage.share_word_embeddings(table) if config.shares_word_embeddings else None
 
     def make_decoder(self, stage: ModelStage) -> nn.Cell:
-        """Return what turns embeddings into the output layer's input.
-
-        A model that differs there overrides this and `decode`.
+        """Return what turns embeddings into the output layer's input; other models override this and `decode`.
 
         Raises:
             ConfigError: the configuration asks for another model.

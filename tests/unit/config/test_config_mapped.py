@@ -83,10 +83,13 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "profile_aicore_metrics": ("", "1"), "profile_step_end": ("", "20"), "profile_step_start": ("", "5"),
     "ckpt_format": ("", "ckpt"), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
 }
+LORA = "--load x --lora-rank 4"
 MOE = "--num-experts 4"
 SIGMOID = MOE + " --moe-router-score-function sigmoid"
 SHARED = MOE + " --disable-bias-linear"
 SPECIAL |= {
+    "lora_rank": ("--load x", "7"), "lora_alpha": (LORA, "16"), "lora_dropout": (LORA, "0.25"),
+    "lora_target_modules": (LORA, "linear_proj"), "lora_base": (LORA, "base"), "use_lora": ("--load x", ""),
     "num_experts": ("", "4"), "moe_layer_freq": (MOE, "[1,0]*2"), "moe_ffn_hidden_size": (MOE, "32"),
     "moe_router_topk": (MOE, "3"), "moe_router_score_function": (MOE, "sigmoid"), "moe_router_pre_softmax": (MOE, ""),
     "moe_router_topk_scaling_factor": (MOE, "2.5"), "moe_router_dtype": (MOE, "fp32"),

@@ -316,6 +316,12 @@ WORDS = {
 
 # Arguments whose effect needs several processes, or is what other tests are about: the tests that show it.
 ELSEWHERE = {
+    "lora_rank": "tests/ranks/cases_lora.py::test_adapters_train_as_on_one_rank_and_the_base_stays",
+    "lora_alpha": "tests/unit/adapt/test_lora_runs.py::test_merged_is_the_adapter",
+    "lora_dropout": "tests/ranks/cases_lora.py::test_dropout_of_an_adapters_input_does_not_depend_on_the_layout",
+    "lora_target_modules": "tests/unit/adapt/test_lora_runs.py::test_some_modules_alone_by_name_and_by_expression",
+    "lora_base": "tests/unit/adapt/test_lora_runs.py::test_another_base_or_none_or_another_adapter_is_refused",
+    "use_lora": "tests/unit/adapt/test_lora_runs.py::test_the_seeds_words_ask_for_the_same",
     "moe_global_aux_loss_form":
         "tests/ranks/cases_experts.py::test_a_microbatch_is_compared_with_those_before_it_in_every_layout",
     "moe_pad_expert_input_to_capacity":

@@ -144,7 +144,7 @@ def test_a_run_under_another_flag_is_refused(field, words, both):
 
 def _check(config: AllConfig, common: dict[str, Any]) -> None:
     checkpointer = Checkpointer(config, SimpleNamespace(), SimpleNamespace(), print, print)  # type: ignore[arg-type]
-    checkpointer._check_model(common, "somewhere")  # type: ignore[arg-type]
+    checkpointer.check_model(common, "somewhere")  # type: ignore[arg-type]
 
 
 def test_what_changes_nothing_is_no_difference():
