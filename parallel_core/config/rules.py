@@ -11,8 +11,8 @@ from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
-from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.lora import LoraConfig
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import (
     AllConfig,

@@ -15,8 +15,8 @@ from typing import Any
 
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
-from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.lora import LoraConfig
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.layout import derived
 from parallel_core.layout.derived import ROTARY
 
