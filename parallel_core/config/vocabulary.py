@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
-from parallel_core.config.schema import DatasetConfig
+from parallel_core.config.model_keys import model_settings
+from parallel_core.config.schema import AllConfig, DatasetConfig
 from parallel_core.errors import ConfigError, ParallelCoreError
 
 DATA_SOURCES = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "mock_data")
@@ -72,3 +74,12 @@ def _count(values: Mapping[str, object], name: str) -> int:
 def _path(values: Mapping[str, object], name: str) -> str | None:
     value = values.get(name)
     return None if value is None else str(value)
+
+
+def stored_settings(config: AllConfig) -> dict[str, Any]:
+    """Return the settings that define the model as a checkpoint keeps them, with the vocabulary's true size."""
+    data = config.dataset_config
+    true_size = data.unpadded_vocab_size or known_vocabulary(data)
+    if true_size and data.tokenizer_type == "NullTokenizer":
+        true_size += 1  # its end-of-document token comes after the vocabulary
+    return {**model_settings(config.model_config), "vocab_size": true_size}

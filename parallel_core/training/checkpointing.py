@@ -27,9 +27,9 @@ from parallel_core.checkpoint import (
     share_among_replicas,
 )
 from parallel_core.checkpoint.lora import KEY as ADAPTER_KEY
-from parallel_core.config.model_keys import comparable, model_settings
+from parallel_core.config.model_keys import comparable
 from parallel_core.config.schema import AllConfig
-from parallel_core.config.vocabulary import known_vocabulary
+from parallel_core.config.vocabulary import stored_settings
 from parallel_core.context import ParallelContext
 from parallel_core.errors import CheckpointError, ParallelCoreError, bullet_list
 from parallel_core.layout.shard import shard_of
@@ -324,14 +324,9 @@ class Checkpointer:
         training, step = self.config.training_config, self._step
         if self._starts_anew:
             return Progress()
-        progress = Progress(
-            int(common["iteration"]),
-            int(common.get("consumed_train_samples", 0)),
-            int(common.get("consumed_valid_samples", 0)),
-            common.get("data_order"),
-            int(common.get("skipped_iterations", 0)),
-            int(common.get("earlier_samples", 0)),
-        )
+        samples = ("consumed_train_samples", "consumed_valid_samples", "earlier_samples")
+        counted = {name: int(common.get(name, 0)) for name in (*samples, "skipped_iterations")}
+        progress = Progress(int(common["iteration"]), data_order=common.get("data_order"), **counted)
         if not weights_only:
             step.optimizer.step_count = int(common.get("adam_step", common["iteration"]))
             optimizer = self.config.optimizer_config
@@ -352,15 +347,6 @@ class Checkpointer:
             kind, keys, position, *_ = rng["numpy"]
             np.random.set_state((kind, np.array(keys, np.uint32), position, 0, 0.0))
         return progress
-
-
-def stored_settings(config: AllConfig) -> dict[str, Any]:
-    """Return the settings that define the model as a checkpoint keeps them, with the vocabulary's true size."""
-    data = config.dataset_config
-    true_size = data.unpadded_vocab_size or known_vocabulary(data)
-    if true_size and data.tokenizer_type == "NullTokenizer":
-        true_size += 1  # its end-of-document token comes after the vocabulary
-    return {**model_settings(config.model_config), "vocab_size": true_size}
 
 
 def _nothing() -> None:

@@ -11,8 +11,8 @@ from mindspore import Tensor
 
 from parallel_core.checkpoint import CheckpointWriter, TensorShard
 from parallel_core.config import AllConfig, load_config
+from parallel_core.config.vocabulary import stored_settings
 from parallel_core.layout.shard import shard_of
-from parallel_core.training.checkpointing import stored_settings
 from parallel_core.transformer import GPTModel, ModelStage
 
 BASE = (

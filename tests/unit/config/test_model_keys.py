@@ -22,8 +22,9 @@ from parallel_core.config.model_keys import (
     model_settings,
     value_of,
 )
+from parallel_core.config.vocabulary import stored_settings
 from parallel_core.errors import CheckpointError, ConfigError
-from parallel_core.training.checkpointing import Checkpointer, stored_settings
+from parallel_core.training.checkpointing import Checkpointer
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
