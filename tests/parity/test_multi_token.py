@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel_core.checkpoint import CheckpointWriter, TensorShard
+from parallel_core.checkpoint import CheckpointWriter, TensorShard, find_checkpoint, open_checkpoint
 from tests.e2e.runs import Run, several
 from tests.parity.experts import joined
 from tests.parity.golden import COMMON, GOLDEN, arrays
@@ -82,12 +82,15 @@ def one_rank(workplace: Path, start: str, tmp_path_factory) -> dict[str, Run]:
     return several(tmp_path_factory.mktemp("multi_token"), 1, plan, cwd=workplace)
 
 
-def assert_follows(steps: dict[int, dict], golden: dict[int, dict], tolerance: float = TOLERANCE) -> None:
+def assert_follows(
+    steps: dict[int, dict], golden: dict[int, dict], tolerance: float = TOLERANCE, balance: float | None = None
+) -> None:
     for iteration, want in golden.items():
         for name in ("loss", "grad_norm", "mtp_1 loss", "seq_load_balancing_loss"):
             if name in want:
                 error = abs(steps[iteration][name] / want[name] - 1)
-                assert error < tolerance, f"iteration {iteration}, {name}: {steps[iteration][name]}, not {want[name]}"
+                most = balance if balance is not None and name.startswith("seq") else tolerance
+                assert error < most, f"iteration {iteration}, {name}: {steps[iteration][name]}, not {want[name]}"
 
 
 def test_twenty_updates_follow_megatron(one_rank):
@@ -111,6 +114,29 @@ def test_recomputation_changes_no_bit(name: str, one_rank):
     assert run.status == 0, run.console
     for i, step in run.steps.items():
         assert all(step[key] == plain.steps[i][key] for key in ("loss", "grad_norm", "mtp_1 loss"))
+
+
+def test_every_tensor_of_megatrons_checkpoint_is_read():
+    path = GOLDEN / FAMILY / "ckpt_torch_dist_ep2"
+    source = open_checkpoint(find_checkpoint(path))
+    weights = {name: x.shape for name, x in joined(arrays(FAMILY, "params_0000.npz")).items()}
+    found = {key: source.info(key).shape for key in source.keys()}  # noqa: SIM118 - a method of the protocol
+    biases = {key for key in found if key.endswith("expert_bias")}
+    assert {key: shape for key, shape in found.items() if "@" not in key and key not in biases} == weights
+    assert len(biases) == 4 and all(f"{key}@exp_avg_sq" in found for key in weights)
+    assert source.common["model_config"]["mtp_num_layers"] == 1
+
+
+@pytest.mark.parametrize("flags", ["", pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_megatrons_checkpoint_in_another_layout(flags: str, workplace: Path, tmp_path: Path):
+    path = str(GOLDEN / FAMILY / "ckpt_torch_dist_ep2")
+    resumed = [*argv("", flags.split())[:-3], "--load", path]
+    run = several(tmp_path, 2 if flags else 1, {"resumed": {"argv": resumed}}, cwd=workplace)["resumed"]
+    assert run.status == 0, run.console
+    rows = curve("resume_ep2")
+    # The balancing loss counts a plain top-k, in which one near-tie of 4 x 512 tokens moves it by about 1e-5.
+    assert_follows(run.steps, {i: row for i, row in rows.items() if i < 15}, balance=5e-5)
+    assert_follows(run.steps, {i: row for i, row in rows.items() if i >= 15}, 1e-4)  # Megatron's flip, see below
 
 
 @pytest.mark.slow

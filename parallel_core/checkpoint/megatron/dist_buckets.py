@@ -13,6 +13,7 @@ from parallel_core.checkpoint.megatron.flat_buffers import FlatLayout, bucket_si
 from parallel_core.checkpoint.megatron.names import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
+    predicts,
     registration_order,
     tensor_parallel_dim,
 )
@@ -53,7 +54,10 @@ class ChunkLayouts:
         self._shared = shared_embeddings(args)
         if WORD_EMBEDDINGS not in self.infos:
             raise CheckpointError(f"there is no {WORD_EMBEDDINGS} among the parameters")
-        if self._shared and OUTPUT_LAYER not in self.infos:  # tied: the last stage's copy is a parameter there
+        tied = not args.get("untie_embeddings_and_output_weights")
+        if self._shared and tied and predicts(self.infos):
+            raise CheckpointError("a tied embedding under multi-token prediction on several stages is not converted")
+        if self._shared and tied and OUTPUT_LAYER not in self.infos:  # tied: the last stage's copy is a parameter there
             self.infos[OUTPUT_LAYER] = self.infos[WORD_EMBEDDINGS]
 
     def local_shape(self, name: str) -> tuple[int, ...]:
@@ -70,9 +74,12 @@ class ChunkLayouts:
         """Return where the parameters of one dtype of a model chunk are."""
         names = set(self.infos)
         if not self.stages.is_first(pp, chunk):
-            names = {name for name in names if not name.startswith("embedding.")}
+            # The last stage embeds the tokens that it predicts from.
+            copied = {WORD_EMBEDDINGS} if self.stages.is_last(pp, chunk) and predicts(names) else set()
+            names = {name for name in names if not name.startswith("embedding.")} | copied
         if not self.stages.is_last(pp, chunk):
-            names = {name for name in names if not name.startswith(("decoder.final_layernorm.", OUTPUT_LAYER))}
+            ends = ("decoder.final_layernorm.", OUTPUT_LAYER, "mtp.")
+            names = {name for name in names if not name.startswith(ends)}
         order = registration_order(names, self.stages.layers[pp][chunk], is_te_spec(self._args))
         sizes = []
         for name in order:

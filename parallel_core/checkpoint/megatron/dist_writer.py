@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,13 +122,15 @@ def _objects(export: Export) -> Iterator[tuple[str, Any]]:
     for name, info in export.infos.items():
         module, _, kind = name.rpartition(".")
         match = LAYER_PATTERN.fullmatch(module)
-        if match is None or kind != "weight" or ".linear_" not in module:
+        linear = re.search(r"\.(linear_|eh_proj)", module) and (match or module.startswith("mtp."))
+        if kind != "weight" or not linear:
             continue
+        stacked = match if export.stacked else None
         places = [str(number) for number in range(info.shape[0])] if is_expert(name) else [""]
         for place in places:  # of a stack every layer, of experts every one
-            shard = [str(n) for n in ((match[1],) if export.stacked else ()) + ((place,) if place else ())]
-            total = [str(n) for n in ((layers,) if export.stacked else ()) + ((info.shape[0],) if place else ())]
-            key = f"decoder.layers.{match[2]}" if export.stacked else module
+            shard = [str(n) for n in ((stacked[1],) if stacked else ()) + ((place,) if place else ())]
+            total = [str(n) for n in ((layers,) if stacked else ()) + ((info.shape[0],) if place else ())]
+            key = f"decoder.layers.{stacked[2]}" if stacked else module
             yield f"{key}._extra_state/shard_{'.'.join(shard or ['0'])}_{'.'.join(total or ['1'])}", None
     yield "common_state/shard_0_1", _common(export)
 

@@ -167,7 +167,8 @@ class Export:
     def name_in_file(self, name: str, distributed: bool) -> str:
         """Return what a parameter is called in a file of `torch`, or of `torch_dist` (`distributed`)."""
         fused = is_te_spec(self.args) or (distributed and not self.latent)
-        if is_te_spec(self.args) and name.replace("pre_mlp_layernorm", "mlp.router") in self.infos:
+        before, norm, kind = name.partition("pre_mlp_layernorm")
+        if is_te_spec(self.args) and norm and f"{before}mlp.router{kind}" in self.infos:
             return name  # the norm before experts is a module of its own there
         return te_fused_name(name, self.latent) if fused else name
 

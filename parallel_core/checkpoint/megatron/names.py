@@ -16,6 +16,8 @@ from typing import Any
 from parallel_core.checkpoint.megatron.experts import is_expert
 
 LAYER_PATTERN = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
+PREDICTION_PATTERN = re.compile(r"mtp\.layers\.(\d{1,6})\.transformer_layer\.(.+)")
+"""The layer of a depth of multi-token prediction; its number is the same in every file."""
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 QKV = "self_attention.linear_qkv"
@@ -132,8 +134,10 @@ def canonical_name(name: str) -> str | None:
     legacy = re.fullmatch(r"language_model\.(?:encoder|transformer)\.(.+)", name)
     if legacy:
         return _canonical_legacy(legacy[1])
-    match = LAYER_PATTERN.fullmatch(name)
+    match = LAYER_PATTERN.fullmatch(name) or PREDICTION_PATTERN.fullmatch(name)
     if match is None:
+        if re.fullmatch(r"mtp\.layers\.\d{1,6}\.((enorm|hnorm|final_layernorm)\.(weight|bias)|eh_proj\.weight)", name):
+            return name
         known = (WORD_EMBEDDINGS, "embedding.position_embeddings.weight", OUTPUT_LAYER)
         return name if name in known or re.fullmatch(r"decoder\.final_layernorm\.(weight|bias)", name) else None
     rest = match[2]
@@ -141,7 +145,7 @@ def canonical_name(name: str) -> str | None:
         if rest.startswith(fused):
             rest = plain + rest.removeprefix(fused)
     known_here = rest in MEGATRON_LAYER_NAMES or rest in _WITHOUT_KIND or is_expert(rest)
-    return f"decoder.layers.{match[1]}.{rest}" if known_here else None
+    return name[: match.start(2)] + rest if known_here else None
 
 
 def _canonical_legacy(rest: str) -> str | None:
@@ -184,7 +188,7 @@ def te_fused_name(name: str, latent: bool = False) -> str:
 
 def linear_modules(names: Iterable[str]) -> tuple[str, ...]:
     """Return the linear modules of a layer of the model that has `names`, in the order of registration."""
-    there = {name.rpartition(".")[0].partition("layers.")[2].partition(".")[2] for name in names}
+    there = {match[2].rpartition(".")[0] for match in map(LAYER_PATTERN.fullmatch, names) if match}
     return tuple(module for module in _LAYER_PARAMETERS if ".linear_" in module and module in there)
 
 
@@ -198,7 +202,7 @@ def tensor_parallel_dim(name: str, te_spec: bool = False) -> int | None:
     if name in (WORD_EMBEDDINGS, OUTPUT_LAYER):
         return 0
     module, _, kind = name.rpartition(".")
-    by_rows = (QKV, FC1, "mlp.shared_experts.linear_fc1", *TO_HEADS)
+    by_rows = (QKV, FC1, "eh_proj", "mlp.shared_experts.linear_fc1", *TO_HEADS)
     if module.endswith(tuple(f".{linear}" for linear in by_rows)):
         return 0
     if module.endswith(tuple(f".{to_latent}" for to_latent in TO_LATENT)):
@@ -219,6 +223,11 @@ def is_latent(names: Iterable[str]) -> bool:
     return any(f".{TO_LATENT[1]}." in name for name in names)
 
 
+def predicts(names: Iterable[str]) -> bool:
+    """Tell whether a model of these parameters predicts tokens beyond the next one."""
+    return any(name.startswith("mtp.") for name in names)
+
+
 def registration_order(names: set[str], layers: range, te_spec: bool = False) -> list[str]:
     """Return the parameters of one model chunk in the order Megatron registers them.
 
@@ -233,5 +242,9 @@ def registration_order(names: set[str], layers: range, te_spec: bool = False) ->
         modules = _TE_LATENT_LAYER_PARAMETERS if is_latent(names) else _TE_LAYER_PARAMETERS
     for layer in layers:
         order += [f"decoder.layers.{layer}.{m}.{kind}" for m in modules for kind in ("weight", "bias")]
-    order += ["decoder.final_layernorm.weight", "decoder.final_layernorm.bias", OUTPUT_LAYER]
+    order += ["decoder.final_layernorm.weight", "decoder.final_layernorm.bias"]
+    for depth in sorted({int(name.split(".")[2]) for name in names if name.startswith("mtp.")}):
+        within = ("enorm", "hnorm", "eh_proj", *(f"transformer_layer.{m}" for m in modules), "final_layernorm")
+        order += [f"mtp.layers.{depth}.{m}.{kind}" for m in within for kind in ("weight", "bias")]
+    order.append(OUTPUT_LAYER)
     return [name for name in order if name in names]

@@ -269,10 +269,12 @@ def matching_layout(
 
 
 def shared_embeddings(args: Mapping[str, Any]) -> frozenset[str]:
-    """Return the parameters the distributed optimizer keeps in buckets of their own: tied embeddings of two stages."""
-    tied = not args.get("untie_embeddings_and_output_weights")
-    apart = tied and int(args.get("pipeline_model_parallel_size") or 1) > 1
-    return frozenset({WORD_EMBEDDINGS, OUTPUT_LAYER} if apart else ())
+    """Return the parameters the distributed optimizer keeps in buckets of their own: embeddings of two stages."""
+    if int(args.get("pipeline_model_parallel_size") or 1) == 1:
+        return frozenset()
+    if not args.get("untie_embeddings_and_output_weights"):
+        return frozenset({WORD_EMBEDDINGS, OUTPUT_LAYER})
+    return frozenset({WORD_EMBEDDINGS} if args.get("mtp_num_layers") else ())
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ from parallel_core.checkpoint.megatron.names import (
     LAYER_PATTERN,
     OUTPUT_LAYER,
     QKV,
+    WORD_EMBEDDINGS,
     canonical_name,
     flatten_names,
     is_ignored,
@@ -211,12 +212,14 @@ def _place(
         version: of the checkpoint.
         args: Megatron's arguments.
         tied: the output layer is the word embedding.
+
+    Of word embeddings that another stage has too, the first one's count.
     """
     for key, blob in tensors:
         name = key.partition("@")[0]
         if is_expert(name):
             collector.add_expert(grid, key, chunk, blob)
-        elif tells and not (name == OUTPUT_LAYER and tied):  # a copy of the word embeddings
+        elif tells and not (name == OUTPUT_LAYER and tied) and not (name == WORD_EMBEDDINGS and chunk.pp):
             collector.add(key, chunk.tp, blob, _old_rows(name, blob.shape, version, args))
 
 
