@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from config_helpers import ROOT, argv, load
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from parallel_core.config import load_config
 from parallel_core.config.expert_plan import exchanged_bytes
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.plan import (
     active_parameters,
     in_flight,
@@ -91,6 +94,13 @@ def test_parameters_of_megatrons_own_multi_latent_attention():
         elements = sum(arrays[key].size for key in arrays.files)
     words = ["16" if word == "12" else word for word in LATENT]
     assert model_parameters(load(*words).config.model_config) == elements
+
+
+@pytest.mark.parametrize(("name", "billions"), [("deepseek_v2_lite", 15.7065), ("deepseek_v3", 671.0264)])
+def test_parameters_of_published_models(name, billions):
+    """As many as the published models have, V3 without its prediction layer."""
+    model = load_config(["--config", str(ROOT / "configs" / f"{name}.yaml")]).config.model_config
+    assert round(model_parameters(replace(model, mtp=MTPConfig())) / 1e9, 4) == billions
 
 
 def test_multi_latent_attention_over_tensor_parallel_ranks():
