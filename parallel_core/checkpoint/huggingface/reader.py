@@ -150,7 +150,7 @@ def _assembled(
     for part in parts:
         rows[part.name] = rows.get(part.name, 0) + part.rows
     for theirs, count in rows.items():
-        wanted = (count, *shape[1:])
+        wanted = (count, *shape[2 if parts[0].expert is not None else 1 :])
         turned = any(part.transpose for part in parts)
         if blobs[theirs].shape != (wanted[::-1] if turned else wanted):
             raise CheckpointError(
@@ -167,4 +167,9 @@ def _pieces(parts: list[Part], blobs: Mapping[str, Blob]) -> Iterator[Piece]:
     for part in parts:
         blob = blobs[part.name].transposed() if part.transpose else blobs[part.name]
         cut = blob.crop([(part.theirs, part.theirs + part.rows), *((0, n) for n in blob.shape[1:])])
-        yield Piece((part.ours, *(0 for _ in blob.shape[1:])), cut.shape, cut)
+        start = (part.ours, *(0 for _ in blob.shape[1:]))
+        if part.expert is None:
+            yield Piece(start, cut.shape, cut)
+        else:
+            one = Blob(cut.path, cut.offset, cut.dtype, (1, *cut.shape), (0, *cut.strides))
+            yield Piece((part.expert, *start), one.shape, one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from parallel_core.checkpoint.huggingface.architecture import Architecture, Fields, Group, Key
@@ -105,6 +106,28 @@ _LLAMA_TENSORS = TensorTable(
         "mlp.linear_fc2": ("mlp.down_proj",),
     },
 )
+_MIXTRAL_TENSORS = replace(
+    _LLAMA_TENSORS,
+    modules={**_LLAMA_TENSORS.modules, "mlp.router": ("block_sparse_moe.gate",)},
+    experts={
+        "mlp.experts.experts.linear_fc1": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+        "mlp.experts.experts.linear_fc2": ("block_sparse_moe.experts.{}.w2",),
+    },
+)
+_QWEN_MOE_TENSORS = replace(
+    _LLAMA_TENSORS,
+    modules={
+        **_LLAMA_TENSORS.modules,
+        "mlp.router": ("mlp.gate",),
+        "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
+    },
+    experts={
+        "mlp.experts.experts.linear_fc1": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+        "mlp.experts.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
+    },
+    gate="mlp.shared_expert_gate",
+)
 _PHI3_TENSORS = TensorTable(
     "model.",
     _LLAMA_TENSORS.top,
@@ -156,6 +179,27 @@ _NEOX_TENSORS = TensorTable(
     interleaved_qkv=True,
     ignored=re.compile(r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)"),
 )
+
+
+def _sparse_layers() -> Group:
+    """Return Qwen's words for the layers with experts: every `decoder_sparse_step`-th, but not `mlp_only_layers`."""
+
+    def read(found: Mapping[str, Any], fields: Fields) -> Fields:
+        step, dense = found.get("decoder_sparse_step", 1), found.get("mlp_only_layers") or []
+        if type(step) is not int or step < 1:
+            raise Wrong(f"decoder_sparse_step={step!r} takes a whole number above zero")
+        if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            raise Wrong("mlp_only_layers takes a list of layers")
+        pattern = tuple(int((i + 1) % step == 0 and i not in dense) for i in range(fields["num_layers"]))
+        if not any(pattern):
+            raise Wrong(f"decoder_sparse_step={step} and mlp_only_layers leave no layer with experts")
+        return {"moe.moe_layer_freq": pattern}
+
+    def write(model: TransformerConfig) -> dict[str, Any]:
+        dense = [i for i in range(model.num_layers) if not model.moe.has_experts(i)]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+    return Group(("decoder_sparse_step", "mlp_only_layers"), ("moe.moe_layer_freq",), read, write)
 
 
 def _constant(field: str, value: Any) -> Group:
@@ -210,6 +254,20 @@ def _llama_like(
     return Architecture(model_type, names, keys, groups, {**_RMS, **fixed}, tensors, {**_ONLY, **(only or {})}, NEUTRAL)
 
 
+_WIDTH = Key(("ffn_hidden_size", "moe.moe_ffn_hidden_size"), count)
+
+
+def _expert_keys(experts: int, chosen: int, width: int) -> dict[str, Key]:
+    return {
+        "num_experts": Key(("moe.num_experts",), count, count, experts, ("num_local_experts",)),
+        "num_experts_per_tok": _size("moe.moe_router_topk", default=chosen),
+        "moe_intermediate_size": _size("moe.moe_ffn_hidden_size", default=width),
+        "norm_topk_prob": Key(("moe.moe_router_pre_softmax",), lambda v: not flag(v), lambda v: not v, False),
+    }
+
+
+_OF_TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits", "router_jitter_noise"})
+"""Keys of experts that change nothing of what a model computes."""
 _BIASES = Key(("qkv_has_bias", "out_proj_has_bias"), flag, default=False)
 _UNUSED: dict[str, tuple[Any, ...]] = {"sliding_window": (), "layer_types": ()}
 ARCHITECTURES: dict[str, Architecture] = {
@@ -289,6 +347,41 @@ ARCHITECTURES: dict[str, Architecture] = {
             {**_ONLY, **_UNUSED},
             NEUTRAL,
         ),
+        replace(
+            _llama_like(
+                "mixtral", "Mixtral",
+                {
+                    **_llama_keys(groups=8, eps=1e-5), "intermediate_size": _WIDTH,
+                    "num_local_experts": Key(("moe.num_experts",), count, count, 8, ("num_experts",)),
+                    "num_experts_per_tok": _size("moe.moe_router_topk", default=2),
+                },
+                (rope(), everywhere(None)), _NO_BIAS, {"attention_bias": (False,), "mlp_bias": (False,)},
+                _MIXTRAL_TENSORS,
+            ),
+            neutral=NEUTRAL | _OF_TRAINING,
+        ),
+        replace(
+            _llama_like(
+                "qwen2_moe", "Qwen2Moe",
+                {
+                    **_llama_keys(groups=16), **_expert_keys(60, 4, 1408),
+                    "shared_expert_intermediate_size": _size("moe.moe_shared_expert_intermediate_size", default=5632),
+                },
+                (rope(), by_layer(), _sparse_layers()),
+                {**_NO_BIAS, "qkv_has_bias": True, "moe.moe_shared_expert_gate": True},
+                {"mlp_bias": (False,), "qkv_bias": (True,)}, _QWEN_MOE_TENSORS,
+            ),
+            neutral=NEUTRAL | _OF_TRAINING,
+        ),
+        replace(
+            _llama_like(
+                "qwen3_moe", "Qwen3Moe",
+                {**_llama_keys(groups=4), **_expert_keys(128, 8, 768), "attention_bias": _BIASES},
+                (rope(), by_layer(), _sparse_layers()), {"add_bias_linear": False, "qk_layernorm": True},
+                {"mlp_bias": (False,)}, _QWEN_MOE_TENSORS,
+            ),
+            neutral=NEUTRAL | _OF_TRAINING,
+        ),
         _llama_like(
             "phi3", "Phi3", _llama_keys(eps=1e-5), (rope(trained=4096), everywhere(None)), _NO_BIAS,
             {"attention_bias": (False,), "mlp_bias": (False,)}, _PHI3_TENSORS,
@@ -298,8 +391,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 NOT_BUILT: dict[str, str] = {
     **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek", "dbrx", "jetmoe"),
-        "a mixture of experts",
+        ("olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek", "dbrx", "jetmoe"),
+        "another mixture of experts",
     ),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3"), "multi-latent attention"),
     **dict.fromkeys(("bert", "roberta", "electra", "albert", "deberta", "distilbert"), "an encoder"),

@@ -25,6 +25,7 @@ class Part:
         theirs: first row in their tensor (after `transpose`).
         rows: how many.
         transpose: whether theirs is stored [in, out], as GPT-2's are.
+        expert: which matrix of ours the rows are of, where ours has one for each expert.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     theirs: int
     rows: int
     transpose: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class TensorTable:
         transposed: whether matrices are stored [in, out].
         interleaved_qkv: queries, keys and values of each head stand together, as they do here.
         ignored: stored buffers that are no parameters.
+        experts: their modules of expert `{}` in a layer, by ours; several are stacked along the rows.
+        gate: their module of the shared expert's gate.
     """
 
     prefix: str
@@ -56,6 +60,8 @@ class TensorTable:
     transposed: bool = False
     interleaved_qkv: bool = False
     ignored: re.Pattern[str] = field(default=re.compile(r".*rotary_emb\.inv_freq"))
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gate: str = ""
 
     def parts(self, model: TransformerConfig) -> dict[str, list[Part]]:
         """Return, for every tensor of `model`, which of theirs it consists of."""
@@ -67,6 +73,17 @@ class TensorTable:
                 found[name] = [Part(self.top[name], 0, 0, shape[0])]
                 continue
             base = self.prefix + self.layers.format(match[1])
+            if kind == "gate_weight":
+                found[name] = [Part(f"{base}.{self.gate}.weight", 0, 0, 1)]
+                continue
+            if match[2] in self.experts:
+                rows = shape[1] // len(self.experts[match[2]])
+                found[name] = [
+                    Part(f"{base}.{theirs.format(e)}.{kind}", i * rows, 0, rows, expert=e)
+                    for e in range(shape[0])
+                    for i, theirs in enumerate(self.experts[match[2]])
+                ]
+                continue
             names = [f"{base}.{theirs}.{kind}" for theirs in self.modules[match[2]]]
             turned = self.transposed and len(shape) == 2
             if match[2] == "self_attention.linear_qkv" and not self.interleaved_qkv:
@@ -103,6 +120,9 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
         if i == model.num_layers - 1 and model.top_query_layer != "none":
             del blocks["self_attention.linear_qkv"]
             blocks = {**asking, **blocks}
+        if model.moe.has_experts(i):
+            del blocks["mlp.linear_fc1"], blocks["mlp.linear_fc2"]
+            shapes.update({f"{layer}.mlp.{name}": shape for name, shape in _expert_shapes(model).items()})
         for module, (rows, columns, has_bias) in blocks.items():
             shapes[f"{layer}.{module}.weight"] = (rows, columns)
             if has_bias:
@@ -113,6 +133,21 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     shapes.update({f"{FINAL_NORM}.{kind}": (H,) for kind in norm})
     if model.untie_embeddings_and_output_weights:
         shapes[OUTPUT] = (V, H)
+    return shapes
+
+
+def _expert_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's router, experts and shared expert; none of them has biases."""
+    moe, H, parts = model.moe, model.hidden_size, 2 if model.is_gated else 1
+    E, F, wide = moe.num_experts, moe.moe_ffn_hidden_size, moe.moe_shared_expert_intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"router.weight": (E, H)}
+    shapes["experts.experts.linear_fc1.weight"] = (E, parts * F, H)
+    shapes["experts.experts.linear_fc2.weight"] = (E, H, F)
+    if wide:
+        shapes["shared_experts.linear_fc1.weight"] = (parts * wide, H)
+        shapes["shared_experts.linear_fc2.weight"] = (H, wide)
+    if moe.moe_shared_expert_gate:
+        shapes["shared_experts.gate_weight"] = (1, H)
     return shapes
 
 

@@ -130,7 +130,8 @@ def _their_tensors(
     for theirs, pairs in rows_of.items():
         first, turned = pairs[0][0], pairs[0][1].transpose
         info = source.info(first)
-        shape = (sum(part.rows for _, part in pairs), *info.shape[1:])
+        below = info.shape[2 if pairs[0][1].expert is not None else 1 :]
+        shape = (sum(part.rows for _, part in pairs), *below)
         added = offset if is_norm(first) else 0.0
         stored = shape[::-1] if turned else shape
         read = _reader(source, pairs, shape, info.dtype, added, progress)
@@ -146,7 +147,10 @@ def _reader(
         out = np.empty(shape, storage_dtype(dtype))
         for ours, part in pairs:
             target = out[part.theirs : part.theirs + part.rows]
-            source.read_into(ours, [(part.ours, part.ours + part.rows), *((0, n) for n in shape[1:])], target)
+            where = [(part.ours, part.ours + part.rows), *((0, n) for n in shape[1:])]
+            if part.expert is not None:
+                where, target = [(part.expert, part.expert + 1), *where], target[None]
+            source.read_into(ours, where, target)
         if added:
             out = convert(convert(out, dtype, "float32") + np.float32(added), "float32", dtype)
         progress(out.nbytes)
