@@ -148,7 +148,6 @@ def test_qwen2_has_its_biases_where_llama_has_them(tmp_path):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("olmoe", "another mixture of experts"),
         ("deepseek_v3", "multi-latent attention"),
         ("bert_qa", "an encoder"),
     ],
