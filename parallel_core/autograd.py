@@ -104,9 +104,14 @@ class MainGrad(Protocol):
     def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
         """Call `write(array, add)`, which overwrites the float32 array in the parameter's shape or adds to it.
 
+        Inside `deferring` the call is left for later.
+
         Returns:
             What the calling `Function.backward` returns as the parameter's gradient.
         """
+
+    def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
+        """Inside `deferring`: leave `compute()`, which returns the gradient, for later. Returns as `accumulate`."""
 
 
 def main_grad_of(parameter: Tensor, gradient: Tensor) -> MainGrad | None:

@@ -322,6 +322,22 @@ def _place(r: Resolution, pp: int, chunks: int) -> None:
 
 
 @_rule
+def pipeline_schedule(r: Resolution) -> None:
+    """A schedule fits the pipeline's ranks and the chunks on each."""
+    pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]
+    name = r["pipeline_schedule"]
+    if name == "1f1b" and chunks > 1:
+        r.fail("pipeline_schedule virtual_pipeline_model_parallel_size",
+               "1f1b runs one chunk on each rank; use interleaved or zero-bubble")
+    if name == "interleaved" and chunks == 1:
+        r.fail("pipeline_schedule virtual_pipeline_model_parallel_size",
+               "interleaved takes several chunks on each rank; give virtual_pipeline_model_parallel_size, or use 1f1b")
+    if name == "zero-bubble" and pp == 1:
+        r.fail("pipeline_schedule pipeline_model_parallel_size",
+               "zero-bubble fills the waits between pipeline ranks, and one rank has none; use auto")
+
+
+@_rule
 def interleaving(r: Resolution) -> None:
     """Microbatches come in groups that keep every rank of an interleaved pipeline busy."""
     pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]

@@ -356,6 +356,17 @@ def _fewest_microbatches(r: Resolution) -> int:
 
 
 @_rule
+def pipeline_schedule(r: Resolution) -> None:
+    """`enable_zero_bubble` is the pipeline schedule `zero-bubble`."""
+    if not r["enable_zero_bubble"]:
+        return
+    if r["pipeline_schedule"] not in ("auto", "zero-bubble"):
+        r.fail("enable_zero_bubble pipeline_schedule", "name two schedules; give one of them")
+    else:
+        r.derive("pipeline_schedule", "zero-bubble", "pipeline_schedule")
+
+
+@_rule
 def run_length(r: Resolution) -> None:
     """`train_samples` becomes `train_iters`, walking through the ramp-up; a partial last batch is left out."""
     if not r["train_samples"] or not r.positive("global_batch_size"):

@@ -13,7 +13,8 @@ from parallel_core.config.expert_plan import (
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.stages import StageLayout, stage_layout
-from parallel_core.pipeline.schedule import bubble_share
+from parallel_core.pipeline.figures import bubble_share
+from parallel_core.pipeline.schedule import schedule_named
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -189,13 +190,23 @@ def rank_memory(config: AllConfig, layout: StageLayout, pp_rank: int, dp: int) -
 
 
 def in_flight(config: AllConfig, pp_rank: int) -> int:
-    """Return how many (microbatch, chunk) activations a rank holds at most: its warm-up forwards and one more."""
+    """Return how many (microbatch, chunk) activations a rank holds at most.
+
+    They are its warm-up forwards and one more, and with split backward passes those whose weights' gradients are late.
+    """
+    held, late = _held(config, pp_rank)
+    return held + late
+
+
+def _held(config: AllConfig, pp_rank: int) -> tuple[int, int]:
+    """Return at the peak how many activations wait for their backward pass, and how many for their weights' part."""
     parallel, number = config.parallel_config, config.dataset_config.micro_batch_num
     pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    if chunks == 1:
-        return min(pp - pp_rank, number)
+    split = schedule_named(parallel.pipeline_schedule, chunks).splits_backward
     group = parallel.microbatch_group_size_per_virtual_pipeline_stage or pp
-    return min(2 * (pp - pp_rank - 1) + (chunks - 1) * group + 1, number * chunks)
+    hop = 1 if split or chunks == 1 else 2
+    held = min(hop * (pp - pp_rank - 1) + (chunks - 1) * group + 1, number * chunks)
+    return held, min(pp_rank, number * chunks - held) if split else 0
 
 
 def layer_activations(config: AllConfig, recompute: str) -> int:
@@ -242,6 +253,27 @@ def _kept_heads(model: TransformerConfig) -> tuple[int, int]:
     return heads * (2 * head + 2 * mla.v_head_dim), latents + mla.qk_pos_emb_head_dim
 
 
+def layer_deferred(config: AllConfig) -> int:
+    """Return the bytes that one layer keeps of one microbatch between I and W of a split backward pass.
+
+    Every linear layer keeps its input and the gradient of its output, in the compute type: of the width h the input of
+    the projections in (with sequence parallelism this rank's part of it) and the gradients of the outputs of the
+    projections out, whole on every rank; the rest divided by the tensor parallel size.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    tp = parallel.tensor_model_parallel_size
+    tokens = model.seq_length // parallel.context_parallel_size * config.dataset_config.batch_size
+    query, latents = model.num_attention_heads * model.kv_channels, 0
+    heads = 2 * query + 2 * model.num_query_groups * model.kv_channels
+    if model.mla.multi_latent_attention:
+        mla = model.mla
+        latents = 2 * (mla.q_lora_rank + mla.kv_lora_rank) + mla.qk_pos_emb_head_dim
+        heads = model.num_attention_heads * (mla.head_size + mla.qk_head_dim + 2 * mla.v_head_dim)
+    inputs = 2 * model.hidden_size // (tp if parallel.sequence_parallel else 1)
+    split = heads + model.ffn_hidden_size * (3 if model.is_gated else 2)
+    return tokens * (inputs + 2 * model.hidden_size + latents + split // tp) * BYTES[model.compute_dtype]
+
+
 def _kept_by_chunk(config: AllConfig, layout: StageLayout, pp_rank: int, chunk: int) -> int:
     """Return the bytes that one microbatch leaves in one chunk's layers."""
     model, parallel = config.model_config, config.parallel_config
@@ -264,8 +296,9 @@ def _kept_by_chunk(config: AllConfig, layout: StageLayout, pp_rank: int, chunk: 
 def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
     model, data = config.model_config, config.dataset_config
     chunks = [_kept_by_chunk(config, layout, pp_rank, chunk) for chunk in range(layout.num_chunks)]
-    held = in_flight(config, pp_rank)
+    held, late = _held(config, pp_rank)
     kept = sum(chunks) * held // layout.num_chunks
+    kept += late * sum(map(len, layout.layers[pp_rank])) * layer_deferred(config) // layout.num_chunks
     if model.recompute_granularity == "full" or config.parallel_config.recompute:
         segment = max(1, model.recompute_num_layers) if model.recompute_method == "uniform" else 1
         kept += segment * layer_activations(config, "none")  # The segment that backward is computing again.
@@ -339,7 +372,9 @@ def make_plan(config: AllConfig, world_size: int) -> Plan:
     )
     layout = stage_layout(config.model_config.num_layers, parallel)
     stages = range(layout.num_ranks)
-    bubble = bubble_share(layout.num_ranks, layout.num_chunks, config.dataset_config.micro_batch_num)
+    bubble = bubble_share(
+        layout.num_ranks, layout.num_chunks, config.dataset_config.micro_batch_num, parallel.pipeline_schedule
+    )
     return Plan(
         config,
         mesh,

@@ -13,7 +13,8 @@ from parallel_core.config.plan import (
     model_parameters,
     num_floating_point_operations,
 )
-from parallel_core.pipeline.schedule import format_steps, make_schedule
+from parallel_core.pipeline.figures import format_steps
+from parallel_core.pipeline.schedule import make_schedule, name_of_schedule
 
 _FEW_RANKS = 64
 _FEW_TICKS = 96
@@ -103,11 +104,13 @@ def _range(layers: range) -> str:
 def _schedule(plan: Plan) -> Iterator[str]:
     ranks, chunks = plan.layout.num_ranks, plan.layout.num_chunks
     number = plan.config.dataset_config.micro_batch_num
-    kind = "no pipeline" if ranks == 1 else "1F1B" if chunks == 1 else f"interleaved 1F1B, {chunks} chunks per rank"
+    name = name_of_schedule(plan.config.parallel_config.pipeline_schedule, chunks)
+    kind = {"1f1b": "1F1B", "interleaved": "interleaved 1F1B", "zero-bubble": "zero bubble"}[name]
+    kind = "no pipeline" if ranks == 1 else kind if chunks == 1 else f"{kind}, {chunks} chunks per rank"
     yield f"schedule: {kind}, {number} microbatches; ideal bubble {100 * plan.bubble:.1f}% of a step"
     if ranks > 1 and ranks <= 8 and number * chunks * 2 <= _FEW_TICKS:
         group = plan.config.parallel_config.microbatch_group_size_per_virtual_pipeline_stage
-        yield format_steps(make_schedule(ranks, chunks, number, group_size=group))
+        yield format_steps(make_schedule(ranks, chunks, number, name=name, group_size=group))
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -274,6 +274,8 @@ class ModelParallelConfig:
     """0: follows from the other sizes."""
     microbatch_group_size_per_virtual_pipeline_stage: int = 0
     """Microbatches run on one chunk before the next; 0: pipeline_model_parallel_size."""
+    pipeline_schedule: str = "auto"
+    """The order of passes: 1f1b, interleaved, zero-bubble; auto is 1f1b, interleaved with several chunks on a rank."""
     sequence_parallel: bool = False
     num_layer_list: tuple[tuple[int, ...], ...] = ()
     """Layers of [pipeline rank][chunk]; empty: an even split."""

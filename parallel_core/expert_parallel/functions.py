@@ -10,6 +10,7 @@ from mindspore import Tensor
 from parallel_core import ops
 from parallel_core.autograd import Function, main_grad_of, needs_gradient
 from parallel_core.comm.interface import Group
+from parallel_core.deferral import late_gradient
 from parallel_core.expert_parallel.permutation import Permutation
 
 
@@ -93,7 +94,8 @@ class _GroupedLinear(Function):
             return dx, None, None
         main_grad = main_grad_of(weight, dy)
         if main_grad is None:
-            return dx, ops.cast(ops.grouped_linear_grad_weight(dy, x, counts), weight.dtype), None
+            compute = lambda: ops.cast(ops.grouped_linear_grad_weight(dy, x, counts), weight.dtype)  # noqa: E731
+            return dx, late_gradient(weight, compute), None
         dw = main_grad.accumulate(lambda into, add: ops.grouped_linear_grad_weight_(into, dy, x, counts, add))
         return dx, dw, None
 

@@ -92,18 +92,35 @@ class DistributedDataParallel:
     def _register_hooks(self, chunk: int, buffer: ParamAndGradBuffer) -> None:
         for index, parameter in enumerate(buffer.parameters):
             on_gradient(parameter, self._receiver(chunk, buffer, index))
+            buffer.on_late_gradient(index, self._marker(chunk, buffer, index))
 
     def _receiver(self, chunk: int, buffer: ParamAndGradBuffer, index: int) -> Callable[[Tensor], None]:
+        mark = self._marker(chunk, buffer, index)
+
         def receive(gradient: Tensor) -> None:
             buffer.accumulate(index, gradient)
+            mark()
+
+        return receive
+
+    def _marker(self, chunk: int, buffer: ParamAndGradBuffer, index: int) -> Callable[[], None]:
+        def mark() -> None:
             if self._sync[chunk] and self._overlap and not self._delayed:
                 buffer.mark_ready(index)
 
-        return receive
+        return mark
 
     def enable_sync(self, chunk: int) -> None:
         """Say that the next backward pass of `chunk` is its last in this iteration."""
         self._sync[chunk] = True
+
+    def enable_late_sync(self, chunk: int) -> None:
+        """Say that `chunk` has got all its gradients but those of weights that the next deferred calls compute."""
+        self.enable_sync(chunk)
+        for buffer in self._buffers_of_chunk[chunk]:
+            for index in range(len(buffer.parameters)):
+                if not buffer.is_pending(index):
+                    self._marker(chunk, buffer, index)()
 
     def start_iteration(self) -> None:
         """Forget the last iteration's gradients (Megatron: zero_grad_buffer)."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from mindspore import Parameter, Tensor, mint
+from mindspore import Parameter, Tensor
 
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ParallelCoreError, bullet_list
@@ -19,56 +18,9 @@ from parallel_core.layout.buckets import (
 )
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
+from parallel_core.optimizer.main_grad import MainGrad
 
 logger = logging.getLogger(__name__)
-
-
-class MainGrad:
-    """The sum of a parameter's gradients over the microbatches of an iteration; see `autograd.MainGrad`.
-
-    A layer's backward pass that sums here itself returns a placeholder: a view of the parameter's shape on one zero.
-    So the gradient's hook still fires when all contributions of a backward pass are in, and nothing of the parameter's
-    size is allocated.
-
-    Args:
-        flat: where it is kept.
-        parameter: its `main_grad` is set to this object, if backward passes may write here.
-    """
-
-    def __init__(self, flat: Flat, parameter: Parameter) -> None:
-        self.flat = flat
-        self.begun = False
-        """Whether this iteration has contributed."""
-        self._placeholder: Tensor | None = None
-        self._lent = False
-        array = flat.host_array()
-        if array is not None and array.dtype == np.float32:
-            self._array, self._dtype = array.reshape(parameter.shape), parameter.dtype
-            parameter.main_grad = self
-
-    def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
-        """See `autograd.MainGrad.accumulate`."""
-        write(self._array, self.begun)
-        self.begun = True
-        if self._lent:
-            return None  # autograd would have to add two placeholders, in a tensor of the parameter's size
-        if self._placeholder is None:  # of the parameter's dtype: a cast would make it an ordinary tensor
-            self._placeholder = mint.broadcast_to(mint.zeros((1,), dtype=self._dtype), self._array.shape)
-        self._lent = True
-        return self._placeholder
-
-    def receive(self, gradient: Tensor) -> None:
-        """Take what autograd has gathered in one backward pass."""
-        lent, self._lent = self._lent, False
-        # The placeholder alone comes back as another object on the same memory; where autograd added other
-        # contributions to it, the sum is a tensor of its own.
-        if lent and self._placeholder is not None and gradient.data_ptr() == self._placeholder.data_ptr():
-            return
-        if self.begun:
-            self.flat.add_(gradient)
-        else:
-            self.flat.write_(gradient)
-            self.begun = True
 
 
 class ParamAndGradBuffer:
@@ -142,6 +94,14 @@ class ParamAndGradBuffer:
         bucket = self.slots[index].bucket
         if self._members[bucket] <= self._ready:
             self.start_reduction(bucket)
+
+    def on_late_gradient(self, index: int, completed: Callable[[], None]) -> None:
+        """Call `completed` whenever the gradient of parameter `index` has got all that was deferred."""
+        self._main_grads[index].completed = completed
+
+    def is_pending(self, index: int) -> bool:
+        """Return whether contributions to the gradient of parameter `index` are deferred."""
+        return self._main_grads[index].pending > 0
 
     def start_reduction(self, bucket: int) -> None:
         """Start summing a bucket over the data parallel group."""

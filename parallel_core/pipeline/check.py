@@ -9,6 +9,9 @@ from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
 from parallel_core.layout.stages import Placement
 from parallel_core.pipeline.schedule import SENDS, TRANSFER_OF, Action, Op, Step, destination, origin
 
+_AFTER = {Op.BACKWARD: Op.FORWARD, Op.INPUT_GRAD: Op.FORWARD, Op.WEIGHT_GRAD: Op.INPUT_GRAD}
+"""What a microbatch needs on the same rank before an action."""
+
 
 def check_schedule(
     steps: Sequence[Sequence[Step]],
@@ -50,16 +53,20 @@ def _compute_findings(
     steps: Sequence[Step], num_chunks: int, num_microbatches: int, forward_only: bool
 ) -> Iterator[str]:
     done = [step.compute for step in steps if step.compute is not None]
-    ops = (Op.FORWARD,) if forward_only else (Op.FORWARD, Op.BACKWARD)
-    wanted = {Action(op, m, c) for op in ops for m in range(num_microbatches) for c in range(num_chunks)}
+    split = {action[1:] for action in done if action.op in (Op.INPUT_GRAD, Op.WEIGHT_GRAD)}
+    wanted = set()
+    for one in ((m, c) for m in range(num_microbatches) for c in range(num_chunks)):
+        backward = (Op.INPUT_GRAD, Op.WEIGHT_GRAD) if one in split else (Op.BACKWARD,)
+        wanted |= {Action(op, *one) for op in (Op.FORWARD, *(() if forward_only else backward))}
     counts = Counter(done)
     yield from (f"{action} is missing" for action in sorted(wanted - set(done), key=str))
     yield from (f"{action} does not belong here" for action in sorted(set(done) - wanted, key=str))
     yield from (f"{action} is done {count} times" for action, count in counts.items() if count > 1)
     place = {action: i for i, action in enumerate(done)}
     for action, i in place.items():
-        if action.op is Op.BACKWARD and place.get(action._replace(op=Op.FORWARD), len(done)) > i:
-            yield f"{action} comes before {action._replace(op=Op.FORWARD)}"
+        before = action._replace(op=_AFTER.get(action.op, action.op))
+        if place.get(before, len(done)) > i:
+            yield f"{action} comes before {before}"
     for chunk in range(num_chunks):
         order = [a.microbatch for a in done if a.op is Op.FORWARD and a.chunk == chunk]
         if order != sorted(order):
@@ -72,15 +79,15 @@ def _transfer_findings(steps: Sequence[Step], rank: int, placement: Placement) -
     for step in steps:
         sent = [action for action in step.exchange if action.op in SENDS]
         expected: list[Action] = []
-        if step.compute is not None:
-            op, microbatch, chunk = step.compute
-            transfer = TRANSFER_OF[op]
+        transfer = TRANSFER_OF.get(step.compute.op) if step.compute is not None else None
+        if step.compute is not None and transfer is not None and placement.num_ranks > 1:
+            _, microbatch, chunk = step.compute
             needed = Action(transfer.receive, microbatch, chunk)
-            if placement.num_ranks > 1 and placement.neighbour(rank, chunk, -transfer.stages):
+            if placement.neighbour(rank, chunk, -transfer.stages):
                 if not received[needed]:
                     yield f"{step.compute} runs before {needed}"
                 received[needed] -= 1
-            if placement.num_ranks > 1 and placement.neighbour(rank, chunk, transfer.stages):
+            if placement.neighbour(rank, chunk, transfer.stages):
                 expected = [Action(transfer.send, microbatch, chunk)]
         if sent != expected:
             yield f"after {step.compute} it sends {_names(sent)} instead of {_names(expected)}"

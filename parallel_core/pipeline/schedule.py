@@ -7,6 +7,9 @@ Vocabulary
     M  microbatches per step     G  microbatches run on one chunk before the next
     stage: which (rank, chunk) is which stage, in [0, P * V), is said by a `layout.stages.Placement`
 
+A backward pass is whole (B), or split: I computes the gradient of the input, which the previous stage waits for, and W,
+any time later, those of the weights, which nobody waits for.
+
 Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2. The compute order is Megatron-LM's.
 """
 
@@ -26,6 +29,8 @@ class Op(enum.Enum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    INPUT_GRAD = "I"
+    WEIGHT_GRAD = "W"
     SEND_FORWARD = "sF"
     RECV_FORWARD = "rF"
     SEND_BACKWARD = "sB"
@@ -43,11 +48,14 @@ class Transfer(NamedTuple):
 TRANSFER_OF = {
     Op.FORWARD: Transfer(Op.SEND_FORWARD, Op.RECV_FORWARD, 1),
     Op.BACKWARD: Transfer(Op.SEND_BACKWARD, Op.RECV_BACKWARD, -1),
+    Op.INPUT_GRAD: Transfer(Op.SEND_BACKWARD, Op.RECV_BACKWARD, -1),
 }
 """What is sent after a computation, and received before it; computations that are not named here send nothing."""
 
 SENDS = {transfer.send: transfer for transfer in TRANSFER_OF.values()}
 RECEIVES = {transfer.receive: transfer for transfer in TRANSFER_OF.values()}
+COMPLETES_GRADIENTS = (Op.BACKWARD, Op.WEIGHT_GRAD)
+"""What a microbatch's gradients are complete after, and its activations free."""
 
 
 class Action(NamedTuple):
@@ -92,6 +100,7 @@ class Schedule(NamedTuple):
     """Takes pipeline ranks P and chunks per rank V."""
     compute: Callable[[int, int, int, int], list[list[Action]]]
     """Takes P, V, microbatches M and group size G (0: P) and returns each rank's actions in order."""
+    splits_backward: bool = False
 
 
 def schedule_named(name: str, num_chunks: int) -> Schedule:
@@ -100,10 +109,15 @@ def schedule_named(name: str, num_chunks: int) -> Schedule:
     Raises:
         ConfigError: if there is none of that name, or it cannot run so many chunks.
     """
-    found = SCHEDULES.get(("interleaved" if num_chunks > 1 else "1f1b") if name == "auto" else name)
+    found = SCHEDULES.get(name_of_schedule(name, num_chunks))
     if found is None:
         raise ConfigError(f"pipeline schedule {name!r} does not exist; use auto, {', '.join(SCHEDULES)}")
     return found
+
+
+def name_of_schedule(name: str, num_chunks: int) -> str:
+    """Return what `auto` stands for: 1F1B, interleaved where a rank has several chunks; any other name as it is."""
+    return ("interleaved" if num_chunks > 1 else "1f1b") if name == "auto" else name
 
 
 def make_schedule(
@@ -142,7 +156,7 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> list[list[Action]]:
 
 
 def interleaved_one_f_one_b(
-    num_ranks: int, num_chunks: int, num_microbatches: int, group_size: int | None = None
+    num_ranks: int, num_chunks: int, num_microbatches: int, group_size: int | None = None, *, hop: int = 2
 ) -> list[list[Action]]:
     """Return the compute order of interleaved 1F1B.
 
@@ -152,6 +166,7 @@ def interleaved_one_f_one_b(
         num_microbatches: microbatches per iteration M.
         group_size: microbatches run on one chunk before moving to the next; default P
             (Megatron: --microbatch-group-size-per-virtual-pipeline-stage).
+        hop: warm-up forwards more than the next rank's.
 
     Raises:
         ConfigError: if `num_microbatches` cannot be cut into groups that keep every rank fed.
@@ -178,7 +193,7 @@ def interleaved_one_f_one_b(
         for microbatch in range(start, min(start + group_size, num_microbatches))
     ]
     backwards = [(microbatch, num_chunks - 1 - chunk) for microbatch, chunk in forwards]
-    warmups = [2 * (num_ranks - rank - 1) + (num_chunks - 1) * group_size for rank in range(num_ranks)]
+    warmups = [hop * (num_ranks - rank - 1) + (num_chunks - 1) * group_size for rank in range(num_ranks)]
     return [_weave(forwards, backwards, min(warmup, len(forwards))) for warmup in warmups]
 
 
@@ -196,6 +211,7 @@ SCHEDULES = {
     "1f1b": Schedule(Placement.in_turn, _one_chunk),
     "interleaved": Schedule(Placement.in_turn, _several_chunks),
 }
+"""Schedules by name; `pipeline/zero_bubble.py` adds one."""
 
 
 def add_exchanges(
@@ -233,7 +249,8 @@ def add_exchanges(
             if action is None:
                 continue
             todo[rank].popleft()
-            done.add((action.op, action.microbatch, placement.stage(rank, action.chunk)))
+            op = Op.BACKWARD if action.op is Op.INPUT_GRAD else action.op
+            done.add((op, action.microbatch, placement.stage(rank, action.chunk)))
             transfer = TRANSFER_OF.get(action.op)
             if transfer is not None and num_ranks > 1 and placement.neighbour(rank, action.chunk, transfer.stages):
                 send = Action(transfer.send, action.microbatch, action.chunk)
@@ -245,40 +262,9 @@ def add_exchanges(
     return steps
 
 
-def format_steps(steps: Sequence[Sequence[Step]], with_exchanges: bool = False) -> str:
-    """Return a tick (row) by rank (column) table, for logs and error messages."""
-    cells = [
-        [
-            " ".join(str(a) for a in (step.compute, *(step.exchange if with_exchanges else ())) if a) or "."
-            for step in rank
-        ]
-        for rank in steps
-    ]
-    widths = [max(map(len, column), default=1) for column in cells]
-    head = " tick | " + " | ".join(f"rank {rank}".ljust(width) for rank, width in enumerate(widths))
-    rows = [
-        f"{tick:5d} | " + " | ".join(cell.ljust(max(width, 6)) for cell, width in zip(row, widths)).rstrip()
-        for tick, row in enumerate(zip(*cells))
-    ]
-    return "\n".join([head, *rows])
-
-
-def peak_in_flight(steps: Sequence[Step]) -> int:
-    """Return the largest number of microbatch activations that one rank holds at once."""
-    alive = peak = 0
-    for step in steps:
-        if step.compute is not None:
-            alive += {Op.FORWARD: 1, Op.BACKWARD: -1}.get(step.compute.op, 0)
-            peak = max(peak, alive)
-    return peak
-
-
-def bubble_share(num_ranks: int, num_chunks: int, num_microbatches: int) -> float:
-    """Return the ideal share of a step that a rank idles: (P - 1) / (V * M + P - 1)."""
-    return (num_ranks - 1) / (num_chunks * num_microbatches + num_ranks - 1)
-
-
 def _is_ready(action: Action, stage: int, placement: Placement, done: set[tuple[Op, int, int]]) -> bool:
+    if action.op is Op.WEIGHT_GRAD:
+        return True  # its I stands before it in the same list
     if action.op is Op.FORWARD:
         return stage == 0 or (Op.FORWARD, action.microbatch, stage - 1) in done
     if stage == placement.num_stages - 1:

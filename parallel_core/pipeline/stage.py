@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, forget_recording, no_grad
 from parallel_core.comm.interface import Group
+from parallel_core.deferral import deferring
 from parallel_core.errors import ParallelCoreError
-from parallel_core.pipeline.loss_contract import checked_loss, collects_non_loss_data
-
-ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[..., Any]]]
-"""`forward_step_func(data_iterator, model) -> (output, loss_func)`, as in Megatron-LM."""
+from parallel_core.pipeline.stage_cell import ForwardStep, StageCell
 
 
 class PipelineStage:
@@ -35,6 +33,7 @@ class PipelineStage:
         before_forward: called with the microbatch's number before each forward pass (random streams, parameters that
             are still being gathered).
         before_last_backward: called before the last backward pass of an iteration (gradient reduction).
+        before_last_weight_grad: called in its place before the last one's part for the weights, if it is split.
     """
 
     def __init__(
@@ -48,12 +47,15 @@ class PipelineStage:
         tokens_group: Group | None = None,
         before_forward: Callable[[int], None] = lambda microbatch: None,
         before_last_backward: Callable[[], None] = lambda: None,
+        before_last_weight_grad: Callable[[], None] = lambda: None,
     ) -> None:
-        self._cell = _StageCell(model, forward_step_func, is_first, is_last, per_token_loss, tokens_group)
+        self._cell = StageCell(model, forward_step_func, is_first, is_last, per_token_loss, tokens_group)
         self._parameters: Sequence[Parameter] = list(model.trainable_params())
         self._before_forward, self._before_last_backward = before_forward, before_last_backward
+        self._before_last_weight_grad = before_last_weight_grad
         self._per_token_loss, self._is_first, self._is_last = per_token_loss, is_first, is_last
         self._in_flight: dict[int, Tensor] = {}
+        self._late: dict[int, deque[Callable[[], None]]] = {}
         self._forward_only = False
         self._loss_gradient = Tensor(np.float32(1.0))
 
@@ -68,6 +70,9 @@ class PipelineStage:
     ) -> None:
         """Forget the last iteration.
 
+        Raises:
+            ParallelCoreError: if it has left gradients of weights that nobody computed.
+
         Args:
             data: this chunk's microbatches.
             num_microbatches: how many of them this rank has in the iteration.
@@ -76,6 +81,10 @@ class PipelineStage:
             non_loss_data: call `loss_func(output, non_loss_data=True)` and keep what it returns as reports; of a
                 loss_func without such an argument, the output.
         """
+        if self._late:
+            raise ParallelCoreError(
+                f"pipeline: the gradients of the weights of microbatches {sorted(self._late)} were never computed"
+            )
         self._in_flight.clear()
         self._cell.reports.clear()
         self._cell.data, self._cell.non_loss_data = data, non_loss_data
@@ -124,54 +133,20 @@ class PipelineStage:
         (grad_input, *_), _ = backward(self._cell, (entry,), self._parameters, gradient)
         return grad_input
 
+    def input_grad(self, microbatch: int, grad_output: Tensor | None) -> Tensor:
+        """Return the gradient for the activation; what the weights get of it waits for `weight_grad`."""
+        with deferring() as late:
+            gradient = self.backward(microbatch, grad_output, False)
+        self._late[microbatch] = deque(late)
+        return gradient
 
-class _StageCell(nn.Cell):
-    """forward_step_func and the loss as one Cell, whose only input is the previous stage's activation."""
-
-    def __init__(
-        self,
-        model: nn.Cell,
-        forward_step_func: ForwardStep,
-        is_first: bool,
-        is_last: bool,
-        per_token_loss: bool,
-        tokens_group: Group | None,
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.model = model
-        self._forward_step_func = forward_step_func
-        self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
-        self._tokens_group = tokens_group if tokens_group is not None and tokens_group.size > 1 else None
-        self.data: Iterator[Any] = iter(())
-        self.non_loss_data = False
-        self.reports: list[Any] = []
-
-    def construct(self, entry: Tensor) -> Tensor:
-        if not self._is_first:
-            self.model.set_input_tensor(entry)
-        output, loss_func = self._forward_step_func(self.data, self.model)
-        if not self._is_last:
-            return output
-        if self.non_loss_data:
-            takes = collects_non_loss_data(loss_func)
-            self.reports.append(loss_func(output, non_loss_data=True) if takes else output)
-            return output
-        loss_sum, num_tokens, report = checked_loss(loss_func(output))
-        loss = self._objective(loss_sum, num_tokens)
-        for name, total, number, weight in getattr(self.model, "take_auxiliary_losses", list)():
-            part = self._objective(total, number)
-            loss = loss + weight * part
-            report = {**report, name: (total, number) if self._per_token_loss else (part, 1.0)}
-        self.reports.append((num_tokens, report))
-        return loss
-
-    def _objective(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
-        """Return the mean over the microbatch's tokens on all ranks that hold it, or the sum of this rank's."""
-        if self._per_token_loss:
-            return loss_sum
-        one = Tensor(np.float32(1.0))
-        if self._tokens_group is None:
-            return loss_sum / ms.ops.maximum(num_tokens, one)
-        # A rank whose part of the sequence counts no token still divides by the whole sequence's number.
-        counted = self._tokens_group.all_reduce(ms.ops.stop_gradient(num_tokens))
-        return loss_sum * (self._tokens_group.size / ms.ops.maximum(counted, one))
+    def weight_grad(self, microbatch: int, is_last: bool) -> None:
+        """Add to the gradients of the weights what `input_grad` left of `microbatch`."""
+        if microbatch not in self._late:
+            raise ParallelCoreError(f"pipeline: microbatch {microbatch} has left no gradients of weights")
+        if is_last:
+            self._before_last_weight_grad()
+        late = self._late.pop(microbatch)
+        with no_grad():
+            while late:  # each call gives back the activations that it has kept
+                late.popleft()()

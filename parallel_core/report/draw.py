@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from parallel_core.pipeline.schedule import Op, Step, bubble_share, format_steps, peak_in_flight
+from parallel_core.pipeline.figures import bubble_share, format_steps, peak_in_flight
+from parallel_core.pipeline.schedule import COMPLETES_GRADIENTS, Op, Step
 from parallel_core.report.simulate import Span, Timeline
 
 _FORWARD = ("#cfe2f9", "#9fc5f0", "#6fa6e4", "#4488d3", "#2a6ab5", "#184d8c")
 _BACKWARD = ("#d9efd3", "#b3dfaa", "#88ca7e", "#5cb056", "#3b9139", "#237023")
+_LATE = ("#fbe3cf", "#f6c9a3", "#f0ab73", "#e78d48", "#cf6f26", "#9c5119")
+_SHADES = {Op.FORWARD: _FORWARD, Op.BACKWARD: _BACKWARD, Op.INPUT_GRAD: _BACKWARD, Op.WEIGHT_GRAD: _LATE}
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BOTTOM = 1400.0, 64.0, 150.0, 64.0, 30.0, 56.0
 _MIN_UNIT = 2.0
 """Points of the shortest action; pictures of long schedules grow wider instead of denser."""
@@ -35,7 +38,7 @@ def describe_schedule(
     lines = [
         heading(steps, num_chunks, num_microbatches),
         f"bubble: {_percent(timeline.bubble_share)} of {timeline.end:g} time units simulated, "
-        f"{_percent(bubble_share(len(steps), num_chunks, num_microbatches))} ideal ((P - 1) / (V * M + P - 1))",
+        f"{_percent(_ideal(steps, timeline, num_chunks, num_microbatches))} ideal ({_formula(steps)})",
         "",
         " rank | peak in flight | idle",
     ]
@@ -47,7 +50,7 @@ def describe_schedule(
 
 def heading(steps: Sequence[Sequence[Step]], num_chunks: int, num_microbatches: int) -> str:
     """Return what is scheduled, in one line."""
-    kind = "1F1B" if num_chunks == 1 else "interleaved 1F1B"
+    kind = "zero bubble" if _is_split(steps) else "1F1B" if num_chunks == 1 else "interleaved 1F1B"
     if not has_backward(steps):
         kind += ", forward only"
     return (
@@ -58,7 +61,42 @@ def heading(steps: Sequence[Sequence[Step]], num_chunks: int, num_microbatches: 
 
 def has_backward(steps: Sequence[Sequence[Step]]) -> bool:
     """Whether any backward pass is scheduled; without one nothing is kept."""
-    return any(step.compute is not None and step.compute.op is Op.BACKWARD for rank in steps for step in rank)
+    return _has(steps, *COMPLETES_GRADIENTS)
+
+
+def _is_split(steps: Sequence[Sequence[Step]]) -> bool:
+    return _has(steps, Op.INPUT_GRAD)
+
+
+def _has(steps: Sequence[Sequence[Step]], *ops: Op) -> bool:
+    return any(step.compute is not None and step.compute.op in ops for rank in steps for step in rank)
+
+
+def _formula(steps: Sequence[Sequence[Step]]) -> str:
+    if _is_split(steps):
+        return "(P - 1) * (F + I - W) / (V * M * (F + I + W) + (P - 1) * (F + I - W))"
+    return "(P - 1) / (V * M + P - 1)"
+
+
+def _ideal(steps: Sequence[Sequence[Step]], timeline: Timeline, num_chunks: int, num_microbatches: int) -> float:
+    """Return the ideal bubble of the schedule at the timeline's mean durations."""
+    if not _is_split(steps):
+        return bubble_share(len(steps), num_chunks, num_microbatches)
+    lengths: dict[Op, list[float]] = {}
+    for span in (span for rank in timeline.spans for span in rank):
+        lengths.setdefault(span.action.op, []).append(span.end - span.start)
+    forward, input_grad, weight_grad = (
+        sum(lengths[op]) / len(lengths[op]) for op in (Op.FORWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD)
+    )
+    return bubble_share(
+        len(steps),
+        num_chunks,
+        num_microbatches,
+        "zero-bubble",
+        forward_time=forward,
+        input_grad_time=input_grad,
+        weight_grad_time=weight_grad,
+    )
 
 
 def svg_timeline(
@@ -66,8 +104,8 @@ def svg_timeline(
 ) -> str:
     """Return the timeline as an SVG picture: a row per rank, a box per action, microbatch numbers inside.
 
-    Forward passes are blue, backward ones green, later chunks darker; beside each row the peak number of microbatches
-    in flight and the idle share. Arguments as for `describe_schedule`.
+    Forward passes are blue, backward ones green, the weights' part of split ones orange, later chunks darker; beside
+    each row the peak number of microbatches in flight and the idle share. Arguments as for `describe_schedule`.
     """
     lengths = [span.end - span.start for rank in timeline.spans for span in rank]
     shortest = min(filter(None, lengths), default=1.0)
@@ -75,7 +113,7 @@ def svg_timeline(
     right = _LEFT + timeline.end * scale
     bottom = _TOP + _ROW * len(steps)
     width, height = right + _RIGHT, bottom + _BOTTOM
-    ideal = bubble_share(len(steps), num_chunks, num_microbatches)
+    ideal = _ideal(steps, timeline, num_chunks, num_microbatches)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.2f} {height:.2f}" font-family="sans-serif" font-size="12">',
@@ -94,7 +132,7 @@ def svg_timeline(
         parts.append(f'<rect x="{_LEFT}" y="{y + 2}" width="{right - _LEFT:.2f}" height="{_ROW - 4}" fill="#f1f1f1"/>')
         parts += [_box(span, y, scale, num_chunks) for span in spans]
         parts.append(_text(right + 10, y + 19, f"{held} | {_percent(timeline.idle_share(rank))}"))
-    parts += [*_axis(right, bottom, timeline.end, scale), *_legend(bottom, num_chunks, has_backward(steps)), "</svg>"]
+    parts += [*_axis(right, bottom, timeline.end, scale), *_legend(bottom, num_chunks, steps), "</svg>"]
     return "\n".join(parts) + "\n"
 
 
@@ -120,7 +158,7 @@ def _box(span: Span, y: float, scale: float, num_chunks: int) -> str:
 
 def _colours(op: Op, chunk: int, num_chunks: int) -> tuple[str, str]:
     """Return fill and text colour: lighter chunks first."""
-    shades = _FORWARD if op is Op.FORWARD else _BACKWARD
+    shades = _SHADES[op]
     step = 1 if num_chunks == 1 else round(chunk * (len(shades) - 1) / (num_chunks - 1))
     return shades[step], "black" if step < 3 else "white"
 
@@ -136,9 +174,12 @@ def _axis(right: float, bottom: float, end: float, scale: float) -> list[str]:
     return parts
 
 
-def _legend(bottom: float, num_chunks: int, backward: bool) -> list[str]:
+def _legend(bottom: float, num_chunks: int, steps: Sequence[Sequence[Step]]) -> list[str]:
+    names = {Op.FORWARD: "forward", Op.BACKWARD: "backward" if has_backward(steps) else ""}
+    if _is_split(steps):
+        names[Op.WEIGHT_GRAD] = "gradients of weights"
     parts, x, y = [], _LEFT, bottom + 30
-    for op, name in ((Op.FORWARD, "forward"), (Op.BACKWARD, "backward"))[: 2 if backward else 1]:
+    for op, name in ((op, name) for op, name in names.items() if name):
         for chunk in sorted({0, num_chunks - 1}):
             label = name if num_chunks == 1 else f"{name} of chunk {chunk}"
             parts.append(f'<rect x="{x}" y="{y}" width="14" height="14" fill="{_colours(op, chunk, num_chunks)[0]}"/>')

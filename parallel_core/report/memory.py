@@ -36,7 +36,7 @@ _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
 _USAGE = "usage: python -m parallel_core.report.memory [--layouts L,L,..] [--config FILE] [--megatron-flag value ...]"
 
 _EXCHANGES = tuple(word for word in EXCHANGES if "+" not in word)
-_WORDS = f"single, tpN, ppN, vppN, cpN, dpN, sp, distopt, {', '.join(_EXCHANGES)}, selective, full"
+_WORDS = f"single, tpN, ppN, vppN, cpN, dpN, sp, zb, distopt, {', '.join(_EXCHANGES)}, selective, full"
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
 
     Args:
         layout: words joined by '+': single, tpN, ppN, vppN (chunks per pipeline rank), cpN, dpN, sp (sequence
-            parallelism), distopt (distributed optimizer), p2p, all_gather or a2a (how context parallel ranks exchange
-            keys), selective or full (recomputation).
+            parallelism), zb (zero-bubble pipeline), distopt (distributed optimizer), p2p, all_gather or a2a (how
+            context parallel ranks exchange keys), selective or full (recomputation).
 
     Raises:
         ConfigError: for another word.
     """
     sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
-    switches = {"sp": False, "distopt": False}
+    switches = {"sp": False, "distopt": False, "zb": False}
     recompute: list[str] = []
     exchange: list[str] = []
     for word in layout.split("+"):
@@ -85,6 +85,8 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
         flags += ["--context-parallel-size", str(sizes["cp"]), *exchange]
     if sizes["vpp"] > 1:
         flags += ["--virtual-pipeline-model-parallel-size", str(sizes["vpp"])]
+    if switches["zb"]:
+        flags += ["--pipeline-schedule", "zero-bubble"]
     flags.append("--sequence-parallel" if switches["sp"] else "--no-sequence-parallel")
     flags.append("--use-distributed-optimizer" if switches["distopt"] else "--no-use-distributed-optimizer")
     return flags + recompute, sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.schedule import make_schedule
+from parallel_core.pipeline.schedule import SCHEDULES, make_schedule
 from parallel_core.report.draw import describe_schedule, svg_timeline
 from parallel_core.report.simulate import simulate, uniform_durations
 
@@ -48,12 +48,13 @@ def _draw(options: argparse.Namespace) -> None:
         ranks,
         chunks,
         microbatches,
+        name=options.pipeline_schedule,
         group_size=options.microbatch_group_size_per_virtual_pipeline_stage,
         forward_only=options.forward_only,
     )
     timeline = simulate(
         steps,
-        uniform_durations(options.forward_time, options.backward_time),
+        uniform_durations(options.forward_time, options.backward_time, options.weight_grad_time),
         transfer_time=options.transfer_time,
         wait_late=not options.no_overlap_p2p_communication,
     )
@@ -97,8 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="microbatches run on one chunk before the next (default: P)",
     )
+    draw.add_argument(
+        "--pipeline-schedule", choices=("auto", *SCHEDULES), default="auto", help="the order (default: auto)"
+    )
     draw.add_argument("--forward-time", type=float, default=1.0, help="time of one chunk's forward pass (default: 1)")
     draw.add_argument("--backward-time", type=float, default=2.0, help="time of its backward pass (default: 2)")
+    draw.add_argument(
+        "--weight-grad-time", type=float, help="part of it for the weights, where it is split (default: half)"
+    )
     draw.add_argument("--transfer-time", type=float, default=0.0, help="time of one transfer (default: 0)")
     draw.add_argument("--forward-only", action="store_true", help="the schedule of an evaluation")
     draw.add_argument(

@@ -15,7 +15,7 @@ from parallel_core.layout.stages import Placement
 from parallel_core.pipeline.schedule import RECEIVES, SENDS, TRANSFER_OF, Action, Op, Step, destination
 
 Duration = Callable[[int, Action], float]
-"""Takes a rank and a forward or backward action, and returns how long the action takes."""
+"""Takes a rank and a computation (F, B, I or W), and returns how long it takes."""
 
 
 class Span(NamedTuple):
@@ -51,16 +51,28 @@ class Timeline:
         return sum(map(self.idle_share, range(len(self.spans)))) / max(1, len(self.spans))
 
 
-def uniform_durations(forward_time: float = 1.0, backward_time: float = 2.0) -> Duration:
-    """Return a duration that depends on the direction only; times are of one model chunk and microbatch.
+def uniform_durations(
+    forward_time: float = 1.0, backward_time: float = 2.0, weight_grad_time: float | None = None
+) -> Duration:
+    """Return a duration that depends on the operation only; times are of one model chunk and microbatch.
+
+    Args:
+        forward_time: of F.
+        backward_time: of B, or of I and W together.
+        weight_grad_time: of W; None: half of B.
 
     Raises:
-        ConfigError: if a time is negative or not finite.
+        ConfigError: if a time is negative or not finite, or W takes longer than B.
     """
     for name, value in (("forward_time", forward_time), ("backward_time", backward_time)):
         if not 0 <= value < float("inf"):
             raise ConfigError(f"{name}={value}: use a number of 0 or more")
-    return lambda rank, action: forward_time if action.op is Op.FORWARD else backward_time
+    late = backward_time / 2 if weight_grad_time is None else weight_grad_time
+    if not 0 <= late <= backward_time:
+        raise ConfigError(f"weight_grad_time={late}: use a number from 0 to backward_time={backward_time}")
+    times = {Op.FORWARD: forward_time, Op.BACKWARD: backward_time}
+    times.update({Op.INPUT_GRAD: backward_time - late, Op.WEIGHT_GRAD: late})
+    return lambda rank, action: times[action.op]
 
 
 def simulate(
@@ -75,7 +87,7 @@ def simulate(
 
     Args:
         steps: the steps of every rank, as `make_schedule` returns them.
-        duration: how long an action takes; None: 1 forward, 2 backward.
+        duration: how long an action takes; None: 1 forward, 2 backward, half of it for the weights.
         transfer_time: from the start of a send to the arrival of the tensor, in the unit of the durations.
         wait_late: as for `run_steps`.
         placement: where the stages are; None: `Placement.in_turn`.
@@ -136,8 +148,9 @@ class _Rank:
     ) -> bool:
         if action is None:
             return True
-        needed = Action(TRANSFER_OF[action.op].receive, action.microbatch, action.chunk)
-        if needed in self._receives:
+        transfer = TRANSFER_OF.get(action.op)
+        needed = None if transfer is None else Action(transfer.receive, action.microbatch, action.chunk)
+        if needed is not None and needed in self._receives:
             if (self.rank, needed) not in arrivals:
                 return False
             self._now = max(self._now, arrivals[self.rank, needed])

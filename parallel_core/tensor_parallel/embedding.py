@@ -10,6 +10,7 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.autograd import Function, main_grad_of, needs_gradient
 from parallel_core.comm.interface import Group
+from parallel_core.deferral import late_gradient
 from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.parameter import InitMethod, make_parameter
@@ -93,8 +94,11 @@ class _LocalEmbedding(Function):
         ids_T, first_row, weight = ids.reshape(-1), ctx.first_row, ctx.weight
         main_grad = main_grad_of(weight, dy)
         if main_grad is None:
-            dw = ops.embedding_grad_table(dy_TH, ids_T, weight.shape[0], first_row)
-            return None, ops.cast(dw, weight.dtype), None
+            dw = late_gradient(
+                weight,
+                lambda: ops.cast(ops.embedding_grad_table(dy_TH, ids_T, weight.shape[0], first_row), weight.dtype),
+            )
+            return None, dw, None
         dw = main_grad.accumulate(
             lambda into_VH, add: ops.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add)
         )

@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from parallel_core import ops
 from parallel_core.autograd import Function, main_grad_of, needs_gradient
 from parallel_core.comm.interface import Group
+from parallel_core.deferral import is_deferring, late_gradient
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.spans import span
@@ -251,8 +252,9 @@ def _forward(
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return (dx, dw)."""
     x, weight = ctx.saved_tensors
-    if ctx.regather and needs_gradient(weight):
-        x = ctx.group.all_gather(x, 0)
+    gather = ctx.group if ctx.regather else None
+    if gather is not None and needs_gradient(weight) and not is_deferring():
+        x, gather = gather.all_gather(x, 0), None
     dx = ops.linear_grad_input(dy, ops.cast(weight, dy.dtype))
     # The sum over the group is started before the weight's gradient is computed, so that the two can overlap.
     if ctx.sequence_parallel:
@@ -262,14 +264,19 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     else:
         summed = None
     with span("weight-gradient"):
-        dw = _weight_gradient(dy, x, weight)
+        dw = _weight_gradient(dy, x, weight, gather)
     return dx if summed is None else summed.wait(), dw
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, gather: Group | None) -> Tensor | None:
+    """Return dw. What is deferred keeps this rank's part of x, and gathers it over `gather` when it runs."""
     if not needs_gradient(weight):
         return None
+
+    def total() -> Tensor:
+        return x if gather is None else gather.all_gather(x, 0)
+
     main_grad = main_grad_of(weight, dy)
     if main_grad is None:
-        return ops.cast(ops.linear_grad_weight(dy, x), weight.dtype)
-    return main_grad.accumulate(lambda into_OI, add: ops.linear_grad_weight_(into_OI, dy, x, add))
+        return late_gradient(weight, lambda: ops.cast(ops.linear_grad_weight(dy, total()), weight.dtype))
+    return main_grad.accumulate(lambda into_OI, add: ops.linear_grad_weight_(into_OI, dy, total(), add))

@@ -19,7 +19,7 @@ from parallel_core.data import data_order_fingerprint, describe_data_order, expl
 from parallel_core.data import train_valid_test_num_samples as count_samples
 from parallel_core.errors import ConfigError, bullet_list
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
-from parallel_core.pipeline.schedule import format_steps
+from parallel_core.pipeline.figures import format_steps
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.tracking.writers import require_packages
 from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source

@@ -124,6 +124,7 @@ class TrainingStep:
             tokens_group=context.cp,
             before_forward=before_forward,
             before_last_backward=lambda: self.ddp.enable_sync(chunk),
+            before_last_weight_grad=lambda: self.ddp.enable_late_sync(chunk),
         )
 
     def train(
@@ -221,6 +222,7 @@ class TrainingStep:
             self.model.layout.num_ranks,
             self.model.layout.num_chunks,
             num_microbatches,
+            name=parallel.pipeline_schedule,
             group_size=parallel.microbatch_group_size_per_virtual_pipeline_stage,
             forward_only=forward_only,
         )

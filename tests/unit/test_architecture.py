@@ -14,7 +14,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "parallel_core"
 
-LAYERS: dict[str, int] = {
+LAYERS: dict[str, float] = {
     "bundled": 0,
     "spans": 0,
     "files": 0,
@@ -23,6 +23,9 @@ LAYERS: dict[str, int] = {
     "environment": 0,
     "layout": 1,
     "pipeline.schedule": 2,
+    "pipeline.zero_bubble": 2.2,
+    "pipeline.figures": 2.5,
+    "deferral": 2,
     "data": 2,
     "config": 3,
     "checkpoint": 4,
@@ -88,6 +91,8 @@ PURE = (
     "launch",
     "pipeline.schedule",
     "pipeline.check",
+    "pipeline.figures",
+    "pipeline.zero_bubble",
     "pipeline.executor",
     "report.simulate",
     "report.run_files",

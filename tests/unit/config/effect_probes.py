@@ -288,7 +288,7 @@ def steps(words: tuple[str, ...]) -> Any:
     layout = stage_layout(config.model_config.num_layers, config.parallel_config)
     group = config.parallel_config.microbatch_group_size_per_virtual_pipeline_stage
     return str(make_schedule(layout.num_ranks, layout.num_chunks, config.dataset_config.micro_batch_num,
-                             group_size=group))
+                             name=config.parallel_config.pipeline_schedule, group_size=group))
 
 
 def recomputed(words: tuple[str, ...]) -> Any:

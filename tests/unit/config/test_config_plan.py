@@ -25,7 +25,8 @@ from parallel_core.config.plan_text import plan_text
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import BatchSizes
 from parallel_core.layout.stages import stage_layout
-from parallel_core.pipeline.schedule import make_schedule, peak_in_flight
+from parallel_core.pipeline.figures import peak_in_flight
+from parallel_core.pipeline.schedule import make_schedule
 
 LLAMA = [
     "--normalization", "RMSNorm", "--position-embedding-type", "rope", "--swiglu", "--ffn-hidden-size", "176",
@@ -148,13 +149,16 @@ def test_operations_by_hand():
 @pytest.mark.parametrize("words", [
     "", "--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2",
     "--pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 2",
+    "--pipeline-model-parallel-size 4 --pipeline-schedule zero-bubble",
+    "--pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 2 --enable-zero-bubble",
 ])
 @pytest.mark.parametrize("number", [4, 8, 16])
 def test_activations_in_flight_are_the_schedules(words, number):
     config = load(*words.split(), "--num-layers", "8", "--global-batch-size", str(2 * number),
                   without=("num_layers",)).config
     parallel = config.parallel_config
-    steps = make_schedule(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size, number)
+    steps = make_schedule(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size, number,
+                          name=parallel.pipeline_schedule)
     for rank, actions in enumerate(steps):
         assert in_flight(config, rank) == peak_in_flight(actions)
 

@@ -207,7 +207,11 @@ SEEN = {
         standalone_embedding_stage | --standalone-embedding-stage | {PIPE}
         noop_layers | --noop-layers 1
     """,
-    "steps": f"microbatch_group_size_per_vp_stage | --microbatch-group-size-per-vp-stage 4 | {VPP}",
+    "steps": f"""
+        microbatch_group_size_per_vp_stage | --microbatch-group-size-per-vp-stage 4 | {VPP}
+        pipeline_schedule | --pipeline-schedule zero-bubble | {PIPE}
+        enable_zero_bubble | --enable-zero-bubble | {PIPE}
+    """,
     "traffic": f"""
         ddp_bucket_size | --ddp-bucket-size 300
         overlap_grad_reduce | --overlap-grad-reduce | {BUCKETS}

@@ -15,16 +15,14 @@ from parallel_core.errors import ConfigError, ParallelCoreError
 from parallel_core.layout.stages import Placement
 from parallel_core.pipeline.check import check_schedule
 from parallel_core.pipeline.executor import run_steps
+from parallel_core.pipeline.figures import bubble_share, format_steps, peak_in_flight
 from parallel_core.pipeline.schedule import (
     Action,
     Op,
     Step,
     add_exchanges,
-    bubble_share,
-    format_steps,
     make_schedule,
     one_f_one_b,
-    peak_in_flight,
 )
 from parallel_core.report.simulate import simulate
 
@@ -150,6 +148,7 @@ class PathStage:
     def __init__(self, stage: int, last: int) -> None:
         self.stage, self.last = stage, last
         self.kept: set[int] = set()
+        self.late: set[int] = set()
         self.forwards: list[int] = []
         self.backwards: list[int] = []
         self.last_flags: list[bool] = []
@@ -166,6 +165,18 @@ class PathStage:
         self.backwards.append(microbatch)
         self.last_flags.append(is_last)
         return ("g", self.stage, microbatch)
+
+    def input_grad(self, microbatch: int, grad_output: object) -> object:
+        assert grad_output == (None if self.stage == self.last else ("g", self.stage + 1, microbatch))
+        assert microbatch in self.kept - self.late
+        self.late.add(microbatch)
+        return ("g", self.stage, microbatch)
+
+    def weight_grad(self, microbatch: int, is_last: bool) -> None:
+        self.late.remove(microbatch)
+        self.kept.remove(microbatch)
+        self.backwards.append(microbatch)
+        self.last_flags.append(is_last)
 
 
 def run_all_ranks(steps: list[list[Step]], V: int, wait_late: bool = True) -> list[list[PathStage]]:
@@ -184,11 +195,12 @@ def run_all_ranks(steps: list[list[Step]], V: int, wait_late: bool = True) -> li
 EXECUTED = [(1, 1, 3, 1), (2, 1, 1, 2), (4, 1, 7, 4), (2, 2, 4, 2), (2, 4, 5, 3), (3, 3, 7, 4), (4, 2, 8, 4)]
 
 
+@pytest.mark.parametrize("name", ["auto", "zero-bubble"])
 @pytest.mark.parametrize("wait_late", [True, False])
-def test_the_executor_brings_every_microbatch_through_every_stage(wait_late: bool) -> None:
+def test_the_executor_brings_every_microbatch_through_every_stage(wait_late: bool, name: str) -> None:
     """Sends block until they are received, and nothing deadlocks, waiting early or late."""
     for P, V, M, G in EXECUTED:
-        for row in run_all_ranks(make_schedule(P, V, M, group_size=G), V, wait_late):
+        for row in run_all_ranks(make_schedule(P, V, M, name=name, group_size=G), V, wait_late):
             for stage in row:
                 assert stage.forwards == list(range(M)) and sorted(stage.backwards) == list(range(M))
                 assert not stage.kept

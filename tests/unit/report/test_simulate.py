@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_core.errors import ConfigError
-from parallel_core.pipeline.schedule import Action, Op, Step, bubble_share, make_schedule
+from parallel_core.pipeline.figures import bubble_share
+from parallel_core.pipeline.schedule import Action, Op, Step, make_schedule
 from parallel_core.report.simulate import simulate, uniform_durations
 
 

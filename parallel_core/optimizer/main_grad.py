@@ -1,0 +1,89 @@
+"""Where the gradients of one parameter are summed, now or later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mindspore import Parameter, Tensor, mint
+
+from parallel_core.deferral import defer, is_deferring
+from parallel_core.optimizer.flat import Flat
+
+
+class MainGrad:
+    """The sum of a parameter's gradients over the microbatches of an iteration; see `autograd.MainGrad`.
+
+    A layer's backward pass that sums here itself returns a placeholder: a view of the parameter's shape on one zero.
+    So the gradient's hook still fires when all contributions of a backward pass are in, and nothing of the parameter's
+    size is allocated.
+
+    Where the gradients of weights are deferred (`autograd.deferring`), the placeholder comes first and the sum later:
+    the gradient is complete when nothing is pending any more.
+
+    Args:
+        flat: where it is kept.
+        parameter: its `late_grad` is set to this object, and its `main_grad`, if backward passes may write here.
+    """
+
+    def __init__(self, flat: Flat, parameter: Parameter) -> None:
+        self.flat = flat
+        self.begun = False
+        """Whether this iteration has contributed."""
+        self.pending = 0
+        """Contributions that are left for later."""
+        self.completed: Callable[[], None] = lambda: None
+        """Called when the last pending contribution is in."""
+        self._placeholder: Tensor | None = None
+        self._lent = False
+        self._shape, self._dtype = parameter.shape, parameter.dtype
+        parameter.late_grad = self
+        array = flat.host_array()
+        if array is not None and array.dtype == np.float32:
+            self._array = array.reshape(parameter.shape)
+            parameter.main_grad = self
+
+    def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
+        """See `autograd.MainGrad.accumulate`."""
+        return self._contribute(lambda: write(self._array, self.begun))
+
+    def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
+        """See `autograd.MainGrad.accumulate_later`."""
+        return self._contribute(lambda: self._add(compute()))
+
+    def _contribute(self, add: Callable[[], None]) -> Tensor | None:
+        if is_deferring():
+            self.pending += 1
+            defer(lambda: self._contribute_late(add))
+        else:
+            add()
+            self.begun = True
+        if self._lent:
+            return None  # autograd would have to add two placeholders, in a tensor of the parameter's size
+        if self._placeholder is None:  # of the parameter's dtype: a cast would make it an ordinary tensor
+            self._placeholder = mint.broadcast_to(mint.zeros((1,), dtype=self._dtype), self._shape)
+        self._lent = True
+        return self._placeholder
+
+    def _contribute_late(self, add: Callable[[], None]) -> None:
+        add()
+        self.begun = True
+        self.pending -= 1
+        if not self.pending:
+            self.completed()
+
+    def receive(self, gradient: Tensor) -> None:
+        """Take what autograd has gathered in one backward pass."""
+        lent, self._lent = self._lent, False
+        # The placeholder alone comes back as another object on the same memory; where autograd added other
+        # contributions to it, the sum is a tensor of its own.
+        if lent and self._placeholder is not None and gradient.data_ptr() == self._placeholder.data_ptr():
+            return
+        self._add(gradient)
+        self.begun = True
+
+    def _add(self, gradient: Tensor) -> None:
+        if self.begun:
+            self.flat.add_(gradient)
+        else:
+            self.flat.write_(gradient)

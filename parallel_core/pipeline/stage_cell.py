@@ -1,0 +1,69 @@
+"""A model chunk and its loss as one recorded call of a microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from parallel_core.comm.interface import Group
+from parallel_core.pipeline.loss_contract import checked_loss, collects_non_loss_data
+
+ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[..., Any]]]
+"""`forward_step_func(data_iterator, model) -> (output, loss_func)`, as in Megatron-LM."""
+
+
+class StageCell(nn.Cell):
+    """forward_step_func and the loss as one Cell, whose only input is the previous stage's activation."""
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        forward_step_func: ForwardStep,
+        is_first: bool,
+        is_last: bool,
+        per_token_loss: bool,
+        tokens_group: Group | None,
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self._forward_step_func = forward_step_func
+        self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
+        self._tokens_group = tokens_group if tokens_group is not None and tokens_group.size > 1 else None
+        self.data: Iterator[Any] = iter(())
+        self.non_loss_data = False
+        self.reports: list[Any] = []
+
+    def construct(self, entry: Tensor) -> Tensor:
+        """Return hidden states; on the last stage the scalar loss, or the output where non-loss data is collected."""
+        if not self._is_first:
+            self.model.set_input_tensor(entry)
+        output, loss_func = self._forward_step_func(self.data, self.model)
+        if not self._is_last:
+            return output
+        if self.non_loss_data:
+            takes = collects_non_loss_data(loss_func)
+            self.reports.append(loss_func(output, non_loss_data=True) if takes else output)
+            return output
+        loss_sum, num_tokens, report = checked_loss(loss_func(output))
+        loss = self._objective(loss_sum, num_tokens)
+        for name, total, number, weight in getattr(self.model, "take_auxiliary_losses", list)():
+            part = self._objective(total, number)
+            loss = loss + weight * part
+            report = {**report, name: (total, number) if self._per_token_loss else (part, 1.0)}
+        self.reports.append((num_tokens, report))
+        return loss
+
+    def _objective(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
+        """Return the mean over the microbatch's tokens on all ranks that hold it, or the sum of this rank's."""
+        if self._per_token_loss:
+            return loss_sum
+        one = Tensor(np.float32(1.0))
+        if self._tokens_group is None:
+            return loss_sum / ms.ops.maximum(num_tokens, one)
+        # A rank whose part of the sequence counts no token still divides by the whole sequence's number.
+        counted = self._tokens_group.all_reduce(ms.ops.stop_gradient(num_tokens))
+        return loss_sum * (self._tokens_group.size / ms.ops.maximum(counted, one))
