@@ -67,7 +67,7 @@ def test_split_passes_of_four_ranks_are_bit_equal(ctx: CaseContext, layout: str,
     timeout_s=300.0,
     variants=[
         {"model": "softmax", "layout": "pp2 ep2"},
-        {"model": "sigmoid", "layout": "tp2 sp pp2 ep2"},
+        {"model": "sigmoid", "layout": "tp2 sp pp2 ep2 etp1"},
         {"model": "padded", "layout": "pp2 vpp2 ep2 full"},
         {"model": "capacity", "layout": "pp2 ep2 allgather overlap"},
         {"model": "latent", "layout": "tp2 sp pp2"},
