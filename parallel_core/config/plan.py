@@ -270,7 +270,9 @@ def layer_deferred(config: AllConfig) -> int:
         latents = 2 * (mla.q_lora_rank + mla.kv_lora_rank) + mla.qk_pos_emb_head_dim
         heads = model.num_attention_heads * (mla.head_size + mla.qk_head_dim + 2 * mla.v_head_dim)
     inputs = 2 * model.hidden_size // (tp if parallel.sequence_parallel else 1)
-    split = heads + model.ffn_hidden_size * (3 if model.is_gated else 2)
+    split = heads + kept_by_feed_forward(model)
+    if model.moe.num_experts:
+        split += model.moe.moe_router_topk * model.hidden_size  # the gradient of every row's output
     return tokens * (inputs + 2 * model.hidden_size + latents + split // tp) * BYTES[model.compute_dtype]
 
 
