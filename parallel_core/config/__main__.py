@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from parallel_core.config.dump import FORMS, field_value, write_form
 from parallel_core.config.explain import explain
+from parallel_core.config.failures import failures_text
 from parallel_core.config.load import LoadedConfig, load_config
 from parallel_core.config.plan import make_plan
 from parallel_core.config.plan_text import plan_text
@@ -23,6 +24,8 @@ _USAGE = """usage: python -m parallel_core.config COMMAND ...
   diff A B                 fields in which two files differ
   plan FILE | FLAGS [--world-size N] [--every-rank]
                            ranks, layers, schedule, memory, parameters and operations
+       [--simulate-failures MTBF_HOURS --save-seconds S --restart-seconds S [--step-seconds S]]
+                           goodput, and how often to save, where a rank fails every MTBF_HOURS; the seconds are measured
   docs                     docs/arguments.md
 
 FILE is a YAML file in any of the known layouts; FLAGS are Megatron-LM's, which may follow a FILE.
@@ -121,8 +124,21 @@ def _diff(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    options, rest = _options(words, world_size=int, every_rank=bool)
+    options, rest = _options(words, world_size=int, every_rank=bool, simulate_failures=float, save_seconds=float,
+                             restart_seconds=float, step_seconds=float)
+    seconds = {name: getattr(options, name) for name in ("save_seconds", "restart_seconds", "step_seconds")}
+    needed = [] if options.simulate_failures is None else [n for n in list(seconds)[:2] if seconds[n] is None]
+    unused = [n for n, value in seconds.items() if value is not None] if options.simulate_failures is None else []
+    for names, text in ((needed, "plan: --simulate-failures needs"), (unused, "plan: without --simulate-failures, no")):
+        if names:
+            print(text, ", ".join("--" + name.replace("_", "-") for name in names), file=sys.stderr)
+            return 2
     loaded = _load(rest, options.world_size)
+    if options.simulate_failures is not None:
+        every = loaded.config.training_config.save_interval
+        print(failures_text(options.simulate_failures, loaded.world_size, options.save_seconds,
+                            options.restart_seconds, step=options.step_seconds, save_interval=every), end="")
+        return 0
     print(plan_text(make_plan(loaded.config, loaded.world_size), options.every_rank), end="")
     return 0
 
