@@ -111,7 +111,8 @@ def test_weights_before_their_inputs_are_found() -> None:
 
 
 def test_the_executor_tells_of_weights_that_nobody_computed() -> None:
-    own = [Step(Action(op, 0, 0), ()) for op in (Op.FORWARD, Op.INPUT_GRAD)]
+    order = [(Op.FORWARD, 0), (Op.FORWARD, 1), (Op.INPUT_GRAD, 0), (Op.INPUT_GRAD, 1), (Op.WEIGHT_GRAD, 1)]
+    own = [Step(Action(op, microbatch, 0), ()) for op, microbatch in order]
     with pytest.raises(ParallelCoreError, match="gradients of weights were left and never computed: W0.0"):
         run_steps(own, [PathStage(0, 0)], exchange=None)  # type: ignore[arg-type]
 
