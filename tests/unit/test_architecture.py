@@ -53,6 +53,7 @@ LAYERS: dict[str, float] = {
     "__main__": 11,
     "generate": 11,
     "evaluate": 12,
+    "serve": 12,
     "parallel_state": 11,
     "mindspeed_compat": 11,
 }
