@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,4 +175,13 @@ def load_model(described: Described, config: AllConfig, context: ParallelContext
         # One at a time: the first values are given back before the next weights are read.
         arrays, _ = load_shards(described.source, {name: wanted[name]}, all_keys=None if i else known)
         parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(arrays.pop(name))))
+    _give_back_freed_memory()
     return model
+
+
+def _give_back_freed_memory() -> None:
+    """Return to the system what loading has freed, which the allocator keeps for steps of training."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library: only more memory

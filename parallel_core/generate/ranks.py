@@ -60,12 +60,12 @@ class RankLoop:
 
     def _run(self, new: Sequence[Request], cancelled: Sequence[str]) -> list[Completion]:
         dp = self._context.dp
-        for key in cancelled:
-            self._engine.cancel(key)
         for request in new:
             if self._turn % dp.size == dp.rank:
                 self._engine.add(request)
             self._turn += 1
+        for key in cancelled:  # after the new ones: some are given up before they begin
+            self._engine.cancel(key)
         return self._engine.step()
 
     def follow(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,7 +85,7 @@ def _route(path: str, endpoint: Callable[[Request], Awaitable[Response]], method
             return error_response(429, str(error), code="too_many_requests", headers={"Retry-After": "1"})
         except Unavailable as error:
             return error_response(503, str(error))
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             return Response(status_code=499)
         except ParallelCoreError as error:
             return error_response(400, str(error))

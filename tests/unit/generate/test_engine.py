@@ -83,6 +83,13 @@ def test_cancelled_answers_free_their_rows(it) -> None:
     assert len({tuple(done[f"r{i}"].tokens) for i in (2, 4)}) == 1 and done["r1"].tokens == done["r5"].tokens
 
 
+def test_what_is_given_up_before_it_begins_frees_its_row(it) -> None:
+    it.submit(it.requests("HELLO", GREEDY, "r"))
+    it.cancel("r")
+    it.step()
+    assert it.is_idle and it.engine.is_idle and it.engine.counts["free"] == 3
+
+
 @pytest.mark.parametrize(
     ("prompt", "values", "told"),
     [
