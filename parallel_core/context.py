@@ -95,12 +95,13 @@ class ParallelContext:
             context_parallel=config.context_parallel_size,
             pipeline_parallel=config.pipeline_model_parallel_size,
         )
+        of_experts = expert_spans(rank, world_size, config)
         if world_size == 1:
             return cls.solo()
         make = group_factory(config.distributed_backend, config.distributed_timeout_minutes * 60, rank, world_size)
         groups: dict[str, Group] = {}
         spans = [(label, mesh.group_of(rank, *axes)) for label, axes in GROUP_AXES.items()]
-        for label, ranks in (*spans, *expert_spans(rank, world_size, config)):
+        for label, ranks in (*spans, *of_experts):
             same = next((group for group in groups.values() if list(group.ranks) == ranks), None)
             # Groups of the same ranks are one communicator: dp_cp is dp where nothing is cut along the sequence.
             groups[label] = make(label, ranks) if same is None or len(ranks) == 1 else same

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from parallel_core.comm.interface import Group, SoloGroup
+from parallel_core.comm.interface import Group
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
@@ -35,8 +35,11 @@ __all__ = [
     "get_data_parallel_src_rank",
     "get_data_parallel_world_size",
     "get_embedding_group",
+    "get_expert_data_parallel_group",
+    "get_expert_model_parallel_group",
     "get_expert_model_parallel_rank",
     "get_expert_model_parallel_world_size",
+    "get_expert_tensor_parallel_group",
     "get_hierarchical_context_parallel_groups",
     "get_model_parallel_group",
     "get_pipeline_model_parallel_first_rank",
@@ -70,7 +73,6 @@ _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "pipeline_model_parallel_split_rank": ((None,), "encoder-decoder models are not built"),
     "encoder_tensor_model_parallel_size": ((0, None), "encoder-decoder models are not built"),
     "encoder_pipeline_model_parallel_size": ((0, None), "encoder-decoder models are not built"),
-    "expert_tensor_parallel_size": ((None, 1), "experts are not built"),
     "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all data parallel ranks"),
     "use_sharp": ((False,), "SHARP is a feature of NCCL"),
     "nccl_communicator_config_path": ((None,), "NCCL is not used"),
@@ -104,6 +106,7 @@ def initialize_model_parallel(
     context_parallel_size: int = 1,
     hierarchical_context_parallel_sizes: Sequence[int] | None = None,
     expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
     distributed_backend: str = "auto",
     order: str = MEGATRON_ORDER,
@@ -122,7 +125,8 @@ def initialize_model_parallel(
         context_parallel_size: ranks that share every sequence.
         hierarchical_context_parallel_sizes: ranks that exchange heads and ranks of a ring, whose product is
             `context_parallel_size`; None: one level.
-        expert_model_parallel_size: 1.
+        expert_model_parallel_size: ranks that share the experts of a layer.
+        expert_tensor_parallel_size: ranks that share each expert; None: `tensor_model_parallel_size`.
         distributed_timeout_minutes: time limit of a collective.
         distributed_backend: auto, shm, mccl or hccl.
         order: Megatron's rank order; axes of size 1 may stand anywhere.
@@ -141,6 +145,8 @@ def initialize_model_parallel(
         ("pipeline_model_parallel_size", pipeline_model_parallel_size),
         ("virtual_pipeline_model_parallel_size", virtual_pipeline_model_parallel_size or 1),
         ("context_parallel_size", context_parallel_size),
+        ("expert_model_parallel_size", expert_model_parallel_size),
+        ("expert_tensor_parallel_size", expert_tensor_parallel_size or 1),
     ):
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"{name}={size!r}: use an integer of 1 or more")
@@ -150,7 +156,6 @@ def initialize_model_parallel(
             f"hierarchical_context_parallel_sizes={list(levels)}: give two numbers whose product is "
             f"context_parallel_size={context_parallel_size}"
         )
-    _check_not_built("expert_model_parallel_size", expert_model_parallel_size, "expert parallelism")
     chunks = virtual_pipeline_model_parallel_size
     if chunks is not None and chunks > 1 and pipeline_model_parallel_size < 2:
         raise ConfigError(
@@ -163,6 +168,8 @@ def initialize_model_parallel(
         virtual_pipeline_model_parallel_size=chunks or 1,
         context_parallel_size=context_parallel_size,
         hierarchical_context_parallel_sizes=levels,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size or 0,
         distributed_backend=distributed_backend,
         distributed_timeout_minutes=distributed_timeout_minutes,
     )
@@ -324,13 +331,28 @@ def get_context_parallel_rank() -> int:
 
 
 def get_expert_model_parallel_world_size() -> int:
-    """Return 1."""
-    return SoloGroup("ep", get_context().rank).size
+    """Return how many ranks share the experts of a layer."""
+    return get_context().ep.size
 
 
 def get_expert_model_parallel_rank() -> int:
-    """Return 0."""
-    return SoloGroup("ep", get_context().rank).rank
+    """Return which of these ranks this is."""
+    return get_context().ep.rank
+
+
+def get_expert_model_parallel_group() -> Group:
+    """Return the ranks that share the experts of a layer."""
+    return get_context().ep
+
+
+def get_expert_tensor_parallel_group() -> Group:
+    """Return the ranks that share each expert."""
+    return get_context().etp
+
+
+def get_expert_data_parallel_group() -> Group:
+    """Return the ranks that hold the same experts."""
+    return get_context().edp
 
 
 # ---- pipeline stages ------------------------------------------------------------------------------------------------
@@ -453,15 +475,11 @@ _OWN = (
     "context_parallel_size",
     "hierarchical_context_parallel_sizes",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "distributed_timeout_minutes",
     "distributed_backend",
     "order",
 )
-
-
-def _check_not_built(name: str, size: int, what: str) -> None:
-    if size != 1:
-        raise ConfigError(f"{name}={size}: {what} is not built; use 1")
 
 
 def _check_order(order: str, config: ModelParallelConfig, world_size: int) -> None:

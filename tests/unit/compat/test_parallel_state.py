@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from parallel_core.comm.interface import SoloGroup
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.context import GROUP_AXES, ParallelContext
 from parallel_core.errors import ConfigError
+from parallel_core.layout.expert_mesh import expert_spans
 from parallel_core.layout.mesh import Mesh
 
 PACKAGE = Path(parallel_core.__file__).parent
@@ -151,7 +153,8 @@ def test_initialized_or_not():
     [
         ({"context_parallel_size": 0}, "context_parallel_size=0: use an integer of 1 or more"),
         ({"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 3]}, "two numbers whose product is"),
-        ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2: expert parallelism is not built; use 1"),
+        ({"expert_model_parallel_size": 2}, "world size 1 is not a multiple of expert_tensor_parallel_size=1 x "),
+        ({"expert_tensor_parallel_size": -1}, "expert_tensor_parallel_size=-1: use an integer of 1 or more"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0: use an integer of 1 or more"),
         ({"tensor_model_parallel_size": 3}, "world size 1 is not a multiple of tensor_model_parallel_size=3"),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size of 2 or more, got 1"),
@@ -204,3 +207,15 @@ def test_the_package_itself_never_looks_here():
             if "parallel_state" in names or any("parallel_state" in text for text in (module, *names)):
                 importers.add(path.relative_to(PACKAGE).parts[0])
     assert importers <= {"compat", "parallel_state.py"}
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_experts_have_groups_of_their_own(rank):
+    """Two ranks of tensor parallelism that hold whole experts each, four of which share a layer's."""
+    sizes = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    spans = expert_spans(rank, 4, ModelParallelConfig(**sizes))
+    groups = {name: Named(ranks, rank) for name, ranks in spans}
+    ps.set_context(dataclasses.replace(context_of(rank, 4, 2, 1), **groups))
+    assert (ps.get_expert_model_parallel_rank(), ps.get_expert_model_parallel_world_size()) == (rank, 4)
+    assert ps.get_expert_model_parallel_group().ranks == (0, 1, 2, 3)
+    assert ps.get_expert_tensor_parallel_group().ranks == ps.get_expert_data_parallel_group().ranks == (rank,)
