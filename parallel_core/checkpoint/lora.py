@@ -116,6 +116,10 @@ class MergedAdapter:
             if f"{name}.weight" not in known:
                 raise CheckpointError(f"{adapter.path} adapts {name}, which {base.path} does not have")
 
+    def adapted(self) -> list[str]:
+        """Return the weights that have an adapter, in the base's order."""
+        return [key for key in self.keys() if key.endswith(".weight") and key.removesuffix(".weight") in self._adapted]
+
     def keys(self) -> list[str]:
         """Return the base's parameters; its optimizer state is of other weights."""
         return [key for key in self.base.keys() if "@" not in key]  # noqa: SIM118 - a method of TensorSource

@@ -12,6 +12,7 @@ from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
 from parallel_core.checkpoint.mindspore import PanguCheckpoint, is_pangu
 from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native
+from parallel_core.checkpoint.peft import is_peft, read_peft
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
 
@@ -19,7 +20,7 @@ from parallel_core.errors import CheckpointError
 def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> TensorSource:
     """Return a checkpoint as global tensors; the format is recognised by the files in the directory.
 
-    A directory of adapters is read as its base model with the adapters merged into it.
+    A directory of adapters, native or PEFT, is read as its base model with the adapters merged into it.
 
     Args:
         path: one checkpoint's own directory (see `find_checkpoint`).
@@ -33,13 +34,24 @@ def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> Tensor
 
 
 def _open_base(adapter: TensorSource, allow_inert: Iterable[str]) -> TensorSource:
-    base = _open(find_checkpoint(base_directory(adapter), check=False), allow_inert)
+    return _open_model(adapter.path, base_directory(adapter), allow_inert)
+
+
+def _open_model(adapter: Path, directory: str | Path, allow_inert: Iterable[str]) -> TensorSource:
+    if not Path(directory).is_dir():
+        raise CheckpointError(
+            f"{adapter} is an adapter of {directory}, which is no directory here; write its base model's directory as "
+            "base_model_name_or_path in its adapter_config.json"
+        )
+    base = _open(find_checkpoint(directory, check=False), allow_inert)
     if isinstance(base, MergedAdapter):
-        raise CheckpointError(f"{adapter.path} is an adapter of an adapter; merge {base.path} first (--to native)")
+        raise CheckpointError(f"{adapter} is an adapter of an adapter; merge {base.path} first (--to native)")
     return base
 
 
 def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
+    if is_peft(path):
+        return read_peft(path, lambda named: _open_model(path, named, allow_inert))
     if is_native(path):
         source = NativeCheckpoint(path)
         if not is_adapter(source.common):
@@ -62,6 +74,11 @@ def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None
     Raises:
         CheckpointError: the base model is not there or another one.
     """
+    if is_peft(path):
+        raise CheckpointError(
+            f"{path} holds PEFT adapters, which have no optimizer state to go on with; merge them first (python -m "
+            "parallel_core.convert --load PEFT --save DIR) and adapt that model"
+        )
     if not is_native(path):
         return None, open_checkpoint(path)
     source = NativeCheckpoint(path)

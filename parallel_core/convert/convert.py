@@ -22,9 +22,11 @@ from parallel_core.checkpoint.layout_files import (
     remove_leftovers,
     write_durably,
 )
+from parallel_core.checkpoint.lora import MergedAdapter
 from parallel_core.checkpoint.megatron.dist_writer import Record, dist_items, write_dist_metadata, write_distcp
 from parallel_core.checkpoint.megatron.export import Export, Target
 from parallel_core.checkpoint.megatron.torch_writer import write_torch_rank
+from parallel_core.checkpoint.peft import write_peft
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.convert.progress import ProgressBar, run_jobs
@@ -206,6 +208,33 @@ def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) ->
         shutil.rmtree(partial, ignore_errors=True)
     for note in notes:
         print(note, file=sys.stderr)
+    return save
+
+
+def to_peft(source: TensorSource, save: Path) -> Path:
+    """Write adapters as a PEFT directory and return it.
+
+    Args:
+        source: the opened adapters, merged with their base model.
+        save: the directory; it must not exist.
+
+    Raises:
+        CheckpointError: the directory exists already, it is no checkpoint of adapters, or its model is of no kind that
+            Hugging Face format is known for.
+    """
+    if not isinstance(source, MergedAdapter):
+        raise CheckpointError(f"{source.path} holds a model, no adapters; --to hf writes models")
+    _refuse_existing(save)
+    partial = save.with_name(f"{save.name}.tmp-{_TOKEN}-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_peft(source, partial)
+        os.replace(partial, save)
+    except OSError as error:
+        raise CheckpointError(f"{save} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return save
 
 

@@ -59,6 +59,16 @@ def write_hugging_face(
     return notes
 
 
+def architecture_of(source: TensorSource) -> tuple[TransformerConfig, Architecture]:
+    """Return a checkpoint's model, and the architecture that has it.
+
+    Raises:
+        CheckpointError: no architecture that is written has such a model.
+    """
+    model = _model(source)
+    return model, _choose(source, model)[0]
+
+
 def _model(source: TensorSource) -> TransformerConfig:
     """Return what the checkpoint holds, with the vocabulary's true size."""
     settings = source.common.get("model_config")
