@@ -8,6 +8,7 @@ from typing import TextIO
 
 from parallel_core.errors import printable
 from parallel_core.files import open_regular
+from parallel_core.launch.progress import ProgressLine
 
 _FOR_CONSOLE = re.compile(rb"(INFO|WARNING|ERROR) - ")
 
@@ -18,9 +19,9 @@ class LogFollower:
     A line that concerns the whole job is written by one rank alone, so nothing is filtered twice.
     """
 
-    def __init__(self, paths: list[Path], out: TextIO) -> None:
-        """Follow `paths`, which may not exist yet, onto `out`."""
-        self._out = out
+    def __init__(self, paths: list[Path], out: TextIO, progress: ProgressLine | None = None) -> None:
+        """Follow `paths`, which may not exist yet, onto `out`, above the line of `progress`."""
+        self._out, self._progress = out, progress
         self._files = [_GrowingFile(path) for path in paths]
 
     def poll(self) -> None:
@@ -29,10 +30,23 @@ class LogFollower:
         for file in self._files:
             for line in file.new_lines():
                 if _FOR_CONSOLE.match(line):
-                    print(printable(line.decode(errors="replace")), file=self._out)
+                    text = printable(line.decode(errors="replace"))
+                    if self._progress is not None:
+                        self._progress.clear()
+                        self._progress.saw(text)
+                    print(text, file=self._out)
                     printed = True
         if printed:
             self._out.flush()
+        if self._progress is not None:
+            self._progress.poll()
+
+    def end(self) -> None:
+        """Print what is left, and take the line of progress away for good."""
+        self.poll()
+        if self._progress is not None:
+            self._progress.clear()
+            self._progress = None
 
 
 class _GrowingFile:

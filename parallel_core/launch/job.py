@@ -18,6 +18,7 @@ from parallel_core.files import create_file
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
+from parallel_core.launch.progress import ProgressLine
 from parallel_core.launch.rank import LAUNCHER_VARIABLE
 from parallel_core.launch.report import LOG_DIR_VARIABLE, read_report, report_path
 
@@ -106,7 +107,9 @@ class Job:
         self.spec = spec
         self._out = out or sys.stdout
         self._err = err or sys.stderr
-        self._console = LogFollower([spec.worker_log(rank) for rank in spec.local_ranks], self._out)
+        logs = [spec.worker_log(rank) for rank in spec.local_ranks]
+        self._progress = ProgressLine(spec.log_dir / "metrics.jsonl", self._out)
+        self._console = LogFollower(logs, self._out, self._progress)
         self._msrun: subprocess.Popen[bytes] | None = None
         self._role_of: dict[int, int | str] = {}
         self._statuses: dict[int | str, int] = {}
@@ -128,7 +131,7 @@ class Job:
                     self._await_scheduler(signals)
             finally:
                 self._kill_everything()
-            self._console.poll()
+            self._console.end()
         return self._conclude()
 
     def _start(self) -> None:
@@ -313,6 +316,7 @@ class Job:
         return 0
 
     def _say(self, text: str, level: str = "INFO") -> None:
+        self._progress.clear()
         print(f"{level} - {text}", file=self._out, flush=True)
 
 
