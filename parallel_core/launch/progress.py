@@ -60,7 +60,8 @@ class ProgressLine:
 
     def _read(self) -> None:
         identity = _identity(self._path)
-        if identity != self._file or _size(self._path) < self._position:  # the run has begun the file, or taken it over from the run that it goes on from
+        # The run has begun the file, or taken it over from the run that it goes on from.
+        if identity != self._file or _size(self._path) < self._position:
             self._file, self._position, self._partial = identity, 0, b""
             self._rows.clear()
         try:
