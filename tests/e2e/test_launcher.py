@@ -119,7 +119,9 @@ def test_nothing_is_imported_from_the_current_folder(log_dir, tmp_path, variable
     scripts.mkdir()
     (scripts / "neighbour.py").write_text("print('INFO - the right neighbour', flush=True)")
     (scripts / "pretrain_gpt.py").write_text("import neighbour, yaml, random, json, numpy, mindspore")
-    wrapper = (REPO / "pretrain_gpt.sh").read_text().replace('"$here/pretrain_$model.py"', f'"{scripts}/pretrain_gpt.py"')
+    wrapper = (REPO / "pretrain_gpt.sh").read_text()
+    assert '"$here/pretrain_$model.py"' in wrapper
+    wrapper = wrapper.replace('"$here/pretrain_$model.py"', f'"{scripts}/pretrain_gpt.py"')
     (scripts / "wrapper.sh").write_text(wrapper.replace('here="$(cd "$directory" && pwd)"', f'here="{REPO}"'))
     environment = {**launcher_environment(log_dir), "PYTHON": sys.executable, **variables}
     done = subprocess.run(
