@@ -9,6 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from parallel_core.checkpoint.huggingface.architecture import Architecture, Fields, Group, Key
+from parallel_core.checkpoint.huggingface.deepseek import (
+    DEEPSEEK_TENSORS,
+    chosen_experts,
+    latent_attention,
+    latent_rope,
+)
 from parallel_core.checkpoint.huggingface.rope import rope
 from parallel_core.checkpoint.huggingface.tensors import FINAL_NORM, OUTPUT, POSITIONS, WORD_EMBEDDINGS, TensorTable
 from parallel_core.checkpoint.huggingface.values import Wrong, count, flag, layers, number, one_of, word_for
@@ -382,6 +388,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             neutral=NEUTRAL | _OF_TRAINING,
         ),
+        *(
+            replace(
+                _llama_like(
+                    name, class_name,
+                    {key: meaning for key, meaning in _llama_keys(groups=1).items()
+                     if key not in ("num_key_value_heads", "head_dim")},
+                    (latent_attention(), latent_rope(), chosen_experts(sigmoid)),
+                    {**_NO_BIAS, "qk_layernorm": True, "moe.moe_router_enable_expert_bias": sigmoid},
+                    {"attention_bias": (False,), "mlp_bias": (False,)}, DEEPSEEK_TENSORS,
+                ),
+                neutral=NEUTRAL | _OF_TRAINING | {"aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers"},
+            )
+            for name, class_name, sigmoid in (("deepseek_v3", "DeepseekV3", True), ("deepseek_v2", "DeepseekV2", False))
+        ),
         _llama_like(
             "phi3", "Phi3", _llama_keys(eps=1e-5), (rope(trained=4096), everywhere(None)), _NO_BIAS,
             {"attention_bias": (False,), "mlp_bias": (False,)}, _PHI3_TENSORS,
@@ -394,7 +414,7 @@ NOT_BUILT: dict[str, str] = {
         ("olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek", "dbrx", "jetmoe"),
         "another mixture of experts",
     ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3"), "multi-latent attention"),
+    **dict.fromkeys(("kimi_k2", "minicpm3"), "another form of multi-latent attention"),
     **dict.fromkeys(("bert", "roberta", "electra", "albert", "deberta", "distilbert"), "an encoder"),
     **dict.fromkeys(("t5", "mt5", "bart", "mbart", "whisper"), "an encoder and a decoder"),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "bamba", "rwkv"), "layers without attention"),

@@ -73,6 +73,9 @@ class TensorTable:
                 found[name] = [Part(self.top[name], 0, 0, shape[0])]
                 continue
             base = self.prefix + self.layers.format(match[1])
+            if kind == "expert_bias":
+                found[name] = [Part(f"{base}.{self.modules[match[2]][0]}.e_score_correction_bias", 0, 0, shape[0])]
+                continue
             if kind == "gate_weight":
                 found[name] = [Part(f"{base}.{self.gate}.weight", 0, 0, 1)]
                 continue
@@ -115,6 +118,9 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
         "self_attention.linear_q": (N * D, H, model.qkv_has_bias),
         "self_attention.linear_kv": (2 * G * D, H, model.qkv_has_bias),
     }
+    if model.mla.multi_latent_attention:
+        linears = {**_latent_linears(model), **{name: linears[name] for name in ("mlp.linear_fc1", "mlp.linear_fc2")}}
+        norms = {"input_layernorm": H, "pre_mlp_layernorm": H, **_latent_norms(model)}
     for i in range(model.num_layers):
         layer, blocks = f"decoder.layers.{i}", dict(linears)
         if i == model.num_layers - 1 and model.top_query_layer != "none":
@@ -136,6 +142,29 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _latent_linears(model: TransformerConfig) -> dict[str, tuple[int, int, bool]]:
+    """Return (rows, columns, whether it has a bias) of the projections of multi-latent attention."""
+    mla, H, N = model.mla, model.hidden_size, model.num_attention_heads
+    queries = {"linear_q_proj": (N * mla.head_size, H)}
+    if mla.q_lora_rank:
+        queries = {
+            "linear_q_down_proj": (mla.q_lora_rank, H), "linear_q_up_proj": (N * mla.head_size, mla.q_lora_rank)
+        }  # fmt: skip
+    keys = {
+        "linear_kv_down_proj": (mla.kv_lora_rank + mla.qk_pos_emb_head_dim, H),
+        "linear_kv_up_proj": (N * (mla.qk_head_dim + mla.v_head_dim), mla.kv_lora_rank),
+    }
+    found = {f"self_attention.{name}": (*shape, False) for name, shape in {**queries, **keys}.items()}
+    return {**found, "self_attention.linear_proj": (H, N * mla.v_head_dim, model.out_proj_has_bias)}
+
+
+def _latent_norms(model: TransformerConfig) -> dict[str, int]:
+    """Return the widths of the norms of latents."""
+    widths = {"q_layernorm": model.mla.q_lora_rank, "kv_layernorm": model.mla.kv_lora_rank}
+    there = {f"self_attention.{name}": width for name, width in widths.items() if width}
+    return there if model.qk_layernorm else {}
+
+
 def _expert_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's router, experts and shared expert; none of them has biases."""
     moe, H, parts = model.moe, model.hidden_size, 2 if model.is_gated else 1
@@ -146,6 +175,8 @@ def _expert_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     if wide:
         shapes["shared_experts.linear_fc1.weight"] = (parts * wide, H)
         shapes["shared_experts.linear_fc2.weight"] = (H, wide)
+    if moe.moe_router_enable_expert_bias:
+        shapes["router.expert_bias"] = (E,)
     if moe.moe_shared_expert_gate:
         shapes["shared_experts.gate_weight"] = (1, H)
     return shapes

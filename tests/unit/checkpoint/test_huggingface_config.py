@@ -28,6 +28,9 @@ NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_head
 
 
 def sizes_of(model_type: str) -> dict[str, Any]:
+    if model_type.startswith("deepseek"):  # every head has keys, of a size that is told otherwise
+        own = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+        return {**own, "first_k_dense_replace": 1, "q_lora_rank": 24}
     return {"gpt2": GPT2, "gpt_neox": NEOX}.get(model_type, SIZES)
 
 
@@ -183,6 +186,12 @@ def _random_keys(model_type: str, rng: random.Random) -> dict[str, Any]:
                 [None, YARN, {**YARN, "attention_factor": 1.5}, {"type": "linear", "factor": 3.0},
                  {"type": "dynamic", "factor": 3.0}, {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                                       "high_freq_factor": 4.0}])  # fmt: skip
+        if "qk_rope_head_dim" in group.keys:
+            keys.update(q_lora_rank=rng.choice([None, 16]), v_head_dim=rng.choice([8, 16]))
+    if "q_lora_rank" in keys:
+        both = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
+        keys["rope_scaling"] = rng.choice([None, YARN, {**YARN, "attention_factor": 1.5}, both])
+    for group in ARCHITECTURES[model_type].groups:
         if "sliding_window" in group.keys:
             keys["sliding_window"] = rng.choice([None, 8])
         if "use_sliding_window" in group.keys and keys["sliding_window"]:

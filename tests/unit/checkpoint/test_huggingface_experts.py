@@ -46,7 +46,7 @@ def there_and_back(path: Path, back: Path) -> None:
     assert model_of(back) == model_of(path)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_logits_are_those_of_transformers(name, tmp_path):
     source = open_checkpoint(GOLDEN / name)
     ops.use_kernels("local")
