@@ -79,8 +79,8 @@ class Layout:
 SIZES = {
     "A": Size(256, 128, 4),
     "B": Size(512, 256, 2),
-    "L": Size(256, 4096, 1, layers=2, microbatches=2),
-    "XL": Size(256, 16384, 1, layers=2, microbatches=1),
+    "L": Size(128, 4096, 1, layers=2, heads=4, vocab=2048, microbatches=2),
+    "XL": Size(128, 16384, 1, layers=2, heads=4, vocab=2048, microbatches=1),
 }
 _TP, _PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 _CP = ("--context-parallel-size", "2")

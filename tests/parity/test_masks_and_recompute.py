@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.runs import Run, several
-from tests.parity.golden import LAYOUTS, arguments, arrays, assert_follows, curve
+from tests.parity.golden import CONTEXT_LAYOUTS, LAYOUTS, arguments, arrays, assert_follows, curve
 from tests.parity.test_one_step import assert_step_agrees, full_gradients, probed, relative_error
 
 TOLERANCE = 2e-6  # float32, 20 updates: see test_curves.py
@@ -21,8 +21,12 @@ DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1 --exit-interval 4".split
 SHORT = ["--exit-interval", "10"]
 """Half of Megatron's curve: the whole way of it is test_curves.py's business."""
 MASKED_LAYOUTS = ("tp1pp1", "tp2pp1", "tp1pp2", "dp2distopt")
+CUT_LAYOUTS = ("cp2", "cp2allgather", "cp2a2a")
+"""Documents begin anywhere in sequences that are cut over two ranks."""
+RANKS = {layout: ranks for layout, (ranks, _) in {**LAYOUTS, **CONTEXT_LAYOUTS}.items()}
 PLAN: dict[str, tuple[str, list[str]]] = {
     **{f"masks-{layout}": (layout, [*MASKS, *SHORT]) for layout in MASKED_LAYOUTS},
+    **{f"masks-{layout}": (layout, [*MASKS, *SHORT]) for layout in CUT_LAYOUTS},
     "per_token": ("tp1pp1", [*MASKS, PER_TOKEN, "--exit-interval", "3"]),
     "per_token-dp2": ("dp2", [*MASKS, PER_TOKEN, "--exit-interval", "3"]),
     "per_token-pp2vpp2": ("pp2vpp2", [*MASKS, PER_TOKEN, "--exit-interval", "3"]),
@@ -48,11 +52,11 @@ def run_of(workplace: Path, initial, tmp_path_factory):
 
     def get(name: str) -> Run:
         if name not in done:
-            ranks = LAYOUTS[PLAN[name][0]][0]
+            ranks = RANKS[PLAN[name][0]]
             load = ("--load", initial["gpt2"], "--finetune")
             entries = {
                 key: {"argv": _without_repeats(arguments("gpt2", layout, *load, *flags)), "probe": [1, 2, 3]}
-                for key, (layout, flags) in PLAN.items() if LAYOUTS[layout][0] == ranks
+                for key, (layout, flags) in PLAN.items() if RANKS[layout] == ranks
             }  # fmt: skip
             done.update(several(directory / f"{ranks}_ranks", ranks, entries, cwd=workplace))
         assert done[name].status == 0, done[name].console
@@ -80,6 +84,11 @@ def test_document_masks_follow_megatron(layout: str, run_of):
     assert_follows(run.steps, half(curve("gpt2_eodmask", layout)), TOLERANCE)
     io, gradients = (arrays("gpt2_eodmask", f"step_0001_{kind}.npz") for kind in ("io", "grads"))
     assert_step_agrees(run, 1, layout, io, gradients)
+
+
+@pytest.mark.parametrize("layout", CUT_LAYOUTS)
+def test_document_masks_of_cut_sequences_follow_megatron(layout: str, run_of):
+    assert_follows(run_of(f"masks-{layout}").steps, half(curve("gpt2_eodmask", "tp1pp1")), TOLERANCE)
 
 
 def test_without_masks_the_losses_differ():
