@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,12 +48,19 @@ class KeyValueCache:
     def layer(self, number: int, groups: int, key_size: int, value_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the keys and values of a layer, made at its first call."""
         if number not in self._layers:
-            # From zeros the system gives pages at the first write, and none for rows and positions that are not used.
             shape = (self.rows, groups, self.capacity)
-            self._layers[number] = tuple(np.zeros((*shape, size), np.float32) for size in (key_size, value_size))  # type: ignore[assignment]
+            self._layers[number] = _pages((*shape, key_size)), _pages((*shape, value_size))
         return self._layers[number]
 
     def begin(self, rows: Sequence[int], firsts: Sequence[int], length: int) -> Step:
         """Say which tokens run through the layers next."""
         self.step = Step(np.array(rows, np.int32), np.array(firsts, np.int32), length)
         return self.step
+
+
+def _pages(shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 zeros whose pages the system gives at the first write, and none for what is never used.
+
+    Asked for directly: the allocator, which keeps freed memory for steps of training, would clear some of that.
+    """
+    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), np.float32).reshape(shape)
