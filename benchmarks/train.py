@@ -2,18 +2,19 @@
 
 python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp2,dp2dist] [--rounds 3] [--json FILE]
 python benchmarks/train.py --sizes L,XL --layouts core1,cp2,cp2gather,cp2a2a,tp2sp [--steps 7]      # long sequences
-                           [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--profile]
+                           [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--bf16]
+                           [--profile]
 
 Layouts with cp, and core1 (one process on one core), are ours alone; below each size, `time` and `memory` are every
 layout's share of core1's milliseconds and of its megabytes above the libraries'.
 
-The peer is a script that trains megatron.core's GPTModel on gloo, run by a Python that has torch and megatron-core; it
-takes --tp --pp --vpp --sp --dist-opt --hidden --layers --heads --seq --vocab --mbs --num-microbatches --iters --warmup
---lr --quiet --out FILE and writes {"curve": [{"ms": milliseconds of a step}, ...]}. Without it only ours is measured.
-Both train the same model, batch and number of processes; a step is forward, backward, reduction and update. The ratio
-is the median of the rounds' ratios; columns with + are megabytes above what importing the libraries alone takes.
-With pipeline stages, `ideal` is the bubble of the schedule simulated with every measured forward and backward time of
-the step, and `late` how much longer than this simulation the pipeline takes.
+The peer is a script that trains megatron.core's GPTModel on gloo, run by a Python that has torch and megatron-core;
+it takes --tp --pp --vpp --sp --dist-opt --bf16 --hidden --layers --heads --seq --vocab --mbs --num-microbatches
+--iters --warmup --lr --quiet --out FILE and writes {"curve": [{"ms": milliseconds of a step}, ...]}. Without it only
+ours is measured. Both train the same model, batch and number of processes; a step is forward, backward, reduction and
+update. The ratio is the median of the rounds' ratios; columns with + are megabytes above what importing the libraries
+alone takes. With pipeline stages, `ideal` is the bubble of the schedule simulated with every measured forward and
+backward time of the step, and `late` how much longer than this simulation the pipeline takes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,8 @@ def run_peer(python: str, script: str, size: Size, layout: Layout, steps: int) -
 def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run ours and the peer in alternation; return medians over all measured steps."""
     size, layout = SIZES[size_name], LAYOUTS[name]
+    if arguments.bf16:
+        layout = replace(layout, ours=(*layout.ours, "--bf16"), peer=(*layout.peer, "--bf16"))
     ours: list[dict[str, Any]] = []
     peer: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
@@ -346,6 +349,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help=f"of each run; the first {WARM_UP} do not count")
     parser.add_argument("--kernels", default="auto", choices=["auto", "local"])
+    parser.add_argument("--bf16", action="store_true", help="both train with --bf16")
     parser.add_argument("--profile", action="store_true", help="name the ten most expensive functions (slows the run)")
     parser.add_argument("--peer-python", default=os.environ.get("PEER_PYTHON"))
     parser.add_argument("--peer-script", default=os.environ.get("PEER_SCRIPT"))

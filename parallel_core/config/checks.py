@@ -389,6 +389,8 @@ def precision(r: Resolution) -> None:
         r.fail("fp32_residual_connection", "needs fp16 or bf16; a float32 model has a float32 residual already")
     if r["grad_reduce_in_bf16"] and not r["bf16"]:
         r.fail("grad_reduce_in_bf16", "needs bf16")
+    if r["fp32_matmul_precision"] == "high" and (r["bf16"] or r["fp16"]):
+        r.fail("fp32_matmul_precision", "is about runs in float32; a 16-bit type says itself how its products are")
     if r["apply_query_key_layer_scaling"] and r["use_flash_attn"]:
         r.fail("apply_query_key_layer_scaling use_flash_attn", "the fused kernel cannot scale by layer; give one")
 

@@ -147,10 +147,12 @@ class TransformerConfig:
     init_method_xavier_uniform: bool = False
     params_dtype: str = "float32"
     compute_dtype: str = "float32"
-    """Type of activations and of matrix products; the CPU has float32 and float16."""
+    """Type of activations and of matrix products; on CPU activations are float32 whatever this says."""
     embedding_init_dtype: str = ""
     """Type in which the embedding tables are kept; empty: params_dtype."""
-    transformer_impl: str = "auto"
+    fp32_matmul_precision: str = "highest"
+    """Products of float32 tensors: highest, or high, of operands rounded to bfloat16 where the CPU is faster at it."""
+    kernels: str = "auto"
     """local: plain MindSpore operators only; auto: fused kernels where this device has them."""
     use_flash_attention: bool = False
     fa_config: FlashAttentionConfig = field(default_factory=FlashAttentionConfig)

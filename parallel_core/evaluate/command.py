@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         layout=layout_of(args),
         max_batch_size=args.max_batch_size,
         max_length=args.max_length,
-        transformer_impl=args.transformer_impl,
+        kernels=args.kernels,
     )
     if it.context.rank:
         it.follow()

@@ -83,13 +83,13 @@ class _GroupedLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: np.ndarray) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
-        return ops.grouped_linear(x, ops.cast(weight, x.dtype), counts)
+        return ops.grouped_linear(x, weight, counts)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         counts = ctx.counts
-        dx = ops.grouped_linear_grad_input(dy, ops.cast(weight, dy.dtype), counts)
+        dx = ops.grouped_linear_grad_input(dy, weight, counts)
         if not needs_gradient(weight):
             return dx, None, None
         main_grad = main_grad_of(weight, dy)

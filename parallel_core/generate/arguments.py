@@ -40,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-size", type=int, default=32, metavar="N", help="answers under way (default 32)")
     group.add_argument("--max-length", type=int, metavar="N", help="tokens of a prompt with its answer")
     group.add_argument(
-        "--transformer-impl", default="auto", choices=("auto", "local"), help="local: plain MindSpore operators"
+        "--kernels", default="auto", choices=("auto", "local"), help="local: plain MindSpore operators"
     )
     group.add_argument("--distributed-timeout-minutes", type=float, default=10.0, help="a rank waits so long (10)")
 

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         layout=layout_of(args),
         max_batch_size=min(args.max_batch_size, sum(one.params.n for one in asked)),
         max_length=longest,
-        transformer_impl=args.transformer_impl,
+        kernels=args.kernels,
     )
     if it.context.rank:
         it.follow()

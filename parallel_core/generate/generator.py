@@ -40,7 +40,7 @@ class Generator:
         max_batch_size: sequences that are continued at a time, on each of the data parallel models.
         max_length: tokens of a prompt with its answer; None: what the model was made for.
         step: the iteration to load; None: the latest.
-        transformer_impl: `auto` for compiled kernels, `local` for plain MindSpore operators.
+        kernels: `auto` for compiled kernels, `local` for plain MindSpore operators.
         context: this rank's groups, where there are any already.
 
     Raises:
@@ -56,7 +56,7 @@ class Generator:
         max_batch_size: int = DEFAULT_ROWS,
         max_length: int | None = None,
         step: int | None = None,
-        transformer_impl: str = "auto",
+        kernels: str = "auto",
         context: ParallelContext | None = None,
     ) -> None:
         layout = layout or Layout()
@@ -72,7 +72,7 @@ class Generator:
                     f"{world_size} rank(s) run, and the layout has {layout.world_size}; start as many as it has"
                 )
             context = ParallelContext.create(config.parallel_config, rank, world_size)
-        self.kernels = ops.use_kernels(transformer_impl)
+        self.kernels = ops.use_kernels(kernels)
         self.config, self.context = config, context
         cache = KeyValueCache(max_batch_size, self.max_length)
         model = load_model(self.described, config, context, cache)

@@ -177,12 +177,13 @@ def _fingerprint(compiler: str) -> str:
             digest.update(file.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
     mindspore = importlib.metadata.version("mindspore")
-    for part in (version, repr(FLAGS).encode(), mindspore.encode(), platform.machine().encode(), _cpu_flags()):
+    for part in (version, repr(FLAGS).encode(), mindspore.encode(), platform.machine().encode(), cpu_flags()):
         digest.update(part)
     return digest.hexdigest()[:20]
 
 
-def _cpu_flags() -> bytes:
+def cpu_flags() -> bytes:
+    """Return the line of /proc/cpuinfo that lists what the CPU can do; without one, its name."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:

@@ -22,18 +22,18 @@ declare("pc_scale_rows", "PPPLL")
 declare("pc_row_products", "PPPLL")
 
 
-@compiled(reference_experts.grouped_linear, integers=["counts"], needs_gemm=True)
+@compiled(reference_experts.grouped_linear, integers=["counts"], halves=["weight_EOI"], needs_gemm=True)
 def _grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
-    x, weight = x_NI.contiguous(), weight_EOI.contiguous()
+    x, weight = x_NI.contiguous(), raw.wide(weight_EOI.contiguous())
     E, O, I = weight.shape
     y = raw.new((x.shape[0], O))
     lib.pc_grouped_linear(x.data_ptr(), weight.data_ptr(), y.data_ptr(), counts.ctypes.data, E, I, O)
     return y
 
 
-@compiled(reference_experts.grouped_linear_grad_input, integers=["counts"], needs_gemm=True)
+@compiled(reference_experts.grouped_linear_grad_input, integers=["counts"], halves=["weight_EOI"], needs_gemm=True)
 def _grouped_linear_grad_input(dy_NO: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
-    dy, weight = dy_NO.contiguous(), weight_EOI.contiguous()
+    dy, weight = dy_NO.contiguous(), raw.wide(weight_EOI.contiguous())
     E, O, I = weight.shape
     dx = raw.new((dy.shape[0], I))
     lib.pc_grouped_linear_grad_input(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), counts.ctypes.data, E, I, O)

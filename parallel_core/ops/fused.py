@@ -14,6 +14,27 @@ from parallel_core.ops.registry import compiled
 _WORD = (1 << 64) - 1
 
 
+# ---- types ----------------------------------------------------------------------------------------------------------
+class _Convert(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: Any) -> Tensor:
+        ctx.dtype = x.dtype
+        return raw.converted(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return raw.converted(dy, ctx.dtype), None
+
+
+def _not_a_float(x: Tensor, dtype: Any) -> str:
+    return "" if dtype in raw.KINDS and x.dtype != dtype else f"{x.dtype} becomes {dtype}"
+
+
+@compiled(reference.convert, halves=["x"], refuses=_not_a_float)
+def _convert(x: Tensor, dtype: Any) -> Tensor:
+    return _Convert.apply(x, dtype)
+
+
 # ---- norms ----------------------------------------------------------------------------------------------------------
 declare("pc_layer_norm", "PPPPPPLLF")
 declare("pc_layer_norm_grad", "PPPPPPPPLL")
@@ -26,6 +47,7 @@ class _LayerNorm(Function):
         H = x.shape[-1]
         T = x.size // H
         y, mean, rstd = raw.new(x.shape), raw.new((2, T)), raw.new((T,))
+        ctx.dtypes, weight, bias = (weight.dtype, bias.dtype), raw.wide(weight), raw.wide(bias)
         lib.pc_layer_norm(
             x.data_ptr(),
             weight.data_ptr(),
@@ -60,10 +82,10 @@ class _LayerNorm(Function):
             x.size // H,
             H,
         )
-        return dx, dw, db, None
+        return dx, raw.converted(dw, ctx.dtypes[0]), raw.converted(db, ctx.dtypes[1]), None
 
 
-@compiled(reference.layer_norm)
+@compiled(reference.layer_norm, halves=["weight_H", "bias_H"])
 def _layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
     return _LayerNorm.apply(x, weight_H, bias_H, eps)
 
@@ -79,6 +101,7 @@ class _RMSNorm(Function):
         H = x.shape[-1]
         T = x.size // H
         y, rstd = raw.new(x.shape), raw.new((T,))
+        ctx.dtype, weight = weight.dtype, raw.wide(weight)
         lib.pc_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), T, H, eps)
         ctx.save_for_backward(x, weight)
         ctx.rstd = rstd
@@ -100,10 +123,10 @@ class _RMSNorm(Function):
             x.size // H,
             H,
         )
-        return dx, dw, None
+        return dx, raw.converted(dw, ctx.dtype), None
 
 
-@compiled(reference.rms_norm)
+@compiled(reference.rms_norm, halves=["weight_H"])
 def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight_H, eps)
 
@@ -121,6 +144,8 @@ class _Activation(Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        bias = None if bias is None else raw.wide(bias)
         ctx.bias, ctx.name = bias, name
         F = x.shape[-1]
         T = x.size // F
@@ -144,14 +169,14 @@ class _Activation(Function):
             lib.pc_swiglu_grad(*addresses, F // 2)
         else:
             lib.pc_activation_grad(*addresses, F, KINDS[ctx.name])
-        return dx, None if bias is None else raw.sum_rows(dx, F), None
+        return dx, None if bias is None else raw.converted(raw.sum_rows(dx, F), ctx.bias_dtype), None
 
 
 def _no_such_activation(x: Tensor, bias: Tensor | None, name: str) -> str:
     return "" if name == "swiglu" or name in KINDS else f"the activation is {name}"
 
 
-@compiled(reference.activation, refuses=_no_such_activation)
+@compiled(reference.activation, halves=["bias"], refuses=_no_such_activation)
 def _activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     return _Activation.apply(x, bias, name)
 
@@ -289,13 +314,14 @@ class _BiasDropoutAdd(Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
     ) -> Tensor:
-        ctx.has_bias, ctx.has_residual, ctx.rate, ctx.seed = bias is not None, residual is not None, rate, seed
-        return _add_dropped(x, bias, residual, rate, seed)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.has_residual, ctx.rate, ctx.seed = residual is not None, rate, seed
+        return _add_dropped(x, None if bias is None else raw.wide(bias), residual, rate, seed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = _add_dropped(dy, None, None, ctx.rate, ctx.seed) if ctx.rate else dy
-        db = raw.sum_rows(dx, dx.shape[-1]) if ctx.has_bias else None
+        db = None if ctx.bias_dtype is None else raw.converted(raw.sum_rows(dx, dx.shape[-1]), ctx.bias_dtype)
         return dx, db, dy if ctx.has_residual else None, None, None
 
 
@@ -322,7 +348,7 @@ def _another_shape(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float
     return "" if x.shape == residual.shape else "the residual has another shape"
 
 
-@compiled(reference.bias_dropout_add, refuses=_another_shape)
+@compiled(reference.bias_dropout_add, halves=["bias"], refuses=_another_shape)
 def _bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     return _BiasDropoutAdd.apply(x, bias, residual, rate, seed)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from parallel_core.ops import build
 
-_TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
+_TYPES = {"P": c_void_p, "S": c_char_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
 
 _declared: dict[str, tuple[list[Any], Any]] = {}
 """Argument types and result type of C functions."""
@@ -32,7 +34,7 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 
     Args:
         name: the function's name.
-        arguments: a letter for each: P pointer, L int64, I int, F float, U uint64.
+        arguments: a letter for each: P pointer, S bytes that end in zero, L int64, I int, F float, U uint64.
         returns: ctypes type of the result; None: nothing.
     """
     _declared[name] = [_TYPES[letter] for letter in arguments], returns
@@ -40,6 +42,8 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 
 declare("pc_init", "IP")
 declare("pc_keep_freed_memory", "L")
+declare("pc_open_onednn", "S", returns=c_int)
+declare("pc_use_bf16_products", "I", returns=c_int)
 
 
 def load() -> None:
@@ -68,6 +72,43 @@ def start(num_threads: int) -> bool:
     return bool(sgemm)
 
 
+def use_bf16_products(use: bool) -> bool:
+    """Let linear layers round the operands of their products to bfloat16, or not; return whether they do.
+
+    They do where the CPU multiplies such numbers faster than float32 ones, and oneDNN does it.
+    """
+    path = _onednn_path() if use and _multiplies_bf16() else None
+    use = path is not None and bool(lib.pc_open_onednn(os.fsencode(path)))
+    lib.pc_use_bf16_products(use)
+    return use
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute products in float32 in the block, whatever `use_bf16_products` has set."""
+    if not vars(lib):
+        yield
+        return
+    before = lib.pc_use_bf16_products(0)
+    try:
+        yield
+    finally:
+        lib.pc_use_bf16_products(before)
+
+
+_AS_EVERYWHERE = nullcontext()
+
+
+def product_precision(weight: Any) -> AbstractContextManager[None]:
+    """Return the block in which products with a weight run: its `exact_product`, where it has one, keeps them exact."""
+    return exact_products() if getattr(weight, "exact_product", False) else _AS_EVERYWHERE
+
+
+def _multiplies_bf16() -> bool:
+    flags = build.cpu_flags().split()
+    return b"amx_bf16" in flags or b"avx512_bf16" in flags
+
+
 def threads() -> int:
     """Return how many threads the kernels of this process use."""
     return _threads
@@ -85,11 +126,17 @@ def default_threads() -> int:
 
 def _onednn_sgemm() -> int | None:
     """Return the address of dnnl_sgemm in the oneDNN library inside MindSpore: about 110 GFLOP/s on one core."""
+    path = _onednn_path()
+    return None if path is None else ctypes.cast(ctypes.CDLL(str(path)).dnnl_sgemm, c_void_p).value
+
+
+def _onednn_path() -> Path | None:
     spec = importlib.util.find_spec("mindspore")
     for folder in spec.submodule_search_locations or () if spec else ():
         for path in sorted((Path(folder) / "lib").glob("libdnnl.so*")):
             try:
-                return ctypes.cast(ctypes.CDLL(str(path)).dnnl_sgemm, c_void_p).value
-            except (OSError, AttributeError):
+                if hasattr(ctypes.CDLL(str(path)), "dnnl_sgemm"):
+                    return path
+            except OSError:
                 continue
     return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -20,6 +22,40 @@ def new(shape: Sequence[int]) -> Tensor:
     return Tensor.from_numpy(np.empty(shape, np.float32))
 
 
+KINDS = {ms.float32: 0, ms.bfloat16: 1, ms.float16: 2}
+"""Numbers by which csrc/half.h knows the types of tensors."""
+_ARRAY_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+declare("pc_convert", "PIPIL")
+declare("pc_add_halves", "PIPIL")
+declare("pc_scale", "PIFL")
+
+
+def new_as(shape: Sequence[int], dtype: Any) -> Tensor:
+    """Return an uninitialised tensor of a type in `KINDS`."""
+    return new(shape) if dtype == ms.float32 else Tensor.from_numpy(np.empty(shape, _numpy_dtype(dtype)))
+
+
+@functools.cache
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    return Tensor([0.0], dtype).asnumpy().dtype
+
+
+def converted(x: Tensor, dtype: Any) -> Tensor:
+    """Return `x` as `dtype`, both in `KINDS`, without autograd; `x` itself where it has that type."""
+    if x.dtype == dtype:
+        return x
+    x = x.contiguous()
+    y = new_as(x.shape, dtype)
+    lib.pc_convert(x.data_ptr(), KINDS[x.dtype], y.data_ptr(), KINDS[dtype], x.size)
+    return y
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a tensor of a type in `KINDS` as float32, without autograd."""
+    return x if x.dtype == ms.float32 else converted(x, ms.float32)
+
+
 def pointer(x: Tensor | None) -> int | None:
     """Return the address of a contiguous tensor's elements; the caller keeps the tensor alive."""
     return None if x is None else x.data_ptr()
@@ -31,29 +67,32 @@ def int32(x: Tensor) -> Tensor:
 
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
-declare("pc_linear", "PPPPLLL")
-declare("pc_linear_grad_input", "PPPLLL")
+declare("pc_linear", "PPIPPLLL")
+declare("pc_linear_grad_input", "PPIPLLL")
 declare("pc_linear_grad_weight", "PPPLLLI")
 declare("pc_sum_rows", "PPLLI")
 
 
-@compiled(reference.linear, needs_gemm=True)
+@compiled(reference.linear, halves=["weight_OI", "bias_O"], needs_gemm=True)
 def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     x, weight = x_TI.contiguous(), weight_OI.contiguous()
     *tokens, I = x.shape
     O = weight.shape[0]
     y = new((*tokens, O))
-    lib.pc_linear(x.data_ptr(), weight.data_ptr(), pointer(bias_O), y.data_ptr(), math.prod(tokens), I, O)
+    bias = None if bias_O is None else wide(bias_O)
+    addresses = x.data_ptr(), weight.data_ptr(), KINDS[weight.dtype], pointer(bias), y.data_ptr()
+    lib.pc_linear(*addresses, math.prod(tokens), I, O)
     return y
 
 
-@compiled(reference.linear_grad_input, needs_gemm=True)
+@compiled(reference.linear_grad_input, halves=["weight_OI"], needs_gemm=True)
 def _linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     dy, weight = dy_TO.contiguous(), weight_OI.contiguous()
     *tokens, O = dy.shape
     I = weight.shape[1]
     dx = new((*tokens, I))
-    lib.pc_linear_grad_input(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), math.prod(tokens), I, O)
+    addresses = dy.data_ptr(), weight.data_ptr(), KINDS[weight.dtype], dx.data_ptr()
+    lib.pc_linear_grad_input(*addresses, math.prod(tokens), I, O)
     return dx
 
 
@@ -93,12 +132,13 @@ declare("pc_embedding", "PPPLLLL")
 declare("pc_embedding_grad", "PPPLLLLI")
 
 
-@compiled(reference.embedding, integers=["ids_T"])
+@compiled(reference.embedding, integers=["ids_T"], halves=["table_VH"])
 def _embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     ids, table = int32(ids_T), table_VH.contiguous()
     T, (V, H) = ids.shape[0], table.shape
-    out = new((T, H))
-    lib.pc_embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), T, V, H, first_row)
+    out = new_as((T, H), table.dtype)
+    row_bytes = H * table.itemsize
+    lib.pc_embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), T, V, row_bytes, first_row)
     return out
 
 
@@ -174,16 +214,38 @@ def _sum_of_squares(flat: np.ndarray) -> float:
     return lib.pc_sum_of_squares(flat.ctypes.data, flat.size)
 
 
-@compiled(reference.add_)
+@compiled(reference.add_, halves=["into", "values"])
 def _add_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
-    lib.pc_add(into.ctypes.data, values.data_ptr(), into.size)
+    kinds = _ARRAY_KINDS[into.dtype.name], KINDS[values.dtype]
+    if kinds == (0, 0):
+        lib.pc_add(into.ctypes.data, values.data_ptr(), into.size)
+    else:
+        lib.pc_add_halves(into.ctypes.data, kinds[0], values.data_ptr(), kinds[1], into.size)
 
 
-@compiled(reference.write_)
+@compiled(reference.write_, halves=["into", "values"])
 def _write_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
-    ctypes.memmove(into.ctypes.data, values.data_ptr(), into.nbytes)
+    kinds = _ARRAY_KINDS[into.dtype.name], KINDS[values.dtype]
+    if kinds[0] == kinds[1]:
+        ctypes.memmove(into.ctypes.data, values.data_ptr(), into.nbytes)
+    else:
+        lib.pc_convert(values.data_ptr(), kinds[1], into.ctypes.data, kinds[0], into.size)
+
+
+@compiled(reference.copy_, halves=["into", "values"])
+def _copy_(into: np.ndarray, values: np.ndarray) -> None:
+    kinds = _ARRAY_KINDS[values.dtype.name], _ARRAY_KINDS[into.dtype.name]
+    if kinds[0] == kinds[1]:
+        ctypes.memmove(into.ctypes.data, values.ctypes.data, into.nbytes)
+    else:
+        lib.pc_convert(values.ctypes.data, kinds[0], into.ctypes.data, kinds[1], into.size)
+
+
+@compiled(reference.scale_, halves=["into"])
+def _scale_(into: np.ndarray, factor: float) -> None:
+    lib.pc_scale(into.ctypes.data, _ARRAY_KINDS[into.dtype.name], factor, into.size)
 
 
 @compiled(reference.adam_)

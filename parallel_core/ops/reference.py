@@ -33,6 +33,12 @@ _bmm_nt = ops.BatchMatMul(transpose_b=True)
 _bmm_tn = ops.BatchMatMul(transpose_a=True)
 
 
+@kernel
+def convert(x: Tensor, dtype: Any) -> Tensor:
+    """Return `x` as `dtype`, another one than its own."""
+    return x.astype(dtype)
+
+
 def cast(x: Tensor, dtype: Any) -> Tensor:
     """Return `x` as `dtype`; `x` itself when it has that dtype, which MindSpore's astype takes 20 us to find out."""
     return x if x.dtype == dtype else x.astype(dtype)
@@ -42,16 +48,17 @@ def cast(x: Tensor, dtype: Any) -> Tensor:
 # Leading dims are free: x_TI stands for [.., I], and T for their product.
 @kernel
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Return x @ weight^T + bias, [.., O]; no autograd."""
-    y = _matmul_nt(_rows(x_TI), weight_OI)
-    y = y if bias_O is None else y + bias_O
+    """Return x @ weight^T + bias in x's dtype, [.., O]; no autograd."""
+    y = _matmul_nt(_rows(x_TI), cast(weight_OI, x_TI.dtype))
+    y = y if bias_O is None else y + cast(bias_O, x_TI.dtype)
     return y.reshape(*x_TI.shape[:-1], weight_OI.shape[0])
 
 
 @kernel
 def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """Return the gradient of `linear` for x, [.., I]; no autograd."""
-    return _matmul_nn(_rows(dy_TO), weight_OI).reshape(*dy_TO.shape[:-1], weight_OI.shape[1])
+    dx = _matmul_nn(_rows(dy_TO), cast(weight_OI, dy_TO.dtype))
+    return dx.reshape(*dy_TO.shape[:-1], weight_OI.shape[1])
 
 
 @kernel
@@ -88,8 +95,10 @@ def _rows(x: Tensor) -> Tensor:
 def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     """Return rows `ids - first_row` of the table, and zeros for ids outside it, [T, H]; no autograd."""
     rows, inside = _local_rows(ids_T, first_row, table_VH.shape[0])
-    out = ops.gather(table_VH, rows, 0)
-    return out * inside.astype(out.dtype).reshape(-1, 1)
+    # The CPU has no gather for bfloat16; the way over float32 is exact.
+    wide = table_VH.astype(ms.float32) if table_VH.dtype == ms.bfloat16 else table_VH
+    out = ops.gather(wide, rows, 0)
+    return cast(out * inside.astype(out.dtype).reshape(-1, 1), table_VH.dtype)
 
 
 @kernel
@@ -655,6 +664,18 @@ def add_(into: np.ndarray, values: Tensor) -> None:
 def write_(into: np.ndarray, values: Tensor) -> None:
     """Overwrite 1-D `into` with a tensor's elements."""
     into[:] = values.asnumpy().reshape(-1)
+
+
+@kernel
+def copy_(into: np.ndarray, values: np.ndarray) -> None:
+    """Overwrite 1-D `into` with as many numbers, rounded to its dtype."""
+    into[:] = values
+
+
+@kernel
+def scale_(into: np.ndarray, factor: float) -> None:
+    """Multiply 1-D `into` by a number, in place."""
+    np.multiply(into, into.dtype.type(factor), out=into)
 
 
 @kernel

@@ -21,6 +21,8 @@ from mindspore import Tensor
 logger = logging.getLogger(__name__)
 
 _NUMPY_FLOAT32 = np.dtype(np.float32)
+HALF_NAMES = ("bfloat16", "float16")
+"""NumPy's names of the types of 16 bits."""
 
 Implementation = Callable[..., Any]
 F = TypeVar("F", bound=Implementation)
@@ -73,6 +75,7 @@ def compiled(
     reference: Implementation,
     *,
     integers: Sequence[str] = (),
+    halves: Sequence[str] = (),
     refuses: Callable[..., str] | None = None,
     needs_gemm: bool = False,
 ) -> Callable[[F], F]:
@@ -84,6 +87,7 @@ def compiled(
     Args:
         reference: the kernel's reference.
         integers: parameters that hold tensors of integers, of any width.
+        halves: parameters whose tensor or array may be bfloat16 or float16 too.
         refuses: called with the arguments; says in a few words why they are for the reference, "" if they are not.
         needs_gemm: leave the kernel to the reference where there is no matrix product for large operands.
 
@@ -92,7 +96,7 @@ def compiled(
     """
 
     def register(function: F) -> F:
-        run = _guarded(reference, function, (ms.float32,), integers, refuses)
+        run = _guarded(reference, function, (ms.float32,), integers, refuses, halves)
         entry = _of(reference)
         entry.implementations["CPU"], entry.needs_gemm = run, needs_gemm
         return run
@@ -144,10 +148,13 @@ def _guarded(
     dtypes: tuple[Any, ...],
     integers: Sequence[str],
     refuses: Callable[..., str] | None,
+    halves: Sequence[str] = (),
 ) -> F:
     """Return `function`, but calling `reference` with what `function` does not take."""
     own = _own_options(reference, function)
     tensors, arrays = _checked(function, integers)
+    wider = (*dtypes, ms.bfloat16, ms.float16)
+    taken = [(i, name, wider if name in halves else dtypes) for i, name in tensors]
     name = reference.__name__
 
     def fall_back(reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,14 +164,15 @@ def _guarded(
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         given = len(args)
-        for i, parameter in tensors:
+        for i, parameter, types in taken:
             x = args[i] if i < given else kwargs.get(parameter)
             # `in` compares identities first, which is what types have in common; their == takes five times as long.
-            if x is not None and x.dtype not in dtypes:
+            if x is not None and x.dtype not in types:
                 return fall_back(f"{parameter} is {x.dtype}", args, kwargs)
         for i, parameter in arrays:
             x = args[i] if i < given else kwargs[parameter]
-            if x.dtype != _NUMPY_FLOAT32 or not x.flags.c_contiguous:
+            known = x.dtype == _NUMPY_FLOAT32 or (parameter in halves and x.dtype.name in HALF_NAMES)
+            if not known or not x.flags.c_contiguous:
                 return fall_back(f"{parameter} is {x.dtype}, or not contiguous", args, kwargs)
         if refuses is not None:
             reason = refuses(*args, **kwargs)
@@ -178,7 +186,9 @@ def _guarded(
 @functools.cache
 def log_fallback(name: str, reason: str) -> None:
     """Say once, which the cache sees to, why a selected implementation did not run."""
-    logger.info("%s: the plain MindSpore operators run where %s", name, reason)
+    logger.warning(
+        "%s: the plain MindSpore operators run where %s, which takes several times as long as the kernel", name, reason
+    )
 
 
 class _Parameter(NamedTuple):

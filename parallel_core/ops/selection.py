@@ -17,11 +17,17 @@ ENVIRONMENT = "PARALLEL_CORE_KERNELS"
 """Environment variable that overrides the choice; `local` selects the plain MindSpore operators."""
 
 
-def use_kernels(mode: str = "auto", num_threads: int | None = None) -> str:
+PLAIN = "plain MindSpore operators"
+"""How the sentence of `use_kernels` begins where no kernel is selected."""
+
+
+def use_kernels(mode: str = "auto", num_threads: int | None = None, bf16_products: bool = False) -> str:
     """Select the kernels for the whole process and return a sentence that says which and why.
 
     Args:
         mode: `auto` for the fused C++ kernels where they work, `local` for plain MindSpore operators.
+        bf16_products: let linear layers round the operands of their products to bfloat16, with sums in float32, where
+            the fused kernels run and this CPU has instructions for it; else products are of float32.
         num_threads: threads of the fused kernels; None: OMP_NUM_THREADS, else this host's cores over its workers.
 
     Raises:
@@ -29,25 +35,27 @@ def use_kernels(mode: str = "auto", num_threads: int | None = None) -> str:
     """
     mode = os.environ.get(ENVIRONMENT) or mode
     if mode not in ("auto", "local"):
-        raise ConfigError(f"transformer_impl={mode} (or {ENVIRONMENT}) is unknown here; write auto or local")
+        raise ConfigError(f"kernels={mode} (or {ENVIRONMENT}) is unknown here; write auto or local")
     for entry in KERNELS.values():
         entry.selected = entry.reference
     log_fallback.cache_clear()
     if mode == "local":
         sentence = _plain("local was asked for")
     elif ms.get_context("device_target") == "CPU":
-        sentence = _use_compiled(num_threads)
+        sentence = _use_compiled(num_threads, bf16_products)
     else:
         sentence = _use_device(ms.get_context("device_target"))
+    if bf16_products and sentence.startswith(PLAIN):
+        sentence += "; products of float32"
     logger.info("kernels: %s", sentence)
     return sentence
 
 
 def _plain(reason: str) -> str:
-    return f"plain MindSpore operators ({reason})"
+    return f"{PLAIN} ({reason})"
 
 
-def _use_compiled(num_threads: int | None) -> str:
+def _use_compiled(num_threads: int | None, bf16_products: bool) -> str:
     if not ms.get_context("pynative_synchronize"):
         return _plain("the fused C++ kernels need set_context(pynative_synchronize=True)")
     try:
@@ -57,8 +65,15 @@ def _use_compiled(num_threads: int | None) -> str:
     for entry in KERNELS.values():
         if has_gemm or not entry.needs_gemm:
             entry.selected = entry.implementations.get("CPU", entry.reference)
+    uses_bf16 = library.use_bf16_products(bf16_products and has_gemm)
+    if uses_bf16:
+        precision = "; products of bfloat16 operands with float32 sums"
+    elif bf16_products:
+        precision = "; products of float32: this CPU has neither AMX nor AVX-512 instructions for bfloat16"
+    else:
+        precision = ""
     missing = "" if has_gemm else "; matrix products by MindSpore (it ships no oneDNN here)"
-    return f"fused C++, {library.threads()} thread(s) per rank{missing}"
+    return f"fused C++, {library.threads()} thread(s) per rank{missing}{precision}"
 
 
 def _use_device(device: str) -> str:

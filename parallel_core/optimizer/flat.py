@@ -94,17 +94,16 @@ class CpuFlat:
 
     def copy_(self, other: Flat) -> None:
         """Overwrite, casting."""
-        self._array[:] = other.numpy()
+        ops.copy_(self._array, other.numpy())
 
     def scale_(self, factor: float) -> None:
         """Multiply."""
         if factor != 1.0:
-            np.multiply(self._array, self._array.dtype.type(factor), out=self._array)
+            ops.scale_(self._array, factor)
 
     def sum_of_squares(self) -> float:
         """Return the sum of squares, accumulated in float64."""
-        array = self._array if self._array.dtype == np.float32 else self._array.astype(np.float32)
-        return ops.sum_of_squares(array)
+        return ops.sum_of_squares(_widened(self._array))
 
     def load(self, values: np.ndarray) -> None:
         """Overwrite with NumPy values."""
@@ -120,10 +119,7 @@ class CpuFlat:
 
     def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
         """Do one AdamW update."""
-        grad = gradient.numpy()
-        if grad.dtype != np.float32:
-            grad = grad.astype(np.float32)
-        ops.adam_(self._array, grad, exp_avg.numpy(), exp_avg_sq.numpy(), **options)
+        ops.adam_(self._array, _widened(gradient.numpy()), exp_avg.numpy(), exp_avg_sq.numpy(), **options)
 
     def sgd_(
         self,
@@ -141,6 +137,14 @@ class CpuFlat:
         buffer += gradient.numpy().astype(np.float32) * np.float32(grad_scale)
         buffer += self._array * np.float32(weight_decay)
         self._array -= np.float32(lr) * buffer
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.float32:
+        return array
+    wide = np.empty(array.shape, np.float32)
+    ops.copy_(wide, array)
+    return wide
 
 
 class AscendFlat:

@@ -155,13 +155,12 @@ def _run(arguments: Sequence[str], world_size: int) -> tuple[list[tuple[int, Mem
 # ---- on a rank ------------------------------------------------------------------------------------------------------
 def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run three iterations as this rank and return its global rank and what it reports."""
-    from parallel_core import ops
     from parallel_core.optimizer.schedules import OptimizerParamScheduler
     from parallel_core.report.memory_meter import MemoryMeter
     from parallel_core.training.batches import make_batch_source
     from parallel_core.training.forward_step import forward_step
     from parallel_core.training.model import get_model
-    from parallel_core.training.runtime import start_context, start_runtime, supported_precision
+    from parallel_core.training.runtime import select_kernels, start_context, start_runtime, supported_precision
     from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
     from parallel_core.training.step import TrainingStep
     from parallel_core.transformer import GPTModel, ModelStage
@@ -171,7 +170,7 @@ def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
 
     rank, world_size = start_runtime()
     config, _ = supported_precision(load_config(argv, world_size=world_size).config)
-    fused = ops.use_kernels(config.model_config.transformer_impl).startswith("fused")
+    fused = select_kernels(config).startswith("fused")
     context = start_context(config, rank, world_size)
     sizes = batch_sizes(config, context.dp.size)
     scheduler = OptimizerParamScheduler(schedule_shape(config, sizes, 3))

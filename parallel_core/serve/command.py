@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
         layout=layout,
         max_batch_size=args.max_batch_size,
         max_length=args.max_length,
-        transformer_impl=args.transformer_impl,
+        kernels=args.kernels,
     )
     if it.context.rank or listener is None:
         # Rank 0 says when to end, once no answer is under way on any rank.

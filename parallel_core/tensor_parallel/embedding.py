@@ -82,7 +82,7 @@ class _LocalEmbedding(Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
         ctx.first_row, ctx.weight = first_row, weight
         ctx.save_for_backward(ids)
-        rows = ops.cast(ops.embedding(ids.reshape(-1), _widened(weight), first_row), weight.dtype)
+        rows = ops.embedding(ids.reshape(-1), weight, first_row)
         return rows.reshape(*ids.shape, weight.shape[1])
 
     @staticmethod
@@ -90,9 +90,9 @@ class _LocalEmbedding(Function):
         if not needs_gradient(ctx.weight):
             return None, None, None
         (ids,) = ctx.saved_tensors
-        dy_TH = _widened(dy).reshape(-1, dy.shape[-1])
+        dy_TH = ops.cast(dy, ms.float32).reshape(-1, dy.shape[-1])
         ids_T, first_row, weight = ids.reshape(-1), ctx.first_row, ctx.weight
-        main_grad = main_grad_of(weight, dy)
+        main_grad = main_grad_of(weight, dy_TH)
         if main_grad is None:
             dw = late_gradient(
                 weight,
@@ -103,8 +103,3 @@ class _LocalEmbedding(Function):
             lambda into_VH, add: ops.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add)
         )
         return None, dw, None
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Return a bfloat16 tensor as float32, which is exact: the CPU has neither gather nor segment sum for bfloat16."""
-    return x.astype(ms.float32) if x.dtype == ms.bfloat16 else x

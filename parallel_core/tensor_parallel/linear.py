@@ -5,6 +5,8 @@ Source: Megatron-LM, arXiv:1909.08053, section 3; sequence parallelism arXiv:220
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mindspore import Parameter, Tensor, nn
@@ -245,8 +247,7 @@ def _forward(
     ctx.group, ctx.sequence_parallel, ctx.reduce = group, sequence_parallel, reduce
     ctx.regather = sequence_parallel and regather
     ctx.save_for_backward(x if ctx.regather else total, weight)
-    bias = None if bias is None else ops.cast(bias, x.dtype)
-    return ops.linear(total, ops.cast(weight, x.dtype), bias)
+    return _with_precision(weight, ops.linear, total, weight, bias)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -255,7 +256,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     gather = ctx.group if ctx.regather else None
     if gather is not None and needs_gradient(weight) and not is_deferring():
         x, gather = gather.all_gather(x, 0), None
-    dx = ops.linear_grad_input(dy, ops.cast(weight, dy.dtype))
+    dx = _with_precision(weight, ops.linear_grad_input, dy, weight)
     # The sum over the group is started before the weight's gradient is computed, so that the two can overlap.
     if ctx.sequence_parallel:
         summed = ctx.group.reduce_scatter_start(dx)
@@ -278,5 +279,13 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, gather: Group | None
 
     main_grad = main_grad_of(weight, dy)
     if main_grad is None:
-        return late_gradient(weight, lambda: ops.cast(ops.linear_grad_weight(dy, total()), weight.dtype))
-    return main_grad.accumulate(lambda into_OI, add: ops.linear_grad_weight_(into_OI, dy, total(), add))
+        product = partial(_with_precision, weight, ops.linear_grad_weight, dy)
+        return late_gradient(weight, lambda: ops.cast(product(total()), weight.dtype))
+    return main_grad.accumulate(
+        lambda into_OI, add: _with_precision(weight, ops.linear_grad_weight_, into_OI, dy, total(), add)
+    )
+
+
+def _with_precision(weight: Tensor, product: Callable[..., Any], *operands: Any) -> Any:
+    with ops.product_precision(weight):
+        return product(*operands)

@@ -9,7 +9,6 @@ from typing import Any
 
 import mindspore as ms
 
-from parallel_core import ops
 from parallel_core.config.dump import resolved_yaml, sections_yaml
 from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
@@ -18,6 +17,7 @@ from parallel_core.context import ParallelContext
 from parallel_core.data import data_order_fingerprint, describe_data_order, explain_data_order_change
 from parallel_core.data import train_valid_test_num_samples as count_samples
 from parallel_core.errors import ConfigError, bullet_list
+from parallel_core.ops.selection import PLAIN
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.figures import format_steps
 from parallel_core.pipeline.stage import ForwardStep
@@ -31,7 +31,7 @@ from parallel_core.training.log import RunLog, Stopwatch
 from parallel_core.training.model import ModelProvider, get_model
 from parallel_core.training.names import check_parameter_names
 from parallel_core.training.next_commands import Invocation, next_commands
-from parallel_core.training.runtime import start_context, start_runtime, supported_precision
+from parallel_core.training.runtime import select_kernels, start_context, start_runtime, supported_precision
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 from parallel_core.training.signals import StopRequests
 from parallel_core.training.step import StepReport, TrainingStep
@@ -131,7 +131,7 @@ class TrainingRun:
         self.iterations = train_iterations(config, self.sizes)
         flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
         self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops, config)
-        kernels = ops.use_kernels(config.model_config.transformer_impl)
+        kernels = select_kernels(config)
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
         check_parameter_names(model.chunks, context)
@@ -144,7 +144,7 @@ class TrainingRun:
         self.checkpointer = Checkpointer(config, context, self.step, self.log.info, self.log.warn)
         for line in describe_run(config, context, self.step, self.sizes, self.iterations):
             self.log.info(line)
-        self.log.info(f"Kernels: {kernels}")
+        (self.log.warn if kernels.startswith(PLAIN) else self.log.info)(f"Kernels: {kernels}")
         for note in notes:
             self.log.warn(note)
         if config.training_config.print_schedule:

@@ -11,7 +11,9 @@ import numpy as np
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.ops import use_kernels
 from parallel_core.ops.library import default_threads
+from parallel_core.ops.selection import PLAIN
 from parallel_core.ops.thread_pool import limit_threads
 
 
@@ -64,17 +66,26 @@ def start_context(config: AllConfig, rank: int, world_size: int) -> ParallelCont
     return context
 
 
+def select_kernels(config: AllConfig) -> str:
+    """Select the kernels that a run asks for; return a sentence that says which and why."""
+    model = config.model_config
+    bf16 = config.training_config.bf16 or model.fp32_matmul_precision == "high"
+    sentence = use_kernels(model.kernels, bf16_products=bf16)
+    cost = "; a step takes several times as long as with fused ones" if sentence.startswith(PLAIN) else ""
+    return sentence + cost
+
+
 def supported_precision(config: AllConfig) -> tuple[AllConfig, str | None]:
     """Return the configuration with a compute type that this device has, and what was changed.
 
-    The CPU computes in float32 and float16. bfloat16 has storage there but no matrix product: parameters keep it, and
-    the computation is done in float32, of which bfloat16 is a part.
+    On the CPU activations are float32, whose kernels are the fast ones; parameters keep their 16 bits and are read as
+    float32, of which both 16-bit types are a part.
     """
     model = config.model_config
-    if ms.get_context("device_target") != "CPU" or model.compute_dtype != "bfloat16":
+    if ms.get_context("device_target") != "CPU" or model.compute_dtype == "float32":
         return config, None
     note = (
-        f"compute_dtype=bfloat16: the CPU has no bfloat16 matrix product; computing in float32 instead, parameters "
-        f"stay {model.params_dtype}"
+        f"compute_dtype={model.compute_dtype}: the CPU has no kernels for activations of that type; they are float32 "
+        f"instead, parameters stay {model.params_dtype}"
     )
-    return replace(config, model_config=replace(model, compute_dtype="float32")), note
+    return replace(config, model_config=replace(model, compute_dtype="float32", fp16_lm_cross_entropy=False)), note

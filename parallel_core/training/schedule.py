@@ -62,7 +62,7 @@ def loss_scaler(config: AllConfig) -> LossScaler:
     training = config.training_config
     if training.loss_scale:
         return LossScaler(training.loss_scale)
-    if config.model_config.compute_dtype == "float16":
+    if training.fp16 or config.model_config.compute_dtype == "float16":
         return DynamicLossScaler(
             training.loss_scale_value, training.min_loss_scale, training.loss_scale_window, training.hysteresis
         )

@@ -16,7 +16,7 @@ EXAMPLE = REPO / "examples" / "pretrain_gpt_mindspeed.py"
 FLAGS = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
     --micro-batch-size 2 --global-batch-size 8 --train-iters 4 --lr 1e-2 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 63 --padded-vocab-size 64 --transformer-impl local --log-interval 1 --eval-interval 2 --eval-iters 1
+    --vocab-size 63 --padded-vocab-size 64 --kernels local --log-interval 1 --eval-interval 2 --eval-iters 1
     --attention-dropout 0 --hidden-dropout 0
 """
 

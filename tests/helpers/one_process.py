@@ -23,7 +23,7 @@ TINY = """
     --num-layers 1 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --max-position-embeddings 8
     --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --lr-warmup-iters 0 --eval-iters 0
     --log-interval 1 --num-workers 0 --make-vocab-size-divisible-by 32 --hidden-dropout 0 --attention-dropout 0
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 31 --transformer-impl local --log-dir log
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 31 --kernels local --log-dir log
 """
 
 

@@ -14,11 +14,11 @@ from tests.helpers.launching import REPO
 GOLDEN = REPO / "tests/golden/parity"
 CHECKPOINTS = REPO / "tests/golden/checkpoint"
 
-# As Megatron-LM was given them, in its order; layouts add their own flags.
+# As Megatron-LM was given them, in its order, and plain operators; layouts add their own flags.
 COMMON = """
 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20
 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0.01 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --optimizer adam
---seed 1234 --attention-dropout 0 --hidden-dropout 0 --transformer-impl local --distributed-backend gloo --no-masked-softmax-fusion --no-persist-layer-norm
+--seed 1234 --attention-dropout 0 --hidden-dropout 0 --kernels local --transformer-impl local --distributed-backend gloo --no-masked-softmax-fusion --no-persist-layer-norm
 --no-gradient-accumulation-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --disable-jit-fuser --attention-softmax-in-fp32
 --tokenizer-type NullTokenizer --vocab-size 255 --make-vocab-size-divisible-by 128 --data-path corpus_a --split 100,0,0 --num-workers 0 --eval-iters 0 --eval-interval 100000 --log-interval 1
 """.split()  # noqa: E501

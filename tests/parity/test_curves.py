@@ -46,7 +46,7 @@ def test_twenty_adam_updates_follow_megatron(model: str, layout: str, workplace:
 
 @pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_fused_kernels_follow_megatron(model: str, workplace: Path, initial, tmp_path):
-    """`--transformer-impl local` is plain operators; this is what runs without it."""
+    """`--kernels local` is plain operators; this is what runs without it."""
     flags = arguments(model, "tp2pp1sp", "--load", initial[model], "--finetune")
     flags[flags.index("local")] = "auto"
     run = pretrain_gpt(tmp_path / "logs", flags, cwd=workplace)

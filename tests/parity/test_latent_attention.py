@@ -35,7 +35,7 @@ def argv(initial: str, flags: list[str], *, fused: bool = True) -> list[str]:
     """Return the arguments of a run, by the compiled kernels or by plain operators."""
     common = list(COMMON)
     if fused:
-        place = common.index("--transformer-impl")
+        place = common.index("--kernels")
         del common[place : place + 2], common[common.index("--no-rope-fusion")]
     return ["--config", "empty.yaml", *common, *MODEL, *flags, "--load", initial, "--finetune"]
 

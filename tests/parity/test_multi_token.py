@@ -59,7 +59,7 @@ def curve(name: str) -> dict[int, dict]:
 def argv(start: str, flags: list[str], *, fused: bool = True) -> list[str]:
     common = list(COMMON)
     if fused:
-        place = common.index("--transformer-impl")
+        place = common.index("--kernels")
         del common[place : place + 2]
     return ["--config", "empty.yaml", *common, *MODEL, *flags, "--load", start, "--finetune"]
 

@@ -178,7 +178,7 @@ def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
     vpp = rng.choice([1, 2]) if pp == 2 else 1
     groups = 4 if tp == 4 else rng.choice([4, 2])
     model: dict[str, Any] = {
-        "transformer_impl": "local" if world_size == 2 and seed % 5 == 4 else "auto",
+        "kernels": "local" if world_size == 2 and seed % 5 == 4 else "auto",
         "hidden_act": rng.choice(["gelu", "gelu_tanh", "openai_gelu", "squared_relu", "swiglu", "relu", "silu"]),
         "normalization": rng.choice(["LayerNorm", "RMSNorm"]),
         "position_embedding_type": rng.choice(["rope", "learned_absolute", "none"]),
@@ -205,7 +205,7 @@ def draw(seed: int, world_size: int) -> tuple[Tiny, Tiny]:
         model |= {"recompute_method": rng.choice(["uniform", "block"]), "recompute_num_layers": rng.choice([1, 2])}
     if cp > 1:
         model |= {"seq_length": 8 * cp}
-        if model["transformer_impl"] == "local":
+        if model["kernels"] == "local":
             model["attention_dropout_rate"] = 0.0  # plain operators draw by block
         if rng.random() < 0.4:
             model["fa_config"] = FlashAttentionConfig(pre_tokens=rng.randrange(1, 8 * cp))

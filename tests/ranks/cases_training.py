@@ -78,13 +78,13 @@ RECOMPUTE: dict[str, Any] = {
 @functools.cache
 def without_recompute(rank: int, world_size: int, layout: str, kernels: str) -> dict[str, Any]:
     ctx: Any = CaseContext(rank, world_size, None)  # type: ignore[arg-type]
-    return trained(ctx, settings(layout).with_(model={**DROPOUT, "transformer_impl": kernels}))
+    return trained(ctx, settings(layout).with_(model={**DROPOUT, "kernels": kernels}))
 
 
 def check_recompute(ctx: CaseContext, layout: str, kernels: str, method: str) -> None:
     want = without_recompute(ctx.rank, ctx.world_size, layout, kernels)
     how = RECOMPUTE[method](layout)
-    base = settings(layout).with_(model={**DROPOUT, "transformer_impl": kernels})
+    base = settings(layout).with_(model={**DROPOUT, "kernels": kernels})
     assert_equal_bits(trained(ctx, base.with_(model=how.model, parallel=how.parallel)), want)
 
 

@@ -37,7 +37,7 @@ MODELS: dict[str, Tiny] = {
     "recomputed": Tiny(model={**DROPOUT, **FULL}, data=BATCHES),
     "selective": Tiny(model={**DROPOUT, "recompute_granularity": "selective"}, data=BATCHES),
     "llama": LLAMA.with_(data=BATCHES),
-    "plain kernels": Tiny(model={"transformer_impl": "local"}, data=BATCHES),
+    "plain kernels": Tiny(model={"kernels": "local"}, data=BATCHES),
     "per token": Tiny(training={"calculate_per_token_loss": True}, data=BATCHES),
 }
 

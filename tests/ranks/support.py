@@ -33,6 +33,7 @@ from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.training.batches import get_batch_on_this_cp_rank
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.model import get_model
+from parallel_core.training.runtime import select_kernels
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
 from parallel_core.training.step import StepReport, TrainingStep
 from parallel_core.transformer import ModelStage
@@ -226,7 +227,7 @@ class TinyRun:
         source: type[SampleSource] = SampleSource,
     ) -> None:
         self.config, self.context, self._source = tiny.config(), context, source
-        ops.use_kernels(self.config.model_config.transformer_impl)
+        select_kernels(self.config)
         self.sizes = batch_sizes(self.config, context.dp.size)
         iterations = self.config.training_config.training_iters
         scheduler = OptimizerParamScheduler(schedule_shape(self.config, self.sizes, iterations))

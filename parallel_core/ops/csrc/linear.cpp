@@ -1,9 +1,43 @@
 // Linear layers: products with oneDNN's sgemm, shared between threads along the longer dim; no transposed copies.
+#include "bf16.h"
 #include "gemm.h"
+#include "half.h"
 
 namespace {
 
 using namespace pc;
+
+thread_local std::vector<float> wide_weight;  // of the last layer whose weight has 16 bits
+thread_local std::vector<uint16_t> rounded[2];  // the operands of the last product in bfloat16
+
+// Returns n numbers as bfloat16: themselves, or rounded into room `which`.
+const uint16_t* as_bf16(const void* data, int kind, i64 n, int which) {
+  if (kind == kBfloat16) return static_cast<const uint16_t*>(data);
+  std::vector<uint16_t>& room = rounded[which];
+  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
+  uint16_t* to = room.data();
+  each_block(n, [&](i64 first, i64 length, float* block) {
+    const float* from = static_cast<const float*>(at(data, kind, first));
+    if (kind != kFloat32) {
+      widen(from, kind, block, length);
+      from = block;
+    }
+    narrow(from, to + first, kBfloat16, length);
+  });
+  return to;
+}
+
+void add_bias(const float* bias, float* y, i64 T, i64 O) {
+  if (bias == nullptr) return;
+  parallel(T * O, [&](int part, int parts) {
+    const Range r = share(T, part, parts);
+    for (i64 t = r.begin; t < r.end; ++t) {
+      float* row = y + t * O;
+#pragma omp simd
+      for (i64 o = 0; o < O; ++o) row[o] += bias[o];
+    }
+  });
+}
 
 // C [M, N] = op(A) op(B) + beta * C on all threads. Each thread computes a block of rows or of columns of C.
 void product(bool ta, bool tb, i64 M, i64 N, i64 K, const float* A, i64 lda, const float* B, i64 ldb, float beta,
@@ -68,27 +102,34 @@ void few_rows(const float* x, const float* w, const float* bias, float* y, i64 T
 }  // namespace
 
 // y [T, O] = x [T, I] w [O, I]^T (+ bias [O])
-PC_API void pc_linear(const float* x, const float* w, const float* bias, float* y, i64 T, i64 I, i64 O) {
+PC_API void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, i64 T, i64 I, i64 O) {
+  if (bf16_products && T > kFewRows) {
+    const uint16_t *a = as_bf16(x, kFloat32, T * I, 0), *b = as_bf16(weight, kind, O * I, 1);
+    bf16_product(T, O, I, a, I, 1, b, 1, I, y, false);
+    return add_bias(bias, y, T, O);
+  }
+  const float* w = widened(weight, kind, O * I, wide_weight);
   if (T <= kFewRows) return few_rows(x, w, bias, y, T, I, O);
   product(false, true, T, O, I, x, I, w, I, 0.0f, y);
-  if (bias == nullptr) return;
-  parallel(T * O, [&](int part, int parts) {
-    const Range r = share(T, part, parts);
-    for (i64 t = r.begin; t < r.end; ++t) {
-      float* row = y + t * O;
-#pragma omp simd
-      for (i64 o = 0; o < O; ++o) row[o] += bias[o];
-    }
-  });
+  add_bias(bias, y, T, O);
 }
 
 // dx [T, I] = dy [T, O] w [O, I]
-PC_API void pc_linear_grad_input(const float* dy, const float* w, float* dx, i64 T, i64 I, i64 O) {
+PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, i64 T, i64 I, i64 O) {
+  if (bf16_products) {
+    const uint16_t *a = as_bf16(dy, kFloat32, T * O, 0), *b = as_bf16(weight, kind, O * I, 1);
+    return bf16_product(T, I, O, a, O, 1, b, I, 1, dx, false);
+  }
+  const float* w = widened(weight, kind, O * I, wide_weight);
   product(false, false, T, I, O, dy, O, w, I, 0.0f, dx);
 }
 
 // dw [O, I] = dy [T, O]^T x [T, I], added to dw if `add`
 PC_API void pc_linear_grad_weight(const float* dy, const float* x, float* dw, i64 T, i64 I, i64 O, int add) {
+  if (bf16_products) {
+    const uint16_t *a = as_bf16(dy, kFloat32, T * O, 0), *b = as_bf16(x, kFloat32, T * I, 1);
+    return bf16_product(O, I, T, a, 1, O, b, I, 1, dw, add != 0);
+  }
   product(true, false, O, I, T, dy, O, x, I, add ? 1.0f : 0.0f, dw);
 }
 

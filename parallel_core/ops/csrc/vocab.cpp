@@ -45,16 +45,16 @@ PC_API void pc_vocab_grad_logits(const float* logits, const float* log_sum_exp, 
   }, kPieces);
 }
 
-PC_API void pc_embedding(const int32_t* ids, const float* table, float* out, i64 T, i64 V, i64 H, i64 first_row) {
-  parallel(T * H, [&](int part, int parts) {
+// Rows of `bytes` bytes, whatever the numbers in them.
+PC_API void pc_embedding(const int32_t* ids, const char* table, char* out, i64 T, i64 V, i64 bytes, i64 first_row) {
+  parallel(T * bytes / 4, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     for (i64 t = r.begin; t < r.end; ++t) {
       const i64 row = ids[t] - first_row;
-      const size_t bytes = static_cast<size_t>(H) * sizeof(float);
       if (row >= 0 && row < V)
-        std::memcpy(out + t * H, table + row * H, bytes);
+        std::memcpy(out + t * bytes, table + row * bytes, static_cast<size_t>(bytes));
       else
-        std::memset(out + t * H, 0, bytes);
+        std::memset(out + t * bytes, 0, static_cast<size_t>(bytes));
     }
   }, kPieces);
 }

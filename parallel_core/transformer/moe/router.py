@@ -47,6 +47,7 @@ class TopKRouter(nn.Cell):
         )
         for parameter in self.gate.get_parameters():
             mark(parameter, partial_gradient=self.is_cut)
+            parameter.exact_product = bool(self.moe.moe_router_dtype)
         self.expert_bias: Parameter | None = None
         if self.moe.moe_router_enable_expert_bias:
             shard = TensorShard.full(f"{name}.expert_bias", (self.moe.num_experts,), "float32")

@@ -214,13 +214,13 @@ def test_models_outside_of_a_provider_need_a_context_and_one_stage():
     assert current_stage(config.model_config).layer_numbers == (0, 1, 2, 3)
 
 
-def test_bfloat16_computes_in_float32_on_the_cpu():
+def test_16_bit_types_compute_in_float32_on_the_cpu():
     config = config_of(compute_dtype="bfloat16", params_dtype="float32")
     parallel_state.initialize_model_parallel()
     model = GPTModel(config.model_config)
     assert model(batch()["tokens"]).dtype == ms.float32
     assert ParallelLMLogits(config.model_config, compute_dtype=ms.bfloat16).compute_dtype == ms.float32
-    assert ParallelLMLogits(config.model_config, compute_dtype="float16").compute_dtype == ms.float16
+    assert ParallelLMLogits(config.model_config, compute_dtype="float16").compute_dtype == ms.float32
     with pytest.raises(ConfigError, match="compute_dtype="):
         ParallelLMLogits(config.model_config, compute_dtype=ms.int32)
 

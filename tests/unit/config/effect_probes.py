@@ -65,7 +65,9 @@ def words_of(*words: str) -> list[str]:
 
 
 def config_of(words: tuple[str, ...]) -> AllConfig:
-    config, _ = supported_precision(load_config(words_of(*words)).config)
+    config = load_config(words_of(*words)).config
+    if config.model_config.compute_dtype != "float16":  # activations stay so, as on a device with kernels for it
+        config, _ = supported_precision(config)
     return config
 
 
@@ -382,7 +384,7 @@ def run(words: tuple[str, ...], folder: Path) -> SimpleNamespace:
     """A run in `folder`: its console lines, its metrics without times, its files."""
     folder.mkdir(parents=True, exist_ok=True)
     console = io.StringIO()
-    plain = () if "--transformer-impl" in words else ("--transformer-impl", "local")
+    plain = () if "--kernels" in words else ("--kernels", "local")
     with _aside(folder), redirect_stdout(console):
         pretrain(None, provider, argv=words_of(
             "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "31", *plain, *words))

@@ -53,7 +53,7 @@ def model(draw, tp: int) -> list[str]:
     maybe(draw, words, "--untie-embeddings-and-output-weights", None)
     maybe(draw, words, "--init-method-std", st.floats(0.001, 0.1))
     maybe(draw, words, "--embedding-init-method-std", st.floats(0.001, 0.1))
-    maybe(draw, words, "--transformer-impl", st.just("local"))
+    maybe(draw, words, "--kernels", st.just("local"))
     return words
 
 

@@ -76,13 +76,21 @@ def endings(folder):
     assert skipped.iterations == [] and skipped.evaluations
 
 
-@shows("transformer_impl")
+@shows("kernels")
 def kernels(folder):
     def said(seen):
         return next(line for line in seen.lines if "Kernels: " in line)
 
-    assert "local was asked for" in said(run(folder, "--transformer-impl local"))
-    assert "local was asked for" not in said(run(folder, "--transformer-impl transformer_engine", "fused"))
+    assert "local was asked for" in said(run(folder, "--kernels local"))
+    assert "local was asked for" not in said(run(folder, "--kernels auto --transformer-impl local", "fused"))
+
+
+@shows("fp32_matmul_precision")
+def products(folder):
+    def said(words):
+        return next(line for line in run(folder / words[-5:], f"--kernels auto {words}").lines if "Kernels: " in line)
+
+    assert "bfloat16" in said("--fp32-matmul-precision high") and "bfloat16" not in said("--kernels auto")
 
 
 @shows("deterministic_mode")

@@ -131,6 +131,9 @@ SEED_TARGETS = {
 @pytest.mark.parametrize(("name", "target"), SEED)
 def test_every_seed_row_is_there(name, target):
     argument, negated = table.find(name)
+    if name == "transformer_impl":  # whose values compute the same; which kernels run is said by `kernels`
+        assert argument.status == IGNORED
+        return
     assert not negated and SEED_TARGETS.get(target, target) in argument.fields
     written = target.split(".")[-1]
     assert table.find(written) or target in table.DIRECT

@@ -90,7 +90,7 @@ def test_a_batch_is_each_alone(model) -> None:
 
 def test_plain_operators_give_the_same(tmp_path) -> None:
     compiled = generator("llama", tmp_path).generate(prompts("llama", 12, 5), SAMPLED)
-    plain = generator("llama", tmp_path, transformer_impl="local").generate(prompts("llama", 12, 5), SAMPLED)
+    plain = generator("llama", tmp_path, kernels="local").generate(prompts("llama", 12, 5), SAMPLED)
     assert [a.tokens for a in plain] == [a.tokens for a in compiled]
     for one, other in zip(plain, compiled):
         np.testing.assert_allclose([x.logprob for x in one.logprobs], [x.logprob for x in other.logprobs], atol=1e-4)

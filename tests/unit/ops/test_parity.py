@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core import ops
-from parallel_core.ops import reference, reference_experts, registry
+from parallel_core.ops import build, library, reference, reference_experts, registry
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -551,6 +551,153 @@ def test_weighted_rows_of_an_activation(name):
         lambda *a: ops.scaled_activation(*a, name), lambda *a: reference_experts.scaled_activation(*a, name),
         [x, scale], rng, summed=(1,),
     )  # fmt: skip
+
+
+HALVES = [ms.bfloat16, ms.float16]
+
+
+@pytest.fixture
+def bf16_products(kernels):
+    if not library.use_bf16_products(True):
+        pytest.skip("this CPU does not multiply bfloat16 numbers faster")
+    yield
+    library.use_bf16_products(False)
+
+
+@pytest.mark.parametrize(("T", "I", "O"), [(33, 8, 24), (512, 256, 100), (128, 1031, 7), (64, 64, 1030)])
+@pytest.mark.parametrize("weight_type", [ms.float32, *HALVES])
+def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, bf16_products):
+    """Against float64 sums of the rounded operands; a bias and what is added to stay in float32."""
+    rng = np.random.default_rng(T)
+    x, dy, b, into = array(rng, T, I), array(rng, T, O), array(rng, O), array(rng, O, I)
+    w = Tensor(array(rng, O, I)).astype(weight_type)
+
+    def rounded(values):
+        return Tensor(values).astype(ms.bfloat16).astype(ms.float32).asnumpy().astype(np.float64)
+
+    x16, dy16, w16 = rounded(x), rounded(dy), rounded(w.astype(ms.float32).asnumpy())
+
+    def near(got, want):
+        assert np.abs(got - want).max() <= 3e-6 * np.abs(want).max()
+
+    near(ops.linear(Tensor(x), w, Tensor(b)).asnumpy(), x16 @ w16.T + b)
+    near(ops.linear_grad_input(Tensor(dy), w).asnumpy(), dy16 @ w16)
+    near(ops.linear_grad_weight(Tensor(dy), Tensor(x)).asnumpy(), dy16.T @ x16)
+    added = into.copy()
+    ops.linear_grad_weight_(added, Tensor(dy), Tensor(x), True)
+    near(added, into + dy16.T @ x16)
+    with ops.exact_products():
+        exact = ops.linear_grad_weight(Tensor(dy), Tensor(x)).asnumpy()
+    near(exact, dy.astype(np.float64).T @ x)
+    assert np.abs(exact - dy16.T @ x16).max() > 1e-4
+    near(ops.linear_grad_weight(Tensor(dy), Tensor(x)).asnumpy(), dy16.T @ x16)
+
+
+def test_a_cpu_without_the_instructions_multiplies_float32_and_says_so():
+    threads = library.threads()
+    with mock.patch.object(build, "cpu_flags", lambda: b"flags : avx512f avx2"):
+        sentence = ops.use_kernels("auto", num_threads=1, bf16_products=True)
+    assert sentence.endswith("products of float32: this CPU has neither AMX nor AVX-512 instructions for bfloat16")
+    x, w = array(np.random.default_rng(0), 40, 64), array(np.random.default_rng(1), 8, 64)
+    close(ops.linear(Tensor(x), Tensor(w), None), reference.linear(Tensor(x), Tensor(w), None))
+    assert ops.use_kernels("local", bf16_products=True).endswith("(local was asked for); products of float32")
+    ops.use_kernels("auto", num_threads=threads)
+
+
+def half_array(values, dtype):
+    return Tensor(values.astype(np.float32)).astype(dtype).asnumpy()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@compares("convert", "copy_")
+def test_conversions_are_exact_up_and_rounded_to_even_down(dtype):
+    """All numbers of 16 bits; and float32 beside them, between two of them and half way."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    wide = every.view(half_array(np.zeros(1), dtype).dtype)
+    finite = np.isfinite(wide.astype(np.float32))
+    x = Tensor.from_numpy(wide.copy())
+    up = ops.convert(x, ms.float32).asnumpy()
+    np.testing.assert_array_equal(up.view(np.uint32)[finite], wide.astype(np.float32).view(np.uint32)[finite])
+    np.testing.assert_array_equal(np.isnan(up), np.isnan(wide.astype(np.float32)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = np.nextafter(up[finite], np.float32(np.inf)), np.nextafter(up[finite], np.float32(-np.inf))
+        middles = (up[finite].astype(np.float64) + np.roll(up[finite], 1)) / 2
+        values = np.concatenate([up, *steps, middles.astype(np.float32)])
+        want = values.astype(wide.dtype)
+    down = ops.convert(Tensor(values), dtype).asnumpy()
+    number = ~np.isnan(values)
+    np.testing.assert_array_equal(down.view(np.uint16)[number], want.view(np.uint16)[number])
+    assert np.isnan(down.astype(np.float32)[~number]).all()
+    into = np.empty(values.shape, wide.dtype)
+    ops.copy_(into, values)
+    np.testing.assert_array_equal(into.view(np.uint16), down.view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_conversion_has_the_gradient_of_a_copy_in_its_inputs_type(dtype):
+    weight = Tensor(np.arange(70000, dtype=np.float32) / 7)
+    gradient = ms.grad(lambda x: (ops.cast(x, ms.float32) * weight).sum())(Tensor(np.ones(70000), dtype))
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient.asnumpy(), weight.astype(dtype).asnumpy())
+    assert ops.cast(Tensor([1, 2]), ms.float32).asnumpy().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@compares("add_", "scale_", "write_")
+def test_buffers_of_halves_round_each_element_once(dtype):
+    rng = np.random.default_rng(5)
+    for kind, values in ((dtype, array(rng, 70001)), (ms.float32, array(rng, 70001)), (ms.float32, array(rng, 7))):
+        into = half_array(array(rng, values.size), dtype)
+        other = Tensor(values).astype(kind)
+        want = (into.astype(np.float32) + other.asnumpy().astype(np.float32)).astype(into.dtype)
+        ops.add_(into, other)
+        np.testing.assert_array_equal(into, want)
+        ops.scale_(into, 0.3)
+        np.testing.assert_array_equal(into, (want.astype(np.float32) * np.float32(0.3)).astype(into.dtype))
+        ops.write_(into, other)
+        np.testing.assert_array_equal(into, other.asnumpy().astype(into.dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@compares("linear", "linear_grad_input", "layer_norm", "rms_norm", "activation", "bias_dropout_add", "embedding",
+          "grouped_linear", "grouped_linear_grad_input")  # fmt: skip
+def test_parameters_of_16_bits_are_read_as_the_float32_that_they_are(dtype, caplog):
+    """Bitwise; their gradients come in their type, and nothing goes to the reference."""
+    rng = np.random.default_rng(6)
+    x, dy, w, b = array(rng, 50, 4, 96), array(rng, 50, 4, 128), array(rng, 128, 96), array(rng, 128)
+    half, bias = Tensor(w).astype(dtype), Tensor(b).astype(dtype)
+    wide, counts = half.astype(ms.float32), np.array([3, 0, 47])
+    experts = Tensor(array(rng, 3, 128, 96)).astype(dtype)
+    pairs = [
+        (lambda w, b: ops.linear(Tensor(x), w, b), (half, bias)),
+        (lambda w: ops.linear(Tensor(x[:3, 0]), w, None), (half,)),
+        (lambda w: ops.linear_grad_input(Tensor(dy), w), (half,)),
+        (lambda w: ops.grouped_linear(Tensor(x[:, 0]), w, counts), (experts,)),
+        (lambda w: ops.grouped_linear_grad_input(Tensor(dy[:, 0]), w, counts), (experts,)),
+        (lambda w, b: ops.layer_norm(Tensor(dy), w, b, 1e-5), (bias, bias + bias)),
+        (lambda w: ops.rms_norm(Tensor(dy), w, 1e-5), (bias,)),
+        (lambda b: ops.activation(Tensor(dy), b, "gelu"), (bias,)),
+        (lambda b: ops.bias_dropout_add(Tensor(dy), b, Tensor(dy), 0.25, (1, 2)), (bias,)),
+    ]
+    with caplog.at_level("INFO", logger=registry.logger.name):
+        for function, halves in pairs:
+            wides = [value.astype(ms.float32) for value in halves]
+            got = function(*halves)
+            assert got.dtype == ms.float32
+            np.testing.assert_array_equal(got.asnumpy(), function(*wides).asnumpy())
+        for function, halves in pairs[5:]:
+            where = tuple(range(len(halves)))
+            grad = ms.grad(lambda *a, f=function: (f(*a) * Tensor(dy)).sum(), grad_position=where)
+            got, want = (grad(*values) for values in (halves, [value.astype(ms.float32) for value in halves]))
+            for g, v in zip(*((got, want) if isinstance(got, tuple) else ((got,), (want,)))):
+                assert g.dtype == dtype
+                np.testing.assert_array_equal(g.asnumpy(), v.astype(dtype).asnumpy())
+        rows = ops.embedding(Tensor([0, 200, 5, 127], ms.int32), half, 0)
+        assert rows.dtype == dtype
+        np.testing.assert_array_equal(
+            rows.asnumpy(), ops.embedding(Tensor([0, 200, 5, 127], ms.int32), wide, 0).astype(dtype).asnumpy()
+        )
+    assert not caplog.records
 
 
 def test_every_compiled_kernel_is_compared():

@@ -18,7 +18,7 @@ from tests.ranks.support import Tiny, TinyRun, kernels
 MIB = 2**20
 # Attention scores outweigh everything else, as in a real model with long sequences: 1 MiB for each microbatch.
 MODEL = {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "seq_length": 128, "vocab_size": 64,
-         "transformer_impl": "local"}
+         "kernels": "local"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
 
@@ -84,7 +84,7 @@ def test_recomputation_of_whole_layers_keeps_their_inputs_only():
     with kernels("auto") as sentence:
         if not sentence.startswith("fused"):
             pytest.skip(sentence)
-        fused = {"transformer_impl": "auto", "use_flash_attention": True}
+        fused = {"kernels": "auto", "use_flash_attention": True}
         peak, kept, formula = zip(*(peak_kept_formula(n, {**m, **fused}) for n, m in (("none", {}), ("full", FULL))))
     scatter = MIB // 20  # of the pages of MindSpore's pool; a layer's input is 2.5 times that
     assert abs(kept[0] - formula[0]) < 0.1 * formula[0] + scatter
@@ -133,7 +133,7 @@ def test_parameters_gradients_and_optimizer_are_the_formula_exactly():
 FLAGS = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 2 --global-batch-size 8 --train-iters 5 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 63 --make-vocab-size-divisible-by 64 --transformer-impl local
+    --vocab-size 63 --make-vocab-size-divisible-by 64 --kernels local
 """
 
 
