@@ -7,14 +7,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from parallel_core.ops import build
 
-_TYPES = {"P": c_void_p, "S": c_char_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
+_TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
 
 _declared: dict[str, tuple[list[Any], Any]] = {}
 """Argument types and result type of C functions."""
@@ -34,7 +34,7 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 
     Args:
         name: the function's name.
-        arguments: a letter for each: P pointer, S bytes that end in zero, L int64, I int, F float, U uint64.
+        arguments: a letter for each: P pointer, L int64, I int, F float, U uint64.
         returns: ctypes type of the result; None: nothing.
     """
     _declared[name] = [_TYPES[letter] for letter in arguments], returns
@@ -42,7 +42,7 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 
 declare("pc_init", "IP")
 declare("pc_keep_freed_memory", "L")
-declare("pc_open_onednn", "S", returns=c_int)
+declare("pc_open_onednn", "P", returns=c_int)
 declare("pc_use_bf16_products", "I", returns=c_int)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 from types import SimpleNamespace
@@ -222,10 +223,10 @@ def test_c_functions_are_declared_as_they_are_written():
         for result, name, arguments in re.findall(r"^PC_API (\w+) (pc_\w+)\(([^)]*)\)", text, re.MULTILINE):
             kinds = [a.replace("const ", "").split() for a in arguments.split(",")]
             letters = "".join("P" if "*" in "".join(kind) else C_TYPES[kind[0]] for kind in kinds)
-            written[name] = letters, {"void": None, "double": "D"}[result]
+            written[name] = letters, {"void": None, "double": ctypes.c_double, "int": ctypes.c_int}[result]
     letter_of = {kind: letter for letter, kind in library._TYPES.items()}
     declared = {
-        name: ("".join(letter_of[kind] for kind in kinds), None if returns is None else "D")
+        name: ("".join(letter_of[kind] for kind in kinds), returns)
         for name, (kinds, returns) in library._declared.items()
     }
     assert declared == written
