@@ -36,7 +36,7 @@ def shape(style: str, warmup: float = 20, decay: int = 100, wsd: int = 30, wsd_s
 
 def expected(style: str, n: int, W: float, D: int, wsd: int, wsd_style: str) -> float:
     """The table of OptimizerParamScheduler, line by line."""
-    if W > 0 and n <= W:
+    if W > 0 and (n < W or (n == W and style != "cosine-from-zero")):
         return INIT + (HIGH - INIT) * n / W
     if style == "constant":
         return HIGH
@@ -44,6 +44,8 @@ def expected(style: str, n: int, W: float, D: int, wsd: int, wsd_style: str) -> 
         return LOW
     if style == "inverse-square-root":
         return max(LOW, HIGH * max(W, 1) ** 0.5 / max(n, 1) ** 0.5)
+    if style == "cosine-from-zero":
+        return LOW + 0.5 * (math.cos(math.pi * n / D) + 1) * (HIGH - LOW)
     r = (n - W) / (D - W)
     if style == "linear":
         share = 1 - r
