@@ -30,6 +30,7 @@ MODEL = """
 # float32, 20 updates: see test_curves.py. Each expert's gradient is a sum over a part of the tokens.
 TOLERANCE = 2e-6
 GRADIENTS = 1e-5
+AFTER_A_FLIP = 1e-5
 ONE_RANK = {
     "plain": [],
     "full": "--recompute-granularity full --recompute-method block --recompute-num-layers 4 --exit-interval 3".split(),
@@ -145,12 +146,13 @@ def test_layouts_follow_megatron(layout: str, workplace: Path, start: str, tmp_p
     ranks, golden, flags = LAYOUTS[layout]
     run = several(tmp_path, ranks, {layout: {"argv": argv(start, flags.split())}}, cwd=workplace)[layout]
     assert run.status == 0, run.console
+    # Near-ties that the order of sums tells apart, with margins measured on one process. At iteration 13 it is 1.5e-8
+    # in the plain top-k that the balancing loss counts, which moves what is logged by 1.4e-5. At iteration 15 it is
+    # 3.0e-8 in a routing decision: Megatron-LM's `ep2` went the other way than its other runs; a run here goes either.
     rows = curve(golden)
-    if layout == "ep2":
-        # At iteration 15 one token is nearer to a tie than rounding, and Megatron-LM's run in this layout goes the
-        # other way than its one process; this one may go either way.
-        assert_follows(run.steps, {i: row for i, row in rows.items() if i < 15})
-        rows = {i: row for i, row in rows.items() if i >= 15}
-        assert_follows(run.steps, rows, 1e-4)
-    else:
-        assert_follows(run.steps, rows)
+    assert_follows(run.steps, {i: row for i, row in rows.items() if i < 15}, balance=5e-5)
+    later = [{i: row for i, row in curve(name).items() if i >= 15} for name in (golden, "ep2")]
+    try:
+        assert_follows(run.steps, later[0], AFTER_A_FLIP, balance=5e-5)
+    except AssertionError:
+        assert_follows(run.steps, later[1], AFTER_A_FLIP, balance=5e-5)
