@@ -150,8 +150,8 @@ def test_16_bits_train_like_float32(name: str, runs):
 def test_bfloat16_on_the_cpu_says_what_it_does(runs, folder):
     said = [line for line in runs["bf16"].console.splitlines() if "compute_dtype" in line]
     assert said == [
-        "WARNING - compute_dtype=bfloat16: the CPU has no bfloat16 matrix product; computing in float32 instead, "
-        "parameters stay bfloat16"
+        "WARNING - compute_dtype=bfloat16: the CPU has no kernels for activations of that type; they are float32 "
+        "instead, parameters stay bfloat16"
     ]
     info = open_checkpoint(folder / "bf16" / "iter_0000020").info("decoder.layers.0.mlp.linear_fc1.weight")
     assert info.dtype == "bfloat16"
