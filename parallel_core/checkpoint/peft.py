@@ -105,7 +105,10 @@ class _Renamed:
 
 
 def _named_base(path: Path, named: str) -> str:
-    return named if os.path.isabs(named) or Path(named).is_dir() else str(path / named) if named else ""
+    if not named:
+        told = path / CONFIG_NAME
+        raise CheckpointError(f"{told} names no base model; write its directory as base_model_name_or_path")
+    return named if os.path.isabs(named) or Path(named).is_dir() else str(path / named)
 
 
 def _refuse_vocabulary(path: Path, name: str) -> None:

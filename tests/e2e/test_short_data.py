@@ -43,7 +43,8 @@ def test_data_that_runs_out_ends_the_run_and_says_so(tmp_path: Path):
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
         "DataError: the data is used up: the dataset holds fewer samples than the run asks for; give --train-iters or "
-        "--train-samples that fit, more data, or --dataloader-type cyclic"
+        "--train-samples that fit, more data, or --dataloader-type cyclic; of batches of one's own give what can be "
+        "iterated again (a list, a class with __iter__) in place of an iterator"
     )
     assert "Traceback" not in done.stderr
     # Ten microbatches are two iterations of four and half of a third.
