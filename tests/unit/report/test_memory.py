@@ -148,8 +148,8 @@ def test_a_job_of_two_ranks_holds_half_of_the_optimizer_state_each():
     assert row.measured.activations > row.formula.activations / 2
 
 
-@pytest.mark.parametrize("exchange", ["p2p", pytest.param("all_gather", marks=pytest.mark.slow),
-                                      pytest.param("a2a", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["p2p", "all_gather", "a2a"])
 def test_activations_of_a_rank_fall_with_the_ranks_that_share_a_sequence(exchange):
     flags = [*FLAGS.split(), "--seq-length", "1024", "--max-position-embeddings", "1024", "--micro-batch-size", "1"]
     flags[flags.index("local")] = "auto"
