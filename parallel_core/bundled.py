@@ -8,6 +8,9 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 
+PROGRAMS = {"pretrain_gpt.py": "configs/gpt_tiny.yaml", "pretrain_pangu.py": "configs/pangu_tiny.yaml"}
+"""The training programs, each with what it trains when no argument says anything."""
+
 
 def shared_folder() -> Path:
     """Return the folder that holds `pretrain_gpt.py`, `configs` and `data`: the package's own, or the checkout."""

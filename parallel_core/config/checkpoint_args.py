@@ -26,7 +26,7 @@ _TOKENIZER_NAMES = (
 )  # fmt: skip
 _ASKING = ("use_checkpoint_args", "use_mp_args_from_checkpoint_args", "use_tokenizer_model_from_checkpoint_args")
 NEEDS_CHECKPOINT = ("ckpt_step", "finetune", "skip_train", "exit_on_missing_checkpoint")
-"""What makes a `load` without a checkpoint an error, as `training.checkpointing` decides when it loads."""
+"""What makes a `load` without a checkpoint an error: arguments, and fields of `training_config` of the same names."""
 _OLDER_WORDS = {"swiglu": "hidden_act", "add_qkv_bias": "qkv_has_bias"}
 """What checkpoints without the newer setting say instead."""
 

@@ -12,9 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel_core.errors import ConfigError, ParallelCoreError
 from parallel_core.generate.arguments import add_model_arguments, layout_of
-from parallel_core.generate.starting import check_before, is_rank, open_console, start_ranks
+from parallel_core.generate.starting import open_console, run_or_start
 
 _PROGRAM = Path(__file__).parent / "programs" / "evaluate_on_ranks.py"
 
@@ -43,18 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; 2 for what cannot be, said in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(words)
-    try:
-        layout = layout_of(args)
-        if layout.world_size > 1 and not is_rank():
-            check_before(args, layout)
-            return start_ranks(_PROGRAM, words, args, layout)
-        run(args)
-    except ParallelCoreError as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_or_start(_PROGRAM, words, args, run)
 
 
 def run_on_rank() -> None:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from parallel_core.errors import ConfigError, ParallelCoreError
+from parallel_core.errors import ConfigError
 from parallel_core.files import create_file, read_regular
 from parallel_core.generate.arguments import add_model_arguments, add_sampling_arguments, layout_of, sampling_values
 from parallel_core.generate.requests import Completion, SamplingParams, TokenLogprob
-from parallel_core.generate.starting import check_before, is_rank, open_console, start_ranks
+from parallel_core.generate.starting import open_console, run_or_start
 from parallel_core.records import parse_json
 
 _LARGEST_FILE = 1 << 30
@@ -63,19 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; 2 for what cannot be, said in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(words)
-    try:
-        layout = layout_of(args)
-        read_prompts(args)
-        if layout.world_size > 1 and not is_rank():
-            check_before(args, layout)
-            return start_ranks(_PROGRAM, words, args, layout)
-        run(args)
-    except ParallelCoreError as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_or_start(_PROGRAM, words, args, run, checked=lambda: read_prompts(args))
 
 
 def run_on_rank() -> None:

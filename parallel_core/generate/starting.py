@@ -9,12 +9,14 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from parallel_core.errors import ConfigError, ParallelCoreError
+from parallel_core.generate.arguments import layout_of
 from parallel_core.generate.layout import Layout, check_layout
 from parallel_core.launch.job import Job
 from parallel_core.launch.plan import plan_job, prepare_log_dir
@@ -40,6 +42,44 @@ def check_before(args: argparse.Namespace, layout: Layout) -> None:
     described = describe(args.load, args.ckpt_step)
     check_layout(described.model, layout)
     checked_length(described, args.max_length)
+
+
+def run_or_start(
+    program: Path,
+    words: Sequence[str],
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    possible: Callable[[], object] = lambda: None,
+    checked: Callable[[], object] = lambda: None,
+    before_ranks: Callable[[], object] = lambda: None,
+) -> int:
+    """Run a command here, or on the ranks that its layout needs; return its exit status, 2 for what cannot be.
+
+    Args:
+        program: what each rank runs.
+        words: the command's.
+        args: what they say.
+        run: the command on one rank.
+        possible: refuses what no layout could do.
+        checked: refuses what of the command cannot be, once the layout is known to be one.
+        before_ranks: the last check before ranks exist.
+    """
+    try:
+        possible()
+        layout = layout_of(args)
+        checked()
+        if layout.world_size > 1 and not is_rank():
+            check_before(args, layout)
+            before_ranks()
+            return start_ranks(program, words, args, layout)
+        run(args)
+    except ParallelCoreError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def start_ranks(program: Path, words: Sequence[str], args: argparse.Namespace, layout: Layout) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from parallel_core.bundled import PROGRAMS
 from parallel_core.config.bundled import describes_a_run
 from parallel_core.config.handover import write_handover
 from parallel_core.config.load import LoadedConfig
@@ -86,7 +87,7 @@ def _hint(command: Sequence[str], error: str, bundled: str) -> str:
     script = command[0]
     if bundled and bundled not in command and ": required, and not given" in error:
         return f"\nTo change the small model that runs without arguments, add --config {shlex.quote(bundled)}"
-    if ": unknown argument" not in error or Path(script).name in ("pretrain_gpt.py", "pretrain_pangu.py"):
+    if ": unknown argument" not in error or Path(script).name in PROGRAMS:
         return ""
     return (
         f"\nIf {script} itself adds arguments (extra_args_provider), leave the check to it: "

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel_core.bundled import bundled_program, shared_folder
+from parallel_core.bundled import PROGRAMS, bundled_program, shared_folder
 from parallel_core.launch.__main__ import main as launch
 
 
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words.insert(0, str(bundled_program()))
     elif not Path(words[0]).exists() and Path(words[0]).name == words[0] and bundled_program(words[0]).is_file():
         words[0] = str(bundled_program(words[0]))
-    small = "pangu_tiny" if Path(words[0]).name == "pretrain_pangu.py" else "gpt_tiny"
-    return launch(["--bundled", str(shared_folder() / f"configs/{small}.yaml"), *words])
+    small = PROGRAMS.get(Path(words[0]).name, PROGRAMS["pretrain_gpt.py"])
+    return launch(["--bundled", str(shared_folder() / small), *words])
 
 
 if __name__ == "__main__":

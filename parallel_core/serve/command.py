@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel_core.errors import ConfigError, ParallelCoreError
+from parallel_core.errors import ConfigError
 from parallel_core.generate.arguments import add_model_arguments, add_sampling_arguments, layout_of, sampling_values
 from parallel_core.generate.requests import SamplingParams
-from parallel_core.generate.starting import check_before, is_rank, start_ranks
+from parallel_core.generate.starting import is_rank, run_or_start
 
 if TYPE_CHECKING:
     from parallel_core.generate.generator import Generator
@@ -59,26 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; 2 for what cannot be, said in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(words)
-    try:
-        _need_server()
-        _check(args)
-        layout = layout_of(args)
-        if layout.world_size > 1 and not is_rank():
-            check_before(args, layout)
-            listen(args).close()
-            return start_ranks(_PROGRAM, words, args, layout)
-        run(args)
-    except ParallelCoreError as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_or_start(
+        _PROGRAM, words, args, run, possible=lambda: _possible(args), before_ranks=lambda: listen(args).close()
+    )
 
 
 def run_on_rank() -> None:
     """Run a rank's part; what fails is raised."""
     run(make_parser().parse_args(sys.argv[1:]))
+
+
+def _possible(args: argparse.Namespace) -> None:
+    _need_server()
+    _check(args)
 
 
 def _need_server() -> None:

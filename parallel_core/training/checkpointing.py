@@ -27,6 +27,7 @@ from parallel_core.checkpoint import (
     share_among_replicas,
 )
 from parallel_core.checkpoint.lora import KEY as ADAPTER_KEY
+from parallel_core.config.checkpoint_args import NEEDS_CHECKPOINT
 from parallel_core.config.model_keys import comparable
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.vocabulary import stored_settings
@@ -303,7 +304,7 @@ class Checkpointer:
         """Return the directory to load, empty if the run may begin without one."""
         training = self.config.training_config
         step = training.ckpt_step or None
-        needed = step or self._lora or training.finetune or training.skip_train or training.exit_on_missing_checkpoint
+        needed = self._lora or any(getattr(training, name) for name in NEEDS_CHECKPOINT)
         if not needed and not holds_checkpoint(training.load_checkpoint):
             return ""
         return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._warn))

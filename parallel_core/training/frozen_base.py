@@ -12,7 +12,7 @@ from mindspore import Parameter
 
 from parallel_core.adapt.lora import adapter_settings
 from parallel_core.checkpoint import load_shards
-from parallel_core.checkpoint.lora import check_same_adapter, fingerprint
+from parallel_core.checkpoint.lora import KEY, check_same_adapter, fingerprint
 from parallel_core.checkpoint.opening import open_adapter
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.schema import AllConfig
@@ -56,7 +56,8 @@ def load_base(run: Loading, path: Path) -> tuple[TensorSource | None, dict[str, 
     lora, world = run.config.training_config.lora, run.context.world
     adapter, base = run.everywhere(lambda: open_adapter(path, lora.base))
     run.everywhere(lambda: run.check_model(base.common, base.path))
-    told = {**adapter_settings(lora), "base": str(base.path.resolve()), "fingerprint": fingerprint(base)}
+    same = fingerprint(base) if adapter is None else adapter.common[KEY]["fingerprint"]  # which opening has compared
+    told = {**adapter_settings(lora), "base": str(base.path.resolve()), "fingerprint": same}
     if adapter is not None:
         run.everywhere(lambda: check_same_adapter(adapter, told))
     parameters = run.parameters()

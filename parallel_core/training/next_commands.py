@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parallel_core.bundled import bundled_program, is_checkout
+from parallel_core.bundled import PROGRAMS, bundled_program, is_checkout
 from parallel_core.config import table
 from parallel_core.config.flags import split_words
 from parallel_core.config.load import load_config
@@ -126,7 +126,7 @@ def _starter(script: str) -> list[str] | None:
         return ["parallel-core", "train"]
     shell = Path(script).with_suffix(".sh")
     if HANDOVER_VARIABLE in os.environ:
-        if shell.name in ("pretrain_gpt.sh", "pretrain_pangu.sh") and shell.is_file():
+        if Path(script).name in PROGRAMS and shell.is_file():
             return ["bash", str(shell)]
         return ["python", "-m", "parallel_core.launch", script]
     if LOG_DIR_VARIABLE in os.environ:

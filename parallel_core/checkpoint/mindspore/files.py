@@ -181,7 +181,7 @@ def _layout(data: bytes, name: str, span: Range) -> Layout:
     return Layout(matrix, tensor_map, max(scalars.get(6, 0), 0), scalars.get(7, 0))
 
 
-def _integers(data: bytes, span: Range) -> Iterator[int]:
+def _integers(data: Buffer, span: Range) -> Iterator[int]:
     """Yield the numbers of field 1 of a message, packed or not, as signed ones."""
     for field, value in _fields(data, *span):
         if field != 1:
@@ -223,19 +223,12 @@ def _tensors(path: Path, data: mmap.mmap, end: int) -> dict[str, StoredTensor]:
 
 
 def _tensor(path: Path, data: mmap.mmap, name: str, span: Range) -> StoredTensor:
-    shape: list[int] = []
+    shape = list(_integers(data, span))
     kind, content = "", (0, 0)
-    for field, value in _fields(data, *span):
-        if field == 1 and isinstance(value, int):
-            shape.append(_signed(value))
-        elif field == 1 and not isinstance(value, int):
-            at, end = value
-            while at < end:
-                number, at = _varint(data, at, end)
-                shape.append(_signed(number))
-        elif field == 2 and not isinstance(value, int):
+    for field, value in _messages(data, *span):
+        if field == 2:
             kind = _text(data, value)
-        elif field == 3 and not isinstance(value, int):
+        elif field == 3:
             content = value
     if kind not in _DTYPES:
         raise Malformed(f"{show(name)} is of type {show(kind)}; read are {', '.join(_DTYPES)}")
