@@ -12,6 +12,7 @@ WITHIN_THE_CONFIG = {
     "model_config.group_query_attention": "num_query_groups",
     "dataset_config.make_vocab_size_divisible_by": "vocab_size",
     "parallel_config.num_layers_per_virtual_pipeline_stage": "virtual_pipeline_model_parallel_size",
+    "training_config.exit_on_missing_checkpoint": "checkpoint_args.NEEDS_CHECKPOINT",
     "training_config.bf16": "compute_dtype and params_dtype",
     "training_config.fp16": "compute_dtype and params_dtype",
     "model_config.fa_config.pre_tokens": "TransformerConfig.window_of",
