@@ -16,6 +16,10 @@ from tests.helpers.cases import CaseContext, case
 from tests.ranks.cases_experts import run_of
 from tests.ranks.cases_latent_attention import MODEL as LATENT
 from tests.ranks.cases_layouts import draw, settings
+from tests.ranks.cases_lora import GATED
+from tests.ranks.cases_lora import of as adapted
+from tests.ranks.cases_multi_token import MODEL as FURTHER
+from tests.ranks.cases_multi_token import TIED
 from tests.ranks.cases_training import DROPOUT, FULL, assert_equal_bits, trained
 from tests.ranks.support import LLAMA, SampleSource, Tiny, TinyRun, context_of
 
@@ -77,6 +81,14 @@ def test_split_passes_of_four_ranks_are_bit_equal(ctx: CaseContext, layout: str,
 def test_split_passes_of_experts_and_latents_are_bit_equal(ctx: CaseContext, model: str, layout: str) -> None:
     tiny = settings(layout).with_(model=LATENT) if model == "latent" else run_of(model, layout)
     check(ctx, tiny.with_(data={"batch_size": 1, "global_batch_size": 16}))
+
+
+@case(world_size=2, slow=True, variants=[{"layout": "pp2"}, {"layout": "pp2 vpp2"}])
+def test_split_passes_of_adapters_and_further_tokens_are_bit_equal(ctx: CaseContext, layout: str) -> None:
+    """Frozen weights leave nothing; a tied embedding is the last stage's table and output layer in one pass."""
+    check(ctx, adapted(layout, GATED).with_(data=BATCHES))
+    check(ctx, settings(layout).with_(model=TIED, data=BATCHES))
+    check(ctx, settings(layout).with_(model=FURTHER, data=BATCHES))
 
 
 MORE = ("llama", "selective", "plain kernels", "per token")
