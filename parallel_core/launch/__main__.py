@@ -3,6 +3,8 @@
 The arguments after the script are a training configuration (`--config FILE --megatron-flag value ...`), which is
 checked here, before any process exists. With `--plain` they are passed on unread, and `NPROC` must be set. With
 `--bundled`, FILE is the configuration where no argument of the model, the layout or the data is given.
+
+`python -m parallel_core.launch rank-table FILE...` prints the launch line of each node of a rank table.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ _NEEDED = {"mindspore": "mindspore", "numpy": "numpy", "yaml": "pyyaml", "senten
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the launcher if what it needs is installed, and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["rank-table"]:
+        from parallel_core.launch import rank_table
+
+        return rank_table.main(words[1:])
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
@@ -27,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from parallel_core.launch import cli
 
-    return cli.main(list(sys.argv[1:] if argv is None else argv))
+    return cli.main(words)
 
 
 if __name__ == "__main__":
