@@ -26,6 +26,7 @@ _SIZES = (
 _PARALLEL_SIZES = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
     *("data_parallel_size", "context_parallel_size", "expert_model_parallel_size", "model_parallel_size"),
+    "expert_tensor_parallel_size",
 )
 _STAGE_LAYERS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 _NUMBERS = ("norm_epsilon", "layernorm_epsilon", "rotary_base", "rotary_percent")

@@ -93,8 +93,11 @@ class Blob:
         return Blob(self.path, picked.offset, self.dtype, self.shape[1:], self.strides[1:])
 
     def transposed(self) -> Blob:
-        """Return a matrix with rows and columns exchanged."""
-        return Blob(self.path, self.offset, self.dtype, self.shape[::-1], self.strides[::-1])
+        """Return a matrix, or each of several, with rows and columns exchanged."""
+        (*some, rows, columns), (*more, of_rows, of_columns) = self.shape, self.strides
+        return Blob(
+            self.path, self.offset, self.dtype, (*some, columns, rows), (*more, of_columns, of_rows)
+        )
 
     def every(self, step: int) -> Blob:
         """Return rows 0, `step`, 2 `step`, ... of this array."""
@@ -171,6 +174,11 @@ class LazyBlob:
     def pick(self, index: int) -> LazyBlob:
         """Return element `index` along the first dim, without that dim."""
         return LazyBlob(lambda: self.resolve().pick(index), self.shape[1:], self.dtype)
+
+    def transposed(self) -> LazyBlob:
+        """Return a matrix, or each of several, with rows and columns exchanged."""
+        (*some, rows, columns) = self.shape
+        return LazyBlob(lambda: self.resolve().transposed(), (*some, columns, rows), self.dtype)
 
     def reshape(self, shape: Sequence[int]) -> LazyBlob:
         """Return the same elements in another shape; only for an array that is contiguous."""

@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--target-virtual-pipeline-parallel-size", type=int, help="model chunks per stage")
     group.add_argument("--target-decoder-first-pipeline-num-layers", type=int)
     group.add_argument("--target-decoder-last-pipeline-num-layers", type=int)
+    group.add_argument("--target-expert-model-parallel-size", type=int)
+    group.add_argument("--target-expert-tensor-parallel-size", type=int)
+    for name in ("--target-moe-grouped-gemm", "--target-moe-use-legacy-grouped-gemm"):
+        group.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
     group.add_argument("--target-transformer-impl", choices=("local", "transformer_engine"))
     group.add_argument("--target-use-distributed-optimizer", action=argparse.BooleanOptionalAction, default=None)
     return parser
@@ -142,4 +146,8 @@ def _target(args: argparse.Namespace) -> Target:
         if args.target_transformer_impl is None
         else args.target_transformer_impl == "transformer_engine",
         with_optimizer=not args.no_optim,
+        expert_parallel=args.target_expert_model_parallel_size,
+        expert_tensor_parallel=args.target_expert_tensor_parallel_size,
+        grouped_gemm=args.target_moe_grouped_gemm,
+        legacy_grouped_gemm=args.target_moe_use_legacy_grouped_gemm,
     )

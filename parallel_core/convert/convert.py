@@ -143,7 +143,7 @@ def to_megatron(
         try:
             unfinished.mkdir(parents=True)
             if target_format == "torch":
-                ranks = [(tp, pp) for pp in range(export.pp) for tp in range(export.tp)]
+                ranks = [(tp, pp, ep) for pp in range(export.pp) for tp, ep in export.files]
                 jobs = [(source.path, allow_inert, target, unfinished, *rank) for rank in ranks]
                 run_jobs(_write_torch, jobs, processes, bar)
             else:
@@ -164,9 +164,16 @@ def to_megatron(
 
 
 def _write_torch(
-    path: Path, allow_inert: tuple[str, ...], target: Target, partial: Path, tp: int, pp: int, progress: Progress
+    path: Path,
+    allow_inert: tuple[str, ...],
+    target: Target,
+    partial: Path,
+    tp: int,
+    pp: int,
+    ep: int,
+    progress: Progress,
 ) -> None:
-    write_torch_rank(partial, Export(open_checkpoint(path, allow_inert), target), tp, pp, progress)
+    write_torch_rank(partial, Export(open_checkpoint(path, allow_inert), target), tp, pp, ep, progress)
 
 
 def _write_dist(

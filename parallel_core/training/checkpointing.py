@@ -217,6 +217,8 @@ class Checkpointer:
                 "virtual_pipeline_model_parallel_size": step.model.layout.num_chunks,
                 "context_parallel_size": mesh.size("cp"),
                 "data_parallel_size": mesh.size("dp"),
+                "expert_model_parallel_size": self.config.parallel_config.expert_model_parallel_size,
+                "expert_tensor_parallel_size": self.config.parallel_config.expert_tensor_size,
                 "layers": step.model.layout.counts(),
             },
             "versions": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,13 +14,12 @@ from parallel_core.checkpoint.common import checked_args
 from parallel_core.checkpoint.loading import VOCABULARY_TENSORS, read_shard
 from parallel_core.checkpoint.megatron.common_state import refuse_unsupported
 from parallel_core.checkpoint.megatron.dist_buckets import ChunkLayouts
-from parallel_core.checkpoint.megatron.experts import is_buffer, is_expert
+from parallel_core.checkpoint.megatron.experts import is_buffer, is_expert, is_whole
 from parallel_core.checkpoint.megatron.names import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     canonical_name,
     is_latent,
-    linear_modules,
     num_stacked_parts,
     te_fused_name,
     tensor_parallel_dim,
@@ -72,6 +72,10 @@ class Target:
         distributed_optimizer: whether the run uses `--use-distributed-optimizer`.
         transformer_engine: whether the run uses `--transformer-impl transformer_engine`.
         with_optimizer: whether to write optimizer state.
+        expert_parallel: ranks that share a layer's experts.
+        expert_tensor_parallel: ranks that share each expert.
+        grouped_gemm: whether the run uses `--moe-grouped-gemm`.
+        legacy_grouped_gemm: whether the run uses `--moe-use-legacy-grouped-gemm`.
     """
 
     tensor_parallel: int | None = None
@@ -82,6 +86,10 @@ class Target:
     distributed_optimizer: bool | None = None
     transformer_engine: bool | None = None
     with_optimizer: bool = True
+    expert_parallel: int | None = None
+    expert_tensor_parallel: int | None = None
+    grouped_gemm: bool | None = None
+    legacy_grouped_gemm: bool | None = None
 
 
 class Export:
@@ -93,7 +101,7 @@ class Export:
         has_optimizer: whether Adam's moments of all parameters are there and wanted.
         layouts: which parameters each model chunk has, and where in its flat buffers.
         latent: whether it has multi-latent attention.
-        linears: the linear modules of its layers.
+        grid: how its ranks share experts out.
     """
 
     def __init__(self, source: TensorSource, target: Target, whole: bool = False) -> None:
@@ -117,11 +125,6 @@ class Export:
                 f"{source.path}: {len(foreign)} tensors Megatron does not have:\n{bullet_list(foreign)}"
             )
         trained = [name for name in names if not is_buffer(name)]
-        if any(map(is_expert, names)) and not whole:
-            raise CheckpointError(
-                f"{source.path}: a mixture of experts is not written in Megatron's torch format; use torch_dist, which "
-                "any layout loads"
-            )
         if WORD_EMBEDDINGS not in names:
             raise CheckpointError(f"{source.path} holds no {WORD_EMBEDDINGS}")
         for name in {*VOCABULARY_TENSORS} & {*names}:
@@ -129,7 +132,7 @@ class Export:
                 shape = list(source.info(name).shape)
                 raise CheckpointError(f"{source.path}: {name} of shape {shape} is no matrix of rows and hidden size")
         self.has_optimizer = target.with_optimizer and _has_optimizer(source, trained)
-        self.args = _target_args(source.common, target, {name: source.info(name) for name in names})
+        self.args = _target_args(source.common, target, {name: source.info(name) for name in names}, whole)
         refuse_unsupported(self.args, str(source.path))
         self.tp = 1 if whole else self.args["tensor_model_parallel_size"]
         self.pp = self.args["pipeline_model_parallel_size"]
@@ -149,13 +152,23 @@ class Export:
         self.layouts = ChunkLayouts(self.infos, self.args)
         self.stacked = isinstance(self.args.get("moe_layer_freq", 1), int)
         self.latent = is_latent(names)
-        self.linears = linear_modules(names)
+        self.grid = self.layouts.grid
         for name in names:  # every cut is tried before anything is written
-            self.shard(name, self.tp - 1)
+            if whole or not is_expert(name):
+                self.shard(name, self.tp - 1)
+        if not whole:
+            self.files = self.grid.files() if self.grid.experts else [(tp, 0) for tp in range(self.tp)]
+            for stored in self.layouts.experts:
+                self.shard(stored, self.tp - 1, ep=self.grid.ep - 1)
 
-    def shard(self, name: str, tp: int, kind: str = "", stored: str | None = None) -> TensorShard:
-        """Return a tensor parallel rank's part of a parameter, or of its optimizer state of that kind."""
-        stored = stored or self.stored_name(name)
+    def shard(self, name: str, tp: int, kind: str = "", ep: int = 0) -> TensorShard:
+        """Return a rank's part of a parameter, or of its optimizer state of that kind."""
+        tensor = None if is_whole(name) else self.layouts.experts.get(name)
+        if tensor is not None:
+            info = self.infos[tensor.canonical]
+            etp = self.grid.etp_rank(tp, ep) or 0
+            return self.grid.shard(tensor, info, ep, etp, "float32" if kind else info.dtype)
+        stored = self.stored_name(name)
         info = self.infos[stored]
         dtype = "float32" if kind else info.dtype
         dim = tensor_parallel_dim(name, is_te_spec(self.args))
@@ -173,21 +186,25 @@ class Export:
         return te_fused_name(name, self.latent) if fused else name
 
     def stored_name(self, name: str) -> str:
-        """Return which parameter fills `name`: the last stage's copy of tied embeddings is the embeddings."""
+        """Return which tensor fills `name`: the last stage's copy of tied embeddings, say, or one of all experts."""
+        if not is_whole(name) and name in self.layouts.experts:
+            return self.layouts.experts[name].canonical
         return WORD_EMBEDDINGS if name == OUTPUT_LAYER and self.tied else name
 
-    def read(self, name: str, tp: int, kind: str = "") -> np.ndarray:
+    def read(self, name: str, tp: int, kind: str = "", ep: int = 0) -> np.ndarray:
         """Return a rank's local array of a parameter ("" as `kind`), its master, or a moment."""
         stored = self.stored_name(name)
         key = f"{stored}@{kind}" if kind else stored
         if kind == "master" and key not in self._keys:
             key = stored  # float32 weights are their own masters
-        return read_shard(self.source, key, self.shard(name, tp, kind))
+        array = read_shard(self.source, key, self.shard(name, tp, kind, ep))
+        return array if stored == name or name == OUTPUT_LAYER else self.grid.arranged(self.layouts.experts[name], array)
 
-    def tensor(self, name: str, tp: int, kind: str = "") -> StreamTensor:
+    def tensor(self, name: str, tp: int, kind: str = "", ep: int = 0) -> StreamTensor:
         """Return a rank's local tensor, read when it is written."""
-        shard = self.shard(name, tp, kind)
-        return StreamTensor.reading(shard.local_shape, shard.dtype, lambda: self.read(name, tp, kind))
+        shard = self.shard(name, tp, kind, ep)
+        shape = shard.local_shape if self.stored_name(name) in (name, WORD_EMBEDDINGS) else self.layouts.local_shape(name)
+        return StreamTensor.reading(shape, shard.dtype, lambda: self.read(name, tp, kind, ep))
 
     def namespace(self) -> SimpleNamespace:
         """Return the arguments as they are pickled."""
@@ -218,11 +235,11 @@ class Export:
         trackers = ("growth_tracker", "hysteresis_tracker")
         return {**{key: int(scaler[key]) for key in trackers if key in scaler}, "scale": scale}
 
-    def param_group(self, decays: bool) -> dict[str, Any]:
+    def param_group(self, decays: bool, of_experts: bool = False) -> dict[str, Any]:
         """Return a torch parameter group, without its parameters."""
         args = self.args
         return {
-            "is_expert_parallel": False,
+            "is_expert_parallel": of_experts,
             "default_config": True,
             "wd_mult": 1.0 if decays else 0.0,
             "lr_mult": 1.0,
@@ -275,7 +292,9 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"class", "args"}
 
 
-def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def _target_args(
+    common: Mapping[str, Any], target: Target, infos: Mapping[str, TensorInfo], whole: bool
+) -> dict[str, Any]:
     saved = dict(common.get("megatron_args") or {})
     model = {key: value for key, value in (common.get("model_config") or {}).items() if value is not None}
     if "num_layers" not in model or "num_attention_heads" not in model:
@@ -308,11 +327,25 @@ def _target_args(common: Mapping[str, Any], target: Target, infos: Mapping[str, 
         args["decoder_first_pipeline_num_layers"] = target.first_stage_layers
         args["decoder_last_pipeline_num_layers"] = target.last_stage_layers
     if args.get("num_experts"):
-        # As whole tensors experts are of no layout. Megatron stacks its layers where the pattern is a number.
-        args["expert_model_parallel_size"], args["expert_tensor_parallel_size"] = 1, None
+        _share_experts(args, mesh, target, kept, whole)
+        # Megatron stacks its layers where the pattern is a number.
         args["moe_layer_freq"] = 1 if all(args.get("moe_layer_freq") or [1]) else list(args["moe_layer_freq"])
     _set_switches(args, common, target, infos)
     return args
+
+
+def _share_experts(args: dict[str, Any], mesh: Mapping[str, Any], target: Target, kept: bool, whole: bool) -> None:
+    """Set how ranks share experts out: as the target says, else as the source where its layout is kept."""
+    ep, etp = mesh.get("expert_model_parallel_size"), mesh.get("expert_tensor_parallel_size")
+    if whole:  # of no layout
+        ep, etp = 1, None
+    elif target.expert_parallel or target.expert_tensor_parallel or not kept:
+        ep, etp = target.expert_parallel or ep, target.expert_tensor_parallel
+    args["expert_model_parallel_size"], args["expert_tensor_parallel_size"] = int(ep or 1), etp
+    for name, value in (
+        ("moe_grouped_gemm", target.grouped_gemm), ("moe_use_legacy_grouped_gemm", target.legacy_grouped_gemm),
+    ):  # fmt: skip
+        args[name] = bool(args.get(name)) if value is None else value
 
 
 def _set_switches(
@@ -324,6 +357,9 @@ def _set_switches(
         raise CheckpointError(f"num_query_groups={groups} is not a multiple of tensor_model_parallel_size={tp}")
     args["group_query_attention"] = groups != args["num_attention_heads"]
     args["data_parallel_size"] = int(args.get("data_parallel_size") or 1)
+    if args.get("num_experts"):  # data parallel ranks hold the experts of one another's layers
+        ranks = args["expert_model_parallel_size"] * int(args["expert_tensor_parallel_size"] or tp)
+        args["data_parallel_size"] = math.lcm(args["data_parallel_size"] * tp, ranks) // tp
     args["world_size"] = tp * args["pipeline_model_parallel_size"] * args["data_parallel_size"]
     args["transformer_pipeline_model_parallel_size"] = args["pipeline_model_parallel_size"]
     if target.distributed_optimizer is not None:

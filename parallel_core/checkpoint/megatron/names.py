@@ -58,6 +58,14 @@ _TE_NORMS = {
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
 }
 _TE_LATENT_NORMS = {fused: plain for fused, plain in _TE_NORMS.items() if plain != "input_layernorm."}
+_EXPERTS = (
+    "mlp.router",
+    "mlp.experts.experts.linear_fc1",
+    "mlp.experts.experts.linear_fc2",
+    "mlp.shared_experts",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
+)
 _LAYER_PARAMETERS = (
     "input_layernorm",
     "self_attention.linear_proj",
@@ -73,9 +81,7 @@ _LAYER_PARAMETERS = (
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
-    "mlp.router",
-    "mlp.shared_experts.linear_fc1",
-    "mlp.shared_experts.linear_fc2",
+    *_EXPERTS,
 )
 """Order in which Megatron's local spec registers a layer's modules: the projection comes before qkv."""
 _TE_LAYER_PARAMETERS = (
@@ -87,6 +93,7 @@ _TE_LAYER_PARAMETERS = (
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
+    *_EXPERTS,
 )
 _TE_LATENT_LAYER_PARAMETERS = (
     "input_layernorm",
@@ -101,9 +108,12 @@ _TE_LATENT_LAYER_PARAMETERS = (
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
+    *_EXPERTS,
 )
 """The norms of latents are part of the projections to heads; that before attention stands alone."""
 _WITHOUT_KIND = ("mlp.router.expert_bias", "mlp.shared_experts.gate_weight")
+_KINDS = ("weight", "bias", "expert_bias", "gate_weight")
+"""Every module has the first two, a router the third, the shared expert the last."""
 MEGATRON_LAYER_NAMES = frozenset(f"{module}.{kind}" for module in _LAYER_PARAMETERS for kind in ("weight", "bias"))
 
 
@@ -186,12 +196,6 @@ def te_fused_name(name: str, latent: bool = False) -> str:
     return name
 
 
-def linear_modules(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the linear modules of a layer of the model that has `names`, in the order of registration."""
-    there = {match[2].rpartition(".")[0] for match in map(LAYER_PATTERN.fullmatch, names) if match}
-    return tuple(module for module in _LAYER_PARAMETERS if ".linear_" in module and module in there)
-
-
 def tensor_parallel_dim(name: str, te_spec: bool = False) -> int | None:
     """Return the dim a parameter is cut along under tensor parallelism; None when every rank has all of it.
 
@@ -229,7 +233,7 @@ def predicts(names: Iterable[str]) -> bool:
 
 
 def registration_order(names: set[str], layers: range, te_spec: bool = False) -> list[str]:
-    """Return the parameters of one model chunk in the order Megatron registers them.
+    """Return the parameters and buffers of one model chunk in the order Megatron registers them.
 
     Args:
         names: canonical names, of this chunk at least; others are left out.
@@ -241,10 +245,10 @@ def registration_order(names: set[str], layers: range, te_spec: bool = False) ->
     if te_spec:
         modules = _TE_LATENT_LAYER_PARAMETERS if is_latent(names) else _TE_LAYER_PARAMETERS
     for layer in layers:
-        order += [f"decoder.layers.{layer}.{m}.{kind}" for m in modules for kind in ("weight", "bias")]
+        order += [f"decoder.layers.{layer}.{m}.{kind}" for m in modules for kind in _KINDS]
     order += ["decoder.final_layernorm.weight", "decoder.final_layernorm.bias"]
     for depth in sorted({int(name.split(".")[2]) for name in names if name.startswith("mtp.")}):
         within = ("enorm", "hnorm", "eh_proj", *(f"transformer_layer.{m}" for m in modules), "final_layernorm")
-        order += [f"mtp.layers.{depth}.{m}.{kind}" for m in within for kind in ("weight", "bias")]
+        order += [f"mtp.layers.{depth}.{m}.{kind}" for m in within for kind in _KINDS]
     order.append(OUTPUT_LAYER)
     return [name for name in order if name in names]

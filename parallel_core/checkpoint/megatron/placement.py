@@ -111,7 +111,7 @@ class Collector:
         """
         self._where, self._tp_size, self._gated, self._te_spec = where, tp_size, gated, te_spec
         self._tensors: dict[str, tuple[TensorInfo, list[Piece]]] = {}
-        self._experts: set[tuple[str, int, int | None]] = set()
+        self._owners: dict[tuple[Any, ...], int] = {}
 
     def add(self, key: str, tp: int, array: Any, row_blocks: list[tuple[int, int, int]] | None = None) -> None:
         """Add a rank's local array of `key`.
@@ -147,16 +147,28 @@ class Collector:
         """
         stored, at, kind = key.partition("@")
         etp = grid.etp_rank(chunk.tp, chunk.ep)
+        if etp is None:
+            return
         for name, number, matrix in grid.parts(stored, array, chunk.ep):
-            place = (f"{name}{at}{kind}", number, etp)
-            if etp is None or place in self._experts:
-                continue  # several tensor parallel ranks hold the same part of an expert
-            self._experts.add(place)
             info, pieces = grid.place(name, matrix, number, etp)
-            found, all_pieces = self._tensors.setdefault(place[0], (info, []))
-            if found != info:
-                raise CheckpointError(f"{self._where}: ranks disagree about {place[0]}: {found} and {info}")
-            all_pieces += pieces
+            self.add_pieces(f"{name}{at}{kind}", info, pieces, (number, etp), chunk.tp)
+
+    def add_pieces(self, key: str, info: TensorInfo, pieces: list[Piece], part: tuple[Any, ...], tp: int) -> None:
+        """Add a rank's pieces of `key`, which other tensor parallel ranks may have too: one of them counts.
+
+        Args:
+            key: `NAME` or `NAME@kind`.
+            info: of the whole tensor.
+            pieces: some or all of the rank's.
+            part: which part of the tensor they are of.
+            tp: tensor parallel rank.
+        """
+        if self._owners.setdefault((key, *part), tp) != tp:
+            return
+        found, all_pieces = self._tensors.setdefault(key, (info, []))
+        if found != info:
+            raise CheckpointError(f"{self._where}: ranks disagree about {key}: {found} and {info}")
+        all_pieces += pieces
 
     def add_flat(self, key: str, tp: int, local_shape: tuple[int, ...], array: Any, first: int, start: int) -> None:
         """Add elements of a flat buffer that are part of a rank's local array of `key`.

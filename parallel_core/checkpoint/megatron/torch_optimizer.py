@@ -190,7 +190,8 @@ def _read_distributed(
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file}: several chained optimizers cannot be read")
     result = OptimizerState(step=next((scalar(g.values["step"]) for g in groups if "step" in g.values), None))
-    for index, chunk in enumerate(chunks):
+    with_any = [chunk for chunk in chunks if chunk.tensors]  # a chunk without experts has no buffer of them
+    for index, chunk in enumerate(with_any):
         add_flat_buffers(result, str(file), content.get(index), chunk, args)
     return result
 
