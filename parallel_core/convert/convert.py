@@ -144,8 +144,8 @@ def to_megatron(
             unfinished.mkdir(parents=True)
             if target_format == "torch":
                 ranks = [(tp, pp, ep) for pp in range(export.pp) for tp, ep in export.files]
-                jobs = [(source.path, allow_inert, target, unfinished, *rank) for rank in ranks]
-                run_jobs(_write_torch, jobs, processes, bar)
+                shares = [(source.path, allow_inert, target, unfinished, *rank) for rank in ranks]
+                run_jobs(_write_torch, shares, processes, bar)
             else:
                 jobs = [(source.path, allow_inert, target, unfinished, part, processes) for part in range(processes)]
                 records = [record for found in run_jobs(_write_dist, jobs, processes, bar) for record in found]

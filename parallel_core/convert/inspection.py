@@ -39,8 +39,8 @@ def _optimizer_form(source: TensorSource) -> str:
 
 def _layout(common: dict[str, Any]) -> str:
     mesh = common.get("mesh") or {}
-    names = (("tp", "tensor_model"), ("pp", "pipeline_model"), ("vpp", "virtual_pipeline_model"), ("dp", "data"))
-    names += (("ep", "expert_model"), ("etp", "expert_tensor"))
+    names = (("tp", "tensor_model"), ("pp", "pipeline_model"), ("vpp", "virtual_pipeline_model"), ("dp", "data"),
+             ("ep", "expert_model"), ("etp", "expert_tensor"))  # fmt: skip
     return " ".join(
         f"{short}{mesh[f'{name}_parallel_size']}" for short, name in names if mesh.get(f"{name}_parallel_size")
     )

@@ -196,7 +196,9 @@ class ExpertGrid:
         """Return the array of a `shard` as it is stored."""
         return (array.transpose(0, 2, 1) if self.module == GROUPED else array).reshape(tensor.shape)
 
-    def flat_pieces(self, tensor: StoredExperts, info: TensorInfo, ep: int, etp: int, flat: Any, first: int) -> list[Piece]:
+    def flat_pieces(
+        self, tensor: StoredExperts, info: TensorInfo, ep: int, etp: int, flat: Any, first: int
+    ) -> list[Piece]:
         """Return where elements of a stored tensor, one after another, belong in the tensor of all experts.
 
         Args:

@@ -14,7 +14,7 @@ from parallel_core.checkpoint.common import checked_args
 from parallel_core.checkpoint.loading import VOCABULARY_TENSORS, read_shard
 from parallel_core.checkpoint.megatron.common_state import refuse_unsupported
 from parallel_core.checkpoint.megatron.dist_buckets import ChunkLayouts
-from parallel_core.checkpoint.megatron.experts import is_buffer, is_expert, is_whole
+from parallel_core.checkpoint.megatron.experts import StoredExperts, is_buffer, is_expert, is_whole
 from parallel_core.checkpoint.megatron.names import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -163,7 +163,7 @@ class Export:
 
     def shard(self, name: str, tp: int, kind: str = "", ep: int = 0) -> TensorShard:
         """Return a rank's part of a parameter, or of its optimizer state of that kind."""
-        tensor = None if is_whole(name) else self.layouts.experts.get(name)
+        tensor = self._experts(name)
         if tensor is not None:
             info = self.infos[tensor.canonical]
             etp = self.grid.etp_rank(tp, ep) or 0
@@ -187,8 +187,9 @@ class Export:
 
     def stored_name(self, name: str) -> str:
         """Return which tensor fills `name`: the last stage's copy of tied embeddings, say, or one of all experts."""
-        if not is_whole(name) and name in self.layouts.experts:
-            return self.layouts.experts[name].canonical
+        tensor = self._experts(name)
+        if tensor is not None:
+            return tensor.canonical
         return WORD_EMBEDDINGS if name == OUTPUT_LAYER and self.tied else name
 
     def read(self, name: str, tp: int, kind: str = "", ep: int = 0) -> np.ndarray:
@@ -197,14 +198,18 @@ class Export:
         key = f"{stored}@{kind}" if kind else stored
         if kind == "master" and key not in self._keys:
             key = stored  # float32 weights are their own masters
-        array = read_shard(self.source, key, self.shard(name, tp, kind, ep))
-        return array if stored == name or name == OUTPUT_LAYER else self.grid.arranged(self.layouts.experts[name], array)
+        array, tensor = read_shard(self.source, key, self.shard(name, tp, kind, ep)), self._experts(name)
+        return array if tensor is None else self.grid.arranged(tensor, array)
 
     def tensor(self, name: str, tp: int, kind: str = "", ep: int = 0) -> StreamTensor:
         """Return a rank's local tensor, read when it is written."""
-        shard = self.shard(name, tp, kind, ep)
-        shape = shard.local_shape if self.stored_name(name) in (name, WORD_EMBEDDINGS) else self.layouts.local_shape(name)
+        shard, tensor = self.shard(name, tp, kind, ep), self._experts(name)
+        shape = shard.local_shape if tensor is None else tensor.shape
         return StreamTensor.reading(shape, shard.dtype, lambda: self.read(name, tp, kind, ep))
+
+    def _experts(self, name: str) -> StoredExperts | None:
+        """Return which experts of a rank a tensor holds; None for any other, and for one of all experts."""
+        return None if is_whole(name) else self.layouts.experts.get(name)
 
     def namespace(self) -> SimpleNamespace:
         """Return the arguments as they are pickled."""

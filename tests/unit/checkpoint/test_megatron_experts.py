@@ -10,6 +10,7 @@ import pytest
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint
 from parallel_core.checkpoint.megatron.experts import ExpertGrid, is_buffer, is_expert
 from parallel_core.checkpoint.megatron.names import canonical_name, num_stacked_parts, tensor_parallel_dim
+from parallel_core.checkpoint.megatron.torch_zip import load_torch_zip
 from parallel_core.checkpoint.source import Blob
 from parallel_core.convert.cli import main
 from parallel_core.convert.comparison import compare
@@ -109,14 +110,79 @@ def test_what_cannot_be(tmp_path):
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "parity" / "moe_mixtral" / "ckpt_torch_ep2"
 
 
-def test_megatrons_experts_there_and_back(tmp_path, capsys):
-    """From two ranks of experts to this project's format, to `torch_dist`, and back; `torch` is refused by name."""
-    native, dist = tmp_path / "native", tmp_path / "dist"
-    assert main(["--load", str(GOLDEN), "--save", str(native), "--quiet"]) == 0
-    to_megatron = ["--to", "megatron", "--load", str(native), "--quiet"]
-    assert main([*to_megatron, "--save", str(dist), "--target-format", "torch_dist"]) == 0
-    golden, again = (open_checkpoint(find_checkpoint(path)) for path in (GOLDEN, dist))
-    result = compare(golden, again)
-    assert result.same and not result.settings, result.text()
-    assert main([*to_megatron, "--save", str(tmp_path / "torch")]) != 0
-    assert "not written in Megatron's torch format; use torch_dist" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("native")
+    assert main(["--load", str(GOLDEN), "--save", str(path), "--quiet"]) == 0
+    return path
+
+
+def written(native: Path, path: Path, words: str) -> Path:
+    assert main(["--to", "megatron", "--load", str(native), "--save", str(path), "--quiet", *words.split()]) == 0
+    return path / "iter_0000010"
+
+
+DISTRIBUTED, STAGES = "--target-use-distributed-optimizer", "--target-pipeline-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        ("--target-format torch_dist", ""),
+        ("--target-expert-model-parallel-size 2", "00_000 00_001"),
+        (f"--target-tensor-parallel-size 2 {STAGES} --target-expert-model-parallel-size 1 {DISTRIBUTED}",
+         "00_000 00_001 01_000 01_001"),
+        (f"--target-expert-model-parallel-size 2 --target-tensor-parallel-size 2 {DISTRIBUTED}",
+         "00_000 00_001 01_000 01_001"),
+        ("--target-expert-model-parallel-size 4 --target-tensor-parallel-size 2 --target-expert-tensor-parallel-size 1 "
+         f"--target-moe-grouped-gemm {DISTRIBUTED}", "00_000 00_002 01_001 01_003"),
+        ("--target-tensor-parallel-size 2 --target-expert-model-parallel-size 2 --target-moe-grouped-gemm "
+         "--target-transformer-impl transformer_engine", "00_000 00_001 01_000 01_001"),
+        (f"{STAGES} --target-expert-model-parallel-size 2 --target-virtual-pipeline-parallel-size 2 "
+         f"--target-moe-grouped-gemm --target-moe-use-legacy-grouped-gemm {DISTRIBUTED}",
+         "00_000_000 00_000_001 00_001_000 00_001_001"),
+    ],
+)  # fmt: skip
+def test_megatrons_experts_there_and_back(native: Path, tmp_path: Path, words: str, files: str):
+    """From two ranks of experts to this project's format, and on to a layout and a specification of Megatron's."""
+    path = written(native, tmp_path / "megatron", words)
+    assert " ".join(sorted(p.name.removeprefix("mp_rank_") for p in path.glob("mp_rank_*"))) == files
+    result = compare(open_checkpoint(find_checkpoint(GOLDEN)), open_checkpoint(path))
+    padding = [line for line in result.settings if line.startswith("padded_vocab_size")]
+    assert result.same and result.settings == padding, result.text()
+
+
+def test_a_file_is_as_megatron_writes_it(native: Path, tmp_path: Path):
+    """Names in Megatron's order, and two optimizers whose parameters have Megatron's numbers."""
+    path = written(native, tmp_path, "--target-expert-model-parallel-size 2")
+    for rank in ("mp_rank_00_000", "mp_rank_00_001"):
+        theirs, ours = (load_torch_zip(p / rank / "model_optim_rng.pt") for p in (find_checkpoint(GOLDEN), path))
+        assert list(ours["model"]) == list(theirs["model"])
+        for mine, megatrons in zip(ours["optimizer"], theirs["optimizer"], strict=True):
+            groups = [[(g["is_expert_parallel"], g["wd_mult"], list(g["params"])) for g in optimizer["param_groups"]]
+                      for optimizer in (mine, megatrons)]  # fmt: skip
+            assert groups[0] == groups[1] and mine["state"].keys() == megatrons["state"].keys()
+            for number, state in megatrons["state"].items():
+                moment = mine["state"][number]["exp_avg"].blob.read()
+                np.testing.assert_array_equal(moment, state["exp_avg"].blob.read(), err_msg=str(number))
+
+
+def test_the_experts_buffers_are_as_long_as_megatrons(native: Path, tmp_path: Path):
+    """Lengths from a run of Megatron's own with two data parallel ranks of experts, one buffer of everything else."""
+    path = written(native, tmp_path, f"--target-expert-model-parallel-size 2 {DISTRIBUTED}")
+    first, second = (load_torch_zip(path / f"mp_rank_00_00{ep}" / "distrib_optim.pt") for ep in (0, 1))
+    assert [next(iter(part[0].values()))["numel_unpadded"] for part in first] == [83520, 147456]
+    assert second[0] is None and next(iter(second[1][0].values()))["numel_unpadded"] == 147456
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--target-expert-model-parallel-size 3", "4 experts cannot be shared out to 3 ranks"),
+        ("--target-expert-tensor-parallel-size 2 --target-expert-model-parallel-size 2",
+         "ranks with different parts of an expert have the same file"),
+    ],
+)  # fmt: skip
+def test_layouts_that_hold_no_experts_are_refused(native: Path, tmp_path: Path, capsys, words: str, told: str):
+    assert main(["--to", "megatron", "--load", str(native), "--save", str(tmp_path / "x"), *words.split()]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "x").exists()
