@@ -56,6 +56,7 @@ class Size:
     heads: int = 8
     vocab: int = 8192
     microbatches: int = 4
+    positions: str = "learned_absolute"
 
     @property
     def tokens(self) -> int:
@@ -80,8 +81,8 @@ class Layout:
 SIZES = {
     "A": Size(256, 128, 4),
     "B": Size(512, 256, 2),
-    "L": Size(128, 4096, 1, layers=2, heads=4, vocab=2048, microbatches=2),
-    "XL": Size(128, 16384, 1, layers=2, heads=4, vocab=2048, microbatches=1),
+    "L": Size(128, 4096, 1, layers=6, heads=4, vocab=2048, microbatches=2, positions="rope"),
+    "XL": Size(128, 16384, 1, layers=6, heads=4, vocab=2048, microbatches=1, positions="rope"),
 }
 _TP, _PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 _CP = ("--context-parallel-size", "2")
@@ -125,7 +126,7 @@ def our_command(size: Size, layout: Layout, steps: int, folder: Path) -> list[st
         "--tokenizer-type": "NullTokenizer",
         "--vocab-size": size.vocab - 1,
         "--make-vocab-size-divisible-by": 1,
-        "--position-embedding-type": "learned_absolute",
+        "--position-embedding-type": size.positions,
         "--normalization": "LayerNorm",
         "--attention-dropout": 0,
         "--hidden-dropout": 0,

@@ -27,7 +27,7 @@ LAYOUTS = {
     "tp2pp2": (4, [NO_SP]),
     "tp2pp2sp": (4, []),
 }
-SLOW = ("tp2", "tp2sp", "dp2", "tp2pp2")
+SLOW = ("tp2", "tp2sp", "pp2", "dp2", "tp2pp2")
 
 
 def shortened(layout_flags: list[str]) -> list[str]:

@@ -31,7 +31,7 @@ def test_it_learns(alone):
     assert alone[-1] < 0.01
 
 
-@pytest.mark.parametrize("words", [[], ["--sequence-parallel"]])
+@pytest.mark.parametrize("words", [pytest.param([], marks=pytest.mark.slow), ["--sequence-parallel"]])
 def test_two_ranks_are_one(alone, tmp_path, words):
     status, console = run_launcher(tmp_path / "logs", EXAMPLE, *words, NPROC="2")
     assert status == 0, console

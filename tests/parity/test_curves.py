@@ -17,7 +17,6 @@ TOLERANCE = 2e-6
 RANKS = {layout: ranks for layout, (ranks, _) in {**LAYOUTS, **CONTEXT_LAYOUTS}.items()}
 
 BY_DEFAULT = {
-    ("gpt2", "tp1pp1"),
     ("gpt2", "tp2pp2"),
     ("llama", "pp2vpp2"),
     ("llama", "dp2distopt"),

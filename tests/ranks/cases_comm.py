@@ -50,7 +50,8 @@ def data(rank: int, *shape: int, dtype=np.float32) -> np.ndarray:
 def test_all_reduce(ctx: CaseContext, backend: str) -> None:
     g = of(ctx, backend)
     for shape in [(1,), (3, 5), (70_001,), (400_000,)]:
-        for dtype in (np.float32, np.int32, np.int64, np.float16):
+        # The largest takes both backends in pieces, whatever the type; it is slow enough to be done for one.
+        for dtype in (np.float32, np.int32, np.int64, np.float16) if shape != (400_000,) else (np.float32,):
             parts = [data(r, *shape, dtype=dtype) for r in range(g.size)]
             for op, numpy_op in (("sum", np.add), ("max", np.maximum), ("min", np.minimum)):
                 x = Tensor(parts[g.rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -11,11 +12,21 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.autograd import backward
 from parallel_core.config.schema import FlashAttentionConfig
+from parallel_core.context import ParallelContext
 from parallel_core.context_parallel.attention import ContextAttention, ContextGroups
 from parallel_core.layout.sequence import cut, positions
 from tests.helpers.cases import CaseContext, case
-from tests.ranks.cases_layouts import check, settings
-from tests.ranks.support import LLAMA, Tiny, group_of, world_group
+from tests.ranks.cases_layouts import check, settings, without_rounding
+from tests.ranks.support import (
+    LLAMA,
+    Tiny,
+    TinyRun,
+    context_of,
+    from_rank_0,
+    group_of,
+    parallel_context,
+    world_group,
+)
 
 S, B, D = 64, 2, 8
 SEED = (11, 5)
@@ -130,3 +141,52 @@ def test_documents_and_windows_cross_the_cuts(ctx: CaseContext, layout: str) -> 
 def test_attention_dropout_draws_the_masks_of_one_rank(ctx: CaseContext, layout: str) -> None:
     rates = {**SIXTEEN, "attention_dropout_rate": 0.3}
     check(ctx, Tiny(model=rates), settings(layout).with_(model=rates))
+
+
+# ---- twenty updates -------------------------------------------------------------------------------------------------
+SMOOTH = Tiny(model={**SIXTEEN, "hidden_size": 32, "init_method_std": 0.05}, optimizer={"learning_rate": 1e-3})
+"""Not where a rounding in one update becomes another curve in the next: what is left is the order of sums."""
+MORE = ("tp2", "tp2 sp", "pp2", "pp2 vpp2", "distopt")
+OF_TWO = ["cp2 p2p", "cp2 all_gather", "cp2 a2a"]
+OF_FOUR = [
+    *(f"cp4 {exchange}" for exchange in EXCHANGES),
+    *(f"cp2 {exchange} {more}" for exchange in EXCHANGES[:3] for more in MORE),
+]  # fmt: skip
+
+
+@functools.cache
+def twenty_on_one_rank(common: Tiny) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
+    return twenty(common, parallel_context(0, 1))
+
+
+def twenty(tiny: Tiny, context: ParallelContext) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
+    """Return losses and gradient norms of twenty updates, and the first update's gradients."""
+    run = TinyRun(tiny, context)
+    reports = run.train()
+    gradients = without_rounding(run.gradients())
+    reports += run.train(19)
+    return [r.losses["lm loss"] for r in reports], [r.grad_norm for r in reports], gradients
+
+
+@case(world_size=2, variants=[{"layout": name} for name in OF_TWO], slow=True)
+def test_twenty_updates_of_two_ranks_follow_one(ctx: CaseContext, layout: str) -> None:
+    follow(ctx, layout, SMOOTH)
+
+
+@case(world_size=4, variants=[{"layout": name} for name in OF_FOUR], slow=True)
+def test_twenty_updates_of_four_ranks_follow_one(ctx: CaseContext, layout: str) -> None:
+    follow(ctx, layout, SMOOTH.with_(model=MANY_KEYS))
+
+
+def follow(ctx: CaseContext, layout: str, common: Tiny) -> None:
+    """Losses, norms and every tensor's gradient (by the norm of the difference) within 1e-6 of one rank's."""
+    tiny = settings(layout)
+    tiny = common.with_(parallel=tiny.parallel, training=tiny.training, optimizer=tiny.optimizer)
+    losses, norms, gradients = twenty(tiny, context_of(ctx, tiny))
+    want = from_rank_0(ctx, lambda: twenty_on_one_rank(common))
+    np.testing.assert_allclose(losses, want[0], rtol=1e-6)
+    np.testing.assert_allclose(norms, want[1], rtol=1e-6)
+    assert gradients.keys() == want[2].keys()
+    for name, gradient in want[2].items():
+        difference = np.linalg.norm((gradients[name] - gradient).astype(np.float64))
+        assert difference <= 1e-6 * np.linalg.norm(gradient.astype(np.float64)), name

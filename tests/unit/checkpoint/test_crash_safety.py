@@ -37,13 +37,14 @@ def newest(root, **options):
     return int(path.name[5:12]), notes
 
 
-def test_kill_at_random_moments_leaves_a_loadable_latest(tmp_path):
-    """50 kills at random moments of a process that saves in a loop; after each, the latest announced save is there."""
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_kill_at_random_moments_leaves_a_loadable_latest(tmp_path, kills):
+    """Kills at random moments of a process that saves in a loop; after each, the latest announced save is there."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["crash_saver"])
     rng = random.Random(7)
     start, announced = 1, 0
-    for _ in range(50):
+    for _ in range(kills):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=save_until_killed, args=(tmp_path, start, sender))
         process.start()

@@ -116,10 +116,26 @@ def again(text: str, form: str, tmp_path, world: int):
     return load_config(["--config", str(tmp_path / "c.yaml")], world_size=world)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW, MANY = (
+    settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    for n in (60, 600)
+)
+
+
+@FEW
 @given(case=configurations())
 def test_every_form_brings_the_configuration_back(tmp_path, case):
-    words, world = case
+    comes_back(tmp_path, *case)
+
+
+@pytest.mark.slow
+@MANY
+@given(case=configurations())
+def test_every_form_brings_many_configurations_back(tmp_path, case):
+    comes_back(tmp_path, *case)
+
+
+def comes_back(tmp_path, words: list[str], world: int) -> None:
     first = load_config(words, world_size=world)
     for form in FORMS:
         text = write_form(first, form)
