@@ -8,6 +8,7 @@ from parallel_core.config import table
 from parallel_core.config.experts import BALANCES
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS
+from parallel_core.layout import derived
 
 Rule = Callable[[Resolution], None]
 EXPERT_DERIVATIONS: dict[str, Rule] = {}
@@ -41,10 +42,13 @@ def experts(r: Resolution) -> None:
         if not isinstance(r[name], tuple):
             r.values[name] = (r[name],)
     pattern, layers = r["moe_layer_freq"], r["num_layers"]
+    has_query_layer = r["top_query_layer"] not in (None, "none")
     if isinstance(pattern, int) and r.positive("num_layers") and r.positive("moe_layer_freq"):
         pattern = tuple(int(number % pattern == 0) for number in range(layers))
+        if has_query_layer:
+            pattern = tuple(a * b for a, b in zip(pattern, derived.layers_below_query(layers)))
         r.derive("moe_layer_freq", pattern, "experts")
-    if isinstance(pattern, tuple) and pattern and all(pattern) and len(pattern) == layers:
+    if isinstance(pattern, tuple) and pattern and all(pattern) and len(pattern) == layers and not has_query_layer:
         r.values["moe_layer_freq"] = None
     r.fill("moe_ffn_hidden_size", r["ffn_hidden_size"], "experts")
     if (r["moe_expert_capacity_factor"] or 0) < 0:
@@ -71,6 +75,8 @@ def expert_sizes(r: Resolution) -> None:
     pattern = r["moe_layer_freq"]
     if isinstance(pattern, tuple) and r.positive("num_layers") and len(pattern) != r["num_layers"]:
         r.fail("moe_layer_freq num_layers", f"has {len(pattern)} entries, one for every layer is needed")
+    elif isinstance(pattern, tuple) and pattern[-1:] == (1,) and r["top_query_layer"] != "none":
+        r.fail("moe_layer_freq top_query_layer", "the query layer, the last one, has an MLP; write 0 for it")
     elif isinstance(pattern, tuple) and not any(pattern):
         r.fail("moe_layer_freq num_experts", "no layer has experts; leave num_experts out")
 
@@ -81,6 +87,8 @@ def expert_choice(r: Resolution) -> None:
     if r["num_experts"] is None:
         return
     sigmoid, sinkhorn = r["moe_router_score_function"] == "sigmoid", "sinkhorn" in r["moe_router_load_balancing_type"]
+    if r["moe_router_rounds"]:
+        return
     if r["moe_router_topk"] == 1 and not sigmoid and not r["moe_router_pre_softmax"] and not sinkhorn:
         r.fail("moe_router_topk moe_router_pre_softmax",
                "a softmax over one expert is 1 whatever the router says; add --moe-router-pre-softmax")
@@ -96,6 +104,24 @@ def expert_choice(r: Resolution) -> None:
         r.fail("moe_router_num_groups moe_router_group_topk", "belong together; give both")
     elif groups is not None and groups > 0 and kept > 0 and r.positive("num_experts"):
         _check_groups(r, groups, kept)
+
+
+@_rule
+def expert_rounds(r: Resolution) -> None:
+    """Rounds have scores, weights, a balancing loss and an order of their own."""
+    if r["num_experts"] is None or not r["moe_router_rounds"]:
+        return
+    for name, own in (
+        ("moe_router_score_function", ("softmax",)), ("moe_router_load_balancing_type", (("aux_loss",), ("none",))),
+        ("moe_router_pre_softmax", (False,)), ("moe_router_topk_scaling_factor", (None, 0)),
+        ("moe_router_num_groups", (None, 0)), ("moe_router_enable_expert_bias", (False,)),
+    ):  # fmt: skip
+        if r[name] not in own:
+            r.fail(f"moe_router_rounds {name}", "rounds choose and weigh in a way of their own; leave one out")
+    if r["moe_apply_probs_on_input"] and r["moe_router_topk"] != 1:
+        r.fail("moe_apply_probs_on_input moe_router_topk", "needs one expert per token")
+    if r.is_given("moe_token_drop_policy") and r["moe_token_drop_policy"] != "position":
+        r.fail("moe_router_rounds moe_token_drop_policy", "rounds keep the first tokens; leave it out")
 
 
 def _check_groups(r: Resolution, groups: int, kept: int) -> None:

@@ -24,7 +24,7 @@ def expert_parameters(model: TransformerConfig, tp: int = 1) -> ExpertParameters
     """Return the parameters of a layer with experts; the shared expert's are one tensor parallel rank's."""
     moe, h = model.moe, model.hidden_size
     gates = 2 if model.is_gated else 1
-    router = moe.num_experts * (h + (1 if model.add_bias_linear else 0))
+    router = moe.num_experts * (h + (1 if model.add_bias_linear and not moe.moe_router_rounds else 0))
     wide = moe.moe_shared_expert_intermediate_size
     shared = wide * h * (gates + 1) // tp + (h if moe.moe_shared_expert_gate else 0)
     width = moe.moe_ffn_hidden_size

@@ -30,6 +30,8 @@ class MoEConfig:
     """softmax or sigmoid of the router's logits."""
     moe_router_pre_softmax: bool = False
     """Softmax over all experts, before the best are chosen; off: over the chosen ones."""
+    moe_router_rounds: bool = False
+    """Experts are chosen in rounds, first come, first served (see `expert_parallel.rounds`); the router has no bias."""
     moe_router_topk_scaling_factor: float = 0.0
     """Factor of the routing weights; 0: none."""
     moe_router_num_groups: int = 0

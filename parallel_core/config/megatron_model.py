@@ -41,6 +41,7 @@ _MEGATRON_HAS_ONLY: dict[str, Any] = {
     "parallel_residual": False,
     "embedding_multiplier": 1.0,
     "top_query_layer": "none",
+    "moe.moe_router_rounds": False,
     "softmax_scale": 0.0,
     "scale_attn_by_inverse_layer_idx": False,
 }

@@ -30,7 +30,8 @@ DEFINING: tuple[str, ...] = tuple(
     window_attn_skip_freq mla.multi_latent_attention mla.q_lora_rank mla.kv_lora_rank mla.qk_head_dim
     mla.qk_pos_emb_head_dim mla.v_head_dim mla.rope_type top_query_layer
     moe.num_experts moe.moe_layer_freq moe.moe_ffn_hidden_size moe.moe_router_topk
-    moe.moe_router_score_function moe.moe_router_pre_softmax moe.moe_router_topk_scaling_factor
+    moe.moe_router_score_function moe.moe_router_pre_softmax moe.moe_router_rounds
+    moe.moe_router_topk_scaling_factor
     moe.moe_router_num_groups moe.moe_router_group_topk moe.moe_router_enable_expert_bias moe.moe_apply_probs_on_input
     moe.moe_shared_expert_intermediate_size moe.moe_shared_expert_gate
     mtp.mtp_num_layers

@@ -198,6 +198,9 @@ class TransformerConfig:
         )
         if self.moe.num_experts and not self.moe.moe_ffn_hidden_size:
             _fill(self, moe=dataclasses.replace(self.moe, moe_ffn_hidden_size=self.ffn_hidden_size))
+        if self.moe.num_experts and not self.moe.moe_layer_freq and self.top_query_layer != "none":
+            pattern = derived.layers_below_query(self.num_layers)
+            _fill(self, moe=dataclasses.replace(self.moe, moe_layer_freq=pattern))
 
     def _default_trained_length(self) -> int:
         if self.use_rope_scaling:

@@ -108,6 +108,13 @@ class RoutingLedger:
         """Return counts of any shape, summed over the ranks that hold a microbatch together."""
         return _sum(_sum(counts, self.tp), self.cp)
 
+    def gathered(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows, put one behind the other over tp, then over cp."""
+        for group in (self.tp, self.cp):
+            if group.size > 1:
+                rows = group.all_gather(Tensor(np.ascontiguousarray(rows, np.float32)), 0).asnumpy()
+        return rows
+
     def looking_back(self, record: RouterRecord, counts: np.ndarray) -> tuple[np.ndarray, float]:
         """Return the mean counts that `global_aux_loss` compares a microbatch with, [E], and the microbatches in each.
 

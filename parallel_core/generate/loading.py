@@ -88,9 +88,8 @@ def _section(common: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _tokenizer(source: TensorSource, path: Path) -> tuple[MegatronTokenizer | None, str]:
     try:
-        if source.format == "pangu-alpha":
-            spec = _pangu_tokenizer(path)
-        else:
+        spec = _pangu_tokenizer(path) if source.format in ("pangu-alpha", "hugging face") else None
+        if spec is None and source.format != "pangu-alpha":
             spec = _hugging_face_tokenizer(path) if source.format == "hugging face" else _trained_tokenizer(source)
         return (None, f"{path} knows of no tokenizer") if spec is None else (spec.build(), "")
     except (ParallelCoreError, OSError) as error:

@@ -56,6 +56,11 @@ def weight_decay_range(weight_decay: float, start: float | None, end: float | No
     return weight_decay if start is None else start, weight_decay if end is None else end
 
 
+def layers_below_query(num_layers: int) -> tuple[int, ...]:
+    """Return 1 for every layer but the last, the query layer, which has an MLP where the others have experts."""
+    return (1,) * (num_layers - 1) + (0,)
+
+
 def decay_length(decay: int | None, run: int | None) -> int:
     """Return the length of the learning rate's decay: as given, else the run's; 0 where neither is known."""
     return decay or run or 0

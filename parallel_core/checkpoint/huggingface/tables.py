@@ -16,7 +16,14 @@ from parallel_core.checkpoint.huggingface.deepseek import (
     latent_rope,
 )
 from parallel_core.checkpoint.huggingface.rope import rope
-from parallel_core.checkpoint.huggingface.tensors import FINAL_NORM, OUTPUT, POSITIONS, WORD_EMBEDDINGS, TensorTable
+from parallel_core.checkpoint.huggingface.tensors import (
+    FINAL_NORM,
+    OUTPUT,
+    POSITIONS,
+    QUERIES,
+    WORD_EMBEDDINGS,
+    TensorTable,
+)
 from parallel_core.checkpoint.huggingface.values import Wrong, count, flag, layers, number, one_of, word_for
 from parallel_core.checkpoint.huggingface.windows import by_layer, everywhere
 from parallel_core.config.schema import TransformerConfig
@@ -165,6 +172,18 @@ _GPT2_TENSORS = TensorTable(
     transposed=True,
     ignored=re.compile(r".*\.attn\.(masked_)?bias"),
 )
+_PANGU_TENSORS = TensorTable(
+    "transformer.",
+    {**_GPT2_TENSORS.top, QUERIES: "transformer.wqe.weight"},
+    "h.{}",
+    {
+        **_GPT2_TENSORS.modules,
+        "self_attention.linear_qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        "self_attention.linear_q": ("attn.q_proj",),
+        "self_attention.linear_kv": ("attn.k_proj", "attn.v_proj"),
+    },
+    ignored=_GPT2_TENSORS.ignored,
+)
 _NEOX_TENSORS = TensorTable(
     "gpt_neox.",
     {
@@ -302,6 +321,30 @@ ARCHITECTURES: dict[str, Architecture] = {
             _GPT2_TENSORS,
             _ONLY,
             NEUTRAL | {"reorder_and_upcast_attn"},
+        ),
+        Architecture(
+            "gpt_pangu",
+            ("GPTPanguForCausalLM", "GPTPanguModel"),
+            {
+                "vocab_size": _size("vocab_size"),
+                "hidden_size": _size("hidden_size"),
+                "num_layers": Key(("num_layers",), layers),
+                "num_heads": _size("num_attention_heads"),
+                "max_position_embeddings": _size("max_position_embeddings"),
+                "intermediate_size": _size("ffn_hidden_size", default=None),
+                "layer_norm_epsilon": Key(("norm_epsilon",), number, default=1e-5),
+                "activation_function": _activation(_PLAIN, "gelu"),
+                "tie_word_embeddings": _untied(True),
+            },
+            (_gpt2_head_size(), _gpt2_scale()),
+            {
+                "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "add_bias_linear": True,
+                "qkv_has_bias": True, "out_proj_has_bias": True, "apply_layernorm_1p": False,
+                "top_query_layer": "norm_before",
+            },
+            _PANGU_TENSORS,
+            _ONLY,
+            NEUTRAL,
         ),
         _llama_like(
             "llama", "Llama",

@@ -45,7 +45,8 @@ class TensorTable:
         top: our parameter -> theirs.
         layers: their name of layer `{}`, below the prefix.
         modules: our module in a layer -> theirs. Several names are stacked along the rows; for `linear_qkv` three names
-            are queries, keys and values, and one name is all three, one after another.
+            are queries, keys and values, and one name is all three, one after another; for `linear_kv` two names are
+            keys and values.
         transposed: whether matrices are stored [in, out].
         interleaved_qkv: queries, keys and values of each head stand together, as they do here.
         ignored: stored buffers that are no parameters.
@@ -91,6 +92,8 @@ class TensorTable:
             turned = self.transposed and len(shape) == 2
             if match[2] == "self_attention.linear_qkv" and not self.interleaved_qkv:
                 found[name] = list(_qkv_parts(model, names, turned))
+            elif match[2] == "self_attention.linear_kv":
+                found[name] = list(_kv_parts(model, *names))
             else:
                 rows = shape[0] // len(names)
                 found[name] = [Part(theirs, i * rows, 0, rows, turned) for i, theirs in enumerate(names)]
@@ -166,7 +169,7 @@ def _latent_norms(model: TransformerConfig) -> dict[str, int]:
 
 
 def _expert_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's router, experts and shared expert; none of them has biases."""
+    """Return the shapes of a layer's router, experts and shared expert, of models whose linears have no biases."""
     moe, H, parts = model.moe, model.hidden_size, 2 if model.is_gated else 1
     E, F, wide = moe.num_experts, moe.moe_ffn_hidden_size, moe.moe_shared_expert_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (E, H)}
@@ -198,3 +201,11 @@ def _qkv_parts(model: TransformerConfig, names: list[str], transpose: bool) -> I
         for name, begin, rows in zip(three, begins, (queries, size, size)):
             yield Part(name, at, begin + group * rows, rows, transpose)
             at += rows
+
+
+def _kv_parts(model: TransformerConfig, keys: str, values: str) -> Iterator[Part]:
+    """Yield the parts of a query layer's keys and values: per head its key, its value."""
+    size = model.kv_channels
+    for group in range(model.num_query_groups):
+        for i, name in enumerate((keys, values)):
+            yield Part(name, (2 * group + i) * size, group * size, size)

@@ -20,7 +20,7 @@ from parallel_core.errors import ParallelCoreError
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "vocab.model", "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 _SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -35,7 +35,7 @@ def write_tokenizer(source: TensorSource, path: Path) -> tuple[dict[str, int], l
     Returns:
         Special ids for config.json, and a sentence where files are not there.
     """
-    if source.format == "hugging face":
+    if source.format in ("hugging face", "pangu-alpha"):
         _copy(source.path, path)
         return {}, []
     settings = tokenizer_settings(source.common)
@@ -77,6 +77,8 @@ def _write_files(kind: str, settings: Mapping[str, Any], tokenizer: MegatronToke
         shutil.copyfile(str(settings["tokenizer_model"]), path / "tokenizer.model")
         begins = kind == "Llama2Tokenizer" and bool(settings.get("legacy_tokenizer"))
         _write_sentence_piece_words(tokenizer, path, begins)
+    elif kind == "PanguTokenizer":
+        shutil.copyfile(str(settings["tokenizer_model"]), path / "vocab.model")
     elif kind == "GPT2BPETokenizer":
         shutil.copyfile(str(settings["vocab_file"]), path / "vocab.json")
         shutil.copyfile(str(settings["merge_file"]), path / "merges.txt")

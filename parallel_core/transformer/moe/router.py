@@ -13,6 +13,8 @@ from parallel_core.autograd import Function
 from parallel_core.comm.interface import SoloGroup
 from parallel_core.config.experts import LOSS_NAMES
 from parallel_core.expert_parallel.ledger import RouterRecord, RoutingLedger
+from parallel_core.expert_parallel.rounds import RoundsRouting, balance_loss, route_in_rounds
+from parallel_core.expert_parallel.rounds import grad_logits as grad_logits_of_rounds
 from parallel_core.expert_parallel.routing import BalanceScores, Routing, grad_logits, route, z_loss
 from parallel_core.layout.shard import TensorShard, mark
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
@@ -41,7 +43,7 @@ class TopKRouter(nn.Cell):
             self.moe.num_experts,
             tp_group=SoloGroup(),
             init_method=stage.init(f"{name}.weight"),
-            bias=config.add_bias_linear,
+            bias=config.add_bias_linear and not self.moe.moe_router_rounds,
             params_dtype=config.params_dtype,
             name=name,
         )
@@ -90,14 +92,19 @@ class _Route(Function):
     def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.call = call
-        call.routing = ctx.routing = route(logits.asnumpy(), call.moe, call.bias, call.training)
+        if call.moe.moe_router_rounds:
+            routing: Routing = route_in_rounds(logits.asnumpy(), call.moe, call.ledger, call.batch)
+        else:
+            routing = route(logits.asnumpy(), call.moe, call.bias, call.training)
+        call.routing = ctx.routing = routing
         return Tensor.from_numpy(np.ascontiguousarray(ctx.routing.weights, np.float32))
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
         (logits_tensor,) = ctx.saved_tensors
         logits, call = logits_tensor.asnumpy(), ctx.call
-        dlogits = grad_logits(ctx.routing, dweights.asnumpy(), call.moe)
+        gradient: Any = grad_logits_of_rounds if call.moe.moe_router_rounds else grad_logits
+        dlogits = gradient(ctx.routing, dweights.asnumpy(), call.moe)
         dlogits += add_losses(logits, ctx.routing, call.ledger, call.record, call.batch)
         return Tensor.from_numpy(dlogits.astype(np.float32, copy=False)), None
 
@@ -122,7 +129,12 @@ def add_losses(
     strength = ledger.strength * (tokens if ledger.per_token else 1)
     gradient = np.zeros_like(logits)
     losses = moe.balancing_losses
-    if losses:
+    if losses and isinstance(routing, RoundsRouting):
+        ((kind, coefficient),) = losses
+        value, slope = balance_loss(routing, ledger)
+        ledger.tell(LOSS_NAMES[kind], value * ledger.parts)
+        gradient += np.float32(coefficient * strength) * slope
+    elif losses:
         scores = BalanceScores(logits, moe)
         dscores = np.zeros((T // batch, batch, E), np.float32)
         values = scores.values.reshape(T // batch, batch, E)

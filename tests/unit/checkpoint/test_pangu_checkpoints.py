@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mindspore.train.checkpoint_pb2 import Checkpoint
 from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+from safetensors.numpy import load_file, save_file
 
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
 from parallel_core.convert.cli import main
@@ -302,6 +303,66 @@ def test_it_converts_to_native_by_the_command(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "slices"), str(tmp_path / "native")]) == 0
     assert main(["--load", str(tmp_path / "native"), "--save", str(tmp_path / "m"), "--to", "megatron", "--quiet"]) == 2
     assert "5 tensors Megatron does not have" in capsys.readouterr().err
+
+
+def hugging_face_form() -> dict[str, np.ndarray]:
+    """Return the golden model under the port's names; it keeps every matrix [out, in], the query layer as the last."""
+    found = {"transformer.ln_f.weight": "layernorm.gamma", "transformer.ln_f.bias": "layernorm.beta"}
+    tables = ("embedding.word_embedding", "embedding.position_embedding", "top_query_embedding")
+    for short, long in zip(("wte", "wpe", "wqe"), tables):
+        found[f"transformer.{short}.weight"] = f"{long}.embedding_table"
+    for i, layer in enumerate(("blocks.0", "blocks.1", "top_query_layer")):
+        here = f"transformer.h.{i}"
+        for n in "12":
+            for theirs, ours in (("weight", "gamma"), ("bias", "beta")):
+                found[f"{here}.ln_{n}.{theirs}"] = f"{layer}.layernorm{n}.{ours}"
+        for theirs, ours in (("attn.q_proj", "attention.dense1"), ("attn.k_proj", "attention.dense2"),
+                             ("attn.v_proj", "attention.dense3"), ("attn.c_proj", "attention.projection"),
+                             ("mlp.c_fc", "output.mapping"), ("mlp.c_proj", "output.projection")):  # fmt: skip
+            found |= {f"{here}.{theirs}.{kind}": f"{layer}.{ours}.{kind}" for kind in ("weight", "bias")}
+    weights = published()
+    values = {name: weights[f"backbone.{theirs}"] for name, theirs in found.items()}
+    turned = ("c_proj.weight", "c_fc.weight")
+    return {name: value.T if name.endswith(turned) else value for name, value in values.items()}
+
+
+def test_the_hugging_face_port_is_read_and_written(tmp_path):
+    write(tmp_path / "ms/pangu.ckpt", published())
+    settings(tmp_path / "ms")
+    (tmp_path / "ms/vocab.model").write_bytes(b"pieces")
+    assert main(["--load", str(tmp_path / "ms"), "--save", str(tmp_path / "hf"), "--to", "hf", "--quiet"]) == 0
+    stored, want = load_file(tmp_path / "hf/model.safetensors"), hugging_face_form()
+    assert stored.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(stored[name], value, err_msg=name)
+    told = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (told["model_type"], told["activation_function"]) == ("gpt_pangu", "quick_gelu")
+    assert (told["num_layers"], told["num_heads"], told["architectures"]) == (LAYERS, 2, ["GPTPanguForCausalLM"])
+    assert (tmp_path / "hf/vocab.model").read_bytes() == b"pieces"
+    assert_golden(tmp_path / "hf")
+    assert main(["verify", str(tmp_path / "ms"), str(tmp_path / "hf")]) == 0
+
+
+def test_the_ports_own_files_are_read_with_its_defaults_and_buffers(tmp_path):
+    sizes = {"vocab_size": V, "hidden_size": H, "num_layers": LAYERS, "num_heads": 2, "max_position_embeddings": S}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_pangu", **sizes}))
+    buffers = {"transformer.h.0.attn.bias": np.ones((1, 1, S, S), np.uint8), "lm_head.weight": TABLES[
+        "embedding.word_embedding.embedding_table"].astype(np.float32)}  # fmt: skip
+    save_file({name: np.ascontiguousarray(v) for name, v in {**hugging_face_form(), **buffers}.items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    model = open_checkpoint(tmp_path).common["model_config"]
+    assert (model["hidden_act"], model["top_query_layer"], model["num_layers"]) == ("gelu", "norm_before", LAYERS)
+    np.testing.assert_array_equal(
+        read_tensor(open_checkpoint(tmp_path), "decoder.layers.2.self_attention.linear_kv.weight"),
+        golden_values()["decoder.layers.2.self_attention.linear_kv.weight"].astype(np.float32),
+    )
+
+
+def test_a_norm_after_the_query_layer_has_no_place_in_the_port(tmp_path, capsys):
+    write(tmp_path / "ms/pangu.ckpt", published())
+    settings(tmp_path / "ms", top_query_layer="norm_after")
+    assert main(["--load", str(tmp_path / "ms"), "--save", str(tmp_path / "hf"), "--to", "hf", "--quiet"]) == 2
+    assert "top_query_layer='norm_after'" in capsys.readouterr().err
 
 
 def test_shards_of_ranks_with_other_slices_are_refused():

@@ -95,6 +95,7 @@ SPECIAL |= {
     "num_experts": ("", "4"), "moe_layer_freq": (MOE, "[1,0]*2"), "moe_ffn_hidden_size": (MOE, "32"),
     "moe_router_topk": (MOE, "3"), "moe_router_score_function": (MOE, "sigmoid"), "moe_router_pre_softmax": (MOE, ""),
     "moe_router_topk_scaling_factor": (MOE, "2.5"), "moe_router_dtype": (MOE, "fp32"),
+    "moe_router_rounds": (MOE, ""),
     "moe_router_num_groups": (MOE + " --moe-router-group-topk 1", "2"),
     "moe_router_group_topk": (MOE + " --moe-router-num-groups 2", "2"),
     "moe_router_enable_expert_bias": (SIGMOID, ""), "moe_router_bias_update_rate": (MOE, "0.5"),

@@ -132,6 +132,7 @@ SEEN = {
         moe_router_topk | --moe-router-topk 3 | {MOE}
         moe_router_score_function | --moe-router-score-function sigmoid | {MOE}
         moe_router_pre_softmax | --moe-router-pre-softmax | {MOE}
+        moe_router_rounds | --moe-router-rounds | {MOE} --moe-expert-capacity-factor 0.5
         moe_router_topk_scaling_factor | --moe-router-topk-scaling-factor 2 | {MOE}
         moe_router_num_groups | --moe-router-num-groups 2 --moe-router-group-topk 1 | {MOE}
         moe_router_group_topk | --moe-router-group-topk 2 | {MOE} --moe-router-num-groups 2 \

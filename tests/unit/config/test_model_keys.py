@@ -95,6 +95,7 @@ CHANGES = {
     "moe.moe_router_topk": (MOE, "--moe-router-topk 3"),
     "moe.moe_router_score_function": (MOE, "--moe-router-score-function sigmoid"),
     "moe.moe_router_pre_softmax": (MOE, "--moe-router-pre-softmax"),
+    "moe.moe_router_rounds": (MOE, "--moe-router-rounds"),
     "moe.moe_router_topk_scaling_factor": (MOE, "--moe-router-topk-scaling-factor 2.5"),
     "moe.moe_router_num_groups": (MOE + " --moe-router-group-topk 1 --moe-router-num-groups 2",
                                   "--num-experts 8 --moe-router-num-groups 4"),
@@ -114,6 +115,7 @@ NOT_IN_MEGATRON = {
     "rope_low_freq_factor", "rope_high_freq_factor", "rope_dynamic_factor", "rope_original_max_position_embeddings",
     "yarn_attention_factor", "use_sandwich_norm", "parallel_residual", "embedding_multiplier", "softmax_scale",
     "scale_attn_by_inverse_layer_idx", "top_query_layer", "qkv_has_bias", "out_proj_has_bias", "add_bias_linear",
+    "moe.moe_router_rounds",
 }  # fmt: skip
 
 
