@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from parallel_core.config.conversation_checks import CONVERSATION_CHECKS
 from parallel_core.config.expert_checks import EXPERT_CHECKS
 from parallel_core.config.lora_checks import LORA_CHECKS
 from parallel_core.config.model_checks import MODEL_CHECKS
@@ -17,7 +18,8 @@ from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
-CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **WATCHING_CHECKS}
+CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **CONVERSATION_CHECKS,
+                           **WATCHING_CHECKS}  # fmt: skip
 
 
 def _rule(function: Rule) -> Rule:

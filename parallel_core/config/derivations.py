@@ -61,6 +61,15 @@ def adapters(r: Resolution) -> None:
 
 
 @_rule
+def conversations(r: Resolution) -> None:
+    """Conversations of one sample do not see each other, and each one's positions begin at zero."""
+    r.fill("sft_tokenizer_prompt_format", "default", "conversations")
+    if r["sft"]:
+        r.derive("reset_attention_mask", True, "conversations")
+        r.derive("reset_position_ids", True, "conversations")
+
+
+@_rule
 def query_layer(r: Resolution) -> None:
     """A GPT has no query layer."""
     r.fill("top_query_layer", "none", "query_layer")

@@ -358,6 +358,16 @@ class DatasetConfig:
     unpadded_vocab_size: int = 0
     """Vocabulary of the tokenizer before padding (Megatron's vocab_size); 0: what the tokenizer has."""
     make_vocab_size_divisible_by: int = 128
+    sft: bool = False
+    """Data are conversations: each is a document of its own, and the loss is on the assistant's tokens."""
+    sft_tokenizer_prompt_format: str = "default"
+    """Name of the template that writes conversations; default: the tokenizer's own."""
+    chat_template: str = ""
+    """File of a template, in place of the tokenizer's own."""
+
+    def __post_init__(self) -> None:
+        if self.sft:  # packed conversations do not see each other
+            _fill(self, reset_attention_mask=True, reset_position_ids=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from parallel_core.data.config import GPTDatasetConfig, normalize
 from parallel_core.data.gpt_dataset import GPTDataset, Sample
 from parallel_core.data.index_cache import IndexCache
 from parallel_core.data.indices import check_index_memory
+from parallel_core.data.sft_dataset import SFTDataset
 from parallel_core.errors import DataError
 
 
@@ -32,7 +33,11 @@ class BlendedDataset:
     """
 
     def __init__(
-        self, datasets: Sequence[GPTDataset], weights: Sequence[float], size: int | None, config: GPTDatasetConfig
+        self,
+        datasets: Sequence[GPTDataset | SFTDataset],
+        weights: Sequence[float],
+        size: int | None,
+        config: GPTDatasetConfig,
     ) -> None:
         if len(datasets) != len(weights) or not datasets:
             raise DataError(f"a blend of {len(datasets)} datasets has {len(weights)} weights; give one for each.")

@@ -6,16 +6,20 @@ import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from parallel_core.data.blended_dataset import BlendedDataset
 from parallel_core.data.config import Blend, GPTDatasetConfig, Split, SplitMatrix, normalize
+from parallel_core.data.conversations import Conversations
 from parallel_core.data.gpt_dataset import GPTDataset, SequenceSource, open_sequences
+from parallel_core.data.sft_dataset import SFTDataset
 from parallel_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-Dataset = GPTDataset | BlendedDataset
+Part = GPTDataset | SFTDataset
+Dataset = Part | BlendedDataset
 Sizes = tuple[int | None, int | None, int | None]
 _WHOLE: tuple[float, float] = (0.0, 1.0)
 
@@ -80,10 +84,17 @@ def _as_triple(values: Sequence) -> tuple:
 
 def _split_dataset(
     path_prefix: str | None, config: GPTDatasetConfig, matrix: SplitMatrix | None, sizes: Sizes
-) -> list[GPTDataset | None]:
-    sequences: SequenceSource = open_sequences(path_prefix, config)
+) -> list[Part | None]:
+    sequences: SequenceSource
+    if config.chat is not None and path_prefix is not None:
+        kind: Any = SFTDataset
+        sequences = Conversations(
+            path_prefix, config.chat, config.tokenizer, config.eod_token_id, config.path_to_cache
+        )
+    else:
+        kind, sequences = GPTDataset, open_sequences(path_prefix, config)
     num_sequences = float(len(sequences.sequence_lengths))
-    datasets: list[GPTDataset | None] = []
+    datasets: list[Part | None] = []
     for split, bounds in zip(Split, matrix or (None, None, None)):
         if bounds is None:
             datasets.append(None)
@@ -100,7 +111,7 @@ def _split_dataset(
             datasets.append(None)
             continue
         indices = np.arange(first, end, dtype=np.int32)
-        datasets.append(GPTDataset(sequences, path_prefix, indices, sizes[split.value], split, config))
+        datasets.append(kind(sequences, path_prefix, indices, sizes[split.value], split, config))
     return datasets
 
 
@@ -145,7 +156,7 @@ def _build_blend(
 
 
 def _blend_of(
-    parts: Sequence[GPTDataset | None], weights: list[float] | None, sizes: Sizes, split: Split
+    parts: Sequence[Part | None], weights: list[float] | None, sizes: Sizes, split: Split
 ) -> BlendedDataset | None:
     present = [part for part in parts if part is not None]
     if not present:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parallel_core.data.chat import ChatTemplate
 from parallel_core.data.files import read_json, read_text
 from parallel_core.data.tokenizer.base import MegatronTokenizer
 from parallel_core.errors import ConfigError, DataError
@@ -146,6 +147,8 @@ class GPTDatasetConfig:
     """Id that ends a document; the tokenizer's when None."""
     padding_id: int | None = None
     """Id that counts as padding; the tokenizer's when None."""
+    chat: ChatTemplate | None = None
+    """The data are conversations, and this is how they are written; None: the data are token ids."""
 
     def __post_init__(self) -> None:
         sources = [name for name in ("mock", "blend", "blend_per_split") if getattr(self, name)]

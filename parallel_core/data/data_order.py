@@ -17,6 +17,7 @@ import numpy as np
 
 from parallel_core.data.blended_dataset import BlendedDataset
 from parallel_core.data.gpt_dataset import GPTDataset
+from parallel_core.data.sft_dataset import SFTDataset
 
 _FORMAT = 1
 _BLOCK = 1 << 20
@@ -85,6 +86,18 @@ def _describe(dataset: object) -> dict[str, Any]:
             "add_extra_token_to_sequence": config.add_extra_token_to_sequence,
             "num_epochs": plan.num_epochs,
             "separate_final_epoch": plan.separate_final_epoch,
+        }
+    if isinstance(dataset, SFTDataset):
+        return {
+            "class": "SFTDataset",
+            "path": dataset.dataset_path,
+            "conversations_sha256": dataset.dataset.checksum,
+            "lengths_sha256": _sequence_lengths_hash(dataset.dataset.sequence_lengths),
+            "split": dataset.index_split.name,
+            "first_sequence": int(dataset.indices[0]),
+            "end_sequence": int(dataset.indices[-1]) + 1,
+            "random_seed": dataset.config.random_seed,
+            "sequence_length": dataset.config.sequence_length,
         }
     length = len(dataset) if hasattr(dataset, "__len__") else None
     return {"class": type(dataset).__name__, "length": length}

@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from parallel_core.data.chat import ChatTemplate
 from parallel_core.errors import ParallelCoreError
 from parallel_core.generate.requests import SamplingParams
 from parallel_core.serve.answers import ClientGone
-from parallel_core.serve.chat import ChatTemplate
 from parallel_core.serve.completions import Completions
 from parallel_core.serve.others import Others
 from parallel_core.serve.service import Overloaded, Service, Unavailable

@@ -17,10 +17,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
+from parallel_core.data.chat import FORMATS, ChatTemplate, chat_template, tokenizer_folders
 from parallel_core.errors import ConfigError
 from parallel_core.generate.arguments import add_model_arguments, add_sampling_arguments, layout_of, sampling_values
 from parallel_core.generate.requests import SamplingParams
@@ -28,6 +30,7 @@ from parallel_core.generate.starting import is_rank, run_or_start
 
 if TYPE_CHECKING:
     from parallel_core.generate.generator import Generator
+    from parallel_core.generate.loading import Described
 
 _PROGRAM = Path(__file__).parent / "programs" / "serve_on_ranks.py"
 _KEY_VARIABLE = "PARALLEL_CORE_API_KEY"
@@ -47,6 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     group.add_argument("--port", type=int, default=8000, help="0: any free one (default 8000)")
     group.add_argument("--model-name", help="the name that /v1/models gives (default: that of the directory)")
+    group.add_argument(
+        "--chat-template", metavar="NAME|FILE", default="default",
+        help=f"how conversations are written: {', '.join(FORMATS)}, or a file (default: as the checkpoint says)",
+    )  # fmt: skip
     group.add_argument("--api-key", help=f"clients must send it (default: {_KEY_VARIABLE} in the environment)")
     group.add_argument("--max-body-bytes", type=int, default=1 << 20, help="of a request (default 1 MiB)")
     group.add_argument("--max-queue", type=int, default=64, help="answers that may wait for a row (default 64)")
@@ -155,17 +162,15 @@ def _start_server(
     import uvicorn
 
     from parallel_core.serve.app import Limits, make_app
-    from parallel_core.serve.chat import chat_template
 
     key = args.api_key or os.environ.get(_KEY_VARIABLE, "")
     if args.host not in ("127.0.0.1", "localhost", "::1") and not key:
         print(f"WARNING - --host {args.host}: others can use the model; --api-key asks them for a key", flush=True)
     name = args.model_name or Path(args.load).resolve().name
-    folder = it.described.path
     app = make_app(
         service,
         name,
-        chat_template(folder, it.tokenizer),
+        _chat_template(args.chat_template, it.described),
         SamplingParams.of(sampling_values(args)),
         Limits(args.max_body_bytes, key),
     )
@@ -176,6 +181,25 @@ def _start_server(
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()
     return server, thread
+
+
+def _chat_template(named: str, described: Described) -> ChatTemplate | None:
+    """Return the template that the user names, else the one that the model was trained with, else its tokenizer's."""
+    if described.tokenizer is None:
+        return None
+    tree = described.source.common.get("config")
+    data = tree.get("dataset_config") if isinstance(tree, Mapping) else None
+    trained = data if isinstance(data, Mapping) and data.get("sft") else {}
+    if named != "default":
+        trained = {"sft_tokenizer_prompt_format": named} if named in FORMATS else {"chat_template": named}
+    settings = tokenizer_settings(described.source.common)
+    folders = tokenizer_folders(settings.get("tokenizer_model"), settings.get("vocab_file"))
+    return chat_template(
+        described.tokenizer,
+        [described.path, *folders],
+        str(trained.get("sft_tokenizer_prompt_format") or "default"),
+        str(trained.get("chat_template") or ""),
+    )
 
 
 def _stop_on_signals(service: Any) -> None:

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from parallel_core.errors import ConfigError
+from parallel_core.data.chat import ChatTemplate
+from parallel_core.errors import ConfigError, DataError
 from parallel_core.generate.requests import SamplingParams, TokenLogprob
 from parallel_core.serve.answers import Answer, collected
-from parallel_core.serve.chat import ChatTemplate
 from parallel_core.serve.service import Piece, Service, Ticket
 from parallel_core.serve.values import Fields, Refused, json_object
 
@@ -128,7 +128,10 @@ class Completions:
             raise Refused("this model has no chat template; use /v1/completions", code="no_chat_template")
         if not messages:
             raise Refused('messages: send a list of {"role": ..., "content": ...}', parameter="messages")
-        tokens = self._template.tokens(messages)
+        try:
+            tokens = self._template.tokens(messages)
+        except DataError as error:
+            raise Refused(str(error), parameter="messages") from None
         wants, top = fields.take("logprobs", bool, False), fields.take("top_logprobs", int, 0)
         if top and not wants:
             raise Refused("top_logprobs needs logprobs true", parameter="top_logprobs")

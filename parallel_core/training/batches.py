@@ -15,6 +15,7 @@ from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data import (
     GPTDatasetConfig,
+    MegatronTokenizer,
     TensorParallelBatches,
     blends_from_arguments,
     build_pretraining_data_loader,
@@ -25,7 +26,8 @@ from parallel_core.data import (
     prepare_bundled_corpus,
     stage_needs_data,
 )
-from parallel_core.errors import DataError
+from parallel_core.data.chat import HOW_TO_NAME_ONE, ChatTemplate, chat_template, tokenizer_folders
+from parallel_core.errors import ConfigError, DataError
 from parallel_core.layout.sequence import cut
 
 TensorBatch = dict[str, Tensor | None]
@@ -75,7 +77,17 @@ def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
         eod_mask_loss=data.eod_mask_loss,
         eos_token_id=None if data.eos_token_id < 0 else data.eos_token_id,
         padding_id=None if data.pad_token_id < 0 else data.pad_token_id,
+        chat=_chat(config, tokenizer) if data.sft else None,
     )
+
+
+def _chat(config: AllConfig, tokenizer: MegatronTokenizer) -> ChatTemplate:
+    data = config.dataset_config
+    folders = tokenizer_folders(data.tokenizer_model, data.vocab_file)
+    template = chat_template(tokenizer, folders, data.sft_tokenizer_prompt_format, data.chat_template)
+    if template is None:
+        raise ConfigError(f"sft: there is no chat template in {', '.join(folders)}; {HOW_TO_NAME_ONE}")
+    return template
 
 
 def default_datasets_provider(config: AllConfig) -> Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]:

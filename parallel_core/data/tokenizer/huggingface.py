@@ -55,7 +55,7 @@ class HuggingFaceTokenizer(MegatronTokenizer):
         problem = why_not_a_file(file)
         if problem:
             raise DataError(f"tokenizer_model={path!r}: {file} {problem}. Give a tokenizer.json or its folder.")
-        self._file = file
+        self._file = self.file = file
         self._tokenizer: Any = self._ask(lambda: tokenizers.Tokenizer.from_file(file), "is not a tokenizer.json")
         self._ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._size = check_ids(file, self._ids.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from config_helpers import load
 
@@ -86,12 +88,17 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "ckpt_format": ("", "ckpt"), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
 }
 LORA = "--load x --lora-rank 4"
+BPE = Path(__file__).parents[2] / "golden/data/bpe"
+TALKS = f"--data-path x --tokenizer-type GPT2BPETokenizer --vocab-file {BPE}/vocab.json --merge-file {BPE}/merges.txt"
+SFT = TALKS + " --sft --sft-tokenizer-prompt-format"
 MOE = "--num-experts 4"
 SIGMOID = MOE + " --moe-router-score-function sigmoid"
 SHARED = MOE + " --disable-bias-linear"
 SPECIAL |= {
     "lora_rank": ("--load x", "7"), "lora_alpha": (LORA, "16"), "lora_dropout": (LORA, "0.25"),
     "lora_target_modules": (LORA, "linear_proj"), "lora_base": (LORA, "base"), "use_lora": ("--load x", ""),
+    "sft": (f"{TALKS} --sft-tokenizer-prompt-format plain", ""), "chat_template": (f"{TALKS} --sft", __file__),
+    "sft_tokenizer_prompt_format": (f"{SFT} plain", "identity"),
     "num_experts": ("", "4"), "moe_layer_freq": (MOE, "[1,0]*2"), "moe_ffn_hidden_size": (MOE, "32"),
     "moe_router_topk": (MOE, "3"), "moe_router_score_function": (MOE, "sigmoid"), "moe_router_pre_softmax": (MOE, ""),
     "moe_router_topk_scaling_factor": (MOE, "2.5"), "moe_router_dtype": (MOE, "fp32"),
@@ -113,6 +120,7 @@ SPECIAL |= {
 }
 # What the run without the argument has, where the context alone is not a legal run.
 WITHOUT = {
+    "sft": TALKS, "chat_template": f"{SFT} plain",
     "wandb_project": "", "wandb_exp_name": "",
     "recompute_method": "--recompute-granularity full --recompute-num-layers 1 --recompute-method uniform",
     "recompute_num_layers": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",

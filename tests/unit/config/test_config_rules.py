@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from config_helpers import load, problems
 
@@ -17,6 +19,9 @@ VPP = ["--num-layers", "8", "--pipeline-model-parallel-size", "2", "--global-bat
 GIVEN = "--num-layers-per-virtual-pipeline-stage"
 
 # rule, flags, {field: value}
+_BPE = Path(__file__).parents[2] / "golden/data/bpe"
+TALKS = f"--tokenizer-type GPT2BPETokenizer --vocab-file {_BPE}/vocab.json --merge-file {_BPE}/merges.txt"
+TALKS += " --sft-tokenizer-prompt-format plain"
 CP2 = "--context-parallel-size 2 "
 MTP = "--num-layers 8 --pipeline-model-parallel-size 2 --mtp-num-layers 1 --position-embedding-type rope"
 LATENT = "--multi-latent-attention --position-embedding-type rope"
@@ -34,6 +39,8 @@ DERIVED = [
     ("activation", "--squared-relu", {M + "hidden_act": "squared_relu"}),
     ("activation", "--openai-gelu", {M + "hidden_act": "openai_gelu"}),
     ("activation", "--hidden-act silu --gated-linear-unit", {M + "hidden_act": "swiglu"}),
+    ("conversations", f"--sft --data-path x {TALKS}", {
+        "dataset_config.reset_attention_mask": True, "dataset_config.reset_position_ids": True}),
     ("adapters", "--use-lora --load x", {"training_config.lora.rank": 8}),
     ("query_layer", "", {M + "top_query_layer": "none"}),
     ("query_layer", "--top-query-layer norm_after", {M + "top_query_layer": "norm_after"}),
@@ -204,6 +211,11 @@ REFUSED = [
     ("rotary_scaling", "--yarn-beta-slow 40 --position-embedding-type yarn", "the first must not be below"),
     ("rotary_scaling", "--rotary-base 1 --position-embedding-type yarn", "must be above 1"),
     ("adapters", "--lora-rank 4", "adapts a model: give load"),
+    ("conversations", "--sft --tokenizer-type NullTokenizer", "conversations are texts; name their tokenizer"),
+    ("conversations", "--sft", "needs conversations: give data_path FILE.jsonl"),
+    ("conversations", "--sft --mock-data", "conversations are read from files"),
+    ("conversations", "--chat-template x", "is how conversations are written; give sft"),
+    ("conversations", "--sft --legacy-tokenizer", "a legacy class may put tokens around texts"),
     ("adapter_targets", "--lora-rank 4 --load x --lora-target-modules o_proj", "is called linear_proj here"),
     ("query_layer", "--top-query-layer norm_before --position-embedding-type rope", "asks by learned positions"),
     ("residuals", "--parallel-residual --apply-residual-connection-post-layernorm", "place the residual twice"),

@@ -321,6 +321,10 @@ WORDS = {
 
 # Arguments whose effect needs several processes, or is what other tests are about: the tests that show it.
 ELSEWHERE = {
+    "sft": "tests/unit/data/test_conversations.py::test_a_resumed_run_goes_on_with_the_next_sample",
+    "sft_tokenizer_prompt_format":
+        "tests/unit/data/test_conversations.py::test_answers_are_what_the_assistant_has_written",
+    "chat_template": "tests/unit/data/test_conversations.py::test_a_file_of_a_template_stands_over_the_tokenizers",
     "lora_rank": "tests/ranks/cases_lora.py::test_adapters_train_as_on_one_rank_and_the_base_stays",
     "lora_alpha": "tests/unit/adapt/test_lora_runs.py::test_merged_is_the_adapter",
     "lora_dropout": "tests/ranks/cases_lora.py::test_dropout_of_an_adapters_input_does_not_depend_on_the_layout",
