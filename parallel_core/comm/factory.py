@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ from parallel_core.comm.watchdog import Watchdog
 from parallel_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 128
 
 
 def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) -> Callable[[str, list[int]], Group]:
@@ -35,12 +38,22 @@ def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) ->
     def make(label: str, ranks: list[int]) -> Group:
         if len(ranks) == 1:
             return SoloGroup(label, rank)
-        name = WORLD if len(ranks) == world_size else label + "-" + "-".join(map(str, ranks))
-        return kind(name, ranks, rank, watchdog)
+        return kind(WORLD if len(ranks) == world_size else group_name(label, ranks), ranks, rank, watchdog)
 
     if target == "Ascend" or backend == "mccl":
         return make
     return _shared_memory_factory(backend, make("world", list(range(world_size))), timeout_s) or make
+
+
+def group_name(label: str, ranks: list[int]) -> str:
+    """Return the name of a group in the backend: the same on all its members, another one for other ranks.
+
+    HCCL takes names of fewer than 128 bytes; where the ranks are too many to be told, their hash stands for them.
+    """
+    name = "-".join([label, *map(str, ranks)])
+    if len(name) < _LONGEST_NAME:
+        return name
+    return f"{label}-{len(ranks)}-ranks-{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
 def _shared_memory_factory(

@@ -195,6 +195,13 @@ class HcclGroup(MindSporeGroup):
             dist.reduce_scatter_tensor(out, front, group=self.name)
         return out.swapaxes(0, dim).contiguous() if dim else out
 
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Gather into one tensor, whose parts are joined anew for another dim than the first."""
+        out = mint.empty((x.shape[0] * self.size, *x.shape[1:]), dtype=x.dtype)
+        with self._guard("all_gather", x):
+            dist.all_gather_into_tensor(out, x.contiguous(), group=self.name)
+        return mint.cat(mint.chunk(out, self.size, 0), dim) if dim else out
+
     def all_to_all(self, x: Tensor, split_dim: int, concat_dim: int) -> Tensor:
         """Exchange equal parts."""
         n = _part(x, split_dim, self.size)
@@ -215,8 +222,8 @@ class HcclGroup(MindSporeGroup):
     def send(self, x: Tensor, dst: int) -> Handle:
         """Start an asynchronous send."""
         with self._guard(f"send(to={self.ranks[dst]})", x):
-            x = x.contiguous()
-            return _Running(dist.isend(x, self.ranks[dst], group=self.name), x)
+            # The handle does not keep the tensor: MindSpore does, until the stream that sends it is done with it.
+            return _Running(dist.isend(x.contiguous(), self.ranks[dst], group=self.name), None)
 
     def receive(self, shape: Sequence[int], dtype: Any, src: int) -> Handle:
         """Post an asynchronous receive."""

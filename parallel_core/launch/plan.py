@@ -23,7 +23,6 @@ _PORTS = range(10000, 32000)
 _OLD_LOGS = ("worker_*.log", "error_rank_*.json", "scheduler.log", "msrun.log", "stops_itself_rank_*")
 _PER_RANK_LOGS = ("worker_{}.log", "error_rank_{}.json", "stops_itself_rank_{}")
 _COMM_TIMEOUT_MARGIN_S = 60
-_ASCEND_DEFAULTS = {"HCCL_BUFFSIZE": "200", "HCCL_EXEC_TIMEOUT": "600"}
 
 
 def integer(environment: Mapping[str, str], name: str, default: int, minimum: int = 1, example: int = 1) -> int:
@@ -169,7 +168,8 @@ def rank_environment(spec: JobSpec, environment: Mapping[str, str], comm_timeout
         "GLOG_v": "3",
     }
     if target == "Ascend":
-        defaults |= _ASCEND_DEFAULTS
+        # HCCL's calls return at once: only its own limit, in whole seconds, ends a wait for a rank that is gone.
+        defaults |= {"HCCL_BUFFSIZE": "200", "HCCL_EXEC_TIMEOUT": str(math.ceil(comm_timeout_s))}
         defaults["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, range(local_ranks)))
     else:
         # MindSpore's own limit of 30 s would end every rank that waits for a slow one; the package's limit names the

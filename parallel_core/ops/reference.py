@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 
 from parallel_core.autograd import Function
+from parallel_core.ops.ascend_random import seeded_dropout
 from parallel_core.ops.registry import kernel
 
 _MASKED_SCORE = -10000.0
@@ -633,6 +634,8 @@ def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     """Return x with a share `rate` of its elements zeroed and the rest divided by 1 - rate; the mask follows `seed`."""
     if rate == 0.0:
         return x
+    if ms.get_context("device_target") == "Ascend":
+        return seeded_dropout(x, rate, seed)
     return ops.Dropout(keep_prob=1.0 - rate, Seed0=seed[0], Seed1=seed[1])(x)[0]
 
 

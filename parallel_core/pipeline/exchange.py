@@ -27,7 +27,7 @@ class PipelineExchange:
         self._sends: list[Handle] = []
 
     def send(self, action: Action, tensor: Tensor) -> None:
-        """Start sending the tensor; it may not be changed before `finish`."""
+        """Start sending the tensor; it may not be changed before `finish`, and is not kept here."""
         peer, _ = destination(self._placement, self._group.rank, action)
         self._sends.append(self._group.send(tensor, peer))
 

@@ -43,6 +43,11 @@ def test_the_backend_waits_longer_than_the_package():
 def test_ascend_gets_the_settings_of_its_guide():
     spec = planned(num_ranks=4, DEVICE_TARGET="Ascend", HCCL_BUFFSIZE="300")
     assert spec.environment["HCCL_EXEC_TIMEOUT"] == "600"
+    job = SCRIPT, 2, Path("logs")
+    timed = plan_job(*job, {"DEVICE_TARGET": "Ascend"}, comm_timeout_s=90.5).environment
+    assert timed["HCCL_EXEC_TIMEOUT"] == "91"
+    given = {"DEVICE_TARGET": "Ascend", "HCCL_EXEC_TIMEOUT": "1800"}
+    assert "HCCL_EXEC_TIMEOUT" not in plan_job(*job, given, comm_timeout_s=90.5).environment
     assert spec.environment["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2,3"
     assert "HCCL_BUFFSIZE" not in spec.environment
     assert "MS_CPU_COMM_OP_TIMEOUT" not in spec.environment
