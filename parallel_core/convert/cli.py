@@ -11,7 +11,7 @@ from pathlib import Path
 from parallel_core.checkpoint import TensorSource, find_checkpoint, open_checkpoint
 from parallel_core.checkpoint.megatron.export import Target
 from parallel_core.convert.comparison import compare
-from parallel_core.convert.convert import to_hugging_face, to_megatron, to_native, to_peft
+from parallel_core.convert.convert import to_hugging_face, to_megatron, to_mindspore, to_native, to_peft
 from parallel_core.convert.inspection import describe
 from parallel_core.errors import CheckpointError, ParallelCoreError
 
@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--load", type=Path, help="checkpoint to read; its format is recognised")
     parser.add_argument("--save", type=Path, help="directory to write the result into")
-    parser.add_argument("--to", choices=("native", "megatron", "hf", "peft"), default="native", help="format to write")
+    formats = ("native", "megatron", "hf", "peft", "mindspore")
+    parser.add_argument("--to", choices=formats, default="native", help="format to write")
     parser.add_argument("--inspect", type=Path, metavar="DIR", help="print what a checkpoint holds; nothing is written")
     parser.add_argument("--ckpt-step", type=int, help="iteration to read (default: the latest)")
     parser.add_argument("--no-optim", action="store_true", help="convert parameters only")
@@ -125,6 +126,8 @@ def _convert(args: argparse.Namespace) -> int:
         print("random number generator states are not carried over: load it with --no-load-rng", file=sys.stderr)
     elif args.to == "peft":
         path = to_peft(source, args.save)
+    elif args.to == "mindspore":
+        path = to_mindspore(source, args.save, quiet=args.quiet)
     else:
         path = to_hugging_face(source, args.save, quiet=args.quiet)
     print(path)

@@ -26,6 +26,7 @@ from parallel_core.checkpoint.lora import MergedAdapter
 from parallel_core.checkpoint.megatron.dist_writer import Record, dist_items, write_dist_metadata, write_distcp
 from parallel_core.checkpoint.megatron.export import Export, Target
 from parallel_core.checkpoint.megatron.torch_writer import write_torch_rank
+from parallel_core.checkpoint.mindspore import write_pangu
 from parallel_core.checkpoint.peft import write_peft
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorSource
@@ -199,6 +200,26 @@ def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) ->
     Raises:
         CheckpointError: the directory exists already, or the model is of no kind that Hugging Face format is known for.
     """
+    return _to_directory(source, save, write_hugging_face, quiet)
+
+
+def to_mindspore(source: TensorSource, save: Path, *, quiet: bool = False) -> Path:
+    """Write the parameters of a PanGu-alpha as MindSpore's systems keep it, one merged file, and return the directory.
+
+    Args:
+        source: the opened checkpoint.
+        save: the directory; it must not exist.
+        quiet: no progress bar.
+
+    Raises:
+        CheckpointError: the directory exists already, or the model is another one than such files hold.
+    """
+    return _to_directory(source, save, write_pangu, quiet)
+
+
+def _to_directory(
+    source: TensorSource, save: Path, write: Callable[[TensorSource, Path, Progress], list[str]], quiet: bool
+) -> Path:
     _refuse_existing(save)
     # Named after the process: another one that writes the same directory loses at `os.replace`, not its files.
     partial = save.with_name(f"{save.name}.tmp-{_TOKEN}-{os.getpid()}")
@@ -206,7 +227,7 @@ def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) ->
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        notes = write_hugging_face(source, partial, bar.add)
+        notes = write(source, partial, bar.add)
         bar.finish()
         os.replace(partial, save)
     except OSError as error:

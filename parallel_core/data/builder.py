@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,12 +14,13 @@ from parallel_core.data.blended_dataset import BlendedDataset
 from parallel_core.data.config import Blend, GPTDatasetConfig, Split, SplitMatrix, normalize
 from parallel_core.data.conversations import Conversations
 from parallel_core.data.gpt_dataset import GPTDataset, SequenceSource, open_sequences
+from parallel_core.data.record_dataset import RecordDataset, is_mindrecord, open_records
 from parallel_core.data.sft_dataset import SFTDataset
 from parallel_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 Part = GPTDataset | SFTDataset
-Dataset = Part | BlendedDataset
+Dataset = Part | BlendedDataset | RecordDataset
 Sizes = tuple[int | None, int | None, int | None]
 _WHOLE: tuple[float, float] = (0.0, 1.0)
 
@@ -93,26 +94,41 @@ def _split_dataset(
         )
     else:
         kind, sequences = GPTDataset, open_sequences(path_prefix, config)
-    num_sequences = float(len(sequences.sequence_lengths))
-    datasets: list[Part | None] = []
+    datasets: list[Part | None] = [None, None, None]
+    for split, (first, end) in _shares(len(sequences.sequence_lengths), path_prefix, matrix):
+        indices = np.arange(first, end, dtype=np.int32)
+        datasets[split.value] = kind(sequences, path_prefix, indices, sizes[split.value], split, config)
+    return datasets
+
+
+def _record_datasets(
+    path: str, config: GPTDatasetConfig, matrix: SplitMatrix | None, sizes: Sizes
+) -> list[RecordDataset | None]:
+    records = open_records(path, config)
+    datasets: list[RecordDataset | None] = [None, None, None]
+    for split, bounds in _shares(len(records), path, matrix):
+        datasets[split.value] = RecordDataset(records, path, bounds, sizes[split.value], split, config)
+    return datasets
+
+
+def _shares(
+    count: int, path: str | None, matrix: SplitMatrix | None
+) -> Iterator[tuple[Split, tuple[int, int]]]:
+    """Yield the splits that have some of `count` sequences, with the first one and the one after the last."""
     for split, bounds in zip(Split, matrix or (None, None, None)):
         if bounds is None:
-            datasets.append(None)
             continue
-        first, end = int(round(bounds[0] * num_sequences)), int(round(bounds[1] * num_sequences))
+        first, end = int(round(bounds[0] * float(count))), int(round(bounds[1] * float(count)))
         if first == end:
             logger.warning(
                 "the %s split of %s is empty: shares %s of %d sequences round to none",
                 split.name,
-                path_prefix or "mock data",
+                path or "mock data",
                 bounds,
-                int(num_sequences),
+                count,
             )
-            datasets.append(None)
             continue
-        indices = np.arange(first, end, dtype=np.int32)
-        datasets.append(kind(sequences, path_prefix, indices, sizes[split.value], split, config))
-    return datasets
+        yield split, (first, end)
 
 
 def sizes_per_dataset(weights: Sequence[float], sizes: Sizes, surplus: float = 0.0) -> list[Sizes]:
@@ -131,6 +147,14 @@ def sizes_per_dataset(weights: Sequence[float], sizes: Sizes, surplus: float = 0
 def _build_blend(
     blend: Blend, config: GPTDatasetConfig, matrix: SplitMatrix | None, sizes: Sizes
 ) -> Sequence[Dataset | None]:
+    records = [prefix for prefix in blend.prefixes if config.chat is None and is_mindrecord(prefix)]
+    if records and (len(blend.prefixes) > 1 or blend.weights is not None):
+        raise ConfigError(
+            f"{records[0]} holds MindRecord files, which are read in their own order and not blended: give one file or "
+            "folder alone, without a weight, or prepare them (preprocess_data --input-format mindrecord)."
+        )
+    if records:
+        return _record_datasets(records[0], config, matrix, sizes)
     if len(blend.prefixes) == 1 and blend.weights is None:
         return _split_dataset(blend.prefixes[0], config, matrix, sizes)
     matrix = matrix or (None, None, None)

@@ -17,6 +17,7 @@ import numpy as np
 
 from parallel_core.data.blended_dataset import BlendedDataset
 from parallel_core.data.gpt_dataset import GPTDataset
+from parallel_core.data.record_dataset import RecordDataset
 from parallel_core.data.sft_dataset import SFTDataset
 
 _FORMAT = 1
@@ -87,6 +88,8 @@ def _describe(dataset: object) -> dict[str, Any]:
             "num_epochs": plan.num_epochs,
             "separate_final_epoch": plan.separate_final_epoch,
         }
+    if isinstance(dataset, RecordDataset):
+        return dataset.describe_order()
     if isinstance(dataset, SFTDataset):
         return {
             "class": "SFTDataset",

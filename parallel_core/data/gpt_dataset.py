@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -77,7 +78,81 @@ class MockSequences:
         return document[offset : total if length is None else offset + length]
 
 
-class GPTDataset:
+class Samples(ABC):
+    """What samples are, wherever their tokens come from: inputs, labels, masks and positions of one text each.
+
+    Args:
+        dataset_path: Where the tokens are, for messages; None for mock data.
+        index_split: Which split this is.
+        config: Options of the samples.
+    """
+
+    def __init__(self, dataset_path: str | None, index_split: Split, config: GPTDatasetConfig) -> None:
+        self.dataset_path = dataset_path
+        self.index_split = index_split
+        self.config = config
+        self._extra = int(config.add_extra_token_to_sequence)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many samples there are."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample `index`.
+
+        Returns:
+            `tokens`, `labels`, `position_ids` int32 [S], `loss_mask` float32 [S]; with `reset_attention_mask`
+            `document_start` int32 [S], the first position each position may attend to; with `create_attention_mask`
+            `attention_mask` bool [1, S, S], True where attention is forbidden.
+
+        Raises:
+            DataError: A token id is outside the vocabulary.
+        """
+        text = self._text(index)
+        config = self.config
+        pad = config.pad_token_id
+        if self._extra:
+            tokens, labels = text[:-1].copy(), text[1:].copy()
+        else:
+            tokens, labels = text.copy(), np.append(text[1:], np.int32(pad))
+        eod = config.eod_token_id
+        needs_starts = config.reset_attention_mask or config.reset_position_ids
+        starts = document_starts(tokens, eod) if needs_starts else None
+        loss_mask, position_ids = loss_mask_and_positions(
+            tokens,
+            eod,
+            reset_position_ids=config.reset_position_ids,
+            eod_mask_loss=config.eod_mask_loss,
+            starts=starts,
+        )
+        padding = labels == pad
+        loss_mask[padding] = 0.0
+        labels[padding] = 0
+        tokens[tokens == pad] = 0
+        sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+        if config.reset_attention_mask and starts is not None:
+            sample["document_start"] = starts
+        if config.create_attention_mask:
+            reset_starts = sample.get("document_start", np.zeros(len(tokens), np.int32))
+            sample["attention_mask"] = attention_mask_from_document_starts(reset_starts)
+        return sample
+
+    @abstractmethod
+    def _text(self, index: int) -> np.ndarray:
+        """Return the tokens of a sample, int32 [S + 1] ([S] without the extra token)."""
+
+    def _check_vocabulary(self, text: np.ndarray, index: int) -> None:
+        vocab_size = self.config.tokenizer.vocab_size
+        if text.size and (int(text.max()) >= vocab_size or int(text.min()) < 0):
+            wrong = text[(text >= vocab_size) | (text < 0)]
+            raise DataError(
+                f"{self.dataset_path or 'mock data'}: token id {int(wrong[0])} in sample {index} is outside the "
+                f"vocabulary of {vocab_size} ids. The data was made with another tokenizer than this run's: give the "
+                "one it was preprocessed with."
+            )
+
+
+class GPTDataset(Samples):
     """Samples of `sequence_length` tokens of one dataset, shuffled and repeated as Megatron does.
 
     Building takes the indices from the cache when it has them, else builds and stores them under a lock, so that any
@@ -104,13 +179,10 @@ class GPTDataset:
         index_split: Split,
         config: GPTDatasetConfig,
     ) -> None:
+        super().__init__(dataset_path, index_split, config)
         self.dataset = dataset
-        self.dataset_path = dataset_path
         self.indices = indices
         self.num_samples = num_samples
-        self.index_split = index_split
-        self.config = config
-        self._extra = int(config.add_extra_token_to_sequence)
         self._drop_last = config.drop_last_partial_validation_sequence if index_split is Split.valid else True
         tokens_per_epoch = int(np.sum(dataset.sequence_lengths[indices], dtype=np.int64))
         try:
@@ -160,46 +232,6 @@ class GPTDataset:
     def __len__(self) -> int:
         return int(self.sample_index.shape[0]) - 1
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return sample `index`.
-
-        Returns:
-            `tokens`, `labels`, `position_ids` int32 [S], `loss_mask` float32 [S]; with `reset_attention_mask`
-            `document_start` int32 [S], the first position each position may attend to; with `create_attention_mask`
-            `attention_mask` bool [1, S, S], True where attention is forbidden.
-
-        Raises:
-            DataError: A token id is outside the vocabulary.
-        """
-        text = self._text(index)
-        config = self.config
-        pad = config.pad_token_id
-        if self._extra:
-            tokens, labels = text[:-1].copy(), text[1:].copy()
-        else:
-            tokens, labels = text.copy(), np.append(text[1:], np.int32(pad))
-        eod = config.eod_token_id
-        needs_starts = config.reset_attention_mask or config.reset_position_ids
-        starts = document_starts(tokens, eod) if needs_starts else None
-        loss_mask, position_ids = loss_mask_and_positions(
-            tokens,
-            eod,
-            reset_position_ids=config.reset_position_ids,
-            eod_mask_loss=config.eod_mask_loss,
-            starts=starts,
-        )
-        padding = labels == pad
-        loss_mask[padding] = 0.0
-        labels[padding] = 0
-        tokens[tokens == pad] = 0
-        sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
-        if config.reset_attention_mask and starts is not None:
-            sample["document_start"] = starts
-        if config.create_attention_mask:
-            reset_starts = sample.get("document_start", np.zeros(len(tokens), np.int32))
-            sample["attention_mask"] = attention_mask_from_document_starts(reset_starts)
-        return sample
-
     def _text(self, index: int) -> np.ndarray:
         """Return the tokens of a sample, padded at the end when there are too few, int32."""
         if not 0 <= index < len(self):
@@ -220,16 +252,6 @@ class GPTDataset:
         text = text.astype(np.int32, copy=False)
         padding = np.full(max(0, wanted - len(text)), self.config.pad_token_id, np.int32)
         return np.concatenate((text, padding))
-
-    def _check_vocabulary(self, text: np.ndarray, index: int) -> None:
-        vocab_size = self.config.tokenizer.vocab_size
-        if text.size and (int(text.max()) >= vocab_size or int(text.min()) < 0):
-            wrong = text[(text >= vocab_size) | (text < 0)]
-            raise DataError(
-                f"{self.dataset_path or 'mock data'}: token id {int(wrong[0])} in sample {index} is outside the "
-                f"vocabulary of {vocab_size} ids. The data was made with another tokenizer than this run's: give the "
-                "one it was preprocessed with."
-            )
 
     def _check_memory(self) -> None:
         num_tokens = self.plan.num_epochs * self.plan.tokens_per_epoch

@@ -45,10 +45,10 @@ def write_hugging_face(
     Raises:
         CheckpointError: no architecture that is written has such a model; the settings are named.
     """
-    model = _model(source)
+    model = model_of_source(source)
     names = {key for key in source.keys() if "@" not in key}  # noqa: SIM118 - a method of the protocol
     architecture, written, offset = _choose(source, model)
-    _check_names(source, names, model)
+    check_names(source, names, model)
     dtype = source.info(WORD_EMBEDDINGS).dtype
     tensors = _their_tensors(source, architecture.tensors.parts(model), offset, progress)
     _write_files(path, tensors, max_file_bytes)
@@ -65,12 +65,16 @@ def architecture_of(source: TensorSource) -> tuple[TransformerConfig, Architectu
     Raises:
         CheckpointError: no architecture that is written has such a model.
     """
-    model = _model(source)
+    model = model_of_source(source)
     return model, _choose(source, model)[0]
 
 
-def _model(source: TensorSource) -> TransformerConfig:
-    """Return what the checkpoint holds, with the vocabulary's true size."""
+def model_of_source(source: TensorSource) -> TransformerConfig:
+    """Return what a checkpoint holds, with the vocabulary's true size.
+
+    Raises:
+        CheckpointError: it does not say what model it is.
+    """
     settings = source.common.get("model_config")
     if not isinstance(settings, Mapping) or not settings.get("num_layers"):
         raise CheckpointError(f"{source.path}: the checkpoint does not say what model it is (no `model_config`)")
@@ -105,7 +109,12 @@ def _choose(source: TensorSource, model: TransformerConfig) -> tuple[Architectur
     )
 
 
-def _check_names(source: TensorSource, names: set[str], model: TransformerConfig) -> None:
+def check_names(source: TensorSource, names: set[str], model: TransformerConfig) -> None:
+    """Return if a checkpoint holds the tensors of a model, and no others.
+
+    Raises:
+        CheckpointError: it holds others, or of another shape.
+    """
     shapes = our_shapes(model)
     foreign, missing = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
     if foreign or missing:

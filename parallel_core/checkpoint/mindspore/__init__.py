@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from parallel_core.checkpoint.mindspore.pangu import PanguCheckpoint, is_pangu
+from parallel_core.checkpoint.mindspore.writer import write_pangu
 
-__all__ = ["PanguCheckpoint", "is_pangu"]
+__all__ = ["PanguCheckpoint", "is_pangu", "write_pangu"]

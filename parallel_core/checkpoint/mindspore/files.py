@@ -34,6 +34,8 @@ _DTYPES = {
     "UInt8": "uint8",
     "Bool": "bool",
 }
+_PART_BYTES = 512 << 20
+"""Above it MindSpore stores a tensor in several parts, and so does `tensor_message`."""
 _TRAILER = b"crc_num"
 _TRAILER_BYTES = len(_TRAILER) + 10
 _MAX_STRATEGY_BYTES = 64 << 20
@@ -251,6 +253,34 @@ def _checked_end(data: mmap.mmap, size: int) -> int:
     return start
 
 
+def tensor_message(
+    name: str, shape: tuple[int, ...], dtype: str, data: memoryview, part_bytes: int = _PART_BYTES
+) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield what a `.ckpt` file holds of one tensor, as pairs of bytes to write one after the other.
+
+    Args:
+        name: its name there.
+        shape: its shape.
+        dtype: its dtype tag.
+        data: its bytes, in C order.
+        part_bytes: bytes of the largest part.
+
+    Raises:
+        CheckpointError: MindSpore's files have no such type.
+    """
+    kind = next((theirs for theirs, ours in _DTYPES.items() if ours == dtype), None)
+    if kind is None:
+        raise CheckpointError(f"{show(name)} is of type {dtype}, which MindSpore's files do not have")
+    dims = b"".join(b"\x08" + _as_varint(n) for n in shape)
+    described = dims + _field(2, kind.encode())
+    tag = _field(1, name.encode())
+    for start in range(0, max(len(data), 1), part_bytes):
+        part = data[start : start + part_bytes]
+        content = b"\x1a" + _as_varint(len(part))
+        tensor = b"\x12" + _as_varint(len(described) + len(content) + len(part)) + described + content
+        yield b"\x0a" + _as_varint(len(tag) + len(tensor) + len(part)) + tag + tensor, part
+
+
 # ---- wire format ----------------------------------------------------------------------------------------------------
 Buffer = bytes | mmap.mmap
 Value = int | Range
@@ -294,6 +324,18 @@ def _varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
             return value, at
         shift += 7
     raise Malformed("a number without an end")
+
+
+def _as_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*out, value))
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _as_varint(number << 3 | 2) + _as_varint(len(data)) + data
 
 
 def _signed(value: int) -> int:

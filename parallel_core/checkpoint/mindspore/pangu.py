@@ -77,7 +77,7 @@ class PanguCheckpoint(PieceSource):
             found = _named(path, whole_parameters(*_stored(path), str(path)))
         model = _model(path, found)
         shapes = our_shapes(model)
-        _refuse_unknown(path, found, {s[0] for name, shape in shapes.items() for s in _sources(name, shape, model)})
+        _refuse_unknown(path, found, {s[0] for name, shape in shapes.items() for s in sources_of(name, shape, model)})
         tensors = {name: _placed(path, name, shape, model, found) for name, shape in shapes.items()}
         common = {
             "iteration": 0,
@@ -210,18 +210,35 @@ def _model(path: Path, found: Mapping[str, Whole]) -> TransformerConfig:
         )
     positions = found[POSITIONS].shape[0]
     try:
-        return TransformerConfig(
-            num_layers=num_layers,
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            vocab_size=vocab,
-            seq_length=positions,
-            max_position_embeddings=positions,
-            ffn_hidden_size=mapping.shape[1],
-            **{"hidden_act": "fast_gelu", "top_query_layer": "norm_before", **told},
-        )
+        return _config(num_layers, hidden, heads, vocab, positions, mapping.shape[1], told)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _config(
+    num_layers: int, hidden: int, heads: int, vocab: int, positions: int, width: int, told: Mapping[str, Any]
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        vocab_size=vocab,
+        seq_length=positions,
+        max_position_embeddings=positions,
+        ffn_hidden_size=width,
+        **{"hidden_act": "fast_gelu", "top_query_layer": "norm_before", **told},
+    )
+
+
+def described_model(model: TransformerConfig) -> TransformerConfig:
+    """Return the model that is read from files of this form which were written of `model`."""
+    told = {
+        "top_query_layer": model.top_query_layer,
+        "norm_epsilon": model.norm_epsilon,
+        "hidden_act": model.hidden_act if model.hidden_act in _TOLD["hidden_act"] else "fast_gelu",
+    }
+    sizes = model.num_layers, model.hidden_size, model.num_attention_heads
+    return _config(*sizes, model.vocab_size, model.max_position_embeddings, model.ffn_hidden_size, told)
 
 
 _TOLD: dict[str, tuple[Any, ...]] = {
@@ -258,7 +275,7 @@ def _placed(
     """Return one of our tensors as pieces of theirs."""
     pieces: list[Piece] = []
     dtypes: set[str] = set()
-    for theirs, ours_row, their_row, rows, turned in _sources(name, shape, model):
+    for theirs, ours_row, their_row, rows, turned in sources_of(name, shape, model):
         whole = found.get(theirs)
         if whole is None:
             raise CheckpointError(f"{path}: {_spelled(theirs)} is in no file")
@@ -290,7 +307,7 @@ def theirs_shape(theirs: str, shape: tuple[int, ...], model: TransformerConfig, 
     return shape[::-1] if turned else shape
 
 
-def _sources(name: str, shape: tuple[int, ...], model: TransformerConfig) -> list[tuple[str, int, int, int, bool]]:
+def sources_of(name: str, shape: tuple[int, ...], model: TransformerConfig) -> list[tuple[str, int, int, int, bool]]:
     """Return (their tensor, first row here, first row there, rows, whether it is stored [in, out]) of a tensor."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if match is None:
@@ -308,6 +325,17 @@ def _sources(name: str, shape: tuple[int, ...], model: TransformerConfig) -> lis
     if module.endswith("layernorm"):
         kind = {"weight": "gamma", "bias": "beta"}[kind]
     return [(f"{number}.{theirs}.{kind}", 0, 0, shape[0], module in _TURNED and len(shape) == 2)]
+
+
+def stored_name(theirs: str, model: TransformerConfig) -> str:
+    """Return the released models' name of one of the tensors that `sources_of` names."""
+    if theirs in _TABLES:
+        return f"backbone.{'' if theirs == QUERIES else 'embedding.'}{_TABLES[theirs][0]}"
+    number, _, rest = theirs.partition(".")
+    if not number.isdigit():
+        kind = {ours: old for old, ours in _KINDS.items()}[theirs.rpartition(".")[2]]
+        return f"backbone.layernorm.{kind}"
+    return f"backbone.top_query_layer.{rest}" if int(number) == model.num_layers - 1 else _spelled(theirs)
 
 
 def _spelled(theirs: str) -> str:

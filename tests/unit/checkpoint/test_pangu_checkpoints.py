@@ -9,6 +9,7 @@ import random
 import zlib
 from pathlib import Path
 
+import mindspore
 import numpy as np
 import pytest
 from mindspore.train.checkpoint_pb2 import Checkpoint
@@ -16,6 +17,8 @@ from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 from safetensors.numpy import load_file, save_file
 
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
+from parallel_core.checkpoint.mindspore.files import read_ckpt, tensor_message
+from parallel_core.checkpoint.mindspore.writer import write_pangu
 from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
 from tests.unit.transformer.test_pangu_alpha import det, golden_values
@@ -303,6 +306,56 @@ def test_it_converts_to_native_by_the_command(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "slices"), str(tmp_path / "native")]) == 0
     assert main(["--load", str(tmp_path / "native"), "--save", str(tmp_path / "m"), "--to", "megatron", "--quiet"]) == 2
     assert "5 tensors Megatron does not have" in capsys.readouterr().err
+
+
+def test_a_model_goes_back_into_the_file_that_mindspore_loads(tmp_path, capsys):
+    """Names, orientation, types and bytes are the released ones, for MindSpore's own reader too."""
+    weights = published()
+    weights["backbone.layernorm.beta"] = weights["backbone.layernorm.beta"].astype(np.float16)
+    write(tmp_path / "ms/pangu.ckpt", weights)
+    settings(tmp_path / "ms", top_query_layer="norm_after", layernorm_epsilon=1e-6)
+    (tmp_path / "ms/vocab.model").write_bytes(b"pieces")
+    assert main(["--load", str(tmp_path / "ms"), "--save", str(tmp_path / "native"), "--quiet"]) == 0
+    back = ["--to", "mindspore", "--quiet"]
+    for source, result in (("native", "back"), ("ms", "same")):
+        assert main(["--load", str(tmp_path / source), "--save", str(tmp_path / result), *back]) == 0
+        message = Checkpoint.FromString((tmp_path / result / "pangu.ckpt").read_bytes())
+        assert {value.tag for value in message.value} == weights.keys()
+        loaded = mindspore.load_checkpoint(str(tmp_path / result / "pangu.ckpt"))
+        for name, value in weights.items():
+            np.testing.assert_array_equal(loaded[name].asnumpy(), value, err_msg=name)
+            assert loaded[name].asnumpy().dtype == value.dtype
+    assert main(["verify", str(tmp_path / "ms"), str(tmp_path / "same")]) == 0
+    models = [open_checkpoint(tmp_path / name).common["model_config"] for name in ("ms", "same")]
+    assert models[0] == models[1] and models[0]["top_query_layer"] == "norm_after"
+    assert (tmp_path / "same/vocab.model").read_bytes() == b"pieces"
+    capsys.readouterr()
+
+
+def test_large_tensors_go_into_parts_as_mindspores_do(tmp_path):
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    data = values.reshape(-1).view(np.uint8).data
+    parts = list(tensor_message("w", (4, 6), "float32", data, part_bytes=40))
+    assert len(parts) == 3
+    (tmp_path / "a.ckpt").write_bytes(b"".join(head + bytes(part) for head, part in parts))
+    np.testing.assert_array_equal(mindspore.load_checkpoint(str(tmp_path / "a.ckpt"))["w"].asnumpy(), values)
+    out = np.empty((4, 6), np.float32)
+    read_ckpt(tmp_path / "a.ckpt")["w"].blob().read_into(out)
+    np.testing.assert_array_equal(out, values)
+
+
+def test_what_the_form_cannot_hold_is_named(tmp_path):
+    write(tmp_path / "ms/pangu.ckpt", published())
+    settings(tmp_path / "ms")
+    for name, value, said in (
+        ("hidden_act", "relu", "hidden_act='relu', 'fast_gelu' there"),
+        ("softmax_scale", 0.5, "softmax_scale=0.5, 0.0 there"),
+        ("top_query_layer", "none", "the model has no query layer"),
+    ):
+        source = open_checkpoint(tmp_path / "ms")
+        source.common["model_config"][name] = value
+        with pytest.raises(CheckpointError, match=said):
+            write_pangu(source, tmp_path, lambda count: None)
 
 
 def hugging_face_form() -> dict[str, np.ndarray]:
