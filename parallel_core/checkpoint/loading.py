@@ -15,7 +15,7 @@ from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError, bullet_list
 from parallel_core.layout.shard import Box, TensorShard, intersect, region
 
-VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 """Tensors whose first dim is the padded vocabulary, which another tensor parallel size may pad differently."""
 
 
@@ -164,7 +164,7 @@ def _used(stored_keys: Mapping[str, str | None]) -> set[str]:
 
 def _is_repadded(source: TensorSource, shard: TensorShard, found: tuple[int, ...]) -> bool:
     """Tell whether two shapes differ by vocabulary padding alone, with no real row lost."""
-    if shard.name not in VOCABULARY_TENSORS or len(found) != 2 or not found[0] or found[1:] != shard.global_shape[1:]:
+    if shard.name not in VOCABULARY_TENSORS or not found or not found[0] or found[1:] != shard.global_shape[1:]:
         return False
     true_size = source.common.get("model_config", {}).get("vocab_size")
     return shard.global_shape[0] > found[0] or (true_size is not None and true_size <= shard.global_shape[0])
@@ -200,17 +200,19 @@ def _stored_alike(source: TensorSource, key: str, shard: TensorShard) -> bool:
 
 def _fill_padding(source: TensorSource, key: str, stored: str, shard: TensorShard, out: np.ndarray) -> list[Box]:
     """Fill the rows of `out` that the checkpoint has no rows for, and return the boxes that it has."""
-    rows, width = source.info(stored).shape
-    last = np.zeros((1, width), out.dtype)
+    rows, *widths = source.info(stored).shape
+    whole = [(0, width) for width in widths]
+    last = np.zeros((1, *widths), out.dtype)
     if "@exp_avg" not in key:
-        source.read_into(stored, [(rows - 1, rows), (0, width)], last)
+        source.read_into(stored, [(rows - 1, rows), *whole], last)
     present = []
     for box in shard.boxes:
         target = region(out, box.local).reshape(box.shape)
-        (row, row_end), columns = box.globe
+        (row, row_end), *columns = box.globe
         split = min(max(rows, row), row_end)
-        target[split - row :] = last[:, columns[0] : columns[1]]
-        kept = intersect(box.globe, [(0, rows), (0, width)])
+        held = (slice(None), *(slice(*span) for span in columns))
+        target[split - row :] = last[held]
+        kept = intersect(box.globe, [(0, rows), *whole])
         if kept is not None:
             count = math.prod(stop - start for start, stop in kept)
             if len(box.local) == 1:

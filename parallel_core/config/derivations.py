@@ -76,6 +76,12 @@ def query_layer(r: Resolution) -> None:
 
 
 @_rule
+def encoder(r: Resolution) -> None:
+    """A model is no encoder unless it has an encoder's head."""
+    r.fill("bert_head", "none", "encoder")
+
+
+@_rule
 def latent_attention(r: Resolution) -> None:
     """Multi-latent attention: yarn's frequencies unless `rope_type rope`, heads of their own size, no biases of qkv."""
     if not r["multi_latent_attention"]:
@@ -96,7 +102,10 @@ _GATED_FORMS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 @_rule
 def activation(r: Resolution) -> None:
-    """The activation flags name one `hidden_act`; GELU is the tanh form where Megatron fuses it with the bias."""
+    """The activation flags name one `hidden_act`; GELU is the tanh form where Megatron fuses it with the bias.
+
+    An encoder's is the erf form, unless the fusion is asked for.
+    """
     named = [flag for flag in ("swiglu", "squared_relu", "openai_gelu") if r[flag]]
     chosen = r["hidden_act"]
     if len(named) > 1 or (named and chosen not in (None, *named)):
@@ -104,7 +113,8 @@ def activation(r: Resolution) -> None:
     elif named and chosen is None:
         r.derive("hidden_act", named[0], "activation")
     elif chosen is None:
-        r.derive("hidden_act", derived.default_activation(r["add_bias_linear"], r["bias_gelu_fusion"]), "activation")
+        fused = r["bias_gelu_fusion"] and (r["bert_head"] == "none" or r.is_given("bias_gelu_fusion"))
+        r.derive("hidden_act", derived.default_activation(r["add_bias_linear"], fused), "activation")
     if r["gated_linear_unit"] and chosen in _GATED_FORMS:
         r.derive("hidden_act", _GATED_FORMS[chosen], "activation")
     if r["gated_linear_unit"] and r["hidden_act"] not in GATED:

@@ -42,6 +42,8 @@ _MEGATRON_HAS_ONLY: dict[str, Any] = {
     "embedding_multiplier": 1.0,
     "top_query_layer": "none",
     "moe.moe_router_rounds": False,
+    "bert.num_tokentypes": 2,
+    "bert.bert_head": "none",
     "softmax_scale": 0.0,
     "scale_attn_by_inverse_layer_idx": False,
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config import table
+from parallel_core.config.bert_checks import BERT_CHECKS
 from parallel_core.config.latent_checks import LATENT_CHECKS
 from parallel_core.config.multi_token_checks import MULTI_TOKEN_CHECKS
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS, UNLIMITED
 
-MODEL_CHECKS: dict[str, Callable[[Resolution], None]] = {**LATENT_CHECKS, **MULTI_TOKEN_CHECKS}
+MODEL_CHECKS: dict[str, Callable[[Resolution], None]] = {**LATENT_CHECKS, **MULTI_TOKEN_CHECKS, **BERT_CHECKS}
 
 
 def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parallel_core.config import table
+from parallel_core.config.bert import BertConfig
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.multi_token import MTPConfig
@@ -34,7 +35,7 @@ DEFINING: tuple[str, ...] = tuple(
     moe.moe_router_topk_scaling_factor
     moe.moe_router_num_groups moe.moe_router_group_topk moe.moe_router_enable_expert_bias moe.moe_apply_probs_on_input
     moe.moe_shared_expert_intermediate_size moe.moe_shared_expert_gate
-    mtp.mtp_num_layers
+    mtp.mtp_num_layers bert.bert_head bert.num_tokentypes
     """.split()
 )
 """Fields that decide what a model computes from given weights, or what its weights are."""
@@ -123,6 +124,8 @@ def has_effect(model: TransformerConfig, field: str) -> bool:
             scaled = model.use_rope_scaling or model.rope_dynamic_factor != 1.0
             return model.has_yarn or (model.is_rotary and scaled)
         return model.is_rotary
+    if field == "bert.num_tokentypes":
+        return model.bert.is_encoder
     if field.startswith("moe."):
         return bool(model.moe.num_experts)
     if field.startswith("yarn_"):
@@ -162,6 +165,7 @@ def model_of_settings(settings: Mapping[str, Any]) -> TransformerConfig:
     values["fa_config"] = FlashAttentionConfig(pre_tokens=window)
     values["mtp"] = MTPConfig(mtp_num_layers=values.pop("mtp.mtp_num_layers", 0))
     values["mla"] = MLAConfig(**{name: values.pop(f"mla.{name}") for name in _LATENT if f"mla.{name}" in values})
+    values["bert"] = BertConfig(**{field[5:]: values.pop(field) for field in list(values) if field.startswith("bert.")})
     experts = {field[4:]: values.pop(field) for field in list(values) if field.startswith("moe.")}
     values["moe"] = MoEConfig(**experts)
     values.setdefault("seq_length", values.get("max_position_embeddings", 1))

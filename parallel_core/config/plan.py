@@ -87,13 +87,35 @@ def model_parameters(model: TransformerConfig, num_noop: int = 0) -> int:
     positions = model.max_position_embeddings * model.hidden_size
     count = table + (positions if model.position_embedding_type == "learned_absolute" else 0)
     count += positions if model.top_query_layer != "none" else 0
-    count += model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
-    count += table if model.untie_embeddings_and_output_weights else 0
+    count += _segment_parameters(model) + _head_parameters(model)
+    count += table if _has_own_output(model) else 0
     layers = model.num_layers - num_noop
     sparse = min(layers, model.moe.layers_with_experts(model.num_layers))
     count += (layers - sparse) * layer_parameters(model) + sparse * _sparse_layer(model, model.moe.num_experts)
     experts = model.moe.num_experts * expert_parameters(model).one if _predicts_with_experts(model) else 0
     return count + prediction_parameters(model) + model.mtp.mtp_num_layers * experts
+
+
+def _segment_parameters(model: TransformerConfig) -> int:
+    """Return the parameters of an encoder's segments, and of the norm on its embeddings."""
+    rows = model.bert.num_tokentypes + _norm_weights(model)
+    return rows * model.hidden_size if model.bert.is_encoder else 0
+
+
+def _head_parameters(model: TransformerConfig, tp: int = 1) -> int:
+    """Return the parameters of what stands on the layers, without matrices of the vocabulary's size."""
+    h, bert = model.hidden_size, model.bert
+    if not bert.is_encoder:
+        return h * _norm_weights(model)
+    dense = h * h + h
+    count = dense + h * _norm_weights(model) + model.vocab_size // tp if bert.predicts_words else 0
+    count += dense if bert.has_pooler else 0
+    return count + (2 * h + 2 if bert.bert_head in ("pretraining", "question_answering") else 0)
+
+
+def _has_own_output(model: TransformerConfig) -> bool:
+    """Whether there is an output layer whose weight is not the word embedding."""
+    return model.untie_embeddings_and_output_weights and model.predicts_words
 
 
 def prediction_parameters(model: TransformerConfig, tp: int = 1) -> int:
@@ -137,13 +159,13 @@ def stage_parameters(config: AllConfig, layout: StageLayout, pp_rank: int) -> St
     positions = model.max_position_embeddings * model.hidden_size
     first, last = pp_rank == 0, pp_rank == layout.num_ranks - 1
     embedding = table + (positions if model.position_embedding_type == "learned_absolute" else 0) if first else 0
-    head = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1) if last else 0
+    embedding += _segment_parameters(model) if first else 0
+    head = _head_parameters(model, tp) if last else 0
     if last and model.top_query_layer != "none":
         head += positions
-    untied = model.untie_embeddings_and_output_weights
-    if last and untied:
+    if last and _has_own_output(model):
         head += table
-    tied_copy = table if last and not first and (not untied or model.mtp.mtp_num_layers) else 0
+    tied_copy = table if last and not first and model.shares_word_embeddings else 0
     of_layers += prediction_parameters(model, tp) if last else 0
     sparse += model.mtp.mtp_num_layers if last and _predicts_with_experts(model) else 0
     return StageParameters(of_layers, embedding, head, tied_copy, sparse * experts_on_rank(config) if sparse else 0)
@@ -320,8 +342,8 @@ def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
 def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
     """Return the floating point operations of a training step over `batch_size` samples, forward and backward.
 
-    Source: Megatron-LM core 0.12 `num_floating_point_operations` (causal attention counted half); multi-latent
-    attention by its products alike.
+    Source: Megatron-LM core 0.12 `num_floating_point_operations` (causal attention counted half, an
+    encoder's whole); multi-latent attention by its products alike.
     """
     model = config.model_config
     h, seq = model.hidden_size, model.seq_length
@@ -334,13 +356,16 @@ def num_floating_point_operations(config: AllConfig, batch_size: int) -> int:
         moe = model.moe
         width = moe.moe_ffn_hidden_size * moe.moe_router_topk + moe.moe_shared_expert_intermediate_size
         mlp += sparse * h * (12 * width * gate + 6 * moe.num_experts)
-    attention = 12 * layers * h * h * (1 + model.num_query_groups / model.num_attention_heads + seq / h / 2) * ratio
+    seen = seq if model.bert.is_encoder else seq / 2
+    attention = 12 * layers * h * h * (1 + model.num_query_groups / model.num_attention_heads + seen / h) * ratio
     if model.mla.multi_latent_attention:
         to_latents, per_head = _latent_products(model)
         scores = seq * (model.mla.head_size + model.mla.v_head_dim) / 2
         attention = 6 * layers * (to_latents + model.num_attention_heads * (per_head + scores))
     depths = model.mtp.mtp_num_layers
     logits, joined = 6 * h * model.vocab_size * (1 + depths), 12 * h * h * depths
+    if model.bert.is_encoder:
+        logits = 6 * h * (model.vocab_size + h if model.bert.predicts_words else 2)
     return round(batch_size * seq * ((mlp + attention) * (layers + depths) / max(layers, 1) + logits + joined))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from parallel_core.config import table
 from parallel_core.config.argument import IGNORED, REFUSED
+from parallel_core.config.bert import BertConfig
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
 from parallel_core.config.experts import MoEConfig
@@ -86,6 +87,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "optimizer_config": OptimizerConfig,
 }
 _NESTED_TYPES: dict[str, Any] = {
+    "bert": BertConfig,
     "fa_config": FlashAttentionConfig,
     "lora": LoraConfig,
     "mla": MLAConfig,

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel_core.config.bert import BertConfig
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
 from parallel_core.config.lora import LoraConfig
@@ -107,7 +108,8 @@ class TransformerConfig:
     qk_layernorm: bool = False
     hidden_act: str = ""
     """gelu (erf), gelu_tanh (Megatron's fused bias-GELU), swiglu, geglu, geglu_tanh (gated by GELU), squared_relu,
-    openai_gelu, fast_gelu (x sigmoid(1.702 x)), silu or relu; empty: gelu_tanh with add_bias_linear, else gelu."""
+    openai_gelu, fast_gelu (x sigmoid(1.702 x)), silu or relu; empty: gelu_tanh with add_bias_linear, else and of an
+    encoder gelu."""
     add_bias_linear: bool = True
     """Biases in the MLP's linears."""
     qkv_has_bias: bool = _follows()
@@ -164,6 +166,8 @@ class TransformerConfig:
     """Experts in place of the MLP."""
     mtp: MTPConfig = field(default_factory=MTPConfig)
     """Multi-token prediction."""
+    bert: BertConfig = field(default_factory=BertConfig)
+    """Encoders."""
     recompute_granularity: str = "none"
     """none, selective (core attention) or full (whole layers)."""
     recompute_method: str = "none"
@@ -185,7 +189,7 @@ class TransformerConfig:
             num_query_groups=derived.key_value_heads(
                 self.num_attention_heads, self.num_query_groups, self.group_query_attention
             ),
-            hidden_act=self.hidden_act or derived.default_activation(has_bias),
+            hidden_act=self.hidden_act or derived.default_activation(has_bias, not self.bert.is_encoder),
             qkv_has_bias=has_bias if self.qkv_has_bias is None else self.qkv_has_bias,
             out_proj_has_bias=has_bias if self.out_proj_has_bias is None else self.out_proj_has_bias,
             apply_rope_fusion=self.apply_rope_fusion and fusable,
@@ -244,7 +248,14 @@ class TransformerConfig:
     @property
     def shares_word_embeddings(self) -> bool:
         """Whether the last stage uses the word embeddings too: as output layer, or to predict further tokens."""
+        if not self.predicts_words:
+            return False
         return not self.untie_embeddings_and_output_weights or self.mtp.mtp_num_layers > 0
+
+    @property
+    def predicts_words(self) -> bool:
+        """Whether there is an output layer over the vocabulary."""
+        return not self.bert.is_encoder or self.bert.predicts_words
 
     def layer_name(self, layer_number: int) -> str:
         """Return the global name of a layer; those that follow the model's last one predict further tokens."""

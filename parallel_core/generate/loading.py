@@ -70,6 +70,8 @@ def describe(load: str | Path, step: int | None = None) -> Described:
     rows = source.info(VOCABULARY_TENSORS[0]).shape[0]
     settings = {**settings, "vocab_size": settings.get("vocab_size") or rows}
     model = replace(model_of_settings(settings), attention_dropout_rate=0.0, hidden_dropout_rate=0.0)
+    if model.bert.is_encoder:
+        raise ConfigError(f"{path}: bert_head={model.bert.bert_head}: an encoder continues no text")
     longest = model.max_position_embeddings or model.seq_length
     if model.rope_dynamic_factor != 1.0:
         # Beyond it the angles of all positions change with every token, and kept keys would be of others.

@@ -347,6 +347,41 @@ def causal_attention(
 
 
 @kernel
+def bidirectional_attention(
+    query_SBND: Tensor,
+    key_SBND: Tensor,
+    value_SBND: Tensor,
+    seen_BS: Tensor | None,
+    *,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Return softmax(scale * Q K^T, masked) V, every position seeing every other, heads joined: [S, B, N * D].
+
+    The softmax is computed in float32.
+
+    Args:
+        query_SBND: queries.
+        key_SBND: keys.
+        value_SBND: values.
+        seen_BS: int32, 0 where nobody may look (padding); None: nowhere.
+        scale: factor of the scores.
+        dropout_rate: share of the attention weights set to zero.
+        dropout_seed: equal seeds give equal masks.
+    """
+    S, B, N, D = query_SBND.shape
+    query, key, value = (x.reshape(S, B * N, D).transpose(1, 0, 2) for x in (query_SBND, key_SBND, value_SBND))
+    scores = (_bmm_nt(query, key) * scale).astype(ms.float32).reshape(B, N, S, S)
+    if seen_BS is not None:
+        hidden = (seen_BS == 0).reshape(B, 1, 1, S)
+        scores = ops.masked_fill(scores, hidden, Tensor(_MASKED_SCORE, ms.float32))
+    weights = dropout(ops.Softmax(-1)(scores).astype(query_SBND.dtype), dropout_rate, dropout_seed)
+    context = _bmm_nn(weights.reshape(B * N, S, S), value)
+    return context.transpose(1, 0, 2).reshape(S, B, N * D)
+
+
+@kernel
 def causal_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
     """Return `causal_attention` of queries, keys and values that stand together as a projection leaves them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import mindspore as ms
@@ -14,89 +14,16 @@ from parallel_core.comm.interface import Group
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data import (
-    GPTDatasetConfig,
-    MegatronTokenizer,
     TensorParallelBatches,
-    blends_from_arguments,
     build_pretraining_data_loader,
-    build_tokenizer,
-    build_train_valid_test_datasets,
-    bundled_tokenizer_model,
-    parse_blend,
-    prepare_bundled_corpus,
     stage_needs_data,
 )
-from parallel_core.data.chat import HOW_TO_NAME_ONE, ChatTemplate, chat_template, tokenizer_folders
-from parallel_core.errors import ConfigError, DataError
+from parallel_core.errors import DataError
 from parallel_core.layout.sequence import cut
 
 TensorBatch = dict[str, Tensor | None]
 """tokens, labels, position_ids, document_start (the first position that each may see): int32 [B, S]; loss_mask: float32
 [B, S]. None where a stage does not need it, or where it says nothing (positions 0..S-1, plain causal attention)."""
-
-
-def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
-    """Return the datasets' configuration; without any data source it is the bundled corpus with its tokenizer."""
-    data = config.dataset_config
-    per_split = (data.train_data_path, data.valid_data_path, data.test_data_path)
-    bundled = not (data.data_path or any(per_split) or data.data_args_path or data.mock_data)
-    blend = parse_blend((prepare_bundled_corpus(data.data_cache_path or None),)) if bundled else None
-    blends: tuple[Any, Any] = (blend, None)
-    if not bundled and not data.mock_data:
-        blends = blends_from_arguments(
-            data_path=data.data_path or None,
-            train_data_path=data.train_data_path or None,
-            valid_data_path=data.valid_data_path or None,
-            test_data_path=data.test_data_path or None,
-            data_args_path=data.data_args_path or None,
-        )
-    tokenizer_type, tokenizer_model = data.tokenizer_type, data.tokenizer_model
-    if not tokenizer_type and bundled:
-        tokenizer_type, tokenizer_model = "SentencePieceTokenizer", bundled_tokenizer_model()
-    tokenizer = build_tokenizer(
-        tokenizer_type or "NullTokenizer",
-        tokenizer_model=tokenizer_model or None,
-        vocab_file=data.vocab_file or None,
-        merge_file=data.merge_file or None,
-        vocab_extra_ids=data.vocab_extra_ids,
-        legacy_tokenizer=data.legacy_tokenizer,
-        vocab_size=data.unpadded_vocab_size or config.model_config.vocab_size - 1,
-    )
-    return GPTDatasetConfig(
-        random_seed=config.training_config.seed,
-        sequence_length=config.model_config.seq_length,
-        tokenizer=tokenizer,
-        blend=blends[0],
-        blend_per_split=blends[1],
-        split=None if blends[1] else data.split,
-        mock=data.mock_data,
-        path_to_cache=data.data_cache_path or None,
-        mmap_bin_files=data.mmap_bin_files,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        eos_token_id=None if data.eos_token_id < 0 else data.eos_token_id,
-        padding_id=None if data.pad_token_id < 0 else data.pad_token_id,
-        chat=_chat(config, tokenizer) if data.sft else None,
-    )
-
-
-def _chat(config: AllConfig, tokenizer: MegatronTokenizer) -> ChatTemplate:
-    data = config.dataset_config
-    folders = tokenizer_folders(data.tokenizer_model, data.vocab_file)
-    template = chat_template(tokenizer, folders, data.sft_tokenizer_prompt_format, data.chat_template)
-    if template is None:
-        raise ConfigError(f"sft: there is no chat template in {', '.join(folders)}; {HOW_TO_NAME_ONE}")
-    return template
-
-
-def default_datasets_provider(config: AllConfig) -> Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]:
-    """Return a `train_valid_test_datasets_provider(num_samples)` that builds GPT datasets."""
-
-    def provide(num_samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
-        return build_train_valid_test_datasets(gpt_dataset_config(config), num_samples)
-
-    return provide
 
 
 class BatchSource:

@@ -22,8 +22,9 @@ from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.figures import format_steps
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.tracking.writers import require_packages
-from parallel_core.training.batches import BatchSource, default_datasets_provider, make_batch_source
+from parallel_core.training.batches import BatchSource, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
+from parallel_core.training.datasets import default_datasets_provider
 from parallel_core.training.directories import own_directories
 from parallel_core.training.evaluation import Evaluator, NonLossDataFunction
 from parallel_core.training.forward_step import forward_step_with, get_batch

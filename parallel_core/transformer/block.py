@@ -19,12 +19,14 @@ class TransformerBlock(nn.Cell):
         post_layer_norm: end with the model's final norm.
     """
 
+    layer_class: type[nn.Cell] = TransformerLayer
+
     def __init__(self, stage: ModelStage, *, post_layer_norm: bool = True) -> None:
         super().__init__(auto_prefix=True)
         self.streams, self.plan = stage.streams, stage.plan or RecomputePlan(regather=len(stage.layers))
         self.layers = nn.CellList(
             [
-                TransformerLayer(
+                self.layer_class(
                     stage,
                     number,
                     recompute_core_attention=i < self.plan.core_attention,

@@ -26,6 +26,8 @@ class GPTModel(nn.Cell):
         parallel_output: return this rank's part of the logits' vocabulary instead of all of it.
     """
 
+    embedding_class: type[LanguageModelEmbedding] = LanguageModelEmbedding
+
     def __init__(self, stage: ModelStage, *, parallel_output: bool = True) -> None:
         super().__init__(auto_prefix=True)
         config = stage.config
@@ -35,17 +37,17 @@ class GPTModel(nn.Cell):
         self.parallel_output = parallel_output
         self.sequence_parallel = stage.sequence_parallel
         self._input_tensor: Tensor | None = None
-        self.embedding = LanguageModelEmbedding(stage) if stage.pre_process else None
+        self.embedding = self.embedding_class(stage) if stage.pre_process else None
         self.decoder = self.make_decoder(stage)
         self.mtp = MultiTokenPrediction(stage) if stage.post_process and config.mtp.mtp_num_layers else None
         self.output_layer: ColumnParallelLinear | None = None
-        if stage.post_process:
+        if stage.post_process and config.predicts_words:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 config.vocab_size,
                 tp_group=stage.tp_group,
                 init_method=stage.init("output_layer.weight"),
-                bias=False,
+                bias=config.bert.is_encoder,
                 sequence_parallel=stage.sequence_parallel,
                 params_dtype=config.params_dtype,
                 name="output_layer",
@@ -62,11 +64,11 @@ class GPTModel(nn.Cell):
         Raises:
             ConfigError: the configuration asks for another model.
         """
-        if stage.config.top_query_layer != "none":
-            raise ConfigError(
-                f"top_query_layer={stage.config.top_query_layer}: a GPT has no query layer; PanguAlphaModel has "
-                "(bash pretrain_pangu.sh)"
-            )
+        query, head = stage.config.top_query_layer, stage.config.bert.bert_head
+        if query != "none":
+            raise ConfigError(f"top_query_layer={query}: a GPT has no query layer (bash pretrain_pangu.sh)")
+        if head != "none":
+            raise ConfigError(f"bert_head={head}: a GPT is no encoder; BertModel is")
         return TransformerBlock(stage, post_layer_norm=stage.post_process)
 
     def decode(self, hidden: Tensor, position_ids: Tensor | None, document_start: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from parallel_core.layout.expert_mesh import expert_spans
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import Box, region, shard_of
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
+from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import get_batch_on_this_cp_rank
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.model import get_model
@@ -177,6 +178,8 @@ def context_of(ctx: CaseContext, tiny: Tiny) -> ParallelContext:
 class SampleSource:
     """Microbatches whose content depends on the iteration and the sample's number alone, not on the layout."""
 
+    forward_step: ForwardStep = staticmethod(forward_step_with(get_batch))
+
     def __init__(self, config: AllConfig, context: ParallelContext, num_microbatches: int, iteration: int) -> None:
         model, size = config.model_config, config.dataset_config.batch_size
         self._batches = []
@@ -212,7 +215,7 @@ class SampleSource:
 
 
 def provide_model(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
-    """Build a model's chunk, as pretrain_gpt.py and pretrain_pangu.py do."""
+    """Build a model's chunk, as the training programs do."""
     return make_model(stage)
 
 
@@ -232,8 +235,7 @@ class TinyRun:
         iterations = self.config.training_config.training_iters
         scheduler = OptimizerParamScheduler(schedule_shape(self.config, self.sizes, iterations))
         model = get_model(provider, self.config, context)
-        forward_step = forward_step_with(get_batch)
-        self.step = TrainingStep(self.config, context, model, forward_step, scheduler, loss_scaler(self.config))
+        self.step = TrainingStep(self.config, context, model, source.forward_step, scheduler, loss_scaler(self.config))
         self.iteration = 0
 
     def train(self, iterations: int = 1) -> list[StepReport]:

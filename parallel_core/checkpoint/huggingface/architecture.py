@@ -12,6 +12,7 @@ from typing import Any
 
 from parallel_core.checkpoint.huggingface.tensors import TensorTable
 from parallel_core.checkpoint.huggingface.values import Wrong
+from parallel_core.config.bert import BertConfig
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.model_keys import DEFINING, NAME_OF, default_of, has_effect, value_of
@@ -195,7 +196,9 @@ def _model(fields: Fields) -> TransformerConfig:
     if experts.moe_router_topk > max(experts.num_experts, 2):
         raise Wrong(f"num_experts_per_tok={experts.moe_router_topk}, and there are {experts.num_experts} experts")
     latent = MLAConfig(**{name[4:]: values.pop(name) for name in list(values) if name.startswith("mla.")})
-    model = TransformerConfig(**values, fa_config=FlashAttentionConfig(pre_tokens=window), moe=experts, mla=latent)
+    bert = BertConfig(**{name[5:]: values.pop(name) for name in list(values) if name.startswith("bert.")})
+    window_config = FlashAttentionConfig(pre_tokens=window)
+    model = TransformerConfig(**values, fa_config=window_config, moe=experts, mla=latent, bert=bert)
     turned = model.rotary_channels
     if model.is_rotary and (turned < 2 or turned % 2):
         raise Wrong(f"rotates {turned} channels of each head; it must be an even number")

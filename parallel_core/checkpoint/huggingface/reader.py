@@ -64,8 +64,8 @@ def _common(found: Mapping[str, Any], architecture: Architecture, model: Transfo
     rates = {
         field: found[key]
         for field, keys in (
-            ("attention_dropout_rate", ("attention_dropout", "attn_pdrop")),
-            ("hidden_dropout_rate", ("hidden_dropout", "resid_pdrop")),
+            ("attention_dropout_rate", ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")),
+            ("hidden_dropout_rate", ("hidden_dropout", "resid_pdrop", "hidden_dropout_prob")),
         )
         for key in keys
         if type(found.get(key)) in (int, float) and 0 <= found[key] < 1
@@ -90,7 +90,9 @@ def _named(
     wanted = {part.name: name for name, parts in table.parts(model).items() for part in parts}
     blobs: dict[str, Blob] = {}
     left: list[str] = []
-    for name, blob in stored.items():
+    for stored_name, blob in stored.items():
+        old, new = next(((old, new) for old, new in table.older.items() if stored_name.endswith(old)), ("", ""))
+        name = stored_name.removesuffix(old) + new
         full = name if name in wanted else table.prefix + name
         if full in wanted and full in blobs:
             raise CheckpointError(f"{path}: {full} is stored twice, with and without {table.prefix!r}")

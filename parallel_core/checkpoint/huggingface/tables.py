@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from parallel_core.checkpoint.huggingface.architecture import Architecture, Fields, Group, Key
+from parallel_core.checkpoint.huggingface.bert import BERT_CLASSES, BERT_TENSORS, bert_head
 from parallel_core.checkpoint.huggingface.deepseek import (
     DEEPSEEK_TENSORS,
     chosen_experts,
@@ -346,6 +347,30 @@ ARCHITECTURES: dict[str, Architecture] = {
             _ONLY,
             NEUTRAL,
         ),
+        Architecture(
+            "bert",
+            tuple(BERT_CLASSES),
+            {
+                "vocab_size": _size("vocab_size"),
+                "hidden_size": _size("hidden_size"),
+                "num_hidden_layers": Key(("num_layers",), layers),
+                "num_attention_heads": _size("num_attention_heads"),
+                "intermediate_size": _size("ffn_hidden_size"),
+                "max_position_embeddings": _size("max_position_embeddings"),
+                "type_vocab_size": _size("bert.num_tokentypes", default=2),
+                "layer_norm_eps": Key(("norm_epsilon",), number, default=1e-12),
+                "hidden_act": _activation(_PLAIN, "gelu"),
+                "tie_word_embeddings": _untied(True),
+            },
+            (_gpt2_head_size(), bert_head()),
+            {
+                "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "add_bias_linear": True,
+                "qkv_has_bias": True, "out_proj_has_bias": True, "apply_layernorm_1p": False,
+            },
+            BERT_TENSORS,
+            {**_ONLY, "is_decoder": (False,), "position_embedding_type": ("absolute",)},
+            NEUTRAL | {"hidden_dropout_prob", "attention_probs_dropout_prob"},
+        ),
         _llama_like(
             "llama", "Llama",
             {**_llama_keys(), "attention_bias": _BIASES, "mlp_bias": Key(("add_bias_linear",), flag, default=False)},
@@ -458,7 +483,7 @@ NOT_BUILT: dict[str, str] = {
         "another mixture of experts",
     ),
     **dict.fromkeys(("kimi_k2", "minicpm3"), "another form of multi-latent attention"),
-    **dict.fromkeys(("bert", "roberta", "electra", "albert", "deberta", "distilbert"), "an encoder"),
+    **dict.fromkeys(("roberta", "electra", "albert", "deberta", "distilbert"), "an encoder of another form"),
     **dict.fromkeys(("t5", "mt5", "bart", "mbart", "whisper"), "an encoder and a decoder"),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "bamba", "rwkv"), "layers without attention"),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "soft caps of scores, or several kinds of rotary positions"),

@@ -12,6 +12,8 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 QUERIES = "decoder.query_embedding.weight"
 OUTPUT = "output_layer.weight"
+OUTPUT_BIAS = "output_layer.bias"
+TOKENTYPES = "embedding.tokentype_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm"
 
 
@@ -52,6 +54,7 @@ class TensorTable:
         ignored: stored buffers that are no parameters.
         experts: their modules of expert `{}` in a layer, by ours; several are stacked along the rows.
         gate: their module of the shared expert's gate.
+        older: ends of older names -> what they are called now.
     """
 
     prefix: str
@@ -63,6 +66,7 @@ class TensorTable:
     ignored: re.Pattern[str] = field(default=re.compile(r".*rotary_emb\.inv_freq"))
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gate: str = ""
+    older: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, model: TransformerConfig) -> dict[str, list[Part]]:
         """Return, for every tensor of `model`, which of theirs it consists of."""
@@ -115,6 +119,9 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc2": (H, F, model.add_bias_linear),
     }
     norms = {"input_layernorm": H, "pre_mlp_layernorm": H}
+    if model.bert.is_encoder:
+        shapes.update({TOKENTYPES: (model.bert.num_tokentypes, H), **_norm_shapes("embedding.layernorm", H)})
+        norms = {"post_attention_layernorm": H, "post_mlp_layernorm": H}
     if model.qk_layernorm:
         norms.update({"self_attention.q_layernorm": D, "self_attention.k_layernorm": D})
     asking = {
@@ -139,9 +146,32 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
         shapes.update({f"{layer}.{name}.{kind}": (size,) for name, size in norms.items() for kind in norm})
     if model.top_query_layer != "none":
         shapes[QUERIES] = (model.max_position_embeddings, H)
+    if model.bert.is_encoder:
+        return {**shapes, **_head_shapes(model)}
     shapes.update({f"{FINAL_NORM}.{kind}": (H,) for kind in norm})
     if model.untie_embeddings_and_output_weights:
         shapes[OUTPUT] = (V, H)
+    return shapes
+
+
+def _norm_shapes(name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _head_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an encoder's head."""
+    H, V, bert = model.hidden_size, model.vocab_size, model.bert
+    shapes: dict[str, tuple[int, ...]] = {}
+    if bert.predicts_words:
+        shapes.update({"lm_head.dense.weight": (H, H), "lm_head.dense.bias": (H,)})
+        shapes.update({**_norm_shapes("lm_head.layernorm", H), OUTPUT_BIAS: (V,)})
+        if model.untie_embeddings_and_output_weights:
+            shapes[OUTPUT] = (V, H)
+    if bert.has_pooler:
+        shapes.update({"pooler.dense.weight": (H, H), "pooler.dense.bias": (H,)})
+    pairs = {"pretraining": "binary_head", "question_answering": "qa_outputs"}
+    if bert.bert_head in pairs:
+        shapes.update({f"{pairs[bert.bert_head]}.weight": (2, H), f"{pairs[bert.bert_head]}.bias": (2,)})
     return shapes
 
 

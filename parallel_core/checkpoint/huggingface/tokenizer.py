@@ -16,11 +16,13 @@ from parallel_core.config.vocabulary import DATA_SOURCES
 from parallel_core.data.bundled import bundled_tokenizer_model
 from parallel_core.data.tokenizer.base import MegatronTokenizer
 from parallel_core.data.tokenizer.factory import TokenizerSpec
+from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 from parallel_core.errors import ParallelCoreError
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "vocab.model", "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "vocab.model", "vocab.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
 )  # fmt: skip
 _SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -79,6 +81,10 @@ def _write_files(kind: str, settings: Mapping[str, Any], tokenizer: MegatronToke
         _write_sentence_piece_words(tokenizer, path, begins)
     elif kind == "PanguTokenizer":
         shutil.copyfile(str(settings["tokenizer_model"]), path / "vocab.model")
+    elif isinstance(tokenizer, BertWordPieceTokenizer):
+        shutil.copyfile(str(settings["vocab_file"]), path / "vocab.txt")
+        folded = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower_case}
+        write_durably(path / "tokenizer_config.json", json.dumps(folded, indent=2))
     elif kind == "GPT2BPETokenizer":
         shutil.copyfile(str(settings["vocab_file"]), path / "vocab.json")
         shutil.copyfile(str(settings["merge_file"]), path / "merges.txt")

@@ -14,7 +14,7 @@ from parallel_core.checkpoint.dtypes import convert, storage_dtype
 from parallel_core.checkpoint.huggingface.architecture import Architecture
 from parallel_core.checkpoint.huggingface.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from parallel_core.checkpoint.huggingface.tables import ARCHITECTURES
-from parallel_core.checkpoint.huggingface.tensors import OUTPUT, WORD_EMBEDDINGS, Part, is_norm, our_shapes
+from parallel_core.checkpoint.huggingface.tensors import OUTPUT, OUTPUT_BIAS, WORD_EMBEDDINGS, Part, is_norm, our_shapes
 from parallel_core.checkpoint.huggingface.tokenizer import write_tokenizer
 from parallel_core.checkpoint.huggingface.values import Wrong
 from parallel_core.checkpoint.layout_files import write_durably
@@ -125,7 +125,8 @@ def check_names(source: TensorSource, names: set[str], model: TransformerConfig)
         )
     for name, shape in shapes.items():
         found = source.info(name).shape
-        if found != shape and not (name in (WORD_EMBEDDINGS, OUTPUT) and found[1:] == shape[1:] and found > shape):
+        padded = name in (WORD_EMBEDDINGS, OUTPUT, OUTPUT_BIAS) and found[1:] == shape[1:] and found > shape
+        if found != shape and not padded:
             raise CheckpointError(f"{source.path}: {name} has shape {list(found)}, its settings need {list(shape)}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from parallel_core import data
 from parallel_core.compat import parallel_state
 from parallel_core.compat.mindspeed.config import current_config, plain
-from parallel_core.training.batches import default_datasets_provider
+from parallel_core.training.datasets import default_datasets_provider
 from parallel_core.training.schedule import batch_sizes, train_iterations
 
 

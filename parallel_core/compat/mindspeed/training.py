@@ -20,7 +20,7 @@ from parallel_core.config.schema import AllConfig, ModelParallelConfig
 from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError
 from parallel_core.pipeline.stage import ForwardStep
-from parallel_core.training.batches import default_datasets_provider
+from parallel_core.training.datasets import default_datasets_provider
 from parallel_core.training.directories import own_directories
 from parallel_core.training.forward_step import get_batch
 from parallel_core.training.model import ModelProvider

@@ -13,9 +13,11 @@ from parallel_core.data.tokenizer.sentencepiece import (
     Llama2Tokenizer,
     SentencePieceTokenizer,
 )
+from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 
 __all__ = [
     "TOKENIZER_TYPES",
+    "BertWordPieceTokenizer",
     "GPT2BPETokenizer",
     "GPTSentencePieceTokenizer",
     "HuggingFaceTokenizer",

@@ -15,6 +15,7 @@ from parallel_core.data.tokenizer.sentencepiece import (
     Llama2Tokenizer,
     SentencePieceTokenizer,
 )
+from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 from parallel_core.errors import ConfigError
 
 # which argument names the files of which type
@@ -25,6 +26,8 @@ TOKENIZER_TYPES: dict[str, tuple[str, ...]] = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
     "HuggingFaceTokenizer": ("tokenizer_model",),
     "PanguTokenizer": ("tokenizer_model",),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
     "NullTokenizer": ("vocab_size",),
 }
 
@@ -52,7 +55,7 @@ class TokenizerSpec:
         add = parser.add_argument
         add("--tokenizer-type", choices=list(TOKENIZER_TYPES), required=required, help="kind of tokenizer")
         add("--tokenizer-model", help="SentencePiece model or tokenizer.json")
-        add("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+        add("--vocab-file", help="vocab.json of GPT2BPETokenizer, vocab.txt of BertWordPiece...")
         add("--merge-file", help="merges.txt of GPT2BPETokenizer")
         add("--vocab-size", type=int, help="number of ids of NullTokenizer")
         add("--legacy-tokenizer", action="store_true", help="Megatron's legacy class of that type")
@@ -94,7 +97,7 @@ def build_tokenizer(
     Args:
         tokenizer_type: One of `TOKENIZER_TYPES`.
         tokenizer_model: Path of a SentencePiece model or of a `tokenizer.json` (or the folder that holds it).
-        vocab_file: Path of GPT-2's `vocab.json`.
+        vocab_file: Path of GPT-2's `vocab.json`, or of BERT's `vocab.txt`.
         merge_file: Path of GPT-2's `merges.txt`.
         vocab_size: Number of ids of the null tokenizer, without the end of document.
         vocab_extra_ids: Number of `<extra_id_i>` tokens of the legacy `SentencePieceTokenizer`.
@@ -126,6 +129,8 @@ def build_tokenizer(
         return GPT2BPETokenizer(str(vocab_file), str(merge_file), legacy_tokenizer)
     if tokenizer_type == "PanguTokenizer":
         return PanguTokenizer(str(tokenizer_model))
+    if tokenizer_type in ("BertWordPieceLowerCase", "BertWordPieceCase"):
+        return BertWordPieceTokenizer(str(vocab_file), tokenizer_type == "BertWordPieceLowerCase")
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(
             str(tokenizer_model), bool(tokenizer_hf_include_special_tokens), legacy_tokenizer

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from parallel_core.transformer.gpt_model import GPTModel
+from parallel_core.transformer.models.bert import BertModel
 from parallel_core.transformer.models.pangu_alpha import PanguAlphaModel
 from parallel_core.transformer.stage import ModelStage
 
-__all__ = ["PanguAlphaModel", "make_model"]
+__all__ = ["BertModel", "PanguAlphaModel", "make_model"]
 
 
 def make_model(stage: ModelStage) -> GPTModel:
     """Return the part of the model that `stage.config` describes."""
+    if stage.config.bert.is_encoder:
+        return BertModel(stage)
     return PanguAlphaModel(stage) if stage.config.top_query_layer != "none" else GPTModel(stage)

@@ -14,6 +14,7 @@ from parallel_core.checkpoint import TensorShard, TensorSource, load_shards
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.layout.shard import shard_of
 from parallel_core.transformer import GPTModel, ModelStage
+from parallel_core.transformer.models import make_model
 
 
 def loaded(source: TensorSource) -> GPTModel:
@@ -21,7 +22,7 @@ def loaded(source: TensorSource) -> GPTModel:
     config = dataclasses.replace(
         model_of_settings(source.common["model_config"]), attention_dropout_rate=0.0, hidden_dropout_rate=0.0
     )
-    model = GPTModel(ModelStage(config))
+    model = make_model(ModelStage(config))
     wanted = {shard_of(p).name: TensorShard.full(shard_of(p).name, p.shape, "float32") for p in parameters(model)}
     arrays, _ = load_shards(source, wanted, all_keys=list(wanted))
     for parameter in parameters(model):

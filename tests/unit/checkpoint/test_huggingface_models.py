@@ -145,15 +145,9 @@ def test_qwen2_has_its_biases_where_llama_has_them(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("bert_qa", "an encoder"),
-    ],
-)
-def test_models_that_are_not_built_are_named(tmp_path, name, reason):
-    make(tmp_path, config_of(name), {"x": np.zeros(1, np.float32)})
-    with pytest.raises(CheckpointError, match=f"model_type '{config_of(name)['model_type']}' needs {reason}"):
+def test_models_that_are_not_built_are_named(tmp_path):
+    make(tmp_path, {"model_type": "roberta"}, {"x": np.zeros(1, np.float32)})
+    with pytest.raises(CheckpointError, match="model_type 'roberta' needs an encoder"):
         open_checkpoint(tmp_path)
 
 

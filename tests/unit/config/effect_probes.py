@@ -38,7 +38,8 @@ from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.schedule import make_schedule
 from parallel_core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel_core.training import pretrain, profiler
-from parallel_core.training.batches import gpt_dataset_config, make_batch_source
+from parallel_core.training.batches import make_batch_source
+from parallel_core.training.datasets import gpt_dataset_config
 from parallel_core.training.forward_step import forward_step_with, get_batch
 from parallel_core.training.model import get_model
 from parallel_core.training.runtime import start_runtime, supported_precision

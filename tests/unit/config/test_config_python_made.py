@@ -23,7 +23,7 @@ KINDS: dict[str, Any] = {
 }
 NESTED: dict[str, Any] = {"profile": schema.ProfileConfig, "tracking": schema.TrackingConfig,
                           "fa_config": schema.FlashAttentionConfig, "mla": schema.MLAConfig, "moe": schema.MoEConfig,
-                          "mtp": schema.MTPConfig, "lora": schema.LoraConfig}
+                          "mtp": schema.MTPConfig, "bert": schema.BertConfig, "lora": schema.LoraConfig}
 # What a flag says that Python says in the model's own section.
 TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 

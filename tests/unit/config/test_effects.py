@@ -330,6 +330,8 @@ ELSEWHERE = {
     "lora_dropout": "tests/ranks/cases_lora.py::test_dropout_of_an_adapters_input_does_not_depend_on_the_layout",
     "lora_target_modules": "tests/unit/adapt/test_lora_runs.py::test_some_modules_alone_by_name_and_by_expression",
     "lora_base": "tests/unit/adapt/test_lora_runs.py::test_another_base_or_none_or_another_adapter_is_refused",
+    "bert_head": "tests/unit/checkpoint/test_bert_checkpoints.py::test_logits_loss_and_gradient",
+    "num_tokentypes": "tests/ranks/cases_bert.py::test_two_ranks_train_an_encoder_like_one",
     "use_lora": "tests/unit/adapt/test_lora_runs.py::test_the_seeds_words_ask_for_the_same",
     "moe_global_aux_loss_form":
         "tests/ranks/cases_experts.py::test_a_microbatch_is_compared_with_those_before_it_in_every_layout",

@@ -16,7 +16,7 @@ from parallel_core.data.chat import FORMATS, ChatTemplate, chat_template
 from parallel_core.data.data_order import data_order_fingerprint, describe_data_order
 from parallel_core.data.sft_dataset import pack
 from parallel_core.errors import ConfigError, DataError
-from parallel_core.training.batches import gpt_dataset_config
+from parallel_core.training.datasets import gpt_dataset_config
 from parallel_core.transformer import GPTModel, ModelStage
 from tests.helpers.one_process import evaluations, run
 from tests.helpers.talks import TALKS, Letters, datasets, talk, write

@@ -1,0 +1,48 @@
+"""Rules of bidirectional encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from parallel_core.config.resolution import Resolution
+from parallel_core.config.schema import DEFAULTS
+
+BERT_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+
+
+def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
+    BERT_CHECKS[function.__name__] = function
+    return function
+
+
+_OF_DECODERS = """
+    multi_latent_attention num_experts mtp_num_layers qk_layernorm use_sandwich_norm parallel_residual
+    apply_residual_connection_post_layernorm scale_attn_by_inverse_layer_idx apply_query_key_layer_scaling
+    use_flash_attn reset_attention_mask reset_position_ids lora_rank
+"""
+
+
+@_rule
+def encoders(r: Resolution) -> None:
+    """An encoder has learned positions, norms after the additions, and whole sequences on a rank."""
+    if r["bert_head"] == "none":
+        if r["num_tokentypes"] != DEFAULTS["model_config.bert.num_tokentypes"]:
+            r.fail("num_tokentypes", "belongs to bert_head; give that too, or leave it out")
+        return
+    if r["num_tokentypes"] < 1:
+        r.fail("num_tokentypes", "must be at least 1")
+    for name, only in (("position_embedding_type", "learned_absolute"), ("normalization", "LayerNorm")):
+        if r[name] != only:
+            r.fail(f"bert_head {name}", f"an encoder has {only}; write that, or leave it out")
+    if r["top_query_layer"] != "none":
+        r.fail("bert_head top_query_layer", "are of two models; give one")
+    if r["embedding_multiplier"] != 1.0:
+        r.fail("bert_head embedding_multiplier", "an encoder's embeddings are normed; leave one out")
+    for name in _OF_DECODERS.split():
+        if r[name]:
+            r.fail(f"bert_head {name}", "an encoder has no form of it; leave one out")
+    if r["pre_tockens"] is not None and r["pre_tockens"] != DEFAULTS["model_config.fa_config.pre_tokens"]:
+        r.fail("bert_head pre_tockens", "an encoder sees all positions; leave one out")
+    if r["context_parallel_size"] != 1:
+        r.fail("bert_head context_parallel_size", "an encoder's sequences are whole on every rank; write "
+               "context_parallel_size 1, or cut heads by tensor_model_parallel_size")
