@@ -256,14 +256,20 @@ def chat_template(
 
 def template_text(folders: Sequence[str | Path], prompt_format: str, file: str) -> tuple[str | None, dict[str, str]]:
     """Return a template and the special tokens beside it; arguments and errors as in `chat_template`."""
-    special: dict[str, str] = {}
     text = FORMATS.get(prompt_format)
     if file:
         text = _read(Path(file)).decode("utf-8", errors="replace")
     for folder in map(Path, folders):
-        special = {**_special_tokens(folder), **special}
         text = _text_in(folder) if text is None else text
-    return text, special
+    return text, special_tokens(folders)
+
+
+def special_tokens(folders: Sequence[str | Path]) -> dict[str, str]:
+    """Return the special tokens (`bos_token`, ...) that the files in these folders name, the first one's above all."""
+    named: dict[str, str] = {}
+    for folder in folders:
+        named = {**_special_tokens(Path(folder)), **named}
+    return named
 
 
 def tokenizer_folders(*files: str | None) -> list[str]:

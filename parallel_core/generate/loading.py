@@ -17,6 +17,7 @@ from parallel_core.checkpoint.loading import VOCABULARY_TENSORS
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.config.schema import AllConfig, ModelParallelConfig, TransformerConfig
 from parallel_core.context import ParallelContext
+from parallel_core.data.chat import FORMATS, ChatTemplate, chat_template, tokenizer_folders
 from parallel_core.data.tokenizer import MegatronTokenizer, TokenizerSpec
 from parallel_core.errors import ConfigError, ParallelCoreError
 from parallel_core.generate.cache import KeyValueCache
@@ -49,6 +50,36 @@ class Described:
     tokenizer: MegatronTokenizer | None
     why_no_tokenizer: str
     noop_layers: tuple[int, ...] = ()
+
+    @property
+    def tokenizer_folders(self) -> list[str]:
+        """Where the files of its tokenizer are, and what lies beside them; the checkpoint's own directory first."""
+        settings = tokenizer_settings(self.source.common)
+        return [str(self.path), *tokenizer_folders(settings.get("tokenizer_model"), settings.get("vocab_file"))]
+
+
+def template_of(described: Described, named: str = "default") -> ChatTemplate | None:
+    """Return how a model's conversations are written; None where nothing says so.
+
+    Args:
+        described: the model.
+        named: a name of `FORMATS` or a file; default: as the model was trained, else as its tokenizer says.
+
+    Raises:
+        ConfigError: the template cannot be read.
+    """
+    if described.tokenizer is None:
+        return None
+    data = _section(described.source.common, "dataset_config")
+    trained = data if data.get("sft") else {}
+    if named != "default":
+        trained = {"sft_tokenizer_prompt_format": named} if named in FORMATS else {"chat_template": named}
+    return chat_template(
+        described.tokenizer,
+        described.tokenizer_folders,
+        str(trained.get("sft_tokenizer_prompt_format") or "default"),
+        str(trained.get("chat_template") or ""),
+    )
 
 
 def describe(load: str | Path, step: int | None = None) -> Described:

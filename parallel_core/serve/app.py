@@ -42,7 +42,12 @@ class Limits:
 
 
 def make_app(
-    service: Service, model: str, template: ChatTemplate | None, defaults: SamplingParams, limits: Limits
+    service: Service,
+    model: str,
+    template: ChatTemplate | None,
+    defaults: SamplingParams,
+    limits: Limits,
+    bos_token: str | None = None,
 ) -> ASGIApp:
     """Return the application over a service.
 
@@ -52,8 +57,10 @@ def make_app(
         template: of chats; None: they are refused.
         defaults: how `/query` and PanGu-Alpha's endpoint continue texts.
         limits: what a client may send.
+        bos_token: what the tokenizer's files say a text begins with.
     """
-    completions, others = Completions(service, model, template), Others(service, defaults)
+    completions = Completions(service, model, template)
+    others = Others(service, defaults, template, bos_token)
     routes = [
         _route("/v1/completions", completions.completions, "POST"),
         _route("/completions", completions.completions, "POST"),

@@ -17,12 +17,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
-from parallel_core.data.chat import FORMATS, ChatTemplate, chat_template, tokenizer_folders
+from parallel_core.data.chat import FORMATS, special_tokens
 from parallel_core.errors import ConfigError
 from parallel_core.generate.arguments import add_model_arguments, add_sampling_arguments, layout_of, sampling_values
 from parallel_core.generate.requests import SamplingParams
@@ -30,7 +29,6 @@ from parallel_core.generate.starting import is_rank, run_or_start
 
 if TYPE_CHECKING:
     from parallel_core.generate.generator import Generator
-    from parallel_core.generate.loading import Described
 
 _PROGRAM = Path(__file__).parent / "programs" / "serve_on_ranks.py"
 _KEY_VARIABLE = "PARALLEL_CORE_API_KEY"
@@ -161,6 +159,7 @@ def _start_server(
 ) -> tuple[Any, threading.Thread]:
     import uvicorn
 
+    from parallel_core.generate.loading import template_of
     from parallel_core.serve.app import Limits, make_app
 
     key = args.api_key or os.environ.get(_KEY_VARIABLE, "")
@@ -170,9 +169,10 @@ def _start_server(
     app = make_app(
         service,
         name,
-        _chat_template(args.chat_template, it.described),
+        template_of(it.described, args.chat_template),
         SamplingParams.of(sampling_values(args)),
         Limits(args.max_body_bytes, key),
+        special_tokens(it.described.tokenizer_folders).get("bos_token"),
     )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5, server_header=False
@@ -181,25 +181,6 @@ def _start_server(
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()
     return server, thread
-
-
-def _chat_template(named: str, described: Described) -> ChatTemplate | None:
-    """Return the template that the user names, else the one that the model was trained with, else its tokenizer's."""
-    if described.tokenizer is None:
-        return None
-    tree = described.source.common.get("config")
-    data = tree.get("dataset_config") if isinstance(tree, Mapping) else None
-    trained = data if isinstance(data, Mapping) and data.get("sft") else {}
-    if named != "default":
-        trained = {"sft_tokenizer_prompt_format": named} if named in FORMATS else {"chat_template": named}
-    settings = tokenizer_settings(described.source.common)
-    folders = tokenizer_folders(settings.get("tokenizer_model"), settings.get("vocab_file"))
-    return chat_template(
-        described.tokenizer,
-        [described.path, *folders],
-        str(trained.get("sft_tokenizer_prompt_format") or "default"),
-        str(trained.get("chat_template") or ""),
-    )
 
 
 def _stop_on_signals(service: Any) -> None:

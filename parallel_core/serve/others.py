@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from parallel_core.data.chat import ChatTemplate
 from parallel_core.data.tokenizer import MegatronTokenizer
 from parallel_core.errors import ConfigError
 from parallel_core.generate.requests import SamplingParams
@@ -31,10 +32,15 @@ class Others:
     Args:
         service: the engine.
         defaults: how `/query` and PanGu-Alpha's endpoint continue texts.
+        template: of chats, which clients may write themselves.
+        bos_token: what the tokenizer's files say a text begins with.
     """
 
-    def __init__(self, service: Service, defaults: SamplingParams) -> None:
+    def __init__(
+        self, service: Service, defaults: SamplingParams, template: ChatTemplate | None, bos_token: str | None
+    ) -> None:
         self._service, self._defaults = service, defaults
+        self._chat_template, self._bos_token = None if template is None else template.source, bos_token
 
     # ---- state ------------------------------------------------------------------------------------------------------
     async def health(self, request: Request) -> Response:
@@ -104,7 +110,8 @@ class Others:
         tokenizer = self._tokenizer()
         pad = None if tokenizer.pad is None else tokenizer.detokenize([tokenizer.pad])
         eos = tokenizer.detokenize([tokenizer.eod])
-        return JSONResponse({"eos_token": eos, "bos_token": None, "pad_token": pad, "chat_template": None})
+        told = {"eos_token": eos, "bos_token": self._bos_token, "pad_token": pad}
+        return JSONResponse({**told, "chat_template": self._chat_template})
 
     # ---- Megatron ---------------------------------------------------------------------------------------------------
     async def megatron(self, request: Request) -> Response:
