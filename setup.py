@@ -8,7 +8,9 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHARED = ("pretrain_*.py", "configs/*.yaml", "data/corpus.jsonl", "data/tokenizer.model", "data/README.md")
+SHARED = (
+    "pretrain_*.py", "configs/*.yaml", "data/corpus.jsonl", "data/tokenizer.model", "data/vocab.txt", "data/README.md",
+)  # fmt: skip
 """What `parallel_core.bundled` finds in `parallel_core/share` of an installed package, by its name in the checkout."""
 
 

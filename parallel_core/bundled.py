@@ -8,7 +8,11 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 
-PROGRAMS = {"pretrain_gpt.py": "configs/gpt_tiny.yaml", "pretrain_pangu.py": "configs/pangu_tiny.yaml"}
+PROGRAMS = {
+    "pretrain_gpt.py": "configs/gpt_tiny.yaml",
+    "pretrain_pangu.py": "configs/pangu_tiny.yaml",
+    "pretrain_bert.py": "configs/bert_tiny.yaml",
+}
 """The training programs, each with what it trains when no argument says anything."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from parallel_core.config import table
+from parallel_core.config.bert import WORD_HEADS
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS
 
@@ -18,7 +20,7 @@ def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None
 _OF_DECODERS = """
     multi_latent_attention num_experts mtp_num_layers qk_layernorm use_sandwich_norm parallel_residual
     apply_residual_connection_post_layernorm scale_attn_by_inverse_layer_idx apply_query_key_layer_scaling
-    use_flash_attn reset_attention_mask reset_position_ids lora_rank
+    use_flash_attn reset_attention_mask reset_position_ids lora_rank sft
 """
 
 
@@ -26,9 +28,19 @@ _OF_DECODERS = """
 def encoders(r: Resolution) -> None:
     """An encoder has learned positions, norms after the additions, and whole sequences on a rank."""
     if r["bert_head"] == "none":
-        if r["num_tokentypes"] != DEFAULTS["model_config.bert.num_tokentypes"]:
-            r.fail("num_tokentypes", "belongs to bert_head; give that too, or leave it out")
+        for name in ("num_tokentypes", "mask_prob", "short_seq_prob", "bert_binary_head"):
+            field = table.BY_NAME[name].fields[0]
+            if r[name] != (DEFAULTS[field] if table.BY_NAME[name].direct else True):
+                r.fail(name, "belongs to bert_head; give that too (bash pretrain_bert.sh does), or leave it out")
         return
+    if not 0 < r["mask_prob"] < 1:
+        r.fail("mask_prob", "must lie between 0 and 1")
+    if not 0 <= r["short_seq_prob"] <= 1:
+        r.fail("short_seq_prob", "must lie in 0 to 1")
+    if r["mock_data"] and r["bert_head"] in WORD_HEADS:
+        r.fail("bert_head mock_data", "mock data has no sentences; give data_path")
+    if r["bert_head"] == "pretraining" and r["num_tokentypes"] < 2:
+        r.fail("bert_head num_tokentypes", "has two segments; write num_tokentypes 2, or bert_head masked_lm")
     if r["num_tokentypes"] < 1:
         r.fail("num_tokentypes", "must be at least 1")
     for name, only in (("position_embedding_type", "learned_absolute"), ("normalization", "LayerNorm")):

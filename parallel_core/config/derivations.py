@@ -77,8 +77,10 @@ def query_layer(r: Resolution) -> None:
 
 @_rule
 def encoder(r: Resolution) -> None:
-    """A model is no encoder unless it has an encoder's head."""
+    """A model is no encoder unless it has an encoder's head; pretraining without the binary head is of words alone."""
     r.fill("bert_head", "none", "encoder")
+    if not r["bert_binary_head"] and r["bert_head"] == "pretraining":
+        r.derive("bert_head", "masked_lm", "encoder")
 
 
 @_rule

@@ -206,6 +206,8 @@ def _default_values(
             continue
         key = argument.name if argument else name
         present = given[key].value if key in given else argument.default if argument else user.defaults().get(name)
+        if present is not None and present == value:
+            continue
         if present is not None:
             notes.append(f"args_defaults[{name!r}]={value!r}: not used, {key} is {present!r}")
             continue

@@ -340,6 +340,10 @@ class DatasetConfig:
     """(start, increment, samples) of the batch-size ramp-up; empty: none."""
     data_path: tuple[str, ...] = ()
     """One prefix, or weights and prefixes in turn; empty with no other source: the bundled corpus."""
+    mask_prob: float = 0.15
+    """Share of an encoder's tokens that are asked for."""
+    short_seq_prob: float = 0.1
+    """Share of an encoder's samples that are cut short at random."""
     train_data_path: tuple[str, ...] = ()
     valid_data_path: tuple[str, ...] = ()
     test_data_path: tuple[str, ...] = ()

@@ -26,12 +26,13 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
     has_data = any(values.get(name) for name in DATA_SOURCES)
     if kind is None and (has_data or values.get("tokenizer_model")):
         return None
-    from parallel_core.data.bundled import bundled_tokenizer_model  # Tokenizers load only when one is needed.
+    from parallel_core.data.bundled import bundled_tokenizer  # Tokenizers load only when one is needed.
     from parallel_core.data.tokenizer.factory import build_tokenizer
 
     try:
         if kind is None:
-            tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=bundled_tokenizer_model())
+            kind, files = bundled_tokenizer(values.get("bert_head") not in (None, "none"))
+            tokenizer = build_tokenizer(kind, **files)  # type: ignore[arg-type]
         else:
             tokenizer = build_tokenizer(
                 str(kind),
@@ -51,13 +52,14 @@ def tokenizer_vocab_size(values: Mapping[str, object]) -> int | None:
 
 
 @lru_cache(maxsize=1)
-def known_vocabulary(data: DatasetConfig) -> int | None:
+def known_vocabulary(data: DatasetConfig, bert_head: str = "none") -> int | None:
     """Return the number of tokens of a run's tokenizer; None where its files, or a tokenizer, are not there."""
     values = {
         name: getattr(data, name) or None
         for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids",
                      "legacy_tokenizer", *DATA_SOURCES)
     }  # fmt: skip
+    values["bert_head"] = bert_head
     if values["tokenizer_type"] == "NullTokenizer":
         return None
     try:
@@ -79,7 +81,7 @@ def _path(values: Mapping[str, object], name: str) -> str | None:
 def stored_settings(config: AllConfig) -> dict[str, Any]:
     """Return the settings that define the model as a checkpoint keeps them, with the vocabulary's true size."""
     data = config.dataset_config
-    true_size = data.unpadded_vocab_size or known_vocabulary(data)
+    true_size = data.unpadded_vocab_size or known_vocabulary(data, config.model_config.bert.bert_head)
     if true_size and data.tokenizer_type == "NullTokenizer":
         true_size += 1  # its end-of-document token comes after the vocabulary
     return {**model_settings(config.model_config), "vocab_size": true_size}

@@ -15,6 +15,7 @@ from parallel_core.data.config import GPTDatasetConfig, normalize
 from parallel_core.data.gpt_dataset import GPTDataset, Sample
 from parallel_core.data.index_cache import IndexCache
 from parallel_core.data.indices import check_index_memory
+from parallel_core.data.masked_words import MaskedWordsDataset
 from parallel_core.data.sft_dataset import SFTDataset
 from parallel_core.errors import DataError
 
@@ -34,7 +35,7 @@ class BlendedDataset:
 
     def __init__(
         self,
-        datasets: Sequence[GPTDataset | SFTDataset],
+        datasets: Sequence[GPTDataset | MaskedWordsDataset | SFTDataset],
         weights: Sequence[float],
         size: int | None,
         config: GPTDatasetConfig,

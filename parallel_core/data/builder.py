@@ -14,12 +14,14 @@ from parallel_core.data.blended_dataset import BlendedDataset
 from parallel_core.data.config import Blend, GPTDatasetConfig, Split, SplitMatrix, normalize
 from parallel_core.data.conversations import Conversations
 from parallel_core.data.gpt_dataset import GPTDataset, SequenceSource, open_sequences
+from parallel_core.data.indexed_dataset import open_token_ids
+from parallel_core.data.masked_words import MaskedWordsConfig, MaskedWordsDataset
 from parallel_core.data.record_dataset import RecordDataset, is_mindrecord, open_records
 from parallel_core.data.sft_dataset import SFTDataset
 from parallel_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-Part = GPTDataset | SFTDataset
+Part = GPTDataset | SFTDataset | MaskedWordsDataset
 Dataset = Part | BlendedDataset | RecordDataset
 Sizes = tuple[int | None, int | None, int | None]
 _WHOLE: tuple[float, float] = (0.0, 1.0)
@@ -87,15 +89,23 @@ def _split_dataset(
     path_prefix: str | None, config: GPTDatasetConfig, matrix: SplitMatrix | None, sizes: Sizes
 ) -> list[Part | None]:
     sequences: SequenceSource
-    if config.chat is not None and path_prefix is not None:
-        kind: Any = SFTDataset
+    if isinstance(config, MaskedWordsConfig):
+        if path_prefix is None:
+            raise ConfigError("mock data has no sentences to mask words of; give --data-path")
+        kind: Any = MaskedWordsDataset
+        sequences = documents = open_token_ids(path_prefix, mmap=config.mmap_bin_files)
+        count = len(documents.document_indices) - 1
+    elif config.chat is not None and path_prefix is not None:
+        kind = SFTDataset
         sequences = Conversations(
             path_prefix, config.chat, config.tokenizer, config.eod_token_id, config.path_to_cache
         )
     else:
         kind, sequences = GPTDataset, open_sequences(path_prefix, config)
+    if kind is not MaskedWordsDataset:
+        count = len(sequences.sequence_lengths)
     datasets: list[Part | None] = [None, None, None]
-    for split, (first, end) in _shares(len(sequences.sequence_lengths), path_prefix, matrix):
+    for split, (first, end) in _shares(count, path_prefix, matrix):
         indices = np.arange(first, end, dtype=np.int32)
         datasets[split.value] = kind(sequences, path_prefix, indices, sizes[split.value], split, config)
     return datasets

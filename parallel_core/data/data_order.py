@@ -17,6 +17,7 @@ import numpy as np
 
 from parallel_core.data.blended_dataset import BlendedDataset
 from parallel_core.data.gpt_dataset import GPTDataset
+from parallel_core.data.masked_words import MaskedWordsDataset
 from parallel_core.data.record_dataset import RecordDataset
 from parallel_core.data.sft_dataset import SFTDataset
 
@@ -101,6 +102,14 @@ def _describe(dataset: object) -> dict[str, Any]:
             "end_sequence": int(dataset.indices[-1]) + 1,
             "random_seed": dataset.config.random_seed,
             "sequence_length": dataset.config.sequence_length,
+        }
+    if isinstance(dataset, MaskedWordsDataset):
+        return {
+            **{key: value for key, value in dataset.unique_identifiers.items() if not key.startswith("dataset_path")},
+            "path": dataset.dataset_path,
+            "lengths_sha256": _sequence_lengths_hash(dataset.dataset.sequence_lengths),
+            "tokens_sha256": _tokens_hash(dataset.dataset_path),
+            "num_samples": len(dataset),  # whole epochs, shuffled together
         }
     length = len(dataset) if hasattr(dataset, "__len__") else None
     return {"class": type(dataset).__name__, "length": length}

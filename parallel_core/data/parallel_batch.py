@@ -5,7 +5,7 @@ The transfer itself is the caller's: it broadcasts one flat int32 array per micr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,28 +15,53 @@ from parallel_core.errors import DataError
 Broadcast = Callable[[np.ndarray], np.ndarray]
 _END, _FAILED = 1, 2
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "document_start")
+ENCODER_FIELDS = ("tokens", "attention_mask", "tokentype_ids", "labels", "loss_mask", "is_random")
+"""What samples of masked words have; the last is one number for each sample."""
+SPAN_FIELDS = ("tokens", "attention_mask", "tokentype_ids", "start_positions", "end_positions")
+"""What samples of question answering have; the last two are one number for each sample."""
+_OF_A_SAMPLE = ("is_random", "start_positions", "end_positions")
+
+
+def fields_of(bert_head: str) -> tuple[str, ...] | None:
+    """Return the arrays of an encoder's batch; None for a GPT's."""
+    if bert_head == "none":
+        return None
+    return SPAN_FIELDS if bert_head == "question_answering" else ENCODER_FIELDS
 
 
 def stage_needs_data(is_first_stage: bool, is_last_stage: bool, reset_attention_mask: bool = False) -> bool:
     """Return whether a pipeline stage reads micro-batches: the first needs tokens, the last labels.
 
-    With `reset_attention_mask` every stage does, because its attention needs to know where documents start.
+    With `reset_attention_mask`, and in an encoder, every stage does, because its attention needs to know where
+    documents start or where there is padding.
     """
     return is_first_stage or is_last_stage or reset_attention_mask
 
 
-def pack_batch(batch: Batch) -> np.ndarray:
+def pack_batch(batch: Batch, fields: Sequence[str] = _FIELDS) -> np.ndarray:
     """Return the arrays of a micro-batch as one int32 array; floats go by their bits.
 
     Args:
-        batch: `tokens`, `labels`, `loss_mask`, `position_ids` and perhaps `document_start`, each [B, S].
+        batch: `tokens`, `labels`, `loss_mask`, `position_ids` and perhaps `document_start`, each [B, S]; or others.
+        fields: Which arrays it may have, in their order; those of one number for each sample are [B].
     """
-    parts = [batch[name] for name in _FIELDS if name in batch]
+    shape = batch["tokens"].shape
+    parts = [
+        np.repeat(batch[name][:, None], shape[1], 1) if name in _OF_A_SAMPLE else batch[name]
+        for name in fields
+        if name in batch
+    ]
     packed = [part.view(np.int32) if part.dtype == np.float32 else part.astype(np.int32, copy=False) for part in parts]
     return np.stack(packed).reshape(-1)
 
 
-def unpack_batch(packed: np.ndarray, micro_batch_size: int, sequence_length: int, has_document_start: bool) -> Batch:
+def unpack_batch(
+    packed: np.ndarray,
+    micro_batch_size: int,
+    sequence_length: int,
+    has_document_start: bool,
+    fields: Sequence[str] | None = None,
+) -> Batch:
     """Return the micro-batch that `pack_batch` packed.
 
     Args:
@@ -44,11 +69,12 @@ def unpack_batch(packed: np.ndarray, micro_batch_size: int, sequence_length: int
         micro_batch_size: B.
         sequence_length: S.
         has_document_start: Whether the batch has `document_start` (`reset_attention_mask`).
+        fields: Which arrays it has, where they are others than a GPT's.
 
     Raises:
         DataError: The size does not fit: the ranks of the group disagree about the batch.
     """
-    names = _FIELDS if has_document_start else _FIELDS[:-1]
+    names = fields or (_FIELDS if has_document_start else _FIELDS[:-1])
     if packed.size != len(names) * micro_batch_size * sequence_length:
         raise DataError(
             f"a packed micro-batch of {packed.size} numbers is not {len(names)} arrays of {micro_batch_size} x "
@@ -56,7 +82,8 @@ def unpack_batch(packed: np.ndarray, micro_batch_size: int, sequence_length: int
             "reset_attention_mask."
         )
     arrays = packed.astype(np.int32, copy=False).reshape(len(names), micro_batch_size, sequence_length)
-    return {name: array.view(np.float32) if name == "loss_mask" else array for name, array in zip(names, arrays)}
+    found = {name: array.view(np.float32) if name == "loss_mask" else array for name, array in zip(names, arrays)}
+    return {name: array[:, 0].copy() if name in _OF_A_SAMPLE else array for name, array in found.items()}
 
 
 class TensorParallelBatches:
@@ -71,6 +98,7 @@ class TensorParallelBatches:
         micro_batch_size: B.
         sequence_length: S.
         has_document_start: Whether batches have `document_start`.
+        fields: Which arrays batches have, where they are others than a GPT's.
     """
 
     def __init__(
@@ -81,7 +109,9 @@ class TensorParallelBatches:
         micro_batch_size: int,
         sequence_length: int,
         has_document_start: bool = False,
+        fields: Sequence[str] | None = None,
     ) -> None:
+        self._fields = fields
         self._source = source
         self._broadcast = broadcast
         self._shape = (micro_batch_size, sequence_length)
@@ -99,12 +129,12 @@ class TensorParallelBatches:
             StopIteration: The first rank has no more micro-batches.
             DataError: The first rank could not read; there the original error is raised.
         """
-        num_fields = len(_FIELDS) if self._has_document_start else len(_FIELDS) - 1
+        num_fields = len(self._fields or _FIELDS[: 5 if self._has_document_start else 4])
         message = np.zeros(num_fields * self._shape[0] * self._shape[1] + 1, np.int32)
         failure: Exception | None = None
         if self._source is not None:
             try:
-                message[1:] = pack_batch(next(self._source))
+                message[1:] = pack_batch(next(self._source), self._fields or _FIELDS)
             except StopIteration:
                 message[0] = _END
             except Exception as error:
@@ -116,4 +146,4 @@ class TensorParallelBatches:
             raise StopIteration
         if received[0] == _FAILED:
             raise DataError("the first rank of this tensor parallel group could not read its next micro-batch.")
-        return unpack_batch(received[1:], *self._shape, self._has_document_start)
+        return unpack_batch(received[1:], *self._shape, self._has_document_start, self._fields)

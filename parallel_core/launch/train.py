@@ -1,8 +1,8 @@
 """`parallel-core train [SCRIPT] [--config FILE] [--megatron-flag value ...]`: train, by default a GPT.
 
 Without any argument of the model, the layout or the data it trains configs/gpt_tiny.yaml, or with pretrain_pangu.py
-configs/pangu_tiny.yaml. SCRIPT is that one, or a training program of your own (pretrain_gpt.py of the repository is one
-to copy).
+configs/pangu_tiny.yaml, with pretrain_bert.py configs/bert_tiny.yaml. SCRIPT is one of these, or a training program of
+your own (pretrain_gpt.py of the repository is one to copy).
 A flag: python -m parallel_core.config explain NAME
 
 Environment, all optional:
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallel_core.bundled import PROGRAMS, bundled_program, shared_folder
+from parallel_core.config.bundled import describes_a_run
 from parallel_core.launch.__main__ import main as launch
 
 
@@ -38,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not Path(words[0]).exists() and Path(words[0]).name == words[0] and bundled_program(words[0]).is_file():
         words[0] = str(bundled_program(words[0]))
     small = PROGRAMS.get(Path(words[0]).name, PROGRAMS["pretrain_gpt.py"])
+    if Path(words[0]).name == "pretrain_bert.py" and describes_a_run(words[1:]) and not _names_a_head(words[1:]):
+        words[1:1] = ["--bert-head", "pretraining"]
     return launch(["--bundled", str(shared_folder() / small), *words])
+
+
+def _names_a_head(words: Sequence[str]) -> bool:
+    """Whether a head is named, or a file is, which names it."""
+    return any(word.split("=")[0] in ("--bert-head", "--config", "--yaml-cfg") for word in words)
 
 
 if __name__ == "__main__":

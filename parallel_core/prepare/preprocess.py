@@ -24,9 +24,9 @@ from parallel_core.data.indexed_dataset import (
     merge_indexed_datasets,
     optimal_dtype,
 )
+from parallel_core.data.sentences import split_sentences
 from parallel_core.data.tokenizer import HuggingFaceTokenizer, MegatronTokenizer, TokenizerSpec
 from parallel_core.errors import ConfigError, DataError, bullet_list
-from parallel_core.prepare.sentences import split_sentences
 from parallel_core.prepare.text_input import (
     InputOptions,
     RawDocument,

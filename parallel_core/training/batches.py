@@ -16,6 +16,7 @@ from parallel_core.context import ParallelContext
 from parallel_core.data import (
     TensorParallelBatches,
     build_pretraining_data_loader,
+    fields_of,
     stage_needs_data,
 )
 from parallel_core.errors import DataError
@@ -56,6 +57,7 @@ class BatchSource:
         self._loader = loader
         self._queues: list[deque[TensorBatch]] = [deque() for _ in range(num_chunks)]
         self._batches: Iterator[dict[str, np.ndarray]] | None = loader
+        self._head = config.model_config.bert.bert_head
         if needs_data and context.tp.size > 1:
             self._batches = TensorParallelBatches(
                 loader,
@@ -63,6 +65,7 @@ class BatchSource:
                 micro_batch_size=data.batch_size,
                 sequence_length=config.model_config.seq_length,
                 has_document_start=data.reset_attention_mask,
+                fields=fields_of(self._head),
             )
         self._needs_data = needs_data
 
@@ -82,7 +85,8 @@ class BatchSource:
             close()
 
     def _next(self) -> TensorBatch:
-        empty: TensorBatch = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_start"))
+        usual = ("tokens", "labels", "loss_mask", "position_ids", "document_start")
+        empty: TensorBatch = dict.fromkeys(fields_of(self._head) or usual)
         if not self._needs_data:
             return empty
         if self._batches is None:
@@ -96,6 +100,8 @@ class BatchSource:
                 "can be iterated again (a list, a class with __iter__) in place of an iterator"
             ) from None
         self._check(arrays["tokens"])
+        if fields_of(self._head):
+            return {name: _tensor(array) for name, array in arrays.items()}
         return self._tensors(arrays, empty)
 
     def _tensors(self, arrays: dict[str, np.ndarray], empty: TensorBatch) -> TensorBatch:
@@ -161,7 +167,8 @@ def make_batch_source(
         wraps: after the last sample comes the first (evaluations; training data must suffice).
     """
     data = config.dataset_config
-    needs = stage_needs_data(context.is_first_stage, context.is_last_stage, data.reset_attention_mask)
+    masked = data.reset_attention_mask or config.model_config.bert.is_encoder
+    needs = stage_needs_data(context.is_first_stage, context.is_last_stage, masked)
     loader = None
     if needs and context.tp.rank == 0:
         loader = build_pretraining_data_loader(
@@ -176,6 +183,10 @@ def make_batch_source(
             wraps=wraps,
         )
     return BatchSource(loader, config, context, num_chunks, needs)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return Tensor(np.ascontiguousarray(array)) if array.dtype == np.float32 else _int32(array)
 
 
 def _int32(array: np.ndarray) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 from parallel_core.config.schema import AllConfig
 from parallel_core.data import (
     GPTDatasetConfig,
+    MaskedWordsConfig,
     MegatronTokenizer,
     blends_from_arguments,
     build_tokenizer,
     build_train_valid_test_datasets,
-    bundled_tokenizer_model,
+    bundled_tokenizer,
     parse_blend,
     prepare_bundled_corpus,
 )
@@ -21,11 +22,16 @@ from parallel_core.errors import ConfigError
 
 
 def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
-    """Return the datasets' configuration; without any data source it is the bundled corpus with its tokenizer."""
+    """Return the datasets' configuration; without any data source it is the bundled corpus with its tokenizer.
+
+    An encoder's is a `MaskedWordsConfig`.
+    """
     data = config.dataset_config
     per_split = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    encoder = config.model_config.bert.is_encoder
     bundled = not (data.data_path or any(per_split) or data.data_args_path or data.mock_data)
-    blend = parse_blend((prepare_bundled_corpus(data.data_cache_path or None),)) if bundled else None
+    kind, files = bundled_tokenizer(encoder)
+    blend = parse_blend((prepare_bundled_corpus(data.data_cache_path or None, encoder),)) if bundled else None
     blends: tuple[Any, Any] = (blend, None)
     if not bundled and not data.mock_data:
         blends = blends_from_arguments(
@@ -35,19 +41,23 @@ def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
             test_data_path=data.test_data_path or None,
             data_args_path=data.data_args_path or None,
         )
-    tokenizer_type, tokenizer_model = data.tokenizer_type, data.tokenizer_model
-    if not tokenizer_type and bundled:
-        tokenizer_type, tokenizer_model = "SentencePieceTokenizer", bundled_tokenizer_model()
+    named: dict[str, Any] = {"tokenizer_model": data.tokenizer_model or None, "vocab_file": data.vocab_file or None}
+    own = bundled and not data.tokenizer_type
     tokenizer = build_tokenizer(
-        tokenizer_type or "NullTokenizer",
-        tokenizer_model=tokenizer_model or None,
-        vocab_file=data.vocab_file or None,
+        kind if own else data.tokenizer_type or "NullTokenizer",
+        **({**named, **files} if own else named),
         merge_file=data.merge_file or None,
         vocab_extra_ids=data.vocab_extra_ids,
         legacy_tokenizer=data.legacy_tokenizer,
         vocab_size=data.unpadded_vocab_size or config.model_config.vocab_size - 1,
     )
-    return GPTDatasetConfig(
+    masked: dict[str, Any] = {
+        "masking_probability": data.mask_prob,
+        "short_sequence_probability": data.short_seq_prob,
+        "classification_head": config.model_config.bert.bert_head == "pretraining",
+    }
+    return (MaskedWordsConfig if encoder else GPTDatasetConfig)(
+        **(masked if encoder else {}),
         random_seed=config.training_config.seed,
         sequence_length=config.model_config.seq_length,
         tokenizer=tokenizer,

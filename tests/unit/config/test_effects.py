@@ -332,6 +332,9 @@ ELSEWHERE = {
     "lora_base": "tests/unit/adapt/test_lora_runs.py::test_another_base_or_none_or_another_adapter_is_refused",
     "bert_head": "tests/unit/checkpoint/test_bert_checkpoints.py::test_logits_loss_and_gradient",
     "num_tokentypes": "tests/ranks/cases_bert.py::test_two_ranks_train_an_encoder_like_one",
+    "mask_prob": "tests/unit/data/test_masked_words.py::test_shares_of_masked_words_and_of_short_samples",
+    "short_seq_prob": "tests/unit/data/test_masked_words.py::test_shares_of_masked_words_and_of_short_samples",
+    "bert_binary_head": "tests/unit/training/test_pretrain_bert.py::test_a_small_one_learns_words_and_their_order",
     "use_lora": "tests/unit/adapt/test_lora_runs.py::test_the_seeds_words_ask_for_the_same",
     "moe_global_aux_loss_form":
         "tests/ranks/cases_experts.py::test_a_microbatch_is_compared_with_those_before_it_in_every_layout",

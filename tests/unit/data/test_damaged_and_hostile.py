@@ -26,13 +26,14 @@ from parallel_core.data import (
     bundled_tokenizer_model,
     files,
     prepare_bundled_corpus,
+    sentences,
 )
 from parallel_core.data.files import LockHeldError, exclusive_lock
 from parallel_core.data.tokenizer import NullTokenizer, TokenizerSpec
 from parallel_core.data.tokenizer.gpt2_bpe import merge_pairs
 from parallel_core.data.tokenizer.huggingface import special_tokens_beside
 from parallel_core.errors import ConfigError, DataError
-from parallel_core.prepare import preprocess_data, sentences, wikitext
+from parallel_core.prepare import preprocess_data, wikitext
 from parallel_core.prepare.preprocess import PreprocessOptions, preprocess
 from parallel_core.prepare.text_input import InputOptions, find_input_files, read_documents
 from tests.unit.data.helpers import make_config, write_pair

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from parallel_core.data import IndexedDataset, build_tokenizer, bundled_tokenizer_model
+from parallel_core.data.sentences import split_sentences
 from parallel_core.data.tokenizer import NullTokenizer
 from parallel_core.errors import ConfigError, DataError
 from parallel_core.prepare import merge_datasets, preprocess_data, train_tokenizer
 from parallel_core.prepare.preprocess import Encoder, PreprocessOptions, TokenizerSpec, preprocess
-from parallel_core.prepare.sentences import split_sentences
 from parallel_core.prepare.text_input import InputOptions
 from parallel_core.prepare.wikitext import wikitext_clean
 

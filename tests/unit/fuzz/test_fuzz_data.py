@@ -217,7 +217,7 @@ def make_long_text(rng: random.Random) -> str:
 
 
 def read_long_text(text: str, _: Path) -> None:
-    from parallel_core.prepare.sentences import split_sentences
+    from parallel_core.data.sentences import split_sentences
     from parallel_core.prepare.wikitext import is_wikitext_heading, wikitext_clean
 
     wikitext_clean(text)
