@@ -8,9 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHARED = (
-    "pretrain_*.py", "configs/*.yaml", "data/corpus.jsonl", "data/tokenizer.model", "data/vocab.txt", "data/README.md",
-)  # fmt: skip
+SHARED = ("pretrain_*.py", "configs/*.yaml", "data/corpus.jsonl", "data/tokenizer.model", "data/*.txt", "data/*.md")
 """What `parallel_core.bundled` finds in `parallel_core/share` of an installed package, by its name in the checkout."""
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "schedule": Command("parallel_core.report.pipeline", (), "draw a pipeline schedule"),
     "generate": Command("parallel_core.generate.command", (), "continue texts with the model of a checkpoint"),
     "evaluate": Command("parallel_core.evaluate.command", (), "perplexity of a file, choices among answers"),
+    "qa": Command("parallel_core.question_answering.command", (), "answers of an encoder, and how right they are"),
     "serve": Command("parallel_core.serve.command", (), "the model of a checkpoint behind HTTP"),
     "memory": Command("parallel_core.report.memory", (), "memory by formula and by measurement"),
     "doctor": Command("parallel_core.doctor.__main__", (), "what this machine lacks, and other nodes"),

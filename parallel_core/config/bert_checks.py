@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config import table
-from parallel_core.config.bert import WORD_HEADS
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS
 
@@ -17,6 +16,29 @@ def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None
     return function
 
 
+@_rule
+def question_answering(r: Resolution) -> None:
+    """Questions have files of their own, and leave their windows room."""
+    if r["bert_head"] != "question_answering":
+        return
+    if not r["data_path"] and not r["train_data_path"]:
+        r.fail("bert_head", "needs questions; give data_path (train-v1.1.json's folder) or train_data_path (a file)")
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        if r[name] and len(r[name]) > 1:
+            r.fail(f"bert_head {name}", "questions come from one file")
+    if r["num_tokentypes"] < 2:
+        r.fail("bert_head num_tokentypes", "questions and contexts are two segments; write num_tokentypes 2")
+    if not str(r["tokenizer_type"]).startswith("BertWordPiece"):
+        r.fail("bert_head tokenizer_type", "reads WordPiece; write BertWordPieceLowerCase, and vocab_file")
+    for name in ("doc_stride", "max_query_length"):
+        if r[name] < 1:
+            r.fail(name, "must be at least 1")
+    if r.positive("seq_length") and r["seq_length"] - r["max_query_length"] - 3 < r["doc_stride"]:
+        r.fail("seq_length max_query_length doc_stride", "a window is the first less the second and 3, and must not be "
+               "shorter than the stride")
+
+
+_OF_ENCODERS = "num_tokentypes mask_prob short_seq_prob bert_binary_head doc_stride max_query_length"
 _OF_DECODERS = """
     multi_latent_attention num_experts mtp_num_layers qk_layernorm use_sandwich_norm parallel_residual
     apply_residual_connection_post_layernorm scale_attn_by_inverse_layer_idx apply_query_key_layer_scaling
@@ -28,7 +50,7 @@ _OF_DECODERS = """
 def encoders(r: Resolution) -> None:
     """An encoder has learned positions, norms after the additions, and whole sequences on a rank."""
     if r["bert_head"] == "none":
-        for name in ("num_tokentypes", "mask_prob", "short_seq_prob", "bert_binary_head"):
+        for name in _OF_ENCODERS.split():
             field = table.BY_NAME[name].fields[0]
             if r[name] != (DEFAULTS[field] if table.BY_NAME[name].direct else True):
                 r.fail(name, "belongs to bert_head; give that too (bash pretrain_bert.sh does), or leave it out")
@@ -37,8 +59,10 @@ def encoders(r: Resolution) -> None:
         r.fail("mask_prob", "must lie between 0 and 1")
     if not 0 <= r["short_seq_prob"] <= 1:
         r.fail("short_seq_prob", "must lie in 0 to 1")
-    if r["mock_data"] and r["bert_head"] in WORD_HEADS:
+    if r["mock_data"]:
         r.fail("bert_head mock_data", "mock data has no sentences; give data_path")
+    if r["bert_head"] == "encoder":
+        r.fail("bert_head", "has no task to be trained for; give pretraining, masked_lm or question_answering")
     if r["bert_head"] == "pretraining" and r["num_tokentypes"] < 2:
         r.fail("bert_head num_tokentypes", "has two segments; write num_tokentypes 2, or bert_head masked_lm")
     if r["num_tokentypes"] < 1:

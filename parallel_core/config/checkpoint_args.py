@@ -66,6 +66,8 @@ def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:
     found = {**_of_the_model(settings), **dict(_of_the_run(common, names))}
     if "padded_vocab_size" in given:  # padding belongs to the layout; the real rows are checked where they are loaded
         found.pop("padded_vocab_size", None)
+    if "bert_head" in given and given["bert_head"].source != "args_defaults":  # --finetune puts it on the encoder
+        found.pop("bert_head", None)
     return [Given(name, value, f"checkpoint {root}", name, value) for name, value in found.items() if value is not None]
 
 

@@ -344,6 +344,10 @@ class DatasetConfig:
     """Share of an encoder's tokens that are asked for."""
     short_seq_prob: float = 0.1
     """Share of an encoder's samples that are cut short at random."""
+    doc_stride: int = 128
+    """Question answering: pieces between the beginnings of two windows over a context."""
+    max_query_length: int = 64
+    """Question answering: pieces of a question that are kept."""
     train_data_path: tuple[str, ...] = ()
     valid_data_path: tuple[str, ...] = ()
     test_data_path: tuple[str, ...] = ()

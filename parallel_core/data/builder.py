@@ -163,6 +163,8 @@ def _build_blend(
             f"{records[0]} holds MindRecord files, which are read in their own order and not blended: give one file or "
             "folder alone, without a weight, or prepare them (preprocess_data --input-format mindrecord)."
         )
+    if records and isinstance(config, MaskedWordsConfig):
+        raise ConfigError(f"{records[0]} holds MindRecord files, which have no sentences to mask words of")
     if records:
         return _record_datasets(records[0], config, matrix, sizes)
     if len(blend.prefixes) == 1 and blend.weights is None:

@@ -20,6 +20,7 @@ from parallel_core.data.gpt_dataset import GPTDataset
 from parallel_core.data.masked_words import MaskedWordsDataset
 from parallel_core.data.record_dataset import RecordDataset
 from parallel_core.data.sft_dataset import SFTDataset
+from parallel_core.data.squad import SpanDataset
 
 _FORMAT = 1
 _BLOCK = 1 << 20
@@ -103,6 +104,8 @@ def _describe(dataset: object) -> dict[str, Any]:
             "random_seed": dataset.config.random_seed,
             "sequence_length": dataset.config.sequence_length,
         }
+    if isinstance(dataset, SpanDataset):
+        return dataset.order()
     if isinstance(dataset, MaskedWordsDataset):
         return {
             **{key: value for key, value in dataset.unique_identifiers.items() if not key.startswith("dataset_path")},

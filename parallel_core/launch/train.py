@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _names_a_head(words: Sequence[str]) -> bool:
-    """Whether a head is named, or a file is, which names it."""
-    return any(word.split("=")[0] in ("--bert-head", "--config", "--yaml-cfg") for word in words)
+    """Whether a head is named, or what names one: a file, or a checkpoint."""
+    naming = ("--bert-head", "--config", "--yaml-cfg", "--use-checkpoint-args")
+    return any(word.split("=")[0] in naming for word in words)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from parallel_core.checkpoint import (
     share_among_replicas,
 )
 from parallel_core.checkpoint.lora import KEY as ADAPTER_KEY
+from parallel_core.config.bert import HEADS
 from parallel_core.config.checkpoint_args import NEEDS_CHECKPOINT
 from parallel_core.config.model_keys import comparable
 from parallel_core.config.schema import AllConfig
@@ -268,6 +269,8 @@ class Checkpointer:
             self.everywhere(lambda: self.check_model(source.common, path))
         weights_only = self._starts_anew or training.no_load_optim or training.skip_train
         wanted = {shard_of(p).name: shard_of(p) for p in self.parameters() if not self._lora or p.requires_grad}
+        replaced = self._replaced_head(source.common)
+        wanted = {name: shard for name, shard in wanted.items() if not name.startswith(replaced)}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for _, key, shard, _ in state})
         if state and not any("@" in key for key in source.keys()):  # noqa: SIM118 - a method of TensorSource
@@ -278,7 +281,7 @@ class Checkpointer:
         bfloat16 = next((p.asnumpy().dtype for p in self.parameters() if p.dtype == ms.bfloat16), None)
         known = {key for keys in context.world.all_gather_object(list(wanted)) for key in keys}
         if weights_only:
-            known.update(filter(lambda key: "@" in key, source.keys()))
+            known.update(key for key in source.keys() if "@" in key or key.startswith(replaced))  # noqa: SIM118
         arrays, report = self.everywhere(
             lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16)
         )
@@ -302,6 +305,13 @@ class Checkpointer:
         training = self.config.training_config
         return training.finetune or not training.resume_training
 
+    def _replaced_head(self, common: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of what a new run does not take from an encoder with another head: both heads."""
+        saved = (common.get("model_config") or {}).get("bert_head", "none")
+        asked = self.config.model_config.bert.bert_head
+        other = self._starts_anew and "none" not in (saved, asked) and saved != asked
+        return HEADS if other else ()
+
     def _find(self) -> str:
         """Return the directory to load, empty if the run may begin without one."""
         training = self.config.training_config
@@ -318,7 +328,7 @@ class Checkpointer:
             comparable(settings, length)
             for settings in (stored_settings(self.config), dict(common.get("model_config") or {}))
         )
-        both = asked.keys() & saved.keys()
+        both = asked.keys() & saved.keys() - ({"bert_head"} if self._replaced_head(common) else set())
         differences = compare_model_config({key: saved[key] for key in both}, {key: asked[key] for key in both})
         if differences:
             raise CheckpointError(f"{path} holds another model:\n{bullet_list(differences, 20)}")

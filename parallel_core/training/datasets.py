@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from parallel_core.config.schema import AllConfig
@@ -18,7 +19,9 @@ from parallel_core.data import (
     prepare_bundled_corpus,
 )
 from parallel_core.data.chat import HOW_TO_NAME_ONE, ChatTemplate, chat_template, tokenizer_folders
-from parallel_core.errors import ConfigError
+from parallel_core.data.squad import DEV, SpanDataset, features_of, read_squad
+from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
+from parallel_core.errors import ConfigError, DataError
 
 
 def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
@@ -86,9 +89,44 @@ def _chat(config: AllConfig, tokenizer: MegatronTokenizer) -> ChatTemplate:
 
 
 def default_datasets_provider(config: AllConfig) -> Callable[[tuple[int, int, int]], tuple[Any, Any, Any]]:
-    """Return a `train_valid_test_datasets_provider(num_samples)` that builds GPT datasets."""
+    """Return a `train_valid_test_datasets_provider(num_samples)` that builds the datasets of GPTs and encoders."""
+    if config.model_config.bert.bert_head == "question_answering":
+        return lambda num_samples: question_answering_datasets(config, num_samples)
 
     def provide(num_samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         return build_train_valid_test_datasets(gpt_dataset_config(config), num_samples)
 
     return provide
+
+
+def question_answering_datasets(
+    config: AllConfig, num_samples: tuple[int, int, int]
+) -> tuple[SpanDataset | None, SpanDataset | None, SpanDataset | None]:
+    """Return the windows over the contexts of SQuAD v1.1's files; None where a split has no file.
+
+    `data_path` is a folder with train-v1.1.json, and perhaps dev-v1.1.json for validation.
+    """
+    data, model = config.dataset_config, config.model_config
+    tokenizer = build_tokenizer(data.tokenizer_type, vocab_file=data.vocab_file or None)
+    if not isinstance(tokenizer, BertWordPieceTokenizer):
+        raise ConfigError(f"tokenizer_type={data.tokenizer_type}: questions are of WordPiece")
+    folder = data.data_path[0] if data.data_path else ""
+    dev = str(Path(folder) / DEV) if folder and (Path(folder) / DEV).is_file() else ""
+    files = [next(iter(given), usual) for given, usual in (
+        (data.train_data_path, folder), (data.valid_data_path, dev), (data.test_data_path, ""))]  # fmt: skip
+    built: list[SpanDataset | None] = []
+    for file, samples in zip(files, num_samples):
+        features = features_of(
+            read_squad(file),
+            tokenizer,
+            seq_length=model.seq_length,
+            doc_stride=data.doc_stride,
+            max_query_length=data.max_query_length,
+            training=True,
+        ) if file else []  # fmt: skip
+        if file and not features:
+            raise DataError(f"{file}: no answer stands where it should in its context")
+        pad = int(tokenizer.pad or 0)
+        seed = config.training_config.seed
+        built.append(SpanDataset(features, samples, model.seq_length, pad, seed) if file else None)
+    return built[0], built[1], built[2]

@@ -18,6 +18,12 @@ MeanLoss = tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]
 _ALONE = SoloGroup()
 
 
+def encoder_forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    """Return the output for the next microbatch and its loss function, of the task of the model's head."""
+    answers = model.config.bert.bert_head == "question_answering"
+    return (question_answering_forward_step if answers else bert_forward_step)(data_iterator, model)
+
+
 def bert_forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     """Return the output for the next microbatch and its loss function: Megatron-LM's forward step for BERT.
 

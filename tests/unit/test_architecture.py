@@ -53,6 +53,7 @@ LAYERS: dict[str, float] = {
     "__main__": 11,
     "generate": 11,
     "evaluate": 12,
+    "question_answering": 12,
     "serve": 12,
     "parallel_state": 11,
     "mindspeed_compat": 11,
@@ -64,6 +65,7 @@ SIDES = ("tensor_parallel", "pipeline", "optimizer")
 
 WINGS = (
     "launch", "report", "compat", "convert", "prepare", "doctor", "generate", "evaluate", "serve",
+    "question_answering",
     "parallel_state", "mindspeed_compat",
 )  # fmt: skip
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""

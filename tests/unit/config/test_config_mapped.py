@@ -19,6 +19,8 @@ YARN = "--position-embedding-type yarn"
 SAMPLES = "--train-samples 100"
 CP = "--context-parallel-size 4"
 LATENT = f"{ROPE} --multi-latent-attention"
+QA = "--bert-head question_answering --data-path x --tokenizer-type BertWordPieceLowerCase --vocab-file x"
+QA += " --max-query-length 8 --doc-stride 4"
 WANDB = "--wandb-project a --wandb-exp-name b"
 
 # argument -> (what else must be there, the words that set it); the others are set by their kind.
@@ -28,7 +30,8 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "padded_vocab_size": ("", "512"), "vocab_size": ("", "200"), "position_embedding_type": ("", "rope"),
     "top_query_layer": ("", "norm_after"), "bert_head": ("", "masked_lm"),
     "num_tokentypes": ("--bert-head masked_lm", "3"), "mask_prob": ("--bert-head masked_lm", "0.3"),
-    "short_seq_prob": ("--bert-head masked_lm", "0.3"), "bert_binary_head": ("--bert-head pretraining", ""),
+    "short_seq_prob": ("--bert-head masked_lm", "0.3"), "doc_stride": (QA, "9"),
+    "max_query_length": (QA, "9"), "bert_binary_head": ("--bert-head pretraining", ""),
     "make_vocab_size_divisible_by": ("", "7"), "pad_vocab_size": ("--padded-vocab-size null --vocab-size 200", ""),
     "rotary_percent": ("", "0.5"), "normalization": ("", "RMSNorm"), "hidden_act": ("", "relu"),
     "gated_linear_unit": ("--hidden-act silu", ""), "add_qkv_bias": ("--disable-bias-linear", ""),

@@ -23,6 +23,8 @@ _BPE = Path(__file__).parents[2] / "golden/data/bpe"
 TALKS = f"--tokenizer-type GPT2BPETokenizer --vocab-file {_BPE}/vocab.json --merge-file {_BPE}/merges.txt"
 TALKS += " --sft-tokenizer-prompt-format plain"
 CP2 = "--context-parallel-size 2 "
+QA = "--bert-head question_answering --data-path x --tokenizer-type BertWordPieceLowerCase --vocab-file x"
+QA += " --max-query-length 8 --doc-stride 4"
 MTP = "--num-layers 8 --pipeline-model-parallel-size 2 --mtp-num-layers 1 --position-embedding-type rope"
 LATENT = "--multi-latent-attention --position-embedding-type rope"
 DERIVED = [
@@ -229,7 +231,14 @@ REFUSED = [
     ("encoders", "--bert-head masked_lm --short-seq-prob 2", "in 0 to 1"),
     ("encoders", "--bert-head masked_lm --mock-data", "no sentences"),
     ("encoders", "--bert-head pretraining --num-tokentypes 1", "two segments"),
-    ("encoders", "--bert-head encoder --num-tokentypes 0", "must be at least 1"),
+    ("encoders", "--bert-head masked_lm --num-tokentypes 0", "must be at least 1"),
+    ("encoders", "--bert-head encoder", "has no task to be trained for"),
+    ("question_answering", QA.replace("--data-path x", ""), "needs questions"),
+    ("question_answering", QA + " --train-data-path a b", "from one file"),
+    ("question_answering", QA + " --num-tokentypes 1", "two segments"),
+    ("question_answering", QA.replace("BertWordPieceLowerCase", "NullTokenizer"), "write BertWordPieceLowerCase"),
+    ("question_answering", QA + " --doc-stride 0", "must be at least 1"),
+    ("question_answering", QA + " --doc-stride 30", "must not be shorter than the stride"),
     ("encoders", "--bert-head masked_lm --position-embedding-type rope", "an encoder has learned_absolute"),
     ("encoders", "--bert-head masked_lm --normalization RMSNorm", "an encoder has LayerNorm"),
     ("encoders", "--bert-head masked_lm --top-query-layer norm_after", "are of two models"),

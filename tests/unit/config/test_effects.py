@@ -334,6 +334,8 @@ ELSEWHERE = {
     "num_tokentypes": "tests/ranks/cases_bert.py::test_two_ranks_train_an_encoder_like_one",
     "mask_prob": "tests/unit/data/test_masked_words.py::test_shares_of_masked_words_and_of_short_samples",
     "short_seq_prob": "tests/unit/data/test_masked_words.py::test_shares_of_masked_words_and_of_short_samples",
+    "doc_stride": "tests/unit/question_answering/test_squad.py::test_features_are_those_of_transformers",
+    "max_query_length": "tests/unit/question_answering/test_squad.py::test_features_are_those_of_transformers",
     "bert_binary_head": "tests/unit/training/test_pretrain_bert.py::test_a_small_one_learns_words_and_their_order",
     "use_lora": "tests/unit/adapt/test_lora_runs.py::test_the_seeds_words_ask_for_the_same",
     "moe_global_aux_loss_form":

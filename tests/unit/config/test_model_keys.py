@@ -79,8 +79,8 @@ CHANGES = {
     "softmax_scale": ("", "--softmax-scale 1"),
     "scale_attn_by_inverse_layer_idx": ("", "--scale-attn-by-inverse-layer-idx"),
     "top_query_layer": ("", "--top-query-layer norm_after"),
-    "bert.bert_head": ("--hidden-act gelu", "--bert-head encoder"),
-    "bert.num_tokentypes": ("--bert-head encoder", "--num-tokentypes 3"),
+    "bert.bert_head": ("--hidden-act gelu --no-mock-data --data-path x", "--bert-head masked_lm"),
+    "bert.num_tokentypes": ("--bert-head masked_lm --no-mock-data --data-path x", "--num-tokentypes 3"),
     "fa_config.pre_tokens": ("", WINDOW),
     "window_attn_skip_freq": (WINDOW, "--window-attn-skip-freq 2"),
     "mla.multi_latent_attention": (ROPE, LATENT.removeprefix(ROPE)),
@@ -203,7 +203,8 @@ def test_use_checkpoint_args_gives_the_model_back(tmp_path, field):
     shard = (TensorShard.full("x", (1,), "float32"), np.zeros(1, np.float32))
     common = {"iteration": 3, "model_config": stored_settings(config), "config": config.to_dict()}
     writer.commit([writer.write_rank_file({"x": shard})], common)
-    loaded = load_config(["--load", str(tmp_path), "--use-checkpoint-args", "--micro-batch-size", "1", "--mock-data"])
+    words = ["--use-checkpoint-args", "--micro-batch-size", "1", "--data-path", "x"]
+    loaded = load_config(["--load", str(tmp_path), *words])
     assert not any("not used" in note for note in loaded.notes)
     for other in DEFINING:
         assert value_of(loaded.config.model_config, other) == value_of(config.model_config, other), other

@@ -1,0 +1,137 @@
+"""A trained encoder that answers questions, on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel_core.autograd import no_grad
+from parallel_core.checkpoint import TensorShard, TensorSource, find_checkpoint, load_shards, open_checkpoint
+from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
+from parallel_core.checkpoint.huggingface.values import read_json
+from parallel_core.config.model_keys import model_of_settings
+from parallel_core.data.squad import Feature, Question, as_arrays, features_of
+from parallel_core.data.tokenizer import TokenizerSpec
+from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
+from parallel_core.errors import CheckpointError, ConfigError
+from parallel_core.layout.shard import shard_of
+from parallel_core.ops import use_kernels
+from parallel_core.question_answering.answers import Answer, best_answers
+from parallel_core.training.runtime import start_runtime
+from parallel_core.transformer import ModelStage
+from parallel_core.transformer.models import BertModel
+
+
+class Answerer:
+    """Answers questions by the model of a checkpoint.
+
+    Args:
+        load: a run's directory of checkpoints, one checkpoint's own, or a Hugging Face directory.
+        step: the iteration to take; None: the latest.
+        seq_length: positions of a window; None: those that the model has, at most 384.
+        doc_stride: pieces between the beginnings of two windows; None: a third of the positions.
+        max_query_length: pieces of a question that are kept; None: a sixth of the positions.
+        batch_size: windows that are computed at once.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read; the folder is named.
+        ConfigError: it holds no model that answers questions, or knows of no tokenizer.
+    """
+
+    def __init__(
+        self,
+        load: str | Path,
+        *,
+        step: int | None = None,
+        seq_length: int | None = None,
+        doc_stride: int | None = None,
+        max_query_length: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        path = Path(find_checkpoint(str(load), step, check=False))
+        source = open_checkpoint(path)
+        settings = source.common.get("model_config")
+        head = settings.get("bert_head", "none") if isinstance(settings, Mapping) else "none"
+        if not isinstance(settings, Mapping) or head != "question_answering":
+            raise ConfigError(f"{path}: bert_head={head}: only an encoder with a head for answers gives any")
+        self.tokenizer = _tokenizer(source, path)
+        self.seq_length = seq_length or min(384, int(settings["max_position_embeddings"]))
+        self.doc_stride = doc_stride or max(1, self.seq_length // 3)
+        self.max_query_length = max_query_length or max(1, self.seq_length // 6)
+        self.batch_size = batch_size
+        start_runtime()
+        use_kernels("auto")
+        rows = source.info("embedding.word_embeddings.weight").shape[0]
+        model = model_of_settings({**settings, "padded_vocab_size": rows})
+        if self.seq_length > model.max_position_embeddings:
+            raise ConfigError(f"seq_length={self.seq_length}: the model has {model.max_position_embeddings} positions")
+        still = {"attention_dropout_rate": 0.0, "hidden_dropout_rate": 0.0, "params_dtype": "float32"}
+        self.model = BertModel(ModelStage(replace(model, **still, compute_dtype="float32")))  # type: ignore[arg-type]
+        parameters = list(self.model.get_parameters())
+        wanted = {shard_of(p).name: TensorShard.full(shard_of(p).name, p.shape, "float32") for p in parameters}
+        known = [*wanted, *(key for key in source.keys() if "@" in key)]  # noqa: SIM118 - a method of TensorSource
+        arrays, _ = load_shards(source, wanted, all_keys=known)
+        for parameter in parameters:
+            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(arrays[shard_of(parameter).name])))
+
+    def answer(self, questions: Sequence[Question], **options: Any) -> list[list[Answer]]:
+        """Return the likeliest answers of each question; see `best_answers` for the options."""
+        features = features_of(
+            questions,
+            self.tokenizer,
+            seq_length=self.seq_length,
+            doc_stride=self.doc_stride,
+            max_query_length=self.max_query_length,
+        )
+        logits = self._logits(features)
+        found = []
+        for number, question in enumerate(questions):
+            mine = [i for i, feature in enumerate(features) if feature.question == number]
+            of_windows = [features[i] for i in mine], [logits[i] for i in mine]
+            found.append(best_answers(question, *of_windows, self.tokenizer, **options))
+        return found
+
+    def _logits(self, features: Sequence[Feature]) -> list[np.ndarray]:
+        """Return float32 [S, 2] of each window."""
+        logits: list[np.ndarray] = []
+        for begin in range(0, len(features), self.batch_size):
+            batch = as_arrays(features[begin : begin + self.batch_size], self.seq_length, int(self.tokenizer.pad or 0))
+            inputs = (Tensor(batch[name]) for name in ("tokens", "attention_mask", "tokentype_ids"))
+            with no_grad():
+                logits += list(self.model(*inputs).asnumpy())
+        return logits
+
+
+def split_input(text: str | Mapping[str, str]) -> Question:
+    """Return a question from `{"context": ..., "question": ...}` or "context - question", cut at the last " - ".
+
+    Raises:
+        ConfigError: it has neither form.
+    """
+    if isinstance(text, Mapping):
+        if not {"context", "question"} <= text.keys():
+            raise ConfigError(f"{sorted(text)} is no question; give context and question")
+        return Question("", text["question"], text["context"])
+    context, mark, question = text.rpartition(" - ")
+    if not mark or not context.strip() or not question.strip():
+        raise ConfigError(f'{text[:60]!r} has no " - " between a context and a question')
+    return Question("", question.strip(), context)
+
+
+def _tokenizer(source: TensorSource, path: Path) -> BertWordPieceTokenizer:
+    if source.format == "hugging face":
+        file, told = path / "vocab.txt", path / "tokenizer_config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no vocab.txt, which says what the model's words are")
+        lower = read_json(told).get("do_lower_case", True) if told.is_file() else True
+        return BertWordPieceTokenizer(str(file), bool(lower))
+    settings = tokenizer_settings(source.common)
+    tokenizer = TokenizerSpec(**settings).build() if settings.get("tokenizer_type") else None
+    if not isinstance(tokenizer, BertWordPieceTokenizer):
+        raise ConfigError(f"{path} knows of no WordPiece tokenizer; convert it with its vocab.txt")
+    return tokenizer
