@@ -30,15 +30,15 @@ EXPERTS_OF_4 = ["tp2 sp pp2 vpp2 ep2", "tp2 sp cp2 p2p ep4", "dp4 ep2 distopt ov
 
 
 @case(world_size=2, variants=[{"layout": name} for name in LAYOUTS_OF_2])
-def test_two_ranks_train_a_query_layer_like_one(ctx: CaseContext, layout: str) -> None:
-    """The final norm before the query layer, on one stage and on two."""
+def test_two_ranks_keep_the_final_norm_before_the_query_layer_in_every_layout(ctx: CaseContext, layout: str) -> None:
+    """Elsewhere a pipeline moved it behind that layer."""
     run = settings(layout).with_(model=PANGU, data=DOCUMENTS)
     check(ctx, Tiny(model=PANGU, data=DOCUMENTS), run, rtol=RTOL)
 
 
 @case(world_size=4, variants=[{"layout": name} for name in LAYOUTS_OF_4])
-def test_four_ranks_train_a_query_layer_like_one(ctx: CaseContext, layout: str) -> None:
-    """The final norm after it, whatever the layout, and all layers recomputed."""
+def test_four_ranks_keep_the_final_norm_after_the_query_layer_in_every_layout(ctx: CaseContext, layout: str) -> None:
+    """With and without a pipeline, and all layers recomputed."""
     model = {**PANGU, "top_query_layer": "norm_after"}
     check(ctx, Tiny(model=model), settings(layout).with_(model={**model, **RECOMPUTED}), rtol=RTOL)
 

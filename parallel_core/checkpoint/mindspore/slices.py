@@ -71,10 +71,10 @@ def _merged(name: str, layout: Layout, files: Files, ranks: list[int], where: st
         raise CheckpointError(f"{where}: the strategy cuts {len(cuts)} dims of {name}, which has {len(some.shape)}")
     parts = tuple(1 if cut < 0 else matrix[len(matrix) - 1 - cut] for cut in cuts)
     pieces, extent = [], some.shape
-    shards = _shard_ranks(0, layout, count)
+    shards = shard_ranks(0, layout, count)
     for place in itertools.product(*map(range, parts)):
         representative = _rank_of(place, layout)
-        for order, rank in enumerate(_shard_ranks(representative, layout, count)):
+        for order, rank in enumerate(shard_ranks(representative, layout, count)):
             if _place_of(rank, layout) != place:
                 raise CheckpointError(f"{where}: optimizer shards of {name} are on ranks that hold other slices of it")
             tensor = files.get(first_rank + rank, {}).get(name)
@@ -120,7 +120,7 @@ def _place_of(rank: int, layout: Layout) -> tuple[int, ...]:
     return tuple(0 if cut < 0 else coordinates[cut] for cut in layout.tensor_map)
 
 
-def _shard_ranks(rank: int, layout: Layout, count: int) -> list[int]:
+def shard_ranks(rank: int, layout: Layout, count: int) -> list[int]:
     """Return the ranks whose optimizer shards follow one another along dim 0 of this rank's slice.
 
     They are `shard_step` apart within a block of `shard_step` x `shard_size` consecutive ranks. (MindSpore up to 1.3

@@ -187,6 +187,16 @@ def test_slices_are_merged_as_the_strategy_says(stages, dp, mp, shard, tmp_path)
     assert_golden(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["filerted", "filtered", "filitered"])
+def test_slices_are_read_whichever_way_filtered_is_spelled(name, tmp_path):
+    files, strategy = cut(published(), 1, 1, 2, 1)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / f"{name}_{rank}.ckpt", tensors)
+    (tmp_path / "strategy.ckpt").write_bytes(strategy.SerializeToString())
+    settings(tmp_path)
+    assert_golden(tmp_path)
+
+
 def test_slices_may_lie_in_a_folder_for_each_rank(tmp_path):
     files, strategy = cut(published(), 1, 2, 2, 2)
     for rank, tensors in enumerate(files):

@@ -24,11 +24,11 @@ from tests.unit.checkpoint.test_pangu_checkpoints import settings, write
 H, LAYERS, S, V, F = 16, 3, 48, 97, 40
 
 
-def directory(folder: Path, norm: str) -> Path:
+def directory(folder: Path, norm: str, positions: int = S) -> Path:
     """Write a random model as a merged file."""
     draws = np.random.default_rng(7)
-    sizes = {"embedding.word_embedding.embedding_table": (V, H), "top_query_embedding.embedding_table": (S, H),
-             "embedding.position_embedding.embedding_table": (S, H)}  # fmt: skip
+    sizes = {"embedding.word_embedding.embedding_table": (V, H), "top_query_embedding.embedding_table": (positions, H),
+             "embedding.position_embedding.embedding_table": (positions, H)}  # fmt: skip
     norms = ["layernorm"]
     for layer in (*(f"blocks.{i}" for i in range(LAYERS - 1)), "top_query_layer"):
         norms += [f"{layer}.layernorm1", f"{layer}.layernorm2"]
@@ -42,6 +42,15 @@ def directory(folder: Path, norm: str) -> Path:
     write(folder / "pangu.ckpt", {f"backbone.{name}": value.astype(np.float32) for name, value in tensors.items()})
     settings(folder, top_query_layer=norm)
     return folder
+
+
+def vocabulary(folder: Path, text: str, size: int) -> None:
+    """Train a small `vocab.model` with the published one's special pieces in their places."""
+    (folder / "text").write_text(text, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "vocab"), vocab_size=size, hard_vocab_limit=False,
+        minloglevel=2, user_defined_symbols=["\u2583", "\u2582", "<sep>", "<pad>", "<mask>", "<eod>", "<eot>"],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["norm_before", "norm_after"])
@@ -69,8 +78,8 @@ PROMPTS = [[5, 9, 33, 2, 70, 11, 8], [1], [4, 4, 60, 21, 96, 3, 17, 50, 2, 2, 41
 SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, top_k=30, seed=3, logprobs=0, ignore_eos=True)
 
 
-def test_step_by_step_is_the_whole_pass_for_prompt_and_answer(generator):
-    """The last token of a prompt is in the cache, and a step's query is the row of its own position, not row 0."""
+def test_the_last_token_of_a_prompt_is_in_the_cache_and_a_step_asks_by_its_own_position(generator):
+    """Step by step is the whole pass, for prompt and answer; a step's query is not row 0 of the table."""
     params = dataclasses.replace(SAMPLED, prompt_logprobs=True)
     whole = generator.generate(PROMPTS, params)
     with mock.patch.object(engine, "PREFILL_CHUNK", 3):
@@ -93,11 +102,7 @@ def test_a_batch_is_each_alone(generator):
 def test_an_answer_ends_with_eot_and_not_with_the_end_of_a_document(tmp_path):
     """One setting for both is how generation came never to stop."""
     folder = directory(tmp_path, "norm_before")
-    (tmp_path / "text").write_text("one two three four two one\nthree two one go\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(folder / "vocab"), vocab_size=48, hard_vocab_limit=False,
-        minloglevel=2, user_defined_symbols=["\u2583", "\u2582", "<sep>", "<pad>", "<mask>", "<eod>", "<eot>"],
-    )  # fmt: skip
+    vocabulary(folder, "one two three four two one\nthree two one go\n" * 20, 48)
     with mock.patch("parallel_core.data.tokenizer.pangu._jieba", lambda: str.split):
         model = Generator(folder)
     assert (model.tokenizer.eod, model.tokenizer.end_of_text) == (6, 9)

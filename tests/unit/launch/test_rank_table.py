@@ -58,6 +58,12 @@ def test_a_line_is_what_the_launcher_takes(tmp_path):
         assert (spec.master_addr, server.address) == (ADDRESSES[0], ADDRESSES[i])
 
 
+def test_sixteen_devices_of_a_server_are_sixteen_ranks(tmp_path):
+    """Numbers of two digits, which the tables' own tool could not read."""
+    ((_, line),) = launch_lines(read_rank_tables([written(tmp_path, table(entry(ADDRESSES[0], 0, 16)))]), 8848, "x")
+    assert line == f"NPROC=16 ASCEND_RT_VISIBLE_DEVICES={','.join(map(str, range(16)))} x"
+
+
 def test_tables_of_single_servers_are_joined_in_their_order_and_numbered_anew(tmp_path):
     files = [written(tmp_path, table(entry(a, 0)), f"{a}.json") for a in (ADDRESSES[2], ADDRESSES[0])]
     servers = read_rank_tables(files)

@@ -47,10 +47,12 @@ def test_the_routing_is_the_published_one(k, factor, capacity, aux, kept):
 
 def test_an_expert_takes_one_token_less_than_its_capacity_the_first_of_the_batch():
     """Samples are filled one after the other, though a position's samples lie side by side in memory."""
-    logits = np.zeros((6, E), np.float32)  # 3 positions of 2 samples; all choose expert 0
-    routing = route_in_rounds(logits, rounds(1, 2.0), RoutingLedger(), batch=2)
+    logits = np.zeros((3, 2, E), np.float32)  # positions, samples; all choose expert 0 but the second sample's first
+    logits[0, 1, 1] = 1
+    routing = route_in_rounds(logits.reshape(6, E), rounds(1, 2.0), RoutingLedger(), batch=2)
     assert routing.capacity == 3
-    assert routing.kept.reshape(3, 2).T.tolist() == [[True, True, False], [False, False, False]]
+    assert routing.experts.reshape(3, 2).T.tolist() == [[0, 0, 0], [1, 0, 0]]
+    assert routing.kept.reshape(3, 2).T.tolist() == [[True, True, False], [True, False, False]]
 
 
 def test_the_chosen_expert_weighs_what_its_probability_is_so_that_the_router_learns():
