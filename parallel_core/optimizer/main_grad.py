@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, mint
@@ -39,13 +40,16 @@ class MainGrad:
         self._shape, self._dtype = parameter.shape, parameter.dtype
         parameter.late_grad = self
         array = flat.host_array()
-        if array is not None and array.dtype == np.float32:
+        if array is not None:
             self._array = array.reshape(parameter.shape)
             parameter.main_grad = self
 
     def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
         """See `autograd.MainGrad.accumulate`."""
-        return self._contribute(lambda: write(self._array, self.begun))
+        if self._array.dtype == np.float32:
+            return self._contribute(lambda: write(self._array, self.begun))
+        # Products are summed in float32; sums of 16 bits take each as a whole, from room that all parameters share.
+        return self._contribute(lambda: self._add(_written(self._shape, lambda room: write(room, False))))
 
     def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
         """See `autograd.MainGrad.accumulate_later`."""
@@ -87,3 +91,17 @@ class MainGrad:
             self.flat.add_(gradient)
         else:
             self.flat.write_(gradient)
+
+
+_room = np.empty(0, np.float32)
+
+
+def _written(shape: Sequence[int], write: Callable[[np.ndarray], None]) -> Tensor:
+    """Return what `write` writes, as a tensor on memory that the next call overwrites."""
+    global _room
+    size = math.prod(shape)
+    if _room.size < size:
+        _room = np.empty(size, np.float32)
+    room = _room[:size].reshape(shape)
+    write(room)
+    return Tensor.from_numpy(room)

@@ -67,8 +67,9 @@ def without_rounding(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     kept = {}
     for name, values in gradients.items():
-        if name.endswith("k_layernorm.bias") and np.abs(values).max() < 1e-7:
-            values = np.zeros_like(values)
+        if name.endswith("k_layernorm.bias"):
+            beside = np.abs(gradients[name.replace("bias", "weight")]).max()
+            values = np.zeros_like(values) if np.abs(values).max() < 1e-4 * beside else values
         kept[name] = values
     return kept
 
