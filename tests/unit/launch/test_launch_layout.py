@@ -43,29 +43,3 @@ def test_a_number_of_ranks_the_layout_does_not_divide_is_refused(asked, choices)
         f"NPROC={asked} asks for {asked} ranks, but tensor_model_parallel_size=2 x pipeline_model_parallel_size=2 "
         f"needs a multiple of 4: use {choices}, or keep {asked} and choose sizes whose product divides it"
     )
-
-
-REPO = Path(__file__).resolve().parents[3]
-EXAMPLES = [
-    line.split("#")[0].split() for line in (REPO / "README.md").read_text(encoding="utf-8").splitlines()
-    if line.startswith("    ") and "pretrain_gpt." in line and "..." not in line and "pip install" not in line
-]
-
-
-@pytest.mark.parametrize("words", EXAMPLES, ids=" ".join)
-def test_the_commands_of_the_readme_are_legal(words, monkeypatch):
-    """Each has the layout it says, on the ranks it says."""
-    monkeypatch.chdir(REPO)
-    program = next(number for number, word in enumerate(words) if word in ("bash", "python"))
-    variables = dict(word.split("=") for word in words[:program])
-    arguments = words[len(variables) + 2 :]
-    loaded = check_configuration(arguments, int(variables.get("NPROC", "0")))
-    sizes = loaded.config.parallel_config
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        flag = "--" + name.replace("_", "-")
-        if flag in arguments:
-            assert str(getattr(sizes, name)) == arguments[arguments.index(flag) + 1]
-
-
-def test_the_readme_has_commands():
-    assert len(EXAMPLES) >= 6
