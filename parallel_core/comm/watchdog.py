@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -52,4 +53,5 @@ class Watchdog:
                     "(--distributed-timeout-minutes); another rank has failed or is stuck\n"
                 )
                 os.write(2, message.encode())
+                faulthandler.dump_traceback(all_threads=True)
                 os._exit(EXIT_CODE)

@@ -15,7 +15,9 @@ from typing import TextIO
 
 from parallel_core.environment import promise_path
 from parallel_core.files import create_file
+from parallel_core.launch.activity import Doing, forget
 from parallel_core.launch.console import LogFollower
+from parallel_core.launch.crash import ask_ranks, describe_wait, write_crash_report
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
 from parallel_core.launch.progress import ProgressLine
@@ -117,6 +119,9 @@ class Job:
         self._stop_signal: int | None = None
         self._stopping = False
         self._ended_well: list[int] = []
+        self._doings: list[Doing] = []
+        """What ranks that had not failed were doing when the first one had."""
+        self._failed_at = 0.0
 
     def run(self) -> int:
         """Run the job to its end and return the exit status: 0, that of the first failing rank, or 128 + signal."""
@@ -244,6 +249,11 @@ class Job:
             name = signal.Signals(self._stop_signal).name
             self._say(f"{name}: stopping the ranks; press again to end them at once")
         stop_signal = self._stop_signal
+        if self._failures:
+            self._failed_at = time.time()
+            living = {role: pid for pid, role in self._role_of.items() if role not in self._statuses}
+            asked = {role: pid for role, pid in living.items() if isinstance(role, int) and role not in self._failures}
+            self._doings = ask_ranks(self.spec.log_dir, asked)
         for pid, role in self._role_of.items():
             if role != SCHEDULER and role not in self._statuses:
                 send(pid, signal.SIGTERM)
@@ -303,6 +313,13 @@ class Job:
             self._reap()
 
     def _conclude(self) -> int:
+        try:
+            return self._tell_end()
+        finally:  # whatever is worth keeping is in the report
+            for rank in self.spec.local_ranks:
+                forget(self.spec.log_dir, rank)
+
+    def _tell_end(self) -> int:
         spec = self.spec
         if self._stop_signal is not None:
             self._say(f"stopped by {signal.Signals(self._stop_signal).name}; logs: {spec.log_dir}/worker_*.log")
@@ -310,7 +327,10 @@ class Job:
         if self._failures:
             failures = list(self._failures.values())
             text = describe_failures(spec.log_dir, spec.num_ranks, failures, self._ended_well)
-            print(text, file=self._err, flush=True)
+            text = "\n".join([text, *describe_wait(failures, self._doings, self._failed_at)])
+            facts = spec.command, spec.local_ranks, text, failures, self._doings, self._failed_at
+            report = write_crash_report(spec.log_dir, *facts)
+            print(text + (f"\n  All that is known: {report}" if report else ""), file=self._err, flush=True)
             return first_failure(failures).job_status()
         self._say(f"{spec.num_ranks} ranks ended well; logs: {spec.log_dir}/worker_*.log")
         return 0

@@ -15,13 +15,16 @@ from pathlib import Path
 
 from parallel_core.errors import ConfigError
 from parallel_core.files import create_file
+from parallel_core.launch.crash import REPORT_NAME
 from parallel_core.launch.job import JobSpec
 
 DEFAULT_LOG_DIR = "msrun_log"
 _PORTS = range(10000, 32000)
 """Below Linux's range for outgoing connections (32768 up), so that none of those takes the port in between."""
-_OLD_LOGS = ("worker_*.log", "error_rank_*.json", "scheduler.log", "msrun.log", "stops_itself_rank_*")
-_PER_RANK_LOGS = ("worker_{}.log", "error_rank_{}.json", "stops_itself_rank_{}")
+_PER_RANK_LOGS = (
+    "worker_{}.log", "error_rank_{}.json", "stops_itself_rank_{}", "activity_rank_{}.json", "stack_rank_{}.txt"
+)  # fmt: skip
+_OLD_LOGS = ("scheduler.log", "msrun.log", REPORT_NAME, *(name.format("*") for name in _PER_RANK_LOGS))
 _COMM_TIMEOUT_MARGIN_S = 60
 
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from pathlib import Path
 
+from parallel_core.launch.activity import tell_activity
 from parallel_core.launch.entry import run_as_rank
 from parallel_core.launch.processes import die_with
+from parallel_core.launch.report import LOG_DIR_VARIABLE
 
 LAUNCHER_VARIABLE = "PARALLEL_CORE_LAUNCHER_PID"
 """Set by the launcher: its process id."""
@@ -29,6 +32,7 @@ def main() -> None:
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    tell_activity(Path(os.environ[LOG_DIR_VARIABLE]), int(os.environ["RANK_ID"]))
     run_as_rank(lambda: runpy.run_path(script, run_name="__main__"))
 
 

@@ -393,3 +393,25 @@ def test_the_ranks_read_the_configuration_that_the_launcher_resolved(log_dir, tm
     )
     assert console.returncode == 0, console.stdout + console.stderr
     assert console.stdout.count("INFO - 3 layers on 2 ranks") == 2
+
+
+# ---- why it broke ---------------------------------------------------------------------------------------------------
+def test_a_hang_says_which_rank_was_late_and_where(log_dir):
+    """Rank 0 gives up; rank 1 waits as well; rank 2 is inside a span, and its stack is shown."""
+    script = str(REPO / "tests/e2e/scripts/late_rank.py")
+    status, console = run_launcher(log_dir, script, NPROC="3")
+    assert status != 0
+    late = console.index("rank 2 was late: iteration 7 > forward-compute (microbatch 3, chunk 0), for ")
+    assert "late_rank.py:" in console[late:].splitlines()[1] and "slow_layer" in console[late:].splitlines()[1]
+    assert "rank 1 waited too" in console[late:]
+    report = (log_dir / "crash_report.txt").read_text()
+    for rank in range(3):
+        assert f"== rank {rank} ==" in report
+    assert "slow_layer" in report and "CommError: all_reduce" in report and "MindSpore" in report
+    assert f"All that is known: {log_dir}/crash_report.txt" in console
+
+
+def test_a_failure_that_is_no_wait_shows_no_other_rank(log_dir):
+    status, console = run_launcher(log_dir, SCRIPT, "--fail", "1", "--hang", "0", NPROC="2")
+    assert status != 0 and "was late" not in console
+    assert "rank 1 met a bad value" in (log_dir / "crash_report.txt").read_text()
