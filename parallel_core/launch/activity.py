@@ -79,6 +79,7 @@ def tell_activity(log_dir: Path, rank: int) -> None:
     global _stack_file
     _stack_file = create_file(stack_path(log_dir, rank))
     faulthandler.register(STACK_SIGNAL, file=_stack_file, all_threads=True)
+    faulthandler.enable(file=_stack_file, all_threads=True)  # a rank that dies of SIGSEGV leaves it too
 
 
 _stack_file: TextIO | None = None

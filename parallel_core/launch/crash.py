@@ -91,7 +91,7 @@ def write_crash_report(
         lines.append(f"activity: {doing.words(now)}")
         if failure is not None and failure.report is not None and failure.report.traceback:
             lines += [printable(line) for line in failure.report.traceback.splitlines()]
-        if rank in of_rank and doing.stack:
+        if doing.stack:
             lines += ["stack, innermost first:", *(f"  {frame}" for frame in doing.stack)]
         tail = last_lines(log_dir / f"worker_{rank}.log", _LOG_LINES)
         lines += [f"the last lines of worker_{rank}.log:", *(f"  {printable(line)}" for line in tail)]

@@ -49,7 +49,7 @@ LAYERS: dict[str, float] = {
     "convert": 10,
     "doctor": 11,
     "prepare": 10,
-    "versions": 10,
+    "versions": 9,
     "__main__": 11,
     "generate": 11,
     "evaluate": 12,
