@@ -26,6 +26,10 @@ _USAGE = """usage: python -m parallel_core.config COMMAND ...
                            ranks, layers, schedule, memory, parameters and operations
        [--simulate-failures MTBF_HOURS --save-seconds S --restart-seconds S [--step-seconds S]]
                            goodput, and how often to save, where a rank fails every MTBF_HOURS; the seconds are measured
+  plan FILE | FLAGS --world-size N --search [--device ascend910b | cpu | FILE.yaml] [--memory-gb GIB] [--top 10]
+                           the fastest layouts of N ranks that fit, why, and their command lines; and what of FILE's own
+  calibrate [--output device.yaml] [--ranks R]
+                           measures this machine's kernels, transfers and dispatch for --device: about a minute
   docs                     docs/arguments.md
 
 FILE is a YAML file in any of the known layouts; FLAGS are Megatron-LM's, which may follow a FILE.
@@ -35,7 +39,8 @@ FILE is a YAML file in any of the known layouts; FLAGS are Megatron-LM's, which 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return the exit code: 0, or 1 after a message about a wrong configuration."""
     commands = {
-        "show": _show, "convert": _convert, "explain": _explain, "diff": _diff, "plan": _plan, "docs": _docs,
+        "show": _show, "convert": _convert, "explain": _explain, "diff": _diff, "plan": _plan, "calibrate": _calibrate,
+        "docs": _docs,
     }
     if not argv or argv[0] not in commands:
         print(_USAGE, end="", file=sys.stderr if argv and argv[0] not in ("-h", "--help") else sys.stdout)
@@ -125,7 +130,14 @@ def _diff(words: list[str]) -> int:
 
 def _plan(words: list[str]) -> int:
     options, rest = _options(words, world_size=int, every_rank=bool, simulate_failures=float, save_seconds=float,
-                             restart_seconds=float, step_seconds=float)
+                             restart_seconds=float, step_seconds=float, search=bool, device=str, memory_gb=float,
+                             top=int)
+    if options.search:
+        return _search(options, rest)
+    unread = [f"--{name.replace('_', '-')}" for name in ("device", "memory_gb", "top") if getattr(options, name)]
+    if unread:
+        print(f"plan: without --search, no {', '.join(unread)}", file=sys.stderr)
+        return 2
     seconds = {name: getattr(options, name) for name in ("save_seconds", "restart_seconds", "step_seconds")}
     needed = [] if options.simulate_failures is None else [n for n in list(seconds)[:2] if seconds[n] is None]
     unused = [n for n, value in seconds.items() if value is not None] if options.simulate_failures is None else []
@@ -141,6 +153,26 @@ def _plan(words: list[str]) -> int:
         return 0
     print(plan_text(make_plan(loaded.config, loaded.world_size), options.every_rank), end="")
     return 0
+
+
+def _search(options: argparse.Namespace, rest: list[str]) -> int:
+    others = [name for name in ("simulate_failures", "every_rank") if getattr(options, name)]
+    if others or options.world_size is None:
+        wrong = f"no --{others[0].replace('_', '-')}" if others else "--world-size N"
+        print(f"plan: with --search, {wrong}", file=sys.stderr)
+        return 2
+    from parallel_core.planner.command import search_text
+
+    asked = {name: getattr(options, name) for name in ("device", "memory_gb", "top")}
+    words = rest if not rest or rest[0].startswith("--") else ["--config", *rest]
+    print(search_text(words, options.world_size, **{k: v for k, v in asked.items() if v is not None}), end="")
+    return 0
+
+
+def _calibrate(words: list[str]) -> int:
+    from parallel_core.planner.calibrate import main
+
+    return main(words)
 
 
 def _docs(words: list[str]) -> int:

@@ -59,6 +59,12 @@ def load_config(
             once, in the user's terms.
     """
     user = UserArguments(extra_args_provider)
+    levels, problems = read_levels(argv, user)
+    return resolve(levels, user, problems, world_size=world_size, args_defaults=args_defaults)
+
+
+def read_levels(argv: Sequence[str], user: UserArguments) -> tuple[list[list[Given]], list[str]]:
+    """Return what the file and the flags of a command line say, and what is wrong with them."""
     from_flags, files, problems = read_flags(argv, user)
     from_files: list[Given] = []
     for file in files:
@@ -68,7 +74,7 @@ def load_config(
         from_files += values
     if len(files) > 1:
         problems.append(f"--config: names {len(files)} files, {' and '.join(files)}; give one")
-    return resolve([from_files, from_flags], user, problems, world_size=world_size, args_defaults=args_defaults)
+    return [from_files, from_flags], problems
 
 
 def resolve(

@@ -330,7 +330,8 @@ def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
         tp = config.parallel_config.tensor_model_parallel_size
         tokens = model.seq_length // config.parallel_config.context_parallel_size * data.batch_size
         depths = model.mtp.mtp_num_layers
-        kept += (1 + depths) * tokens * model.vocab_size // tp * 4  # float32 logits of one microbatch.
+        # float32 logits of one microbatch, and of those whose weights' part is late the logits' gradient.
+        kept += (1 + -(-late // layout.num_chunks)) * (1 + depths) * tokens * model.vocab_size // tp * 4
         whole = tp if config.parallel_config.sequence_parallel else 1
         joined = 6 * tokens * model.hidden_size * BYTES[model.compute_dtype] // whole  # two norms' inputs and outputs
         each = layer_activations(config, model.recompute_granularity) + joined

@@ -10,25 +10,19 @@ third iteration. That peak also holds what the formula leaves out: the temporari
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from parallel_core.config.load import load_config, required_world_size
 from parallel_core.config.plan import Memory, in_flight, rank_memory
-from parallel_core.config.schema import AllConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
+from parallel_core.report.short_run import ShortRun, run_on_ranks, write_report
 
 _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
 """Set in the measured job: where its ranks leave what they found."""
@@ -36,7 +30,7 @@ _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
 _USAGE = "usage: python -m parallel_core.report.memory [--layouts L,L,..] [--config FILE] [--megatron-flag value ...]"
 
 _EXCHANGES = tuple(word for word in EXCHANGES if "+" not in word)
-_WORDS = f"single, tpN, ppN, vppN, cpN, dpN, sp, zb, distopt, {', '.join(_EXCHANGES)}, selective, full"
+_WORDS = f"single, tpN, ppN, vppN, cpN, dpN, epN, etpN, sp, zb, distopt, {', '.join(_EXCHANGES)}, selective, full"
 
 
 @dataclass(frozen=True)
@@ -54,19 +48,20 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
     """Return the flags that a layout stands for, and its number of ranks.
 
     Args:
-        layout: words joined by '+': single, tpN, ppN, vppN (chunks per pipeline rank), cpN, dpN, sp (sequence
-            parallelism), zb (zero-bubble pipeline), distopt (distributed optimizer), p2p, all_gather or a2a (how
-            context parallel ranks exchange keys), selective or full (recomputation).
+        layout: words joined by '+': single, tpN, ppN, vppN (chunks per pipeline rank), cpN, dpN, epN (ranks that share
+            the experts), etpN (ranks that share each), sp (sequence parallelism), zb (zero-bubble pipeline), distopt
+            (distributed optimizer), p2p, all_gather or a2a (how context parallel ranks exchange keys), selective or
+            full (recomputation).
 
     Raises:
         ConfigError: for another word.
     """
-    sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
+    sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "ep": 1, "etp": 0}
     switches = {"sp": False, "distopt": False, "zb": False}
     recompute: list[str] = []
     exchange: list[str] = []
     for word in layout.split("+"):
-        sized = re.fullmatch(r"(tp|pp|vpp|cp|dp)([1-9]\d*)", word)
+        sized = re.fullmatch(r"(tp|pp|vpp|cp|dp|ep|etp)([1-9]\d*)", word)
         if sized:
             sizes[sized[1]] = int(sized[2])
         elif word in switches:
@@ -85,6 +80,10 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
         flags += ["--context-parallel-size", str(sizes["cp"]), *exchange]
     if sizes["vpp"] > 1:
         flags += ["--virtual-pipeline-model-parallel-size", str(sizes["vpp"])]
+    if sizes["ep"] > 1:
+        flags += ["--expert-model-parallel-size", str(sizes["ep"])]
+    if sizes["etp"]:
+        flags += ["--expert-tensor-parallel-size", str(sizes["etp"])]
     if switches["zb"]:
         flags += ["--pipeline-schedule", "zero-bubble"]
     flags.append("--sequence-parallel" if switches["sp"] else "--no-sequence-parallel")
@@ -139,15 +138,7 @@ def memory_table(rows: Sequence[StageMemory]) -> str:
 
 def _run(arguments: Sequence[str], world_size: int) -> tuple[list[tuple[int, Memory]], bool]:
     """Run the job; return (pipeline rank, memory) of every rank, and whether the compiled kernels ran."""
-    root = str(Path(__file__).resolve().parents[2])
-    with tempfile.TemporaryDirectory(prefix="parallel_core_memory_") as folder:
-        environment = {**os.environ, _OUTPUT: folder, "NPROC": str(world_size), "LOG_DIR": f"{folder}/logs"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "parallel_core.launch", "--plain", str(Path(__file__).resolve()), *arguments]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise ConfigError("the measured run failed; its last lines:\n" + "\n".join(done.stdout.splitlines()[-15:]))
-        reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("rank_*.json"))]
+    reports = run_on_ranks(__file__, arguments, world_size, _OUTPUT)
     memories = [(report["pp_rank"], Memory(**report["memory"])) for report in reports]
     return memories, all(report["fused"] for report in reports)
 
@@ -155,60 +146,35 @@ def _run(arguments: Sequence[str], world_size: int) -> tuple[list[tuple[int, Mem
 # ---- on a rank ------------------------------------------------------------------------------------------------------
 def measure(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run three iterations as this rank and return its global rank and what it reports."""
-    from parallel_core.optimizer.schedules import OptimizerParamScheduler
-    from parallel_core.report.memory_meter import MemoryMeter
-    from parallel_core.training.batches import make_batch_source
-    from parallel_core.training.forward_step import forward_step
-    from parallel_core.training.model import get_model
-    from parallel_core.training.runtime import select_kernels, start_context, start_runtime, supported_precision
-    from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape
-    from parallel_core.training.step import TrainingStep
-    from parallel_core.transformer import GPTModel, ModelStage
-
-    def model_provider(pre_process: bool, post_process: bool, stage: ModelStage) -> GPTModel:
-        return GPTModel(stage)
+    from parallel_core.training.runtime import select_kernels, start_runtime, supported_precision
 
     rank, world_size = start_runtime()
     config, _ = supported_precision(load_config(argv, world_size=world_size).config)
     fused = select_kernels(config).startswith("fused")
-    context = start_context(config, rank, world_size)
-    sizes = batch_sizes(config, context.dp.size)
-    scheduler = OptimizerParamScheduler(schedule_shape(config, sizes, 3))
-    model = get_model(model_provider, config, context)
-    step = TrainingStep(config, context, model, forward_step, scheduler, loss_scaler(config))
-    data = make_batch_source(_random_batches(config), 0, config, context, len(model.chunks), external=True)
-    microbatches, meter = sizes.num_microbatches(0), MemoryMeter()
-    for iteration in (1, 2, 3):
-        if iteration == 3:
-            meter.start()
-        step.train(data, iteration, microbatches, sizes.current(0))
-    peak = meter.stop()
-    bytes_of = step.ddp.memory_bytes()
-    memory = Memory(bytes_of["parameters"], bytes_of["gradients"], step.optimizer.memory_bytes(), peak)
-    report = {"pp_rank": context.pp.rank, "memory": asdict(memory), "fused": fused}
-    context.destroy()
+    run = ShortRun(config, rank, world_size)
+    run.iterate()
+    run.iterate()
+    report = {"pp_rank": run.context.pp.rank, "memory": asdict(measured_memory(run)), "fused": fused}
+    run.close()
     return rank, report
 
 
-def _random_batches(config: AllConfig) -> Iterator[dict[str, np.ndarray]]:
-    """Yield microbatches of random tokens without end."""
-    generator = np.random.default_rng(0)
-    shape = (config.dataset_config.batch_size, config.model_config.seq_length)
-    while True:
-        tokens = generator.integers(0, config.model_config.vocab_size, (2, *shape)).astype(np.int32)
-        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        batch = {"tokens": tokens[0], "labels": tokens[1], "loss_mask": np.ones(shape, np.float32)}
-        batch["position_ids"] = positions
-        if config.dataset_config.reset_attention_mask:
-            batch["document_start"] = np.zeros(shape, np.int32)
-        yield batch
+def measured_memory(run: ShortRun) -> Memory:
+    """Return this rank's bytes, its activations by one more iteration."""
+    from parallel_core.report.memory_meter import MemoryMeter
+
+    meter = MemoryMeter()
+    meter.start()
+    run.iterate()
+    peak, bytes_of = meter.stop(), run.step.ddp.memory_bytes()
+    return Memory(bytes_of["parameters"], bytes_of["gradients"], run.step.optimizer.memory_bytes(), peak)
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table and return the exit status; in the measured job, write what this rank found."""
     if _OUTPUT in os.environ:
         rank, report = measure(argv)
-        (Path(os.environ[_OUTPUT]) / f"rank_{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+        write_report(_OUTPUT, rank, report)
         return 0
     arguments, layouts = list(argv), [""]
     if {"-h", "--help"} & set(arguments):

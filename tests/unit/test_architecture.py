@@ -47,6 +47,8 @@ LAYERS: dict[str, float] = {
     "report": 10,
     "compat": 10,
     "convert": 10,
+    "planner": 11,
+    "config.__main__": 12,
     "doctor": 11,
     "prepare": 10,
     "versions": 9,
@@ -65,7 +67,7 @@ SIDES = ("tensor_parallel", "pipeline", "optimizer")
 
 WINGS = (
     "launch", "report", "compat", "convert", "prepare", "doctor", "generate", "evaluate", "serve",
-    "question_answering",
+    "question_answering", "planner", "config.__main__",
     "parallel_state", "mindspeed_compat",
 )  # fmt: skip
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
@@ -73,6 +75,7 @@ WINGS = (
 SHARED_BY_WINGS = {
     ("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch"), ("doctor", "launch"),
     ("evaluate", "generate"), ("evaluate", "launch"), ("serve", "generate"), ("serve", "launch"),
+    ("planner", "report"), ("planner", "launch"), ("config.__main__", "planner"),
 }  # fmt: skip
 
 PURE = (
@@ -97,6 +100,9 @@ PURE = (
     "pipeline.figures",
     "pipeline.zero_bubble",
     "pipeline.executor",
+    "planner",
+    "report.memory",
+    "report.short_run",
     "report.simulate",
     "report.run_files",
     "report.step_time",

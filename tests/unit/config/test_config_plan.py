@@ -176,6 +176,18 @@ def test_memory_by_hand():
     assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
 
 
+@pytest.mark.parametrize(("chunks", "late"), [("1", 3), ("2", 2)])
+def test_late_gradients_of_the_output_layer_by_hand(chunks, late):
+    """The last of 4 ranks keeps the logits' gradients of the passes whose weights' part is late; 1F1B keeps none."""
+    words = ["--pipeline-model-parallel-size", "4", "--virtual-pipeline-model-parallel-size", chunks, "--num-layers",
+             "8", "--global-batch-size", "32"]
+    wide, narrow = (load(*words, "--padded-vocab-size", str(vocab), "--enable-zero-bubble",
+                         without=("num_layers", "padded_vocab_size")).config for vocab in (512, 256))
+    layout, tokens = stage_layout(8, wide.parallel_config), 2 * 32
+    more = [rank_memory(config, layout, 3, 1).activations for config in (wide, narrow)]
+    assert more[0] - more[1] == (1 + late) * tokens * 256 * 4
+
+
 def smaller(*pair):
     (less, more) = (rank_memory(c, stage_layout(c.model_config.num_layers, c.parallel_config), 0, 2) for c in pair)
     return less.activations < more.activations

@@ -162,6 +162,8 @@ def test_activations_of_a_rank_fall_with_the_ranks_that_share_a_sequence(exchang
 def test_layouts_by_word():
     flags, ranks = layout_flags("cp2+a2a")
     assert ranks == 2 and "--context-parallel-size 2 --cp-comm-type a2a" in " ".join(flags)
+    flags, ranks = layout_flags("dp4+ep2+etp1")
+    assert ranks == 4 and "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1" in " ".join(flags)
     flags, ranks = layout_flags("tp2+sp+pp4+vpp2+dp3+distopt+full")
     assert ranks == 24
     words = " ".join(flags)
