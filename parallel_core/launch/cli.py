@@ -22,6 +22,7 @@ from parallel_core.launch.job import Job, JobSpec
 from parallel_core.launch.layout import check_configuration, describe_layout
 from parallel_core.launch.plan import DEFAULT_LOG_DIR, integer, plan_job, prepare_log_dir
 from parallel_core.launch.report import CONFIG_ERROR_STATUS
+from parallel_core.launch.restart import check_restart, run_with_restarts
 
 _USAGE = (
     "usage: python -m parallel_core.launch [--plain | --bundled FILE] SCRIPT [--config FILE] "
@@ -64,15 +65,30 @@ def _launch(arguments: list[str]) -> int:
     elif not num_ranks:
         raise ConfigError("NPROC is not set; with --plain it says how many ranks to start")
     log_path = Path(os.environ.get("LOG_DIR") or log_dir)
-    spec = plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
-    with _log_dir_claimed(spec.log_dir):
+    restarts = integer(os.environ, "AUTO_RESTART", 0, minimum=0, example=3)
+
+    def plan() -> JobSpec:
+        return plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
+
+    def ready(spec: JobSpec) -> JobSpec:
         prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)
         if loaded is not None:
             spec = _handed_over(spec, loaded)
         ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{layout and f' ({layout})'}"
         target = spec.environment["DEVICE_TARGET"]
         print(f"INFO - starting {ranks} on {target}; logs: {spec.log_dir}/worker_*.log", flush=True)
-        return Job(spec).run()
+        return spec
+
+    spec = plan()
+    check_restart(restarts, loaded, spec.num_nodes)
+    with _log_dir_claimed(spec.log_dir):
+        if restarts and loaded is not None:
+            return run_with_restarts(restarts, loaded, lambda: ready(plan()), _warn)
+        return Job(ready(spec)).run()
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING - {text}", flush=True)
 
 
 def _handed_over(spec: JobSpec, loaded: LoadedConfig) -> JobSpec:

@@ -123,6 +123,11 @@ class Job:
         """What ranks that had not failed were doing when the first one had."""
         self._failed_at = 0.0
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self._stop_signal is not None
+
     def run(self) -> int:
         """Run the job to its end and return the exit status: 0, that of the first failing rank, or 128 + signal."""
         adopt_orphans()

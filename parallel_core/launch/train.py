@@ -12,6 +12,8 @@ Environment, all optional:
   DEVICE_TARGET  Ascend or CPU (default: Ascend when present)
   PYTHON         the Python that pretrain_gpt.sh uses (default: that of the active environment)
   STOP_GRACE_S   seconds the ranks have after Ctrl-C or SIGTERM (default: what ending the iteration and saving takes)
+  AUTO_RESTART   how often a failed job starts again from its newest checkpoint without a new one in between
+                 (default: 0; --save and --load name one directory)
   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (s; default: --distributed-timeout-minutes),
                  ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
   Several nodes (unverified): NNODES, NODE_RANK, and on all of them the same MASTER_ADDR and MASTER_PORT
