@@ -16,6 +16,7 @@ from parallel_core.config.bert import BertConfig
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.model_keys import DEFINING, NAME_OF, default_of, has_effect, value_of
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.schema import UNLIMITED, FlashAttentionConfig, TransformerConfig
 
 REQUIRED = object()
@@ -197,8 +198,9 @@ def _model(fields: Fields) -> TransformerConfig:
         raise Wrong(f"num_experts_per_tok={experts.moe_router_topk}, and there are {experts.num_experts} experts")
     latent = MLAConfig(**{name[4:]: values.pop(name) for name in list(values) if name.startswith("mla.")})
     bert = BertConfig(**{name[5:]: values.pop(name) for name in list(values) if name.startswith("bert.")})
-    window_config = FlashAttentionConfig(pre_tokens=window)
-    model = TransformerConfig(**values, fa_config=window_config, moe=experts, mla=latent, bert=bert)
+    further = MTPConfig(mtp_num_layers=values.pop("mtp.mtp_num_layers", 0))
+    attention = FlashAttentionConfig(pre_tokens=window)
+    model = TransformerConfig(**values, fa_config=attention, moe=experts, mla=latent, mtp=further, bert=bert)
     turned = model.rotary_channels
     if model.is_rotary and (turned < 2 or turned % 2):
         raise Wrong(f"rotates {turned} channels of each head; it must be an even number")

@@ -42,6 +42,8 @@ DEEPSEEK_TENSORS = TensorTable(
         "mlp.experts.experts.linear_fc1": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
         "mlp.experts.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
     },
+    behind={"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "final_layernorm": "shared_head.norm"},
+    copies={WORD_EMBEDDINGS: "embed_tokens.weight", OUTPUT: "shared_head.head.weight"},
 )
 _SIZES = {
     "kv_lora_rank": ("kv_lora_rank", 512),

@@ -44,6 +44,7 @@ class HuggingFaceCheckpoint(PieceSource):
             raise CheckpointError(
                 f"{path / CONFIG_NAME} has {model.num_layers} layers, the files hold {len(stored)} tensors"
             )
+        model = architecture.tensors.without_absent_depths(model, stored)
         blobs = _named(path, architecture, stored, model)
         shapes, parts = our_shapes(model), architecture.tensors.parts(model)
         tensors = {name: _assembled(path, name, parts[name], blobs, shape) for name, shape in shapes.items()}
@@ -100,6 +101,13 @@ def _named(
             blobs[full] = blob
         elif table.ignored.fullmatch(name) is None:
             left.append(name)
+    for copy, ours in table.copied(model).items():
+        name = copy if copy in left else copy.removeprefix(table.prefix)
+        if name in left:
+            left.remove(name)
+            original = table.top.get(ours if model.untie_embeddings_and_output_weights else WORD_EMBEDDINGS, "")
+            if not _equal(stored[name], blobs.get(original)):
+                raise CheckpointError(f"{path}: {name} is another than {original}, which it has to repeat")
     head = table.top[OUTPUT]
     if head in left and not model.untie_embeddings_and_output_weights:
         left.remove(head)

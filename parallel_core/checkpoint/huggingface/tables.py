@@ -294,6 +294,8 @@ def _expert_keys(experts: int, chosen: int, width: int) -> dict[str, Key]:
 
 _OF_TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits", "router_jitter_noise"})
 """Keys of experts that change nothing of what a model computes."""
+_DEPTHS = {"num_nextn_predict_layers": Key(("mtp.mtp_num_layers",), lambda v: count(v) if v else 0, default=0)}
+"""Layers that predict tokens beyond the next one, which stand behind the last; files need not hold them."""
 _BIASES = Key(("qkv_has_bias", "out_proj_has_bias"), flag, default=False)
 _UNUSED: dict[str, tuple[Any, ...]] = {"sliding_window": (), "layer_types": ()}
 ARCHITECTURES: dict[str, Architecture] = {
@@ -460,13 +462,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             replace(
                 _llama_like(
                     name, class_name,
-                    {key: meaning for key, meaning in _llama_keys(groups=1).items()
-                     if key not in ("num_key_value_heads", "head_dim")},
+                    {**{key: meaning for key, meaning in _llama_keys(groups=1).items()
+                        if key not in ("num_key_value_heads", "head_dim")}, **(_DEPTHS if sigmoid else {})},
                     (latent_attention(), latent_rope(), chosen_experts(sigmoid)),
                     {**_NO_BIAS, "qk_layernorm": True, "moe.moe_router_enable_expert_bias": sigmoid},
                     {"attention_bias": (False,), "mlp_bias": (False,)}, DEEPSEEK_TENSORS,
                 ),
-                neutral=NEUTRAL | _OF_TRAINING | {"aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers"},
+                neutral=NEUTRAL | _OF_TRAINING | {"aux_loss_alpha", "seq_aux", "ep_size"},
             )
             for name, class_name, sigmoid in (("deepseek_v3", "DeepseekV3", True), ("deepseek_v2", "DeepseekV2", False))
         ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from parallel_core.config.schema import TransformerConfig
 
@@ -55,6 +55,8 @@ class TensorTable:
         experts: their modules of expert `{}` in a layer, by ours; several are stacked along the rows.
         gate: their module of the shared expert's gate.
         older: ends of older names -> what they are called now.
+        behind: our modules of a depth of multi-token prediction -> theirs, in a layer that follows the model's last.
+        copies: names of tensors of ours -> of the copies of them that each depth has.
     """
 
     prefix: str
@@ -67,17 +69,34 @@ class TensorTable:
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gate: str = ""
     older: Mapping[str, str] = field(default_factory=dict)
+    behind: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+    def copied(self, model: TransformerConfig) -> dict[str, str]:
+        """Return the tensors of theirs that repeat one of ours, by name, with ours."""
+        bases = [self.prefix + self.layers.format(model.num_layers + k) for k in range(model.mtp.mtp_num_layers)]
+        return {f"{base}.{theirs}": ours for base in bases for ours, theirs in self.copies.items()}
+
+    def without_absent_depths(self, model: TransformerConfig, stored: Iterable[str]) -> TransformerConfig:
+        """Return the model without layers that predict further tokens, where no tensor of them is stored."""
+        base = self.layers.format(model.num_layers) + "."
+        if any(name.removeprefix(self.prefix).startswith(base) for name in stored):
+            return model
+        return replace(model, mtp=replace(model.mtp, mtp_num_layers=0))
 
     def parts(self, model: TransformerConfig) -> dict[str, list[Part]]:
         """Return, for every tensor of `model`, which of theirs it consists of."""
         found: dict[str, list[Part]] = {}
         for name, shape in our_shapes(model).items():
             module, _, kind = name.rpartition(".")
-            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", _in_line(module, model.num_layers))
             if match is None:
                 found[name] = [Part(self.top[name], 0, 0, shape[0])]
                 continue
             base = self.prefix + self.layers.format(match[1])
+            if match[2] in self.behind and module.startswith("mtp."):
+                found[name] = [Part(f"{base}.{self.behind[match[2]]}.{kind}", 0, 0, shape[0])]
+                continue
             if kind == "expert_bias":
                 found[name] = [Part(f"{base}.{self.modules[match[2]][0]}.e_score_correction_bias", 0, 0, shape[0])]
                 continue
@@ -102,6 +121,12 @@ class TensorTable:
                 rows = shape[0] // len(names)
                 found[name] = [Part(theirs, i * rows, 0, rows, turned) for i, theirs in enumerate(names)]
         return found
+
+
+def _in_line(module: str, num_layers: int) -> str:
+    """Return a module of a layer that predicts a further token as one of a layer that follows the model's last."""
+    match = re.fullmatch(r"mtp\.layers\.(\d+)\.(?:transformer_layer\.)?(.+)", module)
+    return f"decoder.layers.{num_layers + int(match[1])}.{match[2]}" if match else module
 
 
 def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -131,8 +156,15 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     if model.mla.multi_latent_attention:
         linears = {**_latent_linears(model), **{name: linears[name] for name in ("mlp.linear_fc1", "mlp.linear_fc2")}}
         norms = {"input_layernorm": H, "pre_mlp_layernorm": H, **_latent_norms(model)}
-    for i in range(model.num_layers):
+    depths = model.mtp.mtp_num_layers
+    for i in range(model.num_layers + depths):
         layer, blocks = f"decoder.layers.{i}", dict(linears)
+        if i >= model.num_layers:
+            depth = f"mtp.layers.{i - model.num_layers}"
+            layer = f"{depth}.transformer_layer"
+            ends = ("enorm", "hnorm", "final_layernorm")
+            shapes.update({f"{depth}.{name}.{kind}": (H,) for name in ends for kind in norm})
+            shapes[f"{depth}.eh_proj.weight"] = (H, 2 * H)
         if i == model.num_layers - 1 and model.top_query_layer != "none":
             del blocks["self_attention.linear_qkv"]
             blocks = {**asking, **blocks}

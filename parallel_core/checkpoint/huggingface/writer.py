@@ -50,7 +50,10 @@ def write_hugging_face(
     architecture, written, offset = _choose(source, model)
     check_names(source, names, model)
     dtype = source.info(WORD_EMBEDDINGS).dtype
-    tensors = _their_tensors(source, architecture.tensors.parts(model), offset, progress)
+    table = architecture.tensors
+    tensors = _their_tensors(source, table.parts(model), offset, progress)
+    for copy, ours in table.copied(model).items():
+        tensors[copy] = tensors[table.top[ours if model.untie_embeddings_and_output_weights else WORD_EMBEDDINGS]]
     _write_files(path, tensors, max_file_bytes)
     ids, notes = write_tokenizer(source, path)
     kept = _kept(source, architecture)

@@ -31,7 +31,7 @@ def loaded(source: TensorSource) -> GPTModel:
 
 
 def parameters(model: GPTModel) -> list[ms.Parameter]:
-    return list(model.trainable_params())
+    return list(model.get_parameters())
 
 
 def logits_of(model: GPTModel, tokens: np.ndarray) -> np.ndarray:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from own_models import config_of, model_of, save
+from safetensors.numpy import load_file, save_file
 
+from parallel_core.checkpoint import open_checkpoint
 from parallel_core.checkpoint.huggingface.tables import ARCHITECTURES
 from parallel_core.checkpoint.huggingface.values import Wrong
 from parallel_core.config import load_config
-from parallel_core.config.multi_token import MTPConfig
+from parallel_core.convert.cli import main
+from parallel_core.convert.comparison import compare
+from parallel_core.errors import CheckpointError
 
 REPO = Path(__file__).resolve().parents[3]
 V3 = json.loads((REPO / "tests/golden/hf/experts/deepseek_v3/config.json").read_text())
@@ -72,7 +78,53 @@ def test_what_is_not_built_is_refused(found, change, message):
     assert message in str(refused.value)
 
 
-def test_layers_that_predict_further_tokens_have_no_place_there():
-    model = replace(ARCHITECTURES["deepseek_v3"].read(V3), mtp=MTPConfig(mtp_num_layers=1))
-    with pytest.raises(Wrong, match="mtp_num_layers=1, 0 there"):
-        ARCHITECTURES["deepseek_v3"].write(model)
+DEEPSEEK = """
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --rope-type rope
+    --untie-embeddings-and-output-weights --num-experts 4 --moe-ffn-hidden-size 8 --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias --moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 8 --qk-layernorm
+    --multi-latent-attention --q-lora-rank 6 --kv-lora-rank 5 --qk-head-dim 4 --qk-pos-emb-head-dim 2 --v-head-dim 3
+    --mtp-num-layers 2
+"""
+
+
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory) -> tuple[Path, Path]:
+    """Return a model with two layers that predict further tokens, and what it is there."""
+    path, config = tmp_path_factory.mktemp("predicting"), config_of(DEEPSEEK)
+    native = save(path / "native", config, model_of(config))
+    assert main(["--to", "hf", "--load", str(native), "--save", str(path / "hf"), "--quiet"]) == 0
+    return native, path / "hf"
+
+
+def test_layers_that_predict_further_tokens_follow_the_last_and_come_back(predicting, tmp_path):
+    native, there = predicting
+    found = load_file(there / "model.safetensors")
+    assert json.loads((there / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    depth = {name.removeprefix("model.layers.3.") for name in found if name.startswith("model.layers.3.")}
+    assert {"enorm.weight", "eh_proj.weight", "shared_head.norm.weight", "mlp.experts.3.up_proj.weight"} < depth
+    np.testing.assert_array_equal(found["model.layers.3.embed_tokens.weight"], found["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(found["model.layers.2.shared_head.head.weight"], found["lm_head.weight"])
+    assert main(["--load", str(there), "--save", str(tmp_path / "back"), "--quiet"]) == 0
+    result = compare(open_checkpoint(native), open_checkpoint(tmp_path / "back" / "iter_0000000"))
+    assert result.same, result.text()
+
+
+def test_files_without_those_layers_are_the_model_alone(predicting, tmp_path):
+    """`transformers` keeps the number in config.json and leaves the layers out."""
+    _, there = predicting
+    found = load_file(there / "model.safetensors")
+    kept = {name: value for name, value in found.items() if not re.match(r"model\.layers\.[23]\.", name)}
+    save_file(kept, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((there / "config.json").read_text())
+    source = open_checkpoint(tmp_path)
+    assert not [name for name in source.keys() if name.startswith("mtp.")]  # noqa: SIM118 - a method of the protocol
+    assert source.common["model_config"]["mtp_num_layers"] == 0
+
+
+def test_a_copy_that_is_none_is_refused(predicting, tmp_path):
+    _, there = predicting
+    found = load_file(there / "model.safetensors")
+    save_file({**found, "model.layers.2.embed_tokens.weight": found["lm_head.weight"]}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((there / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="embed_tokens.weight is another than model.embed_tokens.weight"):
+        open_checkpoint(tmp_path)
