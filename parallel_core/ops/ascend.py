@@ -11,9 +11,14 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
-from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
+from mindspore.ops.auto_generate import (
+    FlashAttentionScore,
+    FlashAttentionScoreGrad,
+    grouped_matmul_add_,
+    grouped_matmul_v4,
+)
 
-from parallel_core.ops import reference
+from parallel_core.ops import reference, reference_experts
 from parallel_core.ops.registry import on_ascend
 
 _FULL_MASK = 1
@@ -202,3 +207,57 @@ def _block_mask(
     before = Tensor(k_at[None].astype(np.int32)) < start_BS.reshape(B, S, 1)
     forbidden = ops.logical_or(Tensor(hidden[None]), before).reshape(B, 1, S, T)
     return forbidden, ops.logical_not(forbidden).any(-1)
+
+
+# ---- experts' products (no autograd) --------------------------------------------------------------------------------
+_SINGLE, _BY_ROWS = 3, 0
+"""`split_item` of one tensor in and out, and `group_type` of groups of rows."""
+
+
+def _without_rows(x: Tensor, *_: Any, **__: Any) -> str:
+    return "" if x.shape[0] else "there are no rows"
+
+
+_HALF = (ms.float16, ms.bfloat16)
+_GROUPS: dict[str, Any] = {"integers": ["counts"], "refuses": _without_rows}
+
+
+@on_ascend(reference_experts.grouped_linear, dtypes=(*_HALF, ms.float32), **_GROUPS)
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
+    """Return `reference_experts.grouped_linear` by grouped_matmul. Not verified: never run on an NPU."""
+    return _grouped_matmul(x_NI, weight_EOI.transpose(0, 2, 1).contiguous(), counts)
+
+
+@on_ascend(reference_experts.grouped_linear_grad_input, dtypes=(*_HALF, ms.float32), **_GROUPS)
+def grouped_linear_grad_input(dy_NO: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
+    """Return `reference_experts.grouped_linear_grad_input` by grouped_matmul. Not verified: never run on an NPU."""
+    return _grouped_matmul(dy_NO, weight_EOI, counts)
+
+
+@on_ascend(reference_experts.grouped_linear_grad_weight, dtypes=_HALF, **_GROUPS)
+def grouped_linear_grad_weight(dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray) -> Tensor:
+    """Return `reference_experts.grouped_linear_grad_weight` by grouped_matmul_add_. Not verified: never run on an NPU.
+
+    Sums are of float32.
+    """
+    there, ends = _groups(counts)
+    shape = dy_NO.shape[1], x_NI.shape[1]
+    dw = grouped_matmul_add_(dy_NO, x_NI, ends, ops.zeros((len(there), *shape), ms.float32))
+    if len(there) < len(counts):
+        every = ops.zeros((len(counts), *shape), ms.float32)
+        dw = ops.tensor_scatter_update(every, Tensor(there.reshape(-1, 1).astype(np.int32)), dw)
+    return dw.astype(x_NI.dtype)
+
+
+def _grouped_matmul(x_NA: Tensor, weight_EAB: Tensor, counts: np.ndarray) -> Tensor:
+    there, ends = _groups(counts)
+    if len(there) < len(counts):
+        weight_EAB = ops.gather(weight_EAB, Tensor(there.astype(np.int32)), 0)
+    (y,) = grouped_matmul_v4([x_NA], [weight_EAB], group_list=ends, split_item=_SINGLE, group_type=_BY_ROWS)
+    return y
+
+
+def _groups(counts: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """Return which experts have rows, and where those of each end: the operators take groups that have some."""
+    there = np.flatnonzero(counts)
+    return there, Tensor(np.cumsum(counts[there]).astype(np.int64))
