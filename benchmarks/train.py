@@ -2,6 +2,7 @@
 
 python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp2,dp2dist] [--rounds 3] [--json FILE]
 python benchmarks/train.py --sizes L,XL --layouts core1,cp2,cp2gather,cp2a2a,tp2sp [--steps 7]      # long sequences
+python benchmarks/train.py --sizes M --layouts tp1,tp2sp,ep2                        # 8 experts, 2 for each token
                            [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--bf16]
                            [--profile]
 
@@ -10,7 +11,8 @@ layout's share of core1's milliseconds and of its megabytes above the libraries'
 
 The peer is a script that trains megatron.core's GPTModel on gloo, run by a Python that has torch and megatron-core;
 it takes --tp --pp --vpp --sp --dist-opt --bf16 --hidden --layers --heads --seq --vocab --mbs --num-microbatches
---iters --warmup --lr --quiet --out FILE and writes {"curve": [{"ms": milliseconds of a step}, ...]}. Without it only
+--iters --warmup --lr --quiet --out FILE, for size M --experts --topk --moe-ffn --ep --aux --act --norm --pos --untied,
+and writes {"curve": [{"ms": milliseconds of a step}, ...]}. Without it only
 ours is measured. Both train the same model, batch and number of processes; a step is forward, backward, reduction and
 update. The ratio is the median of the rounds' ratios; columns with + are megabytes above what importing the libraries
 alone takes. With pipeline stages, `ideal` is the bubble of the schedule simulated with every measured forward and
@@ -43,6 +45,8 @@ from parallel_core.report.simulate import simulate  # noqa: E402
 
 WARM_UP = 2
 PARTS = ("matmul", "other kernels", "communication", "idle", "python and MindSpore")
+OF_EXPERTS = ("routing", "experts")
+"""Seconds that are also in `PARTS`: routing with the permutation of rows, and the products of experts."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Size:
     vocab: int = 8192
     microbatches: int = 4
     positions: str = "learned_absolute"
+    norm: str = "LayerNorm"
+    ours: tuple[str, ...] = ()
+    """Flags of a model of another kind."""
+    peer: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -78,9 +86,18 @@ class Layout:
     """Of each rank; 0: its share of the cores."""
 
 
+_EXPERTS = tuple(
+    """--swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 512
+    --moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall""".split()
+)
+_PEER_EXPERTS = tuple(
+    "--experts 8 --topk 2 --moe-ffn 512 --act swiglu --norm RMSNorm --pos rope --untied --aux 1e-2".split()
+)
 SIZES = {
     "A": Size(256, 128, 4),
     "B": Size(512, 256, 2),
+    "M": Size(256, 128, 4, positions="rope", norm="RMSNorm", ours=_EXPERTS, peer=_PEER_EXPERTS),
     "L": Size(128, 4096, 1, layers=6, heads=4, vocab=2048, microbatches=2, positions="rope"),
     "XL": Size(128, 16384, 1, layers=6, heads=4, vocab=2048, microbatches=1, positions="rope"),
 }
@@ -96,12 +113,14 @@ LAYOUTS = {
     ),
     "dp2": Layout(replicas=2),
     "dp2dist": Layout(("--use-distributed-optimizer",), ("--dist-opt",), replicas=2),
+    "ep2": Layout(("--expert-model-parallel-size", "2"), ("--ep", "2"), replicas=2),
     "core1": Layout(ranks=1, threads=1),
     "cp2": Layout(_CP),
     "cp2gather": Layout((*_CP, "--cp-comm-type", "all_gather")),
     "cp2a2a": Layout((*_CP, "--cp-comm-type", "a2a")),
 }
-BY_DEFAULT = tuple(name for name in LAYOUTS if name != "core1" and not name.startswith("cp"))
+BY_DEFAULT = tuple(name for name in LAYOUTS if name not in ("core1", "ep2") and not name.startswith("cp"))
+WITH_PEER = (*BY_DEFAULT, "ep2")
 
 
 def write_data(folder: Path) -> Path:
@@ -127,7 +146,7 @@ def our_command(size: Size, layout: Layout, steps: int, folder: Path) -> list[st
         "--vocab-size": size.vocab - 1,
         "--make-vocab-size-divisible-by": 1,
         "--position-embedding-type": size.positions,
-        "--normalization": "LayerNorm",
+        "--normalization": size.norm,
         "--attention-dropout": 0,
         "--hidden-dropout": 0,
         "--train-iters": steps,
@@ -139,6 +158,7 @@ def our_command(size: Size, layout: Layout, steps: int, folder: Path) -> list[st
         "--log-interval": 1,
     }
     words = [word for key, value in flags.items() for word in (key, str(value))]
+    words += size.ours
     script = str(REPO / "benchmarks" / "train_rank.py")
     start = [sys.executable] if layout.ranks == 1 else [sys.executable, "-m", "parallel_core.launch", "--plain"]
     return [*start, script, *words, *layout.ours]
@@ -160,7 +180,7 @@ def peer_command(python: str, script: str, size: Size, layout: Layout, steps: in
         "--out": out,
     }
     words = [str(word) for pair in flags.items() for word in pair]
-    return [*torchrun, "--master-port", str(free_port()), script, *words, "--quiet", *layout.peer]
+    return [*torchrun, "--master-port", str(free_port()), script, *words, "--quiet", *size.peer, *layout.peer]
 
 
 def free_port() -> int:
@@ -237,7 +257,7 @@ def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool
     # The slowest rank's clock is the step's.
     milliseconds = [max(row[i]["step"] for row in rows) * 1e3 for i in range(len(rows[0]))]
     total = sum(row["step"] for rank in rows for row in rank)
-    shares = {part: sum(row[part] for rank in rows for row in rank) / total for part in PARTS}
+    shares = {part: sum(row[part] for rank in rows for row in rank) / total for part in (*PARTS, *OF_EXPERTS)}
     first = ranks[0]
     result = {"ms": milliseconds, "peak_mb": peak, "shares": shares, "kernels": first["kernels"], "top": first["top"]}
     if layout.stages > 1:
@@ -282,7 +302,7 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
     peer: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
         ours.append(run_ours(size, layout, arguments.steps, arguments.kernels, arguments.profile))
-        if arguments.peer_python and name in BY_DEFAULT:
+        if arguments.peer_python and name in WITH_PEER:
             peer.append(run_peer(arguments.peer_python, arguments.peer_script, size, layout, arguments.steps))
     milliseconds = statistics.median(ms for one in ours for ms in one["ms"])
     result: dict[str, Any] = {
@@ -291,7 +311,7 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
         "ms": milliseconds,
         "tokens_per_s": size.tokens / milliseconds * 1e3,
         "peak_mb": max(one["peak_mb"] for one in ours),
-        "shares": {part: statistics.mean(one["shares"][part] for one in ours) for part in PARTS},
+        "shares": {part: statistics.mean(one["shares"][part] for one in ours) for part in (*PARTS, *OF_EXPERTS)},
         "kernels": ours[0]["kernels"],
         "top": ours[0]["top"],
     }
@@ -367,6 +387,9 @@ def main() -> None:
             row = measure(layout, size, arguments)
             rows.append(row)
             print(line(row), flush=True)
+            if row["shares"]["experts"]:
+                routing, experts = (100 * row["shares"][part] for part in OF_EXPERTS)
+                print(f"     routing and permutation {routing:.1f}% of a step, experts' products {experts:.1f}%")
             for entry in row["top"]:
                 print(f"     {entry['ms per step']:9.2f} ms {entry['calls per step']:8.1f} x  {entry['operator']}")
         print("\n".join(against_one_core([row for row in rows if row["size"] == size])), flush=True)

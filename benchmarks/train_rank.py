@@ -25,13 +25,24 @@ import mindspore as ms  # noqa: E402
 import pretrain_gpt  # noqa: E402
 from parallel_core import ops  # noqa: E402
 from parallel_core.comm import shm  # noqa: E402
+from parallel_core.expert_parallel import dispatch, functions  # noqa: E402
 from parallel_core.launch.entry import run_as_rank  # noqa: E402
 from parallel_core.ops import build, library  # noqa: E402
 from parallel_core.pipeline.executor import run_steps  # noqa: E402
 from parallel_core.training import step as training_step  # noqa: E402
 from parallel_core.training.step import TrainingStep  # noqa: E402
+from parallel_core.transformer.moe import router  # noqa: E402
 
-MATMULS = ("pc_linear", "pc_linear_grad_input", "pc_linear_grad_weight")
+EXPERTS = ("pc_grouped_linear", "pc_grouped_linear_grad_input", "pc_grouped_linear_grad_weight")
+MATMULS = ("pc_linear", "pc_linear_grad_input", "pc_linear_grad_weight", *EXPERTS)
+ROUTING = {
+    dispatch: ("permute", "for_ranks", "by_expert"),
+    functions._TakeRows: ("forward", "backward"),
+    functions._PutBack: ("forward", "backward"),
+    functions._Reorder: ("forward", "backward"),
+    router._Route: ("forward", "backward"),
+}
+"""What a mixture of experts does beside its products and its exchange: choosing experts, and putting rows in order."""
 WARM_UP = 2
 
 
@@ -106,7 +117,20 @@ class Recorder:
             return recorder.step(lambda: train(step, *arguments))
 
         shm.ShmGroup.__init__, TrainingStep.train = creating, training  # type: ignore[method-assign]
+        for owner, names in ROUTING.items():
+            for name in names:
+                clocked = self._clocked(getattr(owner, name))
+                setattr(owner, name, staticmethod(clocked) if isinstance(owner, type) else clocked)
         training_step.run_steps = self.run_pipeline  # type: ignore[assignment]
+
+    def _clocked(self, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*arguments)
+            self.seconds["routing"] += time.perf_counter() - start
+            return result
+
+        return call
 
     def run_pipeline(self, steps: Any, stages: Any, *options: Any) -> None:
         """Run the pipeline with a clock on every forward and backward pass."""
@@ -134,6 +158,7 @@ class Recorder:
         row = {"step": total, "matmul": matmul, "other kernels": kernels}
         row |= {"communication": max(0.0, transfer - idle), "idle": idle}
         row["python and MindSpore"] = total - matmul - kernels - max(transfer, idle)
+        row |= {"routing": spent["routing"], "experts": sum(spent[name] for name in EXPERTS)}
         self.rows.append(row | self.pipeline)
         return result
 
