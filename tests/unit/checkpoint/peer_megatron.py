@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -20,16 +21,54 @@ os.environ.update(
 
 import torch  # noqa: E402
 
+
+def gmm(rows, matrices, batch_sizes, trans_b=False):
+    """Return the product of each expert's rows with its matrix, as the package grouped_gemm does on a GPU."""
+    parts = torch.split(rows, batch_sizes.tolist())
+    return torch.cat([part @ (w.t() if trans_b else w) for part, w in zip(parts, matrices)])
+
+
+sys.modules["grouped_gemm"] = types.SimpleNamespace(ops=types.SimpleNamespace(gmm=gmm))
+
 torch.cuda.current_device = lambda: torch.device("cpu")  # Megatron asks where its tensors go
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.tensor_parallel import random as tp_random  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from megatron.core.transformer.moe.experts import GroupedMLP  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+
+def said_to_be_bfloat16(function):
+    """Return a method of Megatron's GroupedMLP, which wants to be of that type, for a model that becomes float32."""
+
+    def call(self, *arguments, **options):
+        config = self.config if hasattr(self, "config") else arguments[1]
+        config.params_dtype, config.bf16 = torch.bfloat16, True
+        result = function(self, *arguments, **options)
+        config.params_dtype, config.bf16 = torch.float32, False
+        return result
+
+    return call
+
+
+GroupedMLP.__init__ = said_to_be_bfloat16(GroupedMLP.__init__)
+GroupedMLP.forward = said_to_be_bfloat16(GroupedMLP.forward)
+moe_utils.te_general_gemm = None  # the name is missing without TransformerEngine
 
 for tracker in (tp_random.CudaRNGStatesTracker,):  # no dropout here, so no CUDA generator is needed
     tracker.fork = lambda self, name="": contextlib.nullcontext()
+
+
+def experts(args):
+    """Return what the configuration says of experts."""
+    if not getattr(args, "num_experts", None):
+        return {}
+    same = ("moe_router_topk", "moe_ffn_hidden_size", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
+            "moe_z_loss_coeff", "moe_grouped_gemm")  # fmt: skip
+    return {"num_moe_experts": args.num_experts, **{name: getattr(args, name) for name in same}}
 
 
 def build(args):
@@ -55,8 +94,13 @@ def build(args):
         apply_rope_fusion=False,
         attention_softmax_in_fp32=True,
         use_cpu_initialization=True,
+        **experts(args),
     )
-    spec = get_gpt_layer_local_spec(normalization=args.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=getattr(args, "num_experts", None),
+        moe_grouped_gemm=getattr(args, "moe_grouped_gemm", False),
+        normalization=args.normalization,
+    )
     return GPTModel(
         config,
         spec,
@@ -79,13 +123,13 @@ def main(path, tokens_file, logits_file):
     else:
         state = torch.load(path / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
         model = build(state["args"])
-        model.load_state_dict(state["model"], strict=True)
+        model.float().load_state_dict(state["model"], strict=True)
     tokens = torch.from_numpy(np.load(tokens_file)).long()
     length = tokens.shape[1]
     positions = torch.arange(length).expand_as(tokens)
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():
-        logits = model.eval()(tokens, positions, mask)
+        logits = model.float().eval()(tokens, positions, mask)
     np.save(logits_file, logits.float().numpy())
 
 
