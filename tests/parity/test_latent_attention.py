@@ -22,11 +22,12 @@ YARN = "--rope-type yarn --rotary-scaling-factor 4 --mscale 1.0 --mscale-all-dim
 TOLERANCE = 2e-6  # float32, 20 updates: see test_curves.py
 STEP_TOLERANCE = 1e-5  # see test_one_step.py
 SHORT = ["--exit-interval", "3"]
+SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mla_up_proj".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2".split()
 ONE_RANK: dict[str, list[str]] = {
     "rope": ROPE,
     "yarn": YARN,
-    "selective": [*ROPE, "--recompute-granularity", "selective", *SHORT],
+    "selective": [*ROPE, *SHORT, *SELECTIVE],
     "full": [*ROPE, *SHORT, *FULL],
 }
 
@@ -64,6 +65,22 @@ def test_plain_operators_follow_megatron(flags: list[str], golden: str, workplac
     run = several(tmp_path, 1, plan, cwd=workplace)["plain"]
     assert run.status == 0, run.console
     assert_follows(run.steps, curve("mla_dense", golden), TOLERANCE)
+
+
+LAYOUTS = {
+    "pp2": ("pp2", "--pipeline-model-parallel-size 2"),
+    "tp2": ("tp1pp1", "--tensor-model-parallel-size 2"),
+    "tp2sp": ("tp1pp1", "--tensor-model-parallel-size 2 --sequence-parallel"),
+}
+"""Megatron's curve and flags; its own runs with tensor parallelism lose gradients, here they equal its one process."""
+
+
+@pytest.mark.slow
+def test_layouts_follow_megatron(workplace, initial_weights, tmp_path):
+    plan = {name: {"argv": argv(initial_weights, [*ROPE, *words.split()])} for name, (_, words) in LAYOUTS.items()}
+    for name, run in several(tmp_path, 2, plan, cwd=workplace).items():
+        assert run.status == 0, run.console
+        assert_follows(run.steps, curve("mla_dense", LAYOUTS[name][0]), TOLERANCE)
 
 
 @pytest.mark.parametrize(("name", "file"), [("rope", "step_0001_io"), ("yarn", "yarn_step_0001")])

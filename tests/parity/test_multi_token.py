@@ -45,6 +45,10 @@ LAYOUTS: dict[str, tuple[int, str, str]] = {
     "tp2sp": (2, "tp1pp1", "--tensor-model-parallel-size 2 --sequence-parallel"),
     "cp2": (2, "tp1pp1", "--context-parallel-size 2"),
     "ep2": (2, "ep2", "--expert-model-parallel-size 2"),
+    "ep2_allgather": (2, "ep2_allgather", "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather"),
+    "tp2ep2": (
+        4, "tp1pp1", "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
+    ),
     "pp2ep2": (4, "pp2ep2", "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
     "dp2ep2distopt": (2, "dp2ep2distopt", "--expert-model-parallel-size 2 --use-distributed-optimizer"),
 }  # fmt: skip
@@ -128,7 +132,10 @@ def test_every_tensor_of_megatrons_checkpoint_is_read():
     assert source.common["model_config"]["mtp_num_layers"] == 1
 
 
-@pytest.mark.parametrize("flags", ["", pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.slow)])
+OTHER_LAYOUTS = ("--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel")
+
+
+@pytest.mark.parametrize("flags", ["", *(pytest.param(words, marks=pytest.mark.slow) for words in OTHER_LAYOUTS)])
 def test_a_run_goes_on_from_megatrons_checkpoint_in_another_layout(flags: str, workplace: Path, tmp_path: Path):
     path = str(GOLDEN / FAMILY / "ckpt_torch_dist_ep2")
     resumed = [*argv("", flags.split())[:-3], "--load", path]
