@@ -412,6 +412,36 @@ def recomputation(r: Resolution) -> None:
 
 
 @_rule
+def recomputed_modules(r: Resolution) -> None:
+    """Selective recomputation names parts that layers have and that free something when they are computed again."""
+    chosen, has_experts = r["recompute_modules"], r["num_experts"] is not None
+    if chosen == ("core_attn",):
+        return
+    if r["recompute_granularity"] != "selective":
+        r.fail("recompute_modules recompute_granularity", "add --recompute-granularity selective, to which it belongs")
+    if r["recompute"] or r["select_recompute"]:
+        given = "recompute" if r["recompute"] else "select_recompute"
+        r.fail(f"recompute_modules {given}", "both say what is computed again; give one")
+    known = ("core_attn", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts")
+    for module in chosen:
+        if module == "layernorm":
+            r.fail("recompute_modules", "layernorm: its output is kept by what reads it, so nothing would be freed; "
+                   f"choose of {', '.join(known)}")
+        elif module == "mla_up_proj" and not r["multi_latent_attention"]:
+            r.fail("recompute_modules multi_latent_attention", "mla_up_proj is a part of multi-latent attention; leave "
+                   "it out")
+        elif module == "mla_up_proj" and "core_attn" not in chosen:
+            r.fail("recompute_modules", "mla_up_proj: core attention keeps what it gives, so nothing would be freed; "
+                   "add core_attn")
+        elif module not in known:
+            r.fail("recompute_modules", f"knows no {module!r}; choose of {', '.join(known)}")
+        elif module in known[3:] and not has_experts:
+            r.fail("recompute_modules num_experts", f"{module} is a part of layers with experts; leave it out")
+    if "shared_experts" in chosen and has_experts and r["moe_shared_expert_intermediate_size"] is None:
+        r.fail("recompute_modules moe_shared_expert_intermediate_size", "there is no shared expert; leave it out")
+
+
+@_rule
 def run_length(r: Resolution) -> None:
     """A run counts iterations or samples, and so do its schedules."""
     if r["train_samples"] is not None:

@@ -30,6 +30,7 @@ def recompute_activations(r: Resolution) -> None:
             r.fail("recompute_activations recompute_granularity", "ask for two different things; give one")
         r.derive("recompute_granularity", "selective", "recompute_activations")
     r.fill("recompute_granularity", "none", "recompute_activations")
+    r.fill("recompute_modules", ("core_attn",), "recompute_activations")
     if r["recompute_method"] is None:
         r.values["recompute_method"] = "none"
 

@@ -83,7 +83,8 @@ _LANGUAGE_MODEL = """
     num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels hidden_dropout
     attention_dropout fp32_residual_connection apply_residual_connection_post_layernorm add_bias_linear add_qkv_bias
     rotary_interleaved init_method_std apply_query_key_layer_scaling attention_softmax_in_fp32 bias_swiglu_fusion
-    apply_rope_fusion recompute_granularity recompute_method recompute_num_layers normalization
+    apply_rope_fusion recompute_granularity recompute_method recompute_num_layers
+    recompute_modules normalization
 """
 _MODEL_PARALLEL = """
     tensor_model_parallel_size context_parallel_size pipeline_model_parallel_size

@@ -181,11 +181,16 @@ def expert_capacity(r: Resolution) -> None:
 
 @_rule
 def shared_expert(r: Resolution) -> None:
-    """A shared expert has no biases, and its gate needs one."""
+    """A shared expert has no biases; its gate and its overlap with the exchange of rows need one."""
     if r["num_experts"] is None:
         return
     if r["moe_shared_expert_gate"] and r["moe_shared_expert_intermediate_size"] is None:
         r.fail("moe_shared_expert_gate moe_shared_expert_intermediate_size", "gates an expert that is not there")
+    if r["moe_shared_expert_overlap"] and r["moe_shared_expert_intermediate_size"] is None:
+        r.fail("moe_shared_expert_overlap moe_shared_expert_intermediate_size", "there is no shared expert to compute")
+    if r["moe_shared_expert_overlap"] and r["moe_token_dispatcher_type"] != "alltoall":
+        r.fail("moe_shared_expert_overlap moe_token_dispatcher_type",
+               "only rows that go to the ranks of their experts go ahead; add --moe-token-dispatcher-type alltoall")
     if r["moe_shared_expert_intermediate_size"] is not None and r["add_bias_linear"]:
         r.fail("moe_shared_expert_intermediate_size add_bias_linear",
                "a shared expert has no biases; add --disable-bias-linear")

@@ -32,16 +32,28 @@ def expert_parameters(model: TransformerConfig, tp: int = 1) -> ExpertParameters
     return ExpertParameters(router + shared, one)
 
 
-def kept_by_feed_forward(model: TransformerConfig) -> int:
+def kept_by_feed_forward(model: TransformerConfig, *, computed_again: bool = False) -> int:
     """Return the elements of a token that a layer's feed-forward part keeps for backward; with experts, for even loads.
 
     These are the first product and what the second one takes, and of each of a token's experts its row too.
+
+    Args:
+        model: the model.
+        computed_again: count what is computed again in backward as if it were kept.
     """
     products, moe = 3 if model.is_gated else 2, model.moe
+
+    def kept(module: str) -> bool:
+        return computed_again or not model.recomputes(module)
+
     if not moe.num_experts:
-        return model.ffn_hidden_size * products
-    rows = moe.moe_router_topk * (model.hidden_size + moe.moe_ffn_hidden_size * products)
-    return rows + moe.moe_shared_expert_intermediate_size * products
+        return model.ffn_hidden_size * products if kept("mlp") else 0
+    if not kept("moe"):
+        return 0
+    rows = moe.moe_router_topk * (
+        model.hidden_size + moe.moe_ffn_hidden_size * (products if kept("moe_act") else products - 1)
+    )
+    return rows + (moe.moe_shared_expert_intermediate_size * products if kept("shared_experts") else 0)
 
 
 def experts_on_rank(config: AllConfig) -> int:

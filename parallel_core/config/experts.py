@@ -44,6 +44,8 @@ class MoEConfig:
     """Type in which logits are computed: fp32; empty: the activations'."""
     moe_input_jitter_eps: float = 0.0
     """In training, what the router sees is multiplied by numbers from 1 - eps to 1 + eps."""
+    moe_router_force_load_balancing: bool = False
+    """To measure speed: logits are random numbers, drawn anew on every rank, so that loads are even."""
     moe_z_loss_coeff: float = 0.0
     moe_router_load_balancing_type: tuple[str, ...] = ("aux_loss",)
     """Words of `BALANCES`."""
@@ -64,10 +66,14 @@ class MoEConfig:
     """Width of an MLP that every token goes through beside its experts; 0: none."""
     moe_shared_expert_gate: bool = False
     """The shared expert's output is multiplied by the sigmoid of a linear function of its input."""
+    moe_shared_expert_overlap: bool = False
+    """The shared expert is computed while tokens are on their way to other ranks."""
     moe_token_dispatcher_type: str = "allgather"
     """How tokens reach experts on other ranks: alltoall or allgather."""
     moe_layer_recompute: bool = False
     """Experts and router are computed again in backward."""
+    moe_per_layer_logging: bool = False
+    """Losses of routers are told for each layer too, in the files of a run."""
 
     def __post_init__(self) -> None:
         if all(self.moe_layer_freq):

@@ -72,6 +72,7 @@ NOT_DEFINING: dict[str, str] = {
     "moe.moe_router_bias_update_rate": "training alone",
     "moe.moe_router_dtype": _PRECISION,
     "moe.moe_input_jitter_eps": "training alone",
+    "moe.moe_router_force_load_balancing": "measurements of speed alone",
     "moe.moe_z_loss_coeff": "training alone",
     "moe.moe_router_load_balancing_type": "training alone, but for sinkhorn's weights",
     "moe.moe_aux_loss_coeff": "training alone",
@@ -80,10 +81,13 @@ NOT_DEFINING: dict[str, str] = {
     "moe.moe_pad_expert_input_to_capacity": _KERNEL,
     "moe.moe_token_drop_policy": "which tokens are left out",
     "moe.moe_token_dispatcher_type": _KERNEL,
+    "moe.moe_shared_expert_overlap": _KERNEL,
     "moe.moe_layer_recompute": "what is computed again",
+    "moe.moe_per_layer_logging": "what is logged",
     "recompute_granularity": "what is computed again",
     "recompute_method": "what is computed again",
     "recompute_num_layers": "what is computed again",
+    "recompute_modules": "what is computed again",
 }
 
 NAME_OF: dict[str, str] = {field: table.DIRECT[f"model_config.{field}"].name for field in DEFINING}

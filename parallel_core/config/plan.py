@@ -271,6 +271,8 @@ def _kept_heads(model: TransformerConfig) -> tuple[int, int]:
     if not model.mla.multi_latent_attention:
         return 2 * heads * head + 2 * model.num_query_groups * head, 0
     mla = model.mla
+    if model.recomputes("mla_up_proj"):
+        return heads * mla.v_head_dim, mla.q_lora_rank + mla.kv_lora_rank + mla.qk_pos_emb_head_dim
     latents = (mla.q_lora_rank + mla.kv_lora_rank) * (2 if model.qk_layernorm else 1)
     return heads * (2 * head + 2 * mla.v_head_dim), latents + mla.qk_pos_emb_head_dim
 
@@ -292,7 +294,7 @@ def layer_deferred(config: AllConfig) -> int:
         latents = 2 * (mla.q_lora_rank + mla.kv_lora_rank) + mla.qk_pos_emb_head_dim
         heads = model.num_attention_heads * (mla.head_size + mla.qk_head_dim + 2 * mla.v_head_dim)
     inputs = 2 * model.hidden_size // (tp if parallel.sequence_parallel else 1)
-    split = heads + kept_by_feed_forward(model)
+    split = heads + kept_by_feed_forward(model, computed_again=True)
     if model.moe.num_experts:
         split += model.moe.moe_router_topk * model.hidden_size  # the gradient of every row's output
     return tokens * (inputs + 2 * model.hidden_size + latents + split // tp) * BYTES[model.compute_dtype]
@@ -308,7 +310,7 @@ def _kept_by_chunk(config: AllConfig, layout: StageLayout, pp_rank: int, chunk: 
         partly = min(count, parallel.select_recompute[pp_rank][chunk]) if parallel.select_recompute else 0
         return fully * full + max(0, partly - fully) * selective + (count - max(fully, partly)) * plain
     if model.recompute_granularity == "selective":
-        return count * selective
+        return count * (selective if model.recomputes("core_attn") else plain)
     if model.recompute_granularity == "full" and model.recompute_method == "uniform":
         return -(-count // model.recompute_num_layers) * full
     if model.recompute_granularity == "full":
@@ -326,15 +328,17 @@ def _activations(config: AllConfig, layout: StageLayout, pp_rank: int) -> int:
     if model.recompute_granularity == "full" or config.parallel_config.recompute:
         segment = max(1, model.recompute_num_layers) if model.recompute_method == "uniform" else 1
         kept += segment * layer_activations(config, "none")  # The segment that backward is computing again.
+    again = kept_by_feed_forward(model, computed_again=True) - kept_by_feed_forward(model)  # of one layer, likewise
+    tokens = model.seq_length // config.parallel_config.context_parallel_size * data.batch_size
+    kept += again * tokens * BYTES[model.compute_dtype] // config.parallel_config.tensor_model_parallel_size
     if pp_rank == layout.num_ranks - 1:
         tp = config.parallel_config.tensor_model_parallel_size
-        tokens = model.seq_length // config.parallel_config.context_parallel_size * data.batch_size
         depths = model.mtp.mtp_num_layers
         # float32 logits of one microbatch, and of those whose weights' part is late the logits' gradient.
         kept += (1 + -(-late // layout.num_chunks)) * (1 + depths) * tokens * model.vocab_size // tp * 4
         whole = tp if config.parallel_config.sequence_parallel else 1
         joined = 6 * tokens * model.hidden_size * BYTES[model.compute_dtype] // whole  # two norms' inputs and outputs
-        each = layer_activations(config, model.recompute_granularity) + joined
+        each = layer_activations(config, "selective" if model.recomputes("core_attn") else "none") + joined
         kept += depths * (tokens * model.hidden_size * BYTES[model.compute_dtype] // whole
                           if model.recompute_granularity == "full" else each)  # fmt: skip
     return kept

@@ -173,6 +173,9 @@ class TransformerConfig:
     recompute_method: str = "none"
     """For full: uniform (every recompute_num_layers layers one segment) or block (only the first ones)."""
     recompute_num_layers: int = 0
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """For selective: the parts of each layer that are computed again, of core_attn, mlp, mla_up_proj, moe, moe_act,
+    shared_experts."""
 
     def __post_init__(self) -> None:
         has_bias = self.add_bias_linear
@@ -223,6 +226,14 @@ class TransformerConfig:
     def is_rotary(self) -> bool:
         """Whether positions enter by turning queries and keys."""
         return self.position_embedding_type in ROTARY
+
+    def recomputes(self, module: str) -> bool:
+        """Tell whether a part of a layer is computed again by itself in backward; within another one that is, not."""
+        chosen = self.recompute_modules if self.recompute_granularity == "selective" else ()
+        all_of_it = "moe" in chosen or self.moe.moe_layer_recompute
+        if module in ("moe_act", "shared_experts"):
+            return module in chosen and not all_of_it
+        return all_of_it if module == "moe" else module in chosen
 
     @property
     def has_yarn(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -11,7 +12,13 @@ from mindspore import Tensor
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.experts import MoEConfig
 from parallel_core.errors import ConfigError
-from parallel_core.expert_parallel.functions import exchange_rows, put_back, reorder_rows, take_rows
+from parallel_core.expert_parallel.functions import (
+    exchange_rows,
+    exchange_rows_start,
+    put_back,
+    reorder_rows,
+    take_rows,
+)
 from parallel_core.expert_parallel.permutation import Permutation, by_expert, for_ranks, permute
 from parallel_core.expert_parallel.routing import Routing
 from parallel_core.tensor_parallel.mappings import (
@@ -54,13 +61,13 @@ class Dispatched(NamedTuple):
     """Rows for this rank's experts.
 
     Attributes:
-        rows: [N, H], those of one expert together.
+        rows: gives [N, H], those of one expert together, once they are here.
         weights: float32 [N], their routing weights.
         counts: int64 [E / ep].
         state: what `combine` needs.
     """
 
-    rows: Tensor
+    rows: Callable[[], Tensor]
     weights: Tensor
     counts: np.ndarray
     state: Any
@@ -86,7 +93,7 @@ class LocalDispatcher:
         """See `Dispatcher`."""
         order = permute(routing.experts, routing.kept, 0, self.moe.num_experts, _padding(self.moe, routing))
         rows, weights = take_rows(x_TH, weights_TK, order)
-        return Dispatched(rows, weights, order.counts, order)
+        return Dispatched(lambda: rows, weights, order.counts, order)
 
     def combine(self, rows_NH: Tensor, state: Permutation) -> Tensor:
         """See `Dispatcher`."""
@@ -97,11 +104,14 @@ class AllToAllDispatcher:
     """Rows go to the ranks of their expert alone.
 
     Communication: forward one all-gather of E numbers (none when padded to capacity) and all-to-alls of the rows, of
-    their weights and of the outputs; backward the same but the first. A row goes to every rank of its expert.
+    their weights and of the outputs; backward the same but the first. A row goes to every rank of its expert. The rows
+    are on their way from `dispatch` until they are asked for, and so are their gradients in backward, where the shared
+    expert is to be computed meanwhile.
     """
 
     def __init__(self, moe: MoEConfig, groups: ExpertGroups) -> None:
         self.moe, self.groups = moe, groups
+        self._exchange = exchange_rows_start if moe.moe_shared_expert_overlap else _exchange_at_once
 
     def dispatch(self, x_TH: Tensor, weights_TK: Tensor, routing: Routing) -> Dispatched:
         """See `Dispatcher`."""
@@ -116,18 +126,24 @@ class AllToAllDispatcher:
         traffic = np.repeat(of_experts.sum(2), etp.size, 1)  # [from, to]
         order = for_ranks(order, ep.size, etp.size)
         rows, weights = take_rows(x_TH, weights_TK, order)
-        rows = exchange_rows(rows, traffic, group)
+        arriving = self._exchange(rows, traffic, group)
         weights = exchange_rows(weights.reshape(-1, 1), traffic, group)
         own = of_experts[:, ep.rank]
         index = by_expert(own)
         weights = reorder_rows(weights, index).reshape(-1)
-        return Dispatched(reorder_rows(rows, index), weights, own.sum(0), (order, traffic, index))
+        state = (order, traffic, index)
+        return Dispatched(lambda: reorder_rows(arriving(), index), weights, own.sum(0), state)
 
     def combine(self, rows_NH: Tensor, state: tuple[Permutation, np.ndarray, np.ndarray]) -> Tensor:
         """See `Dispatcher`."""
         order, traffic, index = state
         back = reorder_rows(rows_NH, np.argsort(index).astype(np.int32))
         return put_back(exchange_rows(back, np.ascontiguousarray(traffic.T), self.groups.ep_etp), order)
+
+
+def _exchange_at_once(rows: Tensor, traffic: np.ndarray, group: Group) -> Callable[[], Tensor]:
+    arrived = exchange_rows(rows, traffic, group)
+    return lambda: arrived
 
 
 class AllGatherDispatcher:
@@ -149,7 +165,7 @@ class AllGatherDispatcher:
         order = permute(experts, experts >= 0, ep.rank * number, number)
         x = gather_from_sequence_parallel_region(x_TH, group)
         rows, weights = take_rows(x, gather_from_sequence_parallel_region(weights_TK, group), order)
-        return Dispatched(rows, weights, order.counts, order)
+        return Dispatched(lambda: rows, weights, order.counts, order)
 
     def combine(self, rows_NH: Tensor, state: Permutation) -> Tensor:
         """See `Dispatcher`."""

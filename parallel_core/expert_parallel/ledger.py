@@ -34,12 +34,14 @@ class RouterRecord:
         counts: tokens of each expert on this rank, [E].
         seen: tokens of each expert over the microbatches that `global_aux_loss` looks back on, [E].
         microbatches: how many these are.
+        layer: the number of its layer; those behind the model's last follow it.
     """
 
     bias: Parameter | None
     counts: np.ndarray
     seen: np.ndarray
     microbatches: int = 0
+    layer: int = 0
 
 
 @dataclass
@@ -72,10 +74,10 @@ class RoutingLedger:
         self.strength = 1.0
         """Factor of every routing loss of a microbatch in its gradient, before data parallel averaging."""
 
-    def add_router(self, bias: Parameter | None) -> RouterRecord:
+    def add_router(self, bias: Parameter | None, layer: int = 0) -> RouterRecord:
         """Take a router in."""
         zeros = np.zeros(self.moe.num_experts, np.float32)
-        record = RouterRecord(bias, zeros, zeros)
+        record = RouterRecord(bias, zeros, zeros, layer=layer)
         self._records.append(record)
         return record
 
@@ -98,6 +100,12 @@ class RoutingLedger:
         pair = self._numbers[name]
         pair[0] += value
         pair[1] += number
+
+    def tell_loss(self, record: RouterRecord, name: str, value: float) -> None:
+        """Add one microbatch's loss of a router, and where it is asked for the one layer's."""
+        self.tell(name, value)
+        if self.moe.moe_per_layer_logging:
+            self.tell(f"moe/{name}_layer_{record.layer}", value)
 
     @property
     def parts(self) -> int:

@@ -44,7 +44,7 @@ def recompute_plan(
         segments = tuple(range(i, i + 1) for i in range(full))
         return RecomputePlan(segments, listed(parallel.select_recompute), regather)
     if model.recompute_granularity == "selective":
-        return RecomputePlan((), num_layers, regather)
+        return RecomputePlan((), num_layers if model.recomputes("core_attn") else 0, regather)
     if model.recompute_granularity == "full":
         step = model.recompute_num_layers
         if model.recompute_method == "uniform":

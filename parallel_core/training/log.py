@@ -202,8 +202,8 @@ _SHOWN = {"params_norm": "Params norm", "num_zeros_in_grad": "Zeros in grad"}
 
 
 def _other_losses(report: StepReport) -> str:
-    """Return what is reported beside the loss itself, such as the losses and loads of experts."""
-    others = [(name, value) for name, value in report.losses.items() if name != "lm loss"]
+    """Return what is reported beside the loss itself, such as the losses and loads of experts; not layer by layer."""
+    others = [(name, value) for name, value in report.losses.items() if name != "lm loss" and "/" not in name]
     return "".join(f"{name}: {format_loss(value, 6)}, " for name, value in others)
 
 

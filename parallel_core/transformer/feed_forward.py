@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mindspore import nn
 
-from parallel_core.transformer.mlp import MLP
 from parallel_core.transformer.moe.layer import MoELayer
+from parallel_core.transformer.recomputed import make_mlp
 from parallel_core.transformer.stage import ModelStage
 
 
@@ -15,5 +15,6 @@ def make_feed_forward(stage: ModelStage, layer_number: int, *, regather_input: b
     A model may bring its own by `ModelStage.make_mlp`, in this signature.
     """
     name = f"{stage.config.layer_name(layer_number)}.mlp"
-    kind = MoELayer if stage.config.moe.has_experts(layer_number) else MLP
-    return kind(stage, name, regather_input=regather_input)
+    if stage.config.moe.has_experts(layer_number):
+        return MoELayer(stage, name, regather_input=regather_input)
+    return make_mlp(stage, name, "mlp", regather_input=regather_input)

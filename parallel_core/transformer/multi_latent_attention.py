@@ -121,6 +121,7 @@ class MultiLatentAttention(nn.Cell):
         self.kv_layernorm = latent_norm(mla.kv_lora_rank, "kv_layernorm")
         self.core_attention = (stage.make_core_attention or CoreAttention)(stage, layer_number, name)
         self.rotary = RotaryEmbedding(config)
+        self.recompute_heads = recompute_core and config.recomputes("mla_up_proj")
         self._make_heads = ops.latent_heads if config.apply_rope_fusion else reference.latent_heads
 
     def construct(
@@ -136,29 +137,44 @@ class MultiLatentAttention(nn.Cell):
         Returns:
             The output in hidden's shape, before the bias of the projection, and that bias [H].
         """
-        heads = self._heads(hidden, positions)
+        latents = self._latents(hidden)
         masks = () if document_start_BS is None else (document_start_BS,)
-        if self.recompute_core:
-            context = recompute(self.core_attention, (*heads, *masks), (), self.streams)
+        if self.recompute_heads:
+
+            def attend(query: Tensor, latent: Tensor, k_pos: Tensor, *masks: Tensor) -> Tensor:
+                return self.core_attention(*self._heads(query, latent, k_pos, positions), *masks)
+
+            to_queries = self.linear_q_proj if self.linear_q_down_proj is None else self.linear_q_up_proj
+            cells = (to_queries, self.q_layernorm, self.linear_kv_up_proj, self.kv_layernorm)
+            parameters = [p for cell in cells if cell is not None for p in cell.trainable_params()]
+            context = recompute(attend, (*latents, *masks), parameters, self.streams)
+        elif self.recompute_core:
+            context = recompute(self.core_attention, (*self._heads(*latents, positions), *masks), (), self.streams)
         else:
-            context = self.core_attention(*heads, *masks)
+            context = self.core_attention(*self._heads(*latents, positions), *masks)
         return self.linear_proj(context)
 
-    def _heads(self, hidden: Tensor, positions: np.ndarray | None) -> tuple[Tensor, ...]:
-        """Return queries, keys [S, B, N, X] and values [S, B, N, v_head_dim] of this rank's heads."""
-        if self.linear_q_down_proj is None:
-            query, _ = self.linear_q_proj(hidden)
-        else:
-            latent, _ = self.linear_q_down_proj(hidden)
-            query, _ = self.linear_q_up_proj(latent if self.q_layernorm is None else self.q_layernorm(latent))
+    def _latents(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what queries, and keys with values, are projected from, and the channels that all keys share."""
+        query = hidden
+        if self.linear_q_down_proj is not None:
+            query, _ = self.linear_q_down_proj(hidden)
         both, _ = self.linear_kv_down_proj(hidden)
         latent, k_pos = ops.split_last_dim(both, (self.kv_lora_rank, self.rotary_size))
-        key_value, _ = self.linear_kv_up_proj(latent if self.kv_layernorm is None else self.kv_layernorm(latent))
         # Every rank uses the shared channels in its own heads alone: their gradient is the sum over all ranks.
         if self.sequence_parallel:
             k_pos = gather_from_sequence_parallel_region(k_pos, self.tp_group)
         else:
             k_pos = copy_to_tensor_model_parallel_region(k_pos, self.tp_group)
+        return query, latent, k_pos
+
+    def _heads(self, query: Tensor, latent: Tensor, k_pos: Tensor, positions: np.ndarray | None) -> tuple[Tensor, ...]:
+        """Return queries, keys [S, B, N, X] and values [S, B, N, v_head_dim] of this rank's heads."""
+        if self.linear_q_down_proj is None:
+            query, _ = self.linear_q_proj(query)
+        else:
+            query, _ = self.linear_q_up_proj(query if self.q_layernorm is None else self.q_layernorm(query))
+        key_value, _ = self.linear_kv_up_proj(latent if self.kv_layernorm is None else self.kv_layernorm(latent))
         S, B, _ = query.shape
         tables = self.rotary.tables(S, self._positions(S) if positions is None else positions)
         query, key_value = (x.reshape(S, B, self.num_heads, -1) for x in (query, key_value))

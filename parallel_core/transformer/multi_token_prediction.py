@@ -91,7 +91,7 @@ class MultiTokenPredictionLayer(nn.Cell):
             name=f"{name}.eh_proj",
         )
         self.transformer_layer = TransformerLayer(
-            stage, config.num_layers + depth, recompute_core_attention=config.recompute_granularity == "selective"
+            stage, config.num_layers + depth, recompute_core_attention=config.recomputes("core_attn")
         )
         self.final_layernorm = make_norm(config, f"{name}.final_layernorm", partial_gradient=partial)
 

@@ -10,8 +10,12 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.config.experts import LOSS_NAMES, MoEConfig
+from parallel_core.config.multi_token import MTPConfig
+from parallel_core.expert_parallel.functions import all_to_all_rows_start
 from parallel_core.expert_parallel.ledger import RoutingLedger
+from parallel_core.layout.shard import shard_of
 from tests.helpers.cases import CaseContext, case
+from tests.ranks.cases_latent_attention import MODEL as LATENT
 from tests.ranks.cases_layouts import settings
 from tests.ranks.support import (
     LLAMA,
@@ -36,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_load_balancing_type": tuple(LOSS_NAMES),
         "moe_aux_loss_coeff": (2e-2, 1e-2, 3e-2),
         "moe_z_loss_coeff": 1e-2,
+        "moe_per_layer_logging": True,
     },
     "sigmoid": {
         "num_experts": 8,
@@ -72,9 +77,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def run_of(model: str, layout: str, **training: Any) -> Tiny:
-    """Return the run of a model in a layout: words of `settings`, epN, etpN, a dispatcher, moe or full (recomputed)."""
-    words, parallel, moe = [], {}, dict(MODELS[model])
-    extra: dict[str, Any] = {}
+    """Return the run of a model in a layout: words of `settings`, epN, etpN, a dispatcher, moe or full (recomputed).
+
+    A model is one of `MODELS`, with latent attention (`sigmoid+mla`), multi-token prediction (`sigmoid+mtp`) or both.
+    """
+    name, *more = model.split("+")
+    words, parallel, moe = [], {}, dict(MODELS[name])
+    extra: dict[str, Any] = dict(LATENT) if "mla" in more else {}
+    if "mtp" in more:
+        extra |= {"mtp": MTPConfig(mtp_num_layers=1, mtp_loss_scaling_factor=0.5), "position_embedding_type": "rope"}
     for word in layout.split():
         if word.startswith("etp"):
             parallel["expert_tensor_parallel_size"] = int(word[3:])
@@ -82,10 +93,14 @@ def run_of(model: str, layout: str, **training: Any) -> Tiny:
             parallel["expert_model_parallel_size"] = int(word[2:])
         elif word in ("alltoall", "allgather"):
             moe["moe_token_dispatcher_type"] = word
+        elif word == "ahead":
+            moe["moe_shared_expert_overlap"] = True
         elif word == "moe":
             moe["moe_layer_recompute"] = True
         elif word == "full":
-            extra = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+            extra |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        elif word == "act":
+            extra |= {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe_act", "mlp")}
         else:
             words.append(word)
     tiny = settings(" ".join(words)).with_(model={**LLAMA.model, **extra}, parallel=parallel, training=training)
@@ -159,7 +174,7 @@ OF_2 = """
     softmax: tp2 sp etp1 allgather
     sigmoid: tp2 sp alltoall
     sigmoid: pp2 vpp2 moe
-    sigmoid: tp2 sp ep2 etp1 distopt alltoall
+    sigmoid: tp2 sp ep2 etp1 distopt alltoall ahead
     capacity: ep2 alltoall
     padded: ep2 alltoall
     one: ep2 allgather
@@ -169,7 +184,7 @@ OF_4 = """
     softmax: tp2 sp ep2 etp1 pp2 alltoall full
     softmax: cp2 ep4 alltoall
     sigmoid: pp2 ep2 allgather
-    sigmoid: ep2 distopt overlap alltoall moe
+    sigmoid: ep2 distopt overlap alltoall moe ahead
 """
 SLOW_OF_2 = """
     softmax: ep2 allgather
@@ -184,7 +199,7 @@ SLOW_OF_4 = """
     softmax: tp4 sp ep4 etp1 allgather
     softmax: tp2 cp2 sp ep2 allgather
     sigmoid: tp2 sp ep2 allgather
-    sigmoid: ep4 alltoall distopt
+    sigmoid: ep4 alltoall distopt ahead
     sigmoid: pp2 vpp2 ep2 alltoall distopt
     sigmoid: tp2 sp pp2 etp1 ep2 alltoall moe
     capacity: pp2 ep2 alltoall
@@ -224,7 +239,7 @@ def drawn(seed: int, ranks: int) -> tuple[str, str]:
     while True:
         tp, pp, cp = (rng.choice((1, 1, 2, 4)) for _ in range(3))
         etp, ep = rng.choice((1, 2)), rng.choice((1, 2, 4))
-        model = rng.choice(("softmax", "sigmoid"))
+        model = rng.choice(("softmax", "sigmoid")) + rng.choice(("", "+mla", "+mtp", "+mla+mtp"))
         if ranks % (tp * pp * cp) or ranks % (etp * ep * pp) or pp > 2:
             continue
         if 8 % (2 * cp * tp):
@@ -233,13 +248,69 @@ def drawn(seed: int, ranks: int) -> tuple[str, str]:
         words += [f"pp{pp}"] if pp > 1 else []
         words += [f"cp{cp}", rng.choice(("p2p", "all_gather"))] if cp > 1 else []
         words += [f"ep{ep}", f"etp{etp}", rng.choice(("alltoall", "allgather"))]
-        words += rng.choice(([], ["distopt"], ["distopt", "overlap"], ["moe"], ["full"]))
+        words += rng.choice(([], ["distopt"], ["distopt", "overlap"], ["moe"], ["act"], ["full"]))
         return model, " ".join(words)
 
 
 @case(world_size=4, variants=[{"seed": seed} for seed in range(12)], slow=True)
 def test_drawn_layouts_train_like_one(ctx: CaseContext, seed: int) -> None:
     check(ctx, *drawn(seed, ctx.world_size))
+
+
+# ---- where experts of different ranks are easily taken for one another ----------------------------------------------
+def experts_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value for name, value in tensors.items() if ".experts." in name}
+
+
+@case(world_size=2)
+def test_as_many_ranks_share_experts_as_were_asked_for_and_start_from_different_ones(ctx: CaseContext) -> None:
+    """Expert e starts from the same values wherever it is, and no two experts start alike."""
+    tiny = run_of("softmax", "ep2 alltoall")
+    run = TinyRun(tiny, context_of(ctx, tiny))
+    assert run.context.ep.size == 2
+    of_rank = {shard_of(p).name: p for p, _ in run.step.ddp.parameters()}
+    one = from_rank_0(ctx, lambda: TinyRun(run_of("softmax", ""), parallel_context(0, 1)).parameters())
+    for name, whole in experts_of(one).items():
+        own = of_rank[name].asnumpy()
+        assert len(own) == len(whole) / 2
+        np.testing.assert_array_equal(own, whole[2 * ctx.rank : 2 * ctx.rank + 2])
+        assert all(np.abs(whole[a] - whole[b]).max() > 1e-3 for a in range(4) for b in range(a))
+
+
+CLIPPED = {"clip_grad": 0.01}
+
+
+@case(world_size=2)
+def test_experts_gradients_are_not_averaged_over_ranks_of_other_experts(ctx: CaseContext) -> None:
+    """And ranks of different experts clip by one norm, so that what they share stays the same to the bit."""
+    got, want = both(ctx, "ep2 alltoall", CLIPPED)
+    assert_close(experts_of(got["gradients"]), experts_of(want["gradients"]), 20 * RTOL)
+    norms = gather_values(world_group(ctx), got["norm"])
+    assert norms[0] == norms[1] and abs(norms[0] / want["norm"] - 1) < 10 * RTOL
+    assert norms[0] > 2 * CLIPPED["clip_grad"], "nothing was clipped"
+    assert_close(got["parameters"], want["parameters"], 20 * RTOL)
+
+
+@case(world_size=2)
+def test_the_routers_weight_has_the_gradient_of_all_positions(ctx: CaseContext) -> None:
+    """Every tensor parallel rank has it whole and sees a part of the sequence."""
+    got, want = both(ctx, "tp2 sp alltoall")
+    routers = [name for name in want["gradients"] if name.endswith("router.weight")]
+    assert len(routers) == 4
+    assert_close({n: got["gradients"][n] for n in routers}, {n: want["gradients"][n] for n in routers}, 20 * RTOL)
+
+
+def both(ctx: CaseContext, layout: str, optimizer: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return what an iteration does in a layout and in one process; copies of a tensor agree to the bit."""
+    mine, one = (run_of("softmax", words).with_(optimizer=optimizer or {}) for words in (layout, ""))
+    want = from_rank_0(ctx, lambda: one_iteration(TinyRun(one, parallel_context(0, 1))))
+    return [one_iteration(TinyRun(mine, context_of(ctx, mine))), want]
+
+
+def one_iteration(run: TinyRun) -> dict[str, Any]:
+    """Train an iteration; collective."""
+    (report,) = run.train()
+    return {"norm": report.grad_norm, "gradients": run.gradients(), "parameters": run.parameters()}
 
 
 # ---- the exchange ---------------------------------------------------------------------------------------------------
@@ -261,6 +332,8 @@ def test_rows_arrive_in_the_order_of_ranks(ctx: CaseContext, kind: str) -> None:
     got = group.all_to_all_rows(Tensor(rows[ctx.rank]), counts.astype(np.int64)).asnumpy()
     want = np.concatenate([np.full((counts[s, ctx.rank], 65), 10 * s + ctx.rank, np.float32) for s in range(size)])
     np.testing.assert_array_equal(got, want)
+    ahead = all_to_all_rows_start(group, Tensor(rows[ctx.rank]), counts.astype(np.int64))
+    np.testing.assert_array_equal(ahead.wait().asnumpy(), want)
 
 
 # ---- one meaning of the global loss ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint, nn
 
 from parallel_core import ops
-from parallel_core.expert_parallel.functions import add_expert_bias, grouped_linear
+from parallel_core.expert_parallel.functions import activated_grouped_linear, add_expert_bias, grouped_linear
 from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.tensor_parallel.parameter import constant, make_parameter
 from parallel_core.transformer.stage import ModelStage
@@ -29,6 +29,7 @@ class GroupedMLP(nn.Cell):
         E, H, F = config.moe.num_experts, config.hidden_size, config.moe.moe_ffn_hidden_size
         parts = 2 if config.is_gated else 1
         self.hidden_act, self.probs_on_input = config.hidden_act, config.moe.moe_apply_probs_on_input
+        self.recomputed_act = config.recomputes("moe_act")
         experts = Cut("ep", 0, groups.ep.rank, groups.ep.size)
         etp_axis, etp = groups.etp_axis, groups.etp
         traits = {"replicas": groups.replicas}
@@ -66,7 +67,10 @@ class GroupedMLP(nn.Cell):
         if self.fc1_bias is not None:
             wide = add_expert_bias(wide, self.fc1_bias, None, counts)
         factor = mint.ones((wide.shape[0],)) if scale is None else scale
-        narrow = grouped_linear(ops.scaled_activation(wide, factor, self.hidden_act), self.fc2_weight, counts)
+        if self.recomputed_act:
+            narrow = activated_grouped_linear(wide, factor, self.fc2_weight, counts, self.hidden_act)
+        else:
+            narrow = grouped_linear(ops.scaled_activation(wide, factor, self.hidden_act), self.fc2_weight, counts)
         if self.fc2_bias is not None:
             narrow = add_expert_bias(narrow, self.fc2_bias, scale, counts)
         return narrow

@@ -12,6 +12,7 @@ from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.mlp import MLP
 from parallel_core.transformer.moe.experts import GroupedMLP
 from parallel_core.transformer.moe.router import TopKRouter
+from parallel_core.transformer.recomputed import make_mlp
 from parallel_core.transformer.stage import ModelStage
 
 
@@ -33,13 +34,16 @@ class MoELayer(nn.Cell):
         self.router = TopKRouter(stage, f"{name}.router")
         self.experts = GroupedMLP(stage, f"{name}.experts.experts")
         self.dispatcher = make_dispatcher(moe, stage.expert_groups)
-        self.recomputed, self.streams = moe.moe_layer_recompute, stage.streams
+        self.recomputed, self.streams = config.recomputes("moe"), stage.streams
+        self.overlaps = moe.moe_shared_expert_overlap
         self.shared_experts: MLP | None = None
         self.shared_gate: Parameter | None = None
         if moe.moe_shared_expert_intermediate_size:
             shared = f"{name}.shared_experts"
             width = moe.moe_shared_expert_intermediate_size
-            self.shared_experts = MLP(stage, shared, regather_input=regather_input, ffn_hidden_size=width)
+            self.shared_experts = make_mlp(
+                stage, shared, "shared_experts", regather_input=regather_input, ffn_hidden_size=width
+            )
             if moe.moe_shared_expert_gate:
                 partial = stage.sequence_parallel and stage.tp_group.size > 1
                 gate = TensorShard.full(f"{shared}.gate_weight", (1, config.hidden_size), "float32")
@@ -56,10 +60,12 @@ class MoELayer(nn.Cell):
 
     def _run(self, hidden: Tensor) -> Tensor:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        shared = self._shared(hidden)
+        shared = None if self.overlaps else self._shared(hidden)
         weights, routing = self.router(x_TH, hidden.shape[1])
         rows, scale, counts, state = self.dispatcher.dispatch(x_TH, weights, routing)
-        output = self.dispatcher.combine(self.experts(rows, scale, counts), state).reshape(hidden.shape)
+        if self.overlaps:
+            shared = self._shared(hidden)
+        output = self.dispatcher.combine(self.experts(rows(), scale, counts), state).reshape(hidden.shape)
         return output if shared is None else output + shared
 
     def _shared(self, hidden: Tensor) -> Tensor | None:

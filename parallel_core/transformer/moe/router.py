@@ -55,7 +55,9 @@ class TopKRouter(nn.Cell):
             shard = TensorShard.full(f"{name}.expert_bias", (self.moe.num_experts,), "float32")
             self.expert_bias = make_parameter(shard, constant(0.0))
             self.expert_bias.requires_grad = False
-        self.record = self.ledger.add_router(self.expert_bias)
+        layer = int(name.partition("layers.")[2].partition(".")[0] or 0)
+        behind = config.num_layers if name.startswith("mtp.") else 0
+        self.record = self.ledger.add_router(self.expert_bias, behind + layer)
 
     def construct(self, x_TH: Tensor, batch: int) -> tuple[Tensor, Routing]:
         """Return the routing weights, float32 [T, K], and what was decided.
@@ -67,14 +69,32 @@ class TopKRouter(nn.Cell):
         if self.moe.moe_input_jitter_eps and self.streams.training:
             x_TH = x_TH * self._jitter(x_TH)
         logits, _ = self.gate(ops.cast(x_TH, ms.float32) if self.moe.moe_router_dtype else x_TH)
+        logits = ops.cast(logits, ms.float32)
+        if self.moe.moe_router_force_load_balancing:
+            draws = self._generator("forced").standard_normal(logits.shape, np.float32)
+            logits = _InPlaceOf.apply(logits, Tensor.from_numpy(draws))
         call = _Call(self, batch)
-        weights = _Route.apply(ops.cast(logits, ms.float32), call)
+        weights = _Route.apply(logits, call)
         return weights, call.routing
 
     def _jitter(self, x: Tensor) -> Tensor:
-        eps = self.moe.moe_input_jitter_eps
-        rng = np.random.Generator(np.random.Philox(key=self.streams.seeds(f"{self.name}.jitter", self.is_cut)))
-        return Tensor((1 + eps * (2 * rng.random(x.shape, np.float32) - 1)).astype(np.float32)).astype(x.dtype)
+        eps, draws = self.moe.moe_input_jitter_eps, self._generator("jitter").random(x.shape, np.float32)
+        return Tensor((1 + eps * (2 * draws - 1)).astype(np.float32)).astype(x.dtype)
+
+    def _generator(self, site: str) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self.streams.seeds(f"{self.name}.{site}", self.is_cut)))
+
+
+class _InPlaceOf(Function):
+    """Other values, whose gradients go where those of the first ones would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None
 
 
 class _Call:
@@ -146,11 +166,11 @@ def add_losses(
             dscores += np.float32(coefficient * strength) * slope
             share = float((slope * values).sum(dtype=np.float64))
             together = ledger.dp.size if kind == "global_aux_loss" and _is_megatrons(ledger) else 1
-            ledger.tell(LOSS_NAMES[kind], share * ledger.parts * together)
+            ledger.tell_loss(record, LOSS_NAMES[kind], share * ledger.parts * together)
         gradient += scores.grad_logits(dscores.reshape(T, E))
     if moe.moe_z_loss_coeff:
         value, slope = z_loss(logits)
-        ledger.tell("z_loss", value)
+        ledger.tell_loss(record, "z_loss", value)
         gradient += np.float32(moe.moe_z_loss_coeff * strength / ledger.parts) * slope
     return gradient
 

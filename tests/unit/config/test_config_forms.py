@@ -154,6 +154,17 @@ def test_the_seeds_own_yaml():
     assert loaded.world_size == 32
 
 
+def test_the_seeds_experts_in_megatrons_words(tmp_path):
+    """`moe_config` of the older system: one expert there is no mixture, and a capacity keeps the first tokens."""
+    block = "moe_config: {expert_num: 8, num_experts_chosen: 1, capacity_factor: 1.1, aux_loss_factor: 0.05}\n"
+    moe = from_text(tmp_path, FLAT + block + "sequence_parallel: true\n").config.model_config.moe
+    assert (moe.num_experts, moe.moe_router_topk, moe.moe_router_pre_softmax) == (8, 1, True)
+    assert (moe.moe_expert_capacity_factor, moe.moe_token_drop_policy) == (1.1, "position")
+    assert moe.moe_aux_loss_coeff == (0.05,) and moe.moe_router_load_balancing_type == ("aux_loss",)
+    none = from_text(tmp_path, FLAT + block.replace("expert_num: 8", "expert_num: 1"))
+    assert none.config.model_config.moe.num_experts == 0
+
+
 def test_layer_list_of_a_wrong_shape_is_refused(tmp_path):
     text = (GOLDEN / "seed_001.yaml").read_text().replace(
         "[[4,4,4,4],[4,4,4,4],[4,4,4,4],[4,4,4,2]]", "[[16,16,16,14]]").replace(
@@ -173,6 +184,7 @@ def test_layer_list_of_a_wrong_shape_is_refused(tmp_path):
     ("lr: [1, 2]", r"c.yaml:1: lr is \[1, 2\]; it takes a number"),
     ("bf16: maybe", r"c.yaml:1: bf16 is 'maybe'; it takes true or false"),
     ("normalization: BatchNorm", r"normalization is 'BatchNorm'; it takes LayerNorm, RMSNorm"),
+    ("num_experts: 4\nmoe_router_dtype: fp64", r"c.yaml:2: moe_router_dtype is 'fp64'; it takes fp32"),
     ("- 4", r"c.yaml:1: holds no keys"),
     ("num_layers: [", r"c.yaml:\d+: not YAML"),
     ("num_layers: 4\nencoder_num_layers: 5", r"two values for num_layers; give one"),

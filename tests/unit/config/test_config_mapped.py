@@ -43,6 +43,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "apply_rope_fusion": ("--position-embedding-type rope", ""), "recompute_granularity": ("", "selective"),
     "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
     "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),
+    "recompute_modules": ("--recompute-granularity selective", "core_attn mlp"),
     "pre_tockens": ("", "100"), "window_size": ("", "8 0"),
     "use_rope_scaling": (ROPE, ""), "window_attn_skip_freq": ("--pre-tockens 8", "[1,0]*2"),
     "rope_scaling_factor": (ROPE + " --use-rope-scaling", "4"),
@@ -120,6 +121,10 @@ SPECIAL |= {
     "moe_shared_expert_intermediate_size": (SHARED, "32"),
     "moe_shared_expert_gate": (SHARED + " --moe-shared-expert-intermediate-size 32", ""),
     "moe_token_dispatcher_type": (MOE, "alltoall"), "moe_layer_recompute": (MOE, ""),
+    "moe_shared_expert_overlap": (
+        f"{MOE} --moe-shared-expert-intermediate-size 8 --disable-bias-linear --moe-token-dispatcher-type alltoall", ""
+    ),
+    "moe_router_force_load_balancing": (MOE, ""), "moe_per_layer_logging": (MOE, ""),
     "expert_model_parallel_size": (MOE, "2"),
     "expert_tensor_parallel_size": (SHARED + " --tensor-model-parallel-size 2 --sequence-parallel", "1"),
 }

@@ -166,6 +166,7 @@ def test_every_derivation_has_a_case():
 
 
 MOE = "--num-experts 4"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
 SIGMOID = f"{MOE} --moe-router-score-function sigmoid"
 # rule, flags, what the message says
 REFUSED = [
@@ -336,6 +337,16 @@ REFUSED = [
     ("precision", "--fp32-residual-connection", "needs fp16 or bf16"),
     ("precision", "--grad-reduce-in-bf16", "needs bf16"),
     ("precision", "--apply-query-key-layer-scaling --use-flash-attn", "cannot scale by layer"),
+    ("shared_expert", f"{MOE} --moe-shared-expert-overlap", "there is no shared expert to compute"),
+    ("shared_expert", f"{MOE} --moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8 "
+     "--disable-bias-linear", "only rows that go to the ranks of their experts go ahead"),
+    ("recomputed_modules", "--recompute-modules mlp", "add --recompute-granularity selective"),
+    ("recomputed_modules", f"{SELECTIVE} layernorm", "its output is kept by what reads it, so nothing would be freed"),
+    ("recomputed_modules", f"{SELECTIVE} mla_up_proj", "mla_up_proj is a part of multi-latent attention"),
+    ("recomputed_modules", f"{LATENT} {SELECTIVE} mla_up_proj", "nothing would be freed; add core_attn"),
+    ("recomputed_modules", f"{SELECTIVE} everything", "knows no 'everything'; choose of core_attn, mlp, mla_up_proj"),
+    ("recomputed_modules", f"{SELECTIVE} moe_act", "moe_act is a part of layers with experts; leave it out"),
+    ("recomputed_modules", f"{MOE} {SELECTIVE} shared_experts", "there is no shared expert; leave it out"),
     ("recomputation", "--recompute-granularity full", "full needs recompute_method (uniform or block)"),
     ("recomputation", "--recompute-granularity selective --recompute-method block", "belongs to recompute_granularity"),
     ("recomputation", "--recompute-num-layers 1", "belongs to recompute_granularity full, which is none"),

@@ -340,9 +340,15 @@ ELSEWHERE = {
     "use_lora": "tests/unit/adapt/test_lora_runs.py::test_the_seeds_words_ask_for_the_same",
     "moe_global_aux_loss_form":
         "tests/ranks/cases_experts.py::test_a_microbatch_is_compared_with_those_before_it_in_every_layout",
+    "moe_router_force_load_balancing":
+        "tests/unit/transformer/test_experts.py::test_forced_loads_are_random_and_gradients_pass_through",
+    "moe_shared_expert_overlap":
+        "tests/unit/transformer/test_experts.py::test_the_shared_expert_is_computed_while_rows_are_on_their_way",
+    "moe_per_layer_logging": "tests/unit/transformer/test_experts.py::test_losses_of_each_layer_are_told_on_request",
     "moe_pad_expert_input_to_capacity":
         "tests/unit/transformer/test_experts.py::test_padding_gives_every_expert_its_rows",
-    "moe_layer_recompute": "tests/unit/transformer/test_experts.py::test_recomputation_routes_again_and_counts_once",
+    "recompute_modules": "tests/unit/transformer/test_experts.py::test_parts_that_are_computed_again",
+    "moe_layer_recompute": "tests/unit/transformer/test_experts.py::test_parts_that_are_computed_again",
     "moe_token_dispatcher_type": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
     "expert_model_parallel_size": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
     "expert_tensor_parallel_size": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",

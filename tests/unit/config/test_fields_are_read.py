@@ -22,6 +22,8 @@ WITHIN_THE_CONFIG = {
     "model_config.moe.moe_layer_freq": "MoEConfig.has_experts",
     "model_config.moe.moe_expert_capacity_factor": "MoEConfig.capacity",
     "model_config.moe.moe_aux_loss_coeff": "MoEConfig.balancing_losses",
+    "model_config.recompute_modules": "TransformerConfig.recomputes",
+    "model_config.moe.moe_layer_recompute": "TransformerConfig.recomputes",
     # Refused unless they ask for nothing.
     "model_config.fa_config.next_tokens": "refused above 0",
 }

@@ -12,15 +12,19 @@ from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.autograd import backward
+from parallel_core.comm.interface import Done, SoloGroup
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.schema import TransformerConfig
+from parallel_core.expert_parallel.dispatch import ExpertGroups
 from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.expert_parallel.permutation import by_expert, for_ranks, permute
 from parallel_core.expert_parallel.routing import grad_logits, route, sinkhorn, top_k, within_capacity
 from parallel_core.layout.shard import shard_of
+from parallel_core.transformer.mlp import MLP
 from parallel_core.transformer.moe import router as router_module
 from parallel_core.transformer.moe.layer import MoELayer
 from parallel_core.transformer.moe.router import add_losses
+from parallel_core.transformer.recomputed import make_mlp
 from parallel_core.transformer.stage import ModelStage
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
@@ -41,7 +45,7 @@ def make(moe: dict[str, Any] | None = None, **model: Any) -> MoELayer:
     return MoELayer(ModelStage(made, ledger=RoutingLedger(made.moe)), "mlp")
 
 
-def run(layer: MoELayer, hidden: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def run(layer: ms.nn.Cell, hidden: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Return the output, the input's gradient and the parameters'."""
 
     class Cell(ms.nn.Cell):
@@ -346,19 +350,129 @@ def test_biases_of_experts():
     assert out.shape == hidden.shape
 
 
-def test_recomputation_routes_again_and_counts_once(monkeypatch):
+AGAIN = {"recompute_granularity": "selective"}
+
+
+@pytest.mark.parametrize(
+    ("moe", "model", "counts"),
+    [
+        ({"moe_layer_recompute": True}, {}, (2, 2, 2)),
+        ({}, {**AGAIN, "recompute_modules": ("core_attn", "moe")}, (2, 2, 2)),
+        ({}, {**AGAIN, "recompute_modules": ("moe", "moe_act", "shared_experts")}, (2, 2, 2)),
+        ({}, {**AGAIN, "recompute_modules": ("moe_act",)}, (1, 3, 1)),  # once for its output, once for its gradient
+        ({}, {**AGAIN, "recompute_modules": ("shared_experts", "mlp")}, (1, 1, 2)),
+    ],
+)
+def test_parts_that_are_computed_again(monkeypatch, moe, model, counts):
+    """Gradients and what is counted of routing are those of one pass, to the last bit."""
     hidden, dy = inputs()
     calls, results = [], []
-    monkeypatch.setattr(router_module, "route", lambda *a: calls.append(1) or route(*a))
-    for recomputed in (False, True):
+    counted = (
+        (router_module, "route", router_module.route), (ops, "scaled_activation", ops.scaled_activation),
+        (MLP, "construct", MLP.construct),
+    )  # fmt: skip
+    for where, name, function in counted:
+        monkeypatch.setattr(where, name, lambda *a, n=name, f=function: calls.append(n) or f(*a))
+    for changed, again in (({}, {}), (moe, model)):
         calls.clear()
-        layer = make({"moe_layer_recompute": recomputed, "moe_aux_loss_coeff": (0.1,), **SHARED})
-        results.append((*run(layer, hidden, dy), layer.router.ledger.finish_iteration(True), len(calls)))
+        layer = make({"moe_aux_loss_coeff": (0.1,), **SHARED, **changed}, **again)
+        results.append((*run(layer, hidden, dy), layer.router.ledger.finish_iteration(True), calls.copy()))
     plain, again = results
-    assert (plain[4], again[4]) == (1, 2) and plain[3] == again[3] and plain[3]["dropped_share"] == (0.0, 2 * S * B)
+    assert tuple(again[4].count(name) for _, name, _ in counted) == counts
+    assert plain[3] == again[3] and plain[3]["dropped_share"] == (0.0, 2 * S * B)
     np.testing.assert_array_equal(plain[0], again[0])
+    np.testing.assert_array_equal(plain[1], again[1])
     for name, gradient in plain[2].items():
         np.testing.assert_array_equal(again[2][name], gradient, err_msg=name)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_that_is_computed_again(monkeypatch, bias):
+    hidden, dy = inputs()
+    calls, results = [], []
+    once = MLP.construct
+    monkeypatch.setattr(MLP, "construct", lambda *a: calls.append(1) or once(*a))
+    for model in ({}, {**AGAIN, "recompute_modules": ("mlp",)}):
+        calls.clear()
+        made = config({"num_experts": 0}, add_bias_linear=bias, hidden_act="gelu_tanh", **model)
+        results.append((*run(make_mlp(ModelStage(made), "mlp", "mlp"), hidden, dy), len(calls)))
+    plain, again = results
+    assert (plain[3], again[3]) == (1, 2)
+    np.testing.assert_array_equal(plain[1], again[1])
+    for name, gradient in plain[2].items():
+        np.testing.assert_array_equal(again[2][name], gradient, err_msg=name)
+
+
+def test_forced_loads_are_random_and_gradients_pass_through():
+    """Whatever the router's weights say, and drawn anew for every microbatch; they get the gradient all the same."""
+    hidden, dy = inputs()
+    layer, other = make({"moe_router_force_load_balancing": True}), make({"moe_router_force_load_balancing": True})
+    other.router.gate.weight.set_data(Tensor(np.zeros((E, H), np.float32)))
+    (first, _, gradients), (same, _, _) = run(layer, hidden, dy), run(other, hidden, dy)
+    np.testing.assert_array_equal(first, same)
+    assert np.abs(first - run(layer, hidden, dy)[0]).max() > 1e-3
+    assert np.abs(gradients["mlp.router.weight"]).max() > 0
+    counts = layer.router.record.counts
+    for _ in range(50):
+        run(layer, hidden, dy)
+    shares = (layer.router.record.counts - counts) / (layer.router.record.counts - counts).sum()
+    np.testing.assert_allclose(shares, 1 / E, atol=0.06)
+
+
+class Loop(SoloGroup):
+    """The first of two ranks that route alike; tells when messages are sent and asked for."""
+
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self.size, self.told = 2, told
+
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        return Tensor(np.concatenate([x.asnumpy()] * 2, dim))
+
+    def all_to_all_rows(self, x: Tensor, counts: np.ndarray) -> Tensor:
+        mine = x.asnumpy()[: counts[0, 0]]
+        return Tensor(np.concatenate([mine, np.ones((counts[1, 0], *x.shape[1:]), np.float32)]))
+
+    def send(self, x: Tensor, dst: int) -> Done:
+        self.told.append("sent")
+        return Done(None)
+
+    def receive(self, shape: Any, dtype: Any, src: int) -> Any:
+        x, told = Tensor(np.ones(shape, np.float32)), self.told
+
+        class Arriving(Done):
+            def wait(self) -> Tensor:
+                told.append("received")
+                return x
+
+        return Arriving(None)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_shared_expert_is_computed_while_rows_are_on_their_way(monkeypatch, overlaps):
+    told: list[str] = []
+    made = config({**SHARED, "moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": overlaps})
+    pair = Loop(told)
+    groups = ExpertGroups(ep=pair, ep_etp=pair, replicas="edp")
+    layer = MoELayer(ModelStage(made, ledger=RoutingLedger(made.moe), expert_groups=groups), "mlp")
+    once = MLP.construct
+    monkeypatch.setattr(MLP, "construct", lambda *a: told.append("shared") or once(*a))
+    run(layer, *inputs())
+    assert told == (["sent", "shared", "received", "sent", "received"] if overlaps else ["shared"])
+
+
+def test_losses_of_each_layer_are_told_on_request():
+    """By Megatron's names, numbered from 0 and on through the layers behind the model's last."""
+    losses = {"moe_aux_loss_coeff": (0.1,), "moe_z_loss_coeff": 1e-3, "moe_per_layer_logging": True}
+    made = config(losses, num_layers=3)
+    ledger = RoutingLedger(made.moe)
+    for name in ("decoder.layers.2.mlp", "mtp.layers.0.transformer_layer.mlp"):
+        run(MoELayer(ModelStage(made, ledger=ledger), name), *inputs())
+    told = ledger.finish_iteration(True)
+    for name in ("load_balancing_loss", "z_loss"):
+        each = [told[f"moe/{name}_layer_{layer}"] for layer in (2, 3)]
+        assert [number for _, number in each] == [1, 1]
+        assert told[name] == (pytest.approx(sum(value for value, _ in each)), 2)
 
 
 def test_float16_runs_on_the_reference():
