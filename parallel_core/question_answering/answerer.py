@@ -28,56 +28,71 @@ from parallel_core.transformer.models import BertModel
 
 
 class Answerer:
-    """Answers questions by the model of a checkpoint.
+    """Answers questions by a model in memory; `load` makes one of a checkpoint.
 
     Args:
-        load: a run's directory of checkpoints, one checkpoint's own, or a Hugging Face directory.
-        step: the iteration to take; None: the latest.
+        model: an encoder with a head for answers, whole on this process, without dropout.
+        tokenizer: of questions and contexts.
         seq_length: positions of a window; None: those that the model has, at most 384.
         doc_stride: pieces between the beginnings of two windows; None: a third of the positions.
         max_query_length: pieces of a question that are kept; None: a sixth of the positions.
         batch_size: windows that are computed at once.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read; the folder is named.
-        ConfigError: it holds no model that answers questions, or knows of no tokenizer.
+        ConfigError: the model has not as many positions.
     """
 
     def __init__(
         self,
-        load: str | Path,
+        model: BertModel,
+        tokenizer: BertWordPieceTokenizer,
         *,
-        step: int | None = None,
         seq_length: int | None = None,
         doc_stride: int | None = None,
         max_query_length: int | None = None,
         batch_size: int = 8,
     ) -> None:
-        path = Path(find_checkpoint(str(load), step, check=False))
-        source = open_checkpoint(path)
-        settings = source.common.get("model_config")
-        head = settings.get("bert_head", "none") if isinstance(settings, Mapping) else "none"
-        if not isinstance(settings, Mapping) or head != "question_answering":
-            raise ConfigError(f"{path}: bert_head={head}: only an encoder with a head for answers gives any")
-        self.tokenizer = _tokenizer(source, path)
-        self.seq_length = seq_length or min(384, int(settings["max_position_embeddings"]))
+        positions = model.config.max_position_embeddings
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.seq_length = seq_length or min(384, positions)
         self.doc_stride = doc_stride or max(1, self.seq_length // 3)
         self.max_query_length = max_query_length or max(1, self.seq_length // 6)
-        self.batch_size = batch_size
+        if self.seq_length > positions:
+            raise ConfigError(f"seq_length={self.seq_length}: the model has {positions} positions")
+
+    @classmethod
+    def load(cls, load: str | Path, step: int | None = None, **settings: Any) -> Answerer:
+        """Return one with the model and the tokenizer of a checkpoint.
+
+        Args:
+            load: a run's directory of checkpoints, one checkpoint's own, or a Hugging Face directory.
+            step: the iteration to take; None: the latest.
+            settings: the class's further arguments.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it cannot be read; the folder is named.
+            ConfigError: it holds no model that answers questions, or knows of no tokenizer.
+        """
+        path = Path(find_checkpoint(str(load), step, check=False))
+        source = open_checkpoint(path)
+        stored = source.common.get("model_config")
+        head = stored.get("bert_head", "none") if isinstance(stored, Mapping) else "none"
+        if not isinstance(stored, Mapping) or head != "question_answering":
+            raise ConfigError(f"{path}: bert_head={head}: only an encoder with a head for answers gives any")
+        tokenizer = _tokenizer(source, path)
         start_runtime()
         use_kernels("auto")
         rows = source.info("embedding.word_embeddings.weight").shape[0]
-        model = model_of_settings({**settings, "padded_vocab_size": rows})
-        if self.seq_length > model.max_position_embeddings:
-            raise ConfigError(f"seq_length={self.seq_length}: the model has {model.max_position_embeddings} positions")
+        model = model_of_settings({**stored, "padded_vocab_size": rows})
         still = {"attention_dropout_rate": 0.0, "hidden_dropout_rate": 0.0, "params_dtype": "float32"}
-        self.model = BertModel(ModelStage(replace(model, **still, compute_dtype="float32")))  # type: ignore[arg-type]
-        parameters = list(self.model.get_parameters())
+        made = BertModel(ModelStage(replace(model, **still, compute_dtype="float32")))  # type: ignore[arg-type]
+        parameters = list(made.get_parameters())
         wanted = {shard_of(p).name: TensorShard.full(shard_of(p).name, p.shape, "float32") for p in parameters}
         known = [*wanted, *(key for key in source.keys() if "@" in key)]  # noqa: SIM118 - a method of TensorSource
         arrays, _ = load_shards(source, wanted, all_keys=known)
         for parameter in parameters:
             parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(arrays[shard_of(parameter).name])))
+        return cls(made, tokenizer, **settings)
 
     def answer(self, questions: Sequence[Question], **options: Any) -> list[list[Answer]]:
         """Return the likeliest answers of each question; see `best_answers` for the options."""

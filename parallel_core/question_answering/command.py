@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> object:
 
     evaluates = args.task == "evaluate"
     questions = read_squad(args.data, DEV) if evaluates else [split_input(text) for text in args.input]
-    it = Answerer(
+    it = Answerer.load(
         args.load,
         step=args.ckpt_step,
         seq_length=args.seq_length,

@@ -56,6 +56,7 @@ LAYERS: dict[str, float] = {
     "generate": 11,
     "evaluate": 12,
     "question_answering": 12,
+    "api": 13,
     "serve": 12,
     "parallel_state": 11,
     "mindspeed_compat": 11,
@@ -67,7 +68,7 @@ SIDES = ("tensor_parallel", "pipeline", "optimizer")
 
 WINGS = (
     "launch", "report", "compat", "convert", "prepare", "doctor", "generate", "evaluate", "serve",
-    "question_answering", "planner", "config.__main__",
+    "question_answering", "api", "planner", "config.__main__",
     "parallel_state", "mindspeed_compat",
 )  # fmt: skip
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
@@ -76,6 +77,7 @@ SHARED_BY_WINGS = {
     ("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch"), ("doctor", "launch"),
     ("evaluate", "generate"), ("evaluate", "launch"), ("serve", "generate"), ("serve", "launch"),
     ("planner", "report"), ("planner", "launch"), ("config.__main__", "planner"),
+    ("api", "generate"), ("api", "question_answering"),
 }  # fmt: skip
 
 PURE = (

@@ -205,6 +205,6 @@ def test_a_head_begins_anew_on_an_encoder_with_another(tmp_path, monkeypatch):
 
 def test_only_a_head_for_answers_answers_and_a_missing_checkpoint_is_named(tmp_path, capsys):
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        Answerer(tmp_path / "nothing")
+        Answerer.load(tmp_path / "nothing")
     assert main(["predict", "--load", str(tmp_path), "a - b"]) == 2
     assert str(tmp_path) in capsys.readouterr().err
