@@ -32,7 +32,9 @@ class Step:
 
 
 class KeyValueCache:
-    """float32 keys [R, G, T, D] and values [R, G, T, E] of each layer; memory is taken as it is written to.
+    """float32 keys [R, G, T, D] and values [R, G, T, E] of each layer, or latents that stand for both.
+
+    Memory is taken as it is written to.
 
     Attributes:
         rows: sequences R that can be kept at a time.
@@ -44,6 +46,7 @@ class KeyValueCache:
         self.rows, self.capacity = rows, capacity
         self.step = Step(np.zeros(1, np.int32), np.zeros(1, np.int32), 1)
         self._layers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._latents: dict[int, np.ndarray] = {}
 
     def layer(self, number: int, groups: int, key_size: int, value_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the keys and values of a layer, made at its first call."""
@@ -51,6 +54,12 @@ class KeyValueCache:
             shape = (self.rows, groups, self.capacity)
             self._layers[number] = _pages((*shape, key_size)), _pages((*shape, value_size))
         return self._layers[number]
+
+    def latents(self, number: int, width: int) -> np.ndarray:
+        """Return the latents of a layer [R, 1, T, width], which all heads share, made at the first call."""
+        if number not in self._latents:
+            self._latents[number] = _pages((self.rows, 1, self.capacity, width))
+        return self._latents[number]
 
     def begin(self, rows: Sequence[int], firsts: Sequence[int], length: int) -> Step:
         """Say which tokens run through the layers next."""

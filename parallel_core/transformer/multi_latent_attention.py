@@ -137,7 +137,7 @@ class MultiLatentAttention(nn.Cell):
         Returns:
             The output in hidden's shape, before the bias of the projection, and that bias [H].
         """
-        latents = self._latents(hidden)
+        latents = self.latents(hidden)
         masks = () if document_start_BS is None else (document_start_BS,)
         if self.recompute_heads:
 
@@ -154,7 +154,7 @@ class MultiLatentAttention(nn.Cell):
             context = self.core_attention(*self._heads(*latents, positions), *masks)
         return self.linear_proj(context)
 
-    def _latents(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what queries, and keys with values, are projected from, and the channels that all keys share."""
         query = hidden
         if self.linear_q_down_proj is not None:
@@ -168,13 +168,20 @@ class MultiLatentAttention(nn.Cell):
             k_pos = copy_to_tensor_model_parallel_region(k_pos, self.tp_group)
         return query, latent, k_pos
 
+    def queries(self, query: Tensor) -> Tensor:
+        """Return the queries of this rank's heads, [S, B, N * X], before any channel turns, from the first latent."""
+        if self.linear_q_down_proj is None:
+            return self.linear_q_proj(query)[0]
+        return self.linear_q_up_proj(query if self.q_layernorm is None else self.q_layernorm(query))[0]
+
+    def normed(self, latent: Tensor) -> Tensor:
+        """Return the latent of keys and values as it is projected to heads."""
+        return latent if self.kv_layernorm is None else self.kv_layernorm(latent)
+
     def _heads(self, query: Tensor, latent: Tensor, k_pos: Tensor, positions: np.ndarray | None) -> tuple[Tensor, ...]:
         """Return queries, keys [S, B, N, X] and values [S, B, N, v_head_dim] of this rank's heads."""
-        if self.linear_q_down_proj is None:
-            query, _ = self.linear_q_proj(query)
-        else:
-            query, _ = self.linear_q_up_proj(query if self.q_layernorm is None else self.q_layernorm(query))
-        key_value, _ = self.linear_kv_up_proj(latent if self.kv_layernorm is None else self.kv_layernorm(latent))
+        query = self.queries(query)
+        key_value, _ = self.linear_kv_up_proj(self.normed(latent))
         S, B, _ = query.shape
         tables = self.rotary.tables(S, self._positions(S) if positions is None else positions)
         query, key_value = (x.reshape(S, B, self.num_heads, -1) for x in (query, key_value))
