@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,31 @@ def check_same_adapter(adapter: TensorSource, asked: Mapping[str, Any]) -> None:
         CheckpointError: they have another rank, scale or other targets.
     """
     told = adapter.common[KEY]
-    wrong = [name for name in ("rank", "alpha", "target_modules") if told.get(name) != asked[name]]
+    wrong = [name for name in ("rank", "alpha", "target_modules") if told.get(name, asked[name]) != asked[name]]
     if wrong:
         lines = "; ".join(f"lora_{name}: saved {told.get(name)}, asked {asked[name]}" for name in wrong)
         raise CheckpointError(f"{adapter.path} holds another adapter: {lines}")
+
+
+def check_same_layers(adapter: TensorSource, factors: Collection[str]) -> None:
+    """Compare the layers that an adapter has with those of a run, which need not be told by the same words.
+
+    Args:
+        adapter: the adapter's checkpoint.
+        factors: names of the run's factors, of all ranks.
+
+    Raises:
+        CheckpointError: one has layers that the other has not.
+    """
+    held, wanted = (
+        {key.removesuffix(LORA_A) for key in keys if key.endswith(LORA_A)} for keys in (adapter.keys(), factors)
+    )
+    if held != wanted:
+        more, fewer = (", ".join(sorted(names)[:4]) or "none" for names in (held - wanted, wanted - held))
+        raise CheckpointError(
+            f"{adapter.path} holds adapters on other layers than lora_target_modules names: there alone {more}; here "
+            f"alone {fewer}"
+        )
 
 
 class MergedAdapter:

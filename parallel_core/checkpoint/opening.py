@@ -69,16 +69,18 @@ def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
 
 
 def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None, TensorSource]:
-    """Return the adapter in a directory, None where it holds a whole model, and the base model.
+    """Return the adapter in a directory, native or PEFT, None where it holds a whole model, and the base model.
+
+    Args:
+        path: one checkpoint's own directory.
+        chosen_base: the base model's directory, over what the adapter names.
 
     Raises:
         CheckpointError: the base model is not there or another one.
     """
     if is_peft(path):
-        raise CheckpointError(
-            f"{path} holds PEFT adapters, which have no optimizer state to go on with; merge them first (python -m "
-            "parallel_core.convert --load PEFT --save DIR) and adapt that model"
-        )
+        merged = read_peft(path, lambda named: _open_model(path, chosen_base or named, ()), chosen_base)
+        return merged.adapter, merged.base
     if not is_native(path):
         return None, open_checkpoint(path)
     source = NativeCheckpoint(path)

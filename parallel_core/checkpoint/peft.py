@@ -45,12 +45,13 @@ def is_peft(path: Path) -> bool:
     return (path / CONFIG_NAME).exists()
 
 
-def read_peft(path: Path, open_base: Callable[[str], TensorSource]) -> MergedAdapter:
+def read_peft(path: Path, open_base: Callable[[str], TensorSource], chosen_base: str = "") -> MergedAdapter:
     """Return a PEFT directory with the model it is on.
 
     Args:
         path: the directory.
         open_base: opens the model, told the directory that the adapters name.
+        chosen_base: a directory that stands over that one.
 
     Raises:
         CheckpointError: adapters of another kind than LoRA on linear layers, or of another model.
@@ -61,7 +62,7 @@ def read_peft(path: Path, open_base: Callable[[str], TensorSource]) -> MergedAda
              if found.get(key) is not None and found[key] not in good]  # fmt: skip
     if wrong:
         raise CheckpointError(f"{path / CONFIG_NAME}: not built:\n{bullet_list(wrong)}")
-    base = open_base(_named_base(path, config.text("base_model_name_or_path", "") or ""))
+    base = open_base(chosen_base or _named_base(path, config.text("base_model_name_or_path", "") or ""))
     model, architecture = architecture_of(base)
     layers = _Layers(path, config)
     factors: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}

@@ -80,6 +80,27 @@ def test_merged_is_the_adapter(how, place, adapted):
     np.testing.assert_allclose(rows, want[2:5], rtol=0, atol=1e-6)
 
 
+def test_a_run_begins_with_the_adapters_of_a_peft_directory(place, adapted):
+    base, adapter = "{place}/plain", "{place}/llama_ad"
+    llama = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --num-layers 2"
+    llama += " --untie-embeddings-and-output-weights"
+    own = f"{LORA} {llama} --lora-rank 4 --save {adapter}".replace("{place}/base", base)
+    go(place, "plain_run", f"{llama} --save {base}")
+    first = go(place, "llama_adapted", own)
+    for to, load in (("peft", "llama_ad"), ("hf", "plain")):
+        words = ["--to", to, "--load", str(place / load), "--save", str(place / to)]
+        assert convert(words) == 0
+    begun = own.replace(base, "{place}/peft").replace(adapter, "{place}/from_peft")
+    with pytest.raises(CheckpointError, match="no optimizer state; add --no-load-optim .*--finetune"):
+        go(place, "peft_run", begun)
+    further = go(place, "peft_further", f"{begun} --finetune --lora-base {{place}}/hf")
+    same = go(place, "native_further", begun.replace("{place}/peft", adapter) + " --finetune --save {place}/again")
+    assert losses(further) == losses(same) != losses(first) and iterations(further) == [1, 2, 3, 4]
+    for change, said in (("rank 5", "saved 4, asked 5"), ("target-modules linear_qkv", "on other layers")):
+        with pytest.raises(CheckpointError, match=said):
+            go(place, "peft_other", f"{begun} --finetune --lora-{change}")
+
+
 def test_some_modules_alone_by_name_and_by_expression(place):
     words = "--load {place}/base --lora-rank 2 --num-layers 2 --train-iters 1 --save {place}/some --lora-target-modules"
     expression = r"decoder\.layers\.1\.mlp\..*"

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from parallel_core import ops
 from parallel_core.checkpoint import CheckpointWriter, TensorShard, open_checkpoint, read_tensor
+from parallel_core.checkpoint.dtypes import convert
 from parallel_core.checkpoint.lora import KEY, MergedAdapter, fingerprint
 from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
@@ -32,10 +33,14 @@ def _plain_operators():
     ops.use_kernels("local")
 
 
-def made(root: Path, words: str = LLAMA, targets: str = ".*linear_.*") -> tuple[Path, Path]:
+def made(
+    root: Path, words: str = LLAMA, targets: str = ".*linear_.*", dtype: str = "float32"
+) -> tuple[Path, Path]:
     """Write a model, and adapters on those of its linear layers that `targets` matches; return both."""
     config = config_of(words)
     base = save(root / "base", config, model_of(config))
+    if dtype != "float32":
+        base = stored_as(base, root / dtype, dtype)
     source, rng = open_checkpoint(base), np.random.default_rng(2)
     arrays = {}
     for key in source.keys():  # noqa: SIM118 - a method of the protocol
@@ -49,6 +54,17 @@ def made(root: Path, words: str = LLAMA, targets: str = ".*linear_.*") -> tuple[
     told = {"rank": RANK, "alpha": ALPHA, "base": str(base), "fingerprint": fingerprint(source)}
     common = {"iteration": 5, "model_config": source.common["model_config"], KEY: told}
     return base, writer.commit([writer.write_rank_file(shards)], common)
+
+
+def stored_as(base: Path, root: Path, dtype: str) -> Path:
+    """Write a checkpoint's tensors in another type."""
+    source, writer = open_checkpoint(base), CheckpointWriter(root, 3, 0, 1)
+    writer.begin()
+    shards = {}
+    for key in source.keys():  # noqa: SIM118 - a method of the protocol
+        values = convert(read_tensor(source, key), "float32", dtype)
+        shards[key] = (TensorShard.full(key, values.shape, dtype), values)
+    return writer.commit([writer.write_rank_file(shards)], source.common)
 
 
 def adapted(path: Path) -> MergedAdapter:
@@ -68,6 +84,25 @@ def test_adapters_open_as_the_model_with_them_in_its_weights(tmp_path):
             want = want + ALPHA / RANK * raw[f"{name}.lora_B.weight"].astype(np.float64) @ raw[f"{name}.lora_A.weight"]
         np.testing.assert_allclose(read_tensor(source, key), want, atol=1e-6)
         assert (key in source.adapted()) == ("linear" in key)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_of_16_bits_is_summed_in_float32_and_rounded_once(tmp_path, dtype):
+    base, adapter = made(tmp_path, dtype=dtype)
+    plain, raw = open_checkpoint(base), load_file(next(adapter.glob("*.safetensors")))
+    assert main(["--load", str(adapter), "--save", str(tmp_path / "out"), "--quiet"]) == 0
+    merged = open_checkpoint(tmp_path / "out" / "iter_0000005")
+    for key in adapted(adapter).adapted():
+        name = key.removesuffix(".weight")
+        product = raw[f"{name}.lora_B.weight"] @ raw[f"{name}.lora_A.weight"]
+        want = convert(read_tensor(plain, key), dtype, "float32") + np.float32(ALPHA / RANK) * product
+        rounded = convert(convert(want, "float32", dtype), dtype, "float32")
+        got = convert(read_tensor(merged, key), merged.info(key).dtype, "float32")
+        assert merged.info(key).dtype == dtype
+        # where a sum lies in the middle between two numbers, its last bit in float32 decides
+        assert (got != rounded).mean() < 0.01
+        spacing = 2.0 ** (-8 if dtype == "bfloat16" else -11)
+        np.testing.assert_allclose(got, want, rtol=1.01 * spacing, atol=1e-7)
 
 
 @pytest.mark.parametrize("to", ["native", "hf"])
