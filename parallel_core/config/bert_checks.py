@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config import table
+from parallel_core.config.derivations import asks_for_flash_attention
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS
 
@@ -42,7 +43,7 @@ _OF_ENCODERS = "num_tokentypes mask_prob short_seq_prob bert_binary_head doc_str
 _OF_DECODERS = """
     multi_latent_attention num_experts mtp_num_layers qk_layernorm use_sandwich_norm parallel_residual
     apply_residual_connection_post_layernorm scale_attn_by_inverse_layer_idx apply_query_key_layer_scaling
-    use_flash_attn reset_attention_mask reset_position_ids lora_rank sft
+    reset_attention_mask reset_position_ids lora_rank sft
 """
 
 
@@ -77,6 +78,8 @@ def encoders(r: Resolution) -> None:
     for name in _OF_DECODERS.split():
         if r[name]:
             r.fail(f"bert_head {name}", "an encoder has no form of it; leave one out")
+    if asks_for_flash_attention(r):
+        r.fail("bert_head use_flash_attn", "an encoder has no form of it; leave one out")
     if r["pre_tockens"] is not None and r["pre_tockens"] != DEFAULTS["model_config.fa_config.pre_tokens"]:
         r.fail("bert_head pre_tockens", "an encoder sees all positions; leave one out")
     if r["context_parallel_size"] != 1:

@@ -69,6 +69,7 @@ NOT_DEFINING: dict[str, str] = {
     "fa_config.input_layout": _KERNEL,
     "apply_swiglu_fusion": _KERNEL,
     "apply_rope_fusion": _KERNEL,
+    "apply_rmsnorm_fusion": _KERNEL,
     "moe.moe_router_bias_update_rate": "training alone",
     "moe.moe_router_dtype": _PRECISION,
     "moe.moe_input_jitter_eps": "training alone",

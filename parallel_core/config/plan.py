@@ -255,7 +255,8 @@ def layer_activations(config: AllConfig, recompute: str) -> int:
     split = (heads + kept_by_feed_forward(model)) * width
     # Attention by blocks of a cut sequence keeps no scores; after an exchange of heads it is that of whole sequences.
     whole_sequences = parallel.context_parallel_size == 1 or "a2a" in parallel.cp_comm_type
-    if not model.use_flash_attention and recompute != "selective" and whole_sequences:
+    kept = model.kernels == "local" or not model.use_flash_attention
+    if kept and recompute != "selective" and whole_sequences:
         scores = 2 * width + (width + 1 if model.attention_dropout_rate else 0)
         split += model.num_attention_heads * model.seq_length * scores
     return tokens * (shared // whole + split // tp)

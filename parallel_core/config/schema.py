@@ -156,10 +156,11 @@ class TransformerConfig:
     """Products of float32 tensors: highest, or high, of operands rounded to bfloat16 where the CPU is faster at it."""
     kernels: str = "auto"
     """local: plain MindSpore operators only; auto: fused kernels where this device has them."""
-    use_flash_attention: bool = False
+    use_flash_attention: bool = True
     fa_config: FlashAttentionConfig = field(default_factory=FlashAttentionConfig)
     apply_swiglu_fusion: bool = True
     apply_rope_fusion: bool = True
+    apply_rmsnorm_fusion: bool = True
     mla: MLAConfig = field(default_factory=MLAConfig)
     """Multi-latent attention."""
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from parallel_core.doctor.ascend_versions import versions_fit
 from parallel_core.doctor.finding import BAD, GOOD, NOTE, Finding
 from parallel_core.errors import ConfigError, printable
 from parallel_core.launch.plan import device_target, is_listening, master_port
@@ -226,13 +227,18 @@ def ascend(root: Path = _ASCEND, devices: Path = Path("/dev")) -> Iterator[Findi
         return
     yield Finding("Ascend", GOOD, f"{len(found)} NPU(s): {', '.join(found)}")
     home = Path(os.environ.get("ASCEND_HOME_PATH") or root / "ascend-toolkit" / "latest")
+    versions = []
     for what, places, advice in (
         ("driver", [root / "driver" / "version.info"], "install the driver (npu-smi info then shows the devices)"),
-        ("CANN", [home / "version.cfg", *sorted(home.glob("*/ascend_toolkit_install.info"))],
+        ("CANN", [home / "version.cfg", home / "compiler" / "version.info",
+                  *sorted(home.glob("*/ascend_toolkit_install.info"))],
          f"install CANN, then source {root}/ascend-toolkit/set_env.sh"),
     ):
         version = next(filter(None, map(_version_in, places)), "")
+        versions.append(version)
         yield Finding(what, GOOD if version else BAD, version or f"not found at {places[0]}", "" if version else advice)
+    if all(versions):
+        yield from versions_fit(versions[0], versions[1])
     if not os.environ.get("ASCEND_HOME_PATH"):
         yield Finding("CANN's environment", BAD, "ASCEND_HOME_PATH is not set",
                       f"source {root}/ascend-toolkit/set_env.sh")  # fmt: skip

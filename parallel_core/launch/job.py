@@ -51,6 +51,8 @@ class JobSpec:
     node_rank: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables set for the ranks on top of this process's own."""
+    bind_core: str = ""
+    """What msrun binds ranks to cores by: True, or cores by device as JSON; empty: nothing."""
     cluster_timeout_s: int = 300
     """How long the ranks wait for each other at start-up."""
     stop_grace_s: float = 15.0
@@ -70,7 +72,8 @@ class JobSpec:
 
     def msrun_command(self) -> list[str]:
         """Return the command line that starts the scheduler and the ranks and then ends (`--join=False`)."""
-        nodes = [f"--master_addr={self.master_addr}", f"--node_rank={self.node_rank}"] if self.num_nodes > 1 else []
+        more = [f"--master_addr={self.master_addr}", f"--node_rank={self.node_rank}"] if self.num_nodes > 1 else []
+        more += [f"--bind_core={self.bind_core}"] if self.bind_core else []
         return [
             sys.executable,
             "-c",
@@ -81,7 +84,7 @@ class JobSpec:
             f"--log_dir={self.log_dir}",
             "--join=False",
             f"--cluster_time_out={self.cluster_timeout_s}",
-            *nodes,
+            *more,
             _python_name(),
             str(Path(__file__).resolve().with_name("rank.py")),
             *self.command,

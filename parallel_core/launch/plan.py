@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import math
 import os
 import random
@@ -67,6 +68,26 @@ def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
     if not 0 <= value < float("inf"):
         raise ConfigError(f"{name}={text} is not a number of seconds; write for example {name}={default:g}")
     return value
+
+
+def bind_core(environment: Mapping[str, str]) -> str:
+    """Return `BIND_CORE` as msrun's `--bind_core` takes it: empty, True, or JSON.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    given = environment.get("BIND_CORE", "").strip()
+    if given in ("", "True"):
+        return given
+    try:
+        cores = json.loads(given)
+    except ValueError:
+        cores = None
+    if not isinstance(cores, dict):
+        raise ConfigError(
+            f'BIND_CORE={given} is nothing that msrun takes; write True, or cores by device: {{"device0":["0-10"]}}'
+        )
+    return given
 
 
 def device_target(environment: Mapping[str, str]) -> str:
@@ -224,6 +245,7 @@ def plan_job(
         master_addr=environment.get("MASTER_ADDR") or "127.0.0.1",
         num_nodes=num_nodes,
         node_rank=node_rank,
+        bind_core=bind_core(environment),
         cluster_timeout_s=integer(environment, "CLUSTER_TIME_OUT", 300, example=300),
         stop_grace_s=seconds(environment, "STOP_GRACE_S", 15.0),
         stop_grace_is_given=bool(environment.get("STOP_GRACE_S", "").strip()),

@@ -16,6 +16,7 @@ Environment, all optional:
                  (default: 0; --save and --load name one directory)
   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (s; default: --distributed-timeout-minutes),
                  ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
+  BIND_CORE      True or JSON: what msrun's --bind_core binds ranks to cores by (default: nothing)
   Several nodes (unverified): NNODES, NODE_RANK, and on all of them the same MASTER_ADDR and MASTER_PORT
 """
 

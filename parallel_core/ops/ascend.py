@@ -1,16 +1,18 @@
 """Kernels of Ascend NPUs, thin over MindSpore's operators, with the signatures of `reference`.
 
-They need an NPU to run. Tests here check what is handed to the operator; its results are checked by the tests that are
-marked `ascend`.
+They need an NPU to run. Tests elsewhere check what is handed to an operator, and compute what it is documented to.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 from mindspore.ops.auto_generate import (
     FlashAttentionScore,
     FlashAttentionScoreGrad,
@@ -19,10 +21,13 @@ from mindspore.ops.auto_generate import (
 )
 
 from parallel_core.ops import reference, reference_experts
-from parallel_core.ops.registry import on_ascend
+from parallel_core.ops.ascend_random import drop_mask
+from parallel_core.ops.registry import KERNELS, on_ascend
 
-_FULL_MASK = 1
-"""`sparse_mode` of a mask that is given whole."""
+_FULL_MASK, _CAUSAL = 1, 2
+"""`sparse_mode` of a mask that is given whole, and of one that hides what is after a query's own position."""
+_CORNER = 2048
+"""Rows and columns of the mask that stands for a causal one of any size."""
 _ANY = 2**31 - 1
 """Tokens before and after a query that it may see, for the mask to say which."""
 
@@ -30,6 +35,24 @@ _ANY = 2**31 - 1
 def has_flash_attention() -> bool:
     """Return whether this device has `flash_attention_score`."""
     return str(ms.get_context("device_target")) == "Ascend"
+
+
+def attention_functions(use_flash: bool, input_layout: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return `causal_attention` and `causal_attention_packed` of a model on Ascend.
+
+    Args:
+        use_flash: whether the model wants the fused operator, which `use_kernels` has to have selected as well.
+        input_layout: see `flash_attention`.
+    """
+    fused = use_flash and KERNELS["causal_attention"].selected is flash_attention
+    attend = partial(flash_attention, input_layout=input_layout) if fused else reference.causal_attention
+    return attend, partial(_packed, attend)
+
+
+def _packed(attend: Callable[..., Tensor], mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
+    S, B, _, X = mixed_SBGX.shape
+    query, key, value = reference.split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
+    return attend(query.reshape(S, B, -1, head_size), key, value, **options)
 
 
 def _not_by_flash_attention(
@@ -41,11 +64,14 @@ def _not_by_flash_attention(
     dropout_rate: float = 0.0,
     **_: Any,
 ) -> str:
-    if value_SBGE.shape[-1] != query_SBND.shape[-1]:
-        return "the values' head size is not the queries'"
-    if softmax_coefficient != 1.0:
-        return "the softmax has a coefficient"
-    return "attention weights are dropped by a seed" if dropout_rate else ""
+    S, _, _, D = query_SBND.shape
+    if D % 16 or D > 512:
+        return "the head size is not a multiple of 16 up to 512"
+    if value_SBGE.shape[-1] > D:
+        return "the values' head size is larger than the queries'"
+    if dropout_rate and S % 8:
+        return "the sequence length is not a multiple of 8, and attention weights are dropped"
+    return "the softmax has a coefficient" if softmax_coefficient != 1.0 else ""
 
 
 @on_ascend(
@@ -53,7 +79,6 @@ def _not_by_flash_attention(
     dtypes=(ms.float16, ms.bfloat16),
     integers=["document_start_BS"],
     refuses=_not_by_flash_attention,
-    selected=False,
 )
 def flash_attention(
     query_SBND: Tensor,
@@ -64,15 +89,15 @@ def flash_attention(
     softmax_coefficient: float = 1.0,  # noqa: ARG001 - only 1 comes here
     softmax_in_fp32: bool = True,  # noqa: ARG001 - the operator computes its softmax in float32
     document_start_BS: Tensor | None = None,
-    dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
-    dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
-    heads: tuple[int, int] | None = None,  # noqa: ARG001 - for dropout, which goes to the reference
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
     input_layout: str = "SBH",
 ) -> Tensor:
-    """Return `reference.causal_attention`, [S, B, N * D], computed by `flash_attention_score`.
+    """Return `reference.causal_attention`, [S, B, N * E], by the fused operator. Not verified: never run on an NPU.
 
-    The model asks for it by `use_flash_attention`. What the operator does not take (other types than float16 and
-    bfloat16, values of another head size, a softmax coefficient, dropout from a seed) the reference computes.
+    What the operator does not take (other types than float16 and bfloat16, head sizes that are no multiple of 16, a
+    softmax coefficient) the reference computes. Values of a smaller head size are filled up with zeros.
 
     Args:
         query_SBND: queries.
@@ -83,19 +108,43 @@ def flash_attention(
         softmax_in_fp32: see the reference.
         document_start_BS: int32, first position that each position may see; None: 0 everywhere.
         dropout_rate: see the reference.
-        dropout_seed: see the reference.
-        heads: see the reference.
+        dropout_seed: see the reference; the mask is another one than the reference's.
+        heads: see the reference; ranks with other heads draw other masks.
         input_layout: SBH or BNSD, the axes in which the operator gets its inputs.
     """
-    S, B, N, D = query_SBND.shape
-    mask = reference.attention_mask(S, document_start_BS)
-    if document_start_BS is None:
-        mask = mask.reshape(S, S)
+    (S, B, N, D), E = query_SBND.shape, value_SBGE.shape[-1]
+    if E < D:
+        value_SBGE = mint.cat((value_SBGE, mint.zeros((*value_SBGE.shape[:3], D - E), dtype=value_SBGE.dtype)), -1)
+    options: dict[str, Any] = {"attn_mask": _corner(), "sparse_mode": _CAUSAL}
+    if document_start_BS is not None:
+        options = {"attn_mask": _document_mask(S, document_start_BS), "sparse_mode": _FULL_MASK}
+    if dropout_rate:
+        seed = (dropout_seed[0] + (heads[0] if heads else 0)) % 2**31, dropout_seed[1]
+        options |= {"keep_prob": 1.0 - dropout_rate, "drop_mask": drop_mask((B, N, S, S), dropout_rate, seed)}
     inputs = [_laid_out(x, input_layout) for x in (query_SBND, key_SBGD, value_SBGE)]
-    context = ops.flash_attention_score(
-        *inputs, N, attn_mask=mask, scalar_value=scale, input_layout=input_layout, sparse_mode=_FULL_MASK
-    )
-    return context if input_layout == "SBH" else context.transpose(2, 0, 1, 3).reshape(S, B, N * D)
+    context = ops.flash_attention_score(*inputs, N, scalar_value=scale, input_layout=input_layout, **options)
+    if input_layout != "SBH":
+        context = context.transpose(2, 0, 1, 3)
+    return context.reshape(S, B, N, D)[..., :E].reshape(S, B, N * E) if E < D else context.reshape(S, B, N * D)
+
+
+@functools.cache
+def _corner() -> Tensor:
+    return Tensor(np.triu(np.ones((_CORNER, _CORNER), bool), 1))
+
+
+_last_documents: tuple[Tensor, Tensor] | None = None
+
+
+def _document_mask(S: int, start_BS: Tensor) -> Tensor:
+    """Return `reference.attention_mask` of documents, made on the device, and once for the layers of a microbatch."""
+    global _last_documents
+    if _last_documents is None or _last_documents[0] is not start_BS:
+        at = Tensor(np.arange(S, dtype=np.int32))
+        late = at.reshape(1, 1, 1, S) > at.reshape(1, 1, S, 1)
+        mask = ops.logical_or(late, at.reshape(1, 1, 1, S) < start_BS.reshape(-1, 1, S, 1))
+        _last_documents = start_BS, mask
+    return _last_documents[1]
 
 
 def _laid_out(x_SBND: Tensor, input_layout: str) -> Tensor:
@@ -105,9 +154,11 @@ def _laid_out(x_SBND: Tensor, input_layout: str) -> Tensor:
 
 # ---- blocks (no autograd) -------------------------------------------------------------------------------------------
 def _not_by_block(query_SBND: Tensor, key_TBGD: Tensor, value_TBGE: Tensor, *_: Any, **options: Any) -> str:
-    if query_SBND.shape[-1] % 16:
-        return "the head size is not a multiple of 16"
-    return _not_by_flash_attention(query_SBND, key_TBGD, value_TBGE, dropout_rate=options.get("dropout_rate", 0.0))
+    if value_TBGE.shape[-1] != query_SBND.shape[-1]:
+        return "the values' head size is not the queries'"
+    if options.get("dropout_rate"):
+        return "weights of blocks are dropped by a seed"
+    return _not_by_flash_attention(query_SBND, key_TBGD, value_TBGE)
 
 
 @on_ascend(

@@ -10,6 +10,7 @@ V local vocabulary, T tokens (S * B).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import accumulate
@@ -131,7 +132,7 @@ def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tup
         the logits.
     """
     logits = logits_TV.astype(ms.float32)
-    largest = logits.max(axis=-1)
+    largest = mint.max(logits, -1)[0]  # Tensor.max asks for the truth of a tensor, on the host
     sum_exp = mint.exp(logits - largest.reshape(-1, 1)).sum(-1)
     rows, inside = _local_rows(target_T, first_row, logits.shape[1])
     picked = mint.gather(logits, 1, rows.reshape(-1, 1).astype(ms.int64)).reshape(-1)
@@ -414,9 +415,14 @@ class _SplitLastDim(Function):
         return mint.cat(tuple(g.contiguous() for g in gradients), -1), None
 
 
+@functools.lru_cache(2)
+def _causal_mask(S: int) -> Tensor:
+    return Tensor(np.triu(np.ones((S, S), bool), 1)[None, None])
+
+
 def attention_mask(S: int, document_start_BS: Tensor | None) -> Tensor:
     """Return the bool mask, True where a position may not look: [1, 1, S, S], or [B, 1, S, S] with documents."""
-    causal = Tensor(np.triu(np.ones((S, S), bool), 1)[None, None])
+    causal = _causal_mask(S)
     if document_start_BS is None:
         return causal
     B = document_start_BS.shape[0]
@@ -563,7 +569,7 @@ def _block_weights(
     seen = visible.astype(ms.float32).reshape(-1, 1, 1, S, T)
     scores = scores.reshape(B, G, N // G, S, T)
     if lse is None:
-        top = (scores * seen + (1.0 - seen) * -1e30).max(axis=-1)
+        top = mint.max(scores * seen + (1.0 - seen) * -1e30, -1)[0]
         top = mint.where(top > -1e29, top, mint.zeros(top.shape))
         total = (mint.exp(mint.where(seen > 0, scores - top.reshape(B, G, N // G, S, 1), Tensor(-1e30))) * seen).sum(-1)
         some = total > 0

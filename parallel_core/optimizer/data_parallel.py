@@ -158,7 +158,7 @@ class DistributedDataParallel:
         for parameter, values in self.frozen:
             group = self.groups[shard_of(parameter).replicas]
             if group.size > 1:
-                values.load(group.broadcast_(values.tensor()).asnumpy())
+                values.write_(group.broadcast_(values.tensor()))
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters and gradients."""
@@ -166,7 +166,7 @@ class DistributedDataParallel:
         grad = 4 if self.config.accumulate_allreduce_grads_in_fp32 else 0
         return {
             "parameters": sum(b.layout.numel * width[b.dtype] for b in self.buffers)
-            + sum(values.numpy().nbytes for _, values in self.frozen),
+            + sum(values.tensor().nbytes for _, values in self.frozen),
             "gradients": sum(b.layout.numel * (grad or width[b.dtype]) for b in self.buffers),
         }
 

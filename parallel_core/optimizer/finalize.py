@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-from mindspore import Tensor
+import mindspore as ms
+from mindspore import mint
 
 from parallel_core.comm.interface import Group
 from parallel_core.layout.shard import TensorShard, shard_of
@@ -48,9 +48,9 @@ def _sum_together(gradients: list[Flat], group: Group) -> None:
     """Sum gradients over the group in one all-reduce."""
     if not gradients:
         return
-    arrays = [gradient.numpy() for gradient in gradients]
-    joined = group.all_reduce_(Tensor(np.concatenate([a.astype(np.float32, copy=False) for a in arrays]))).asnumpy()
+    tensors = [gradient.tensor() for gradient in gradients]
+    joined = group.all_reduce_(mint.cat([tensor.astype(ms.float32) for tensor in tensors]))
     start = 0
-    for gradient, array in zip(gradients, arrays):
-        gradient.load(joined[start : start + array.size])
-        start += array.size
+    for gradient, tensor in zip(gradients, tensors):
+        gradient.write_(joined[start : start + tensor.size])
+        start += tensor.size

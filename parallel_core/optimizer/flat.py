@@ -1,19 +1,19 @@
 """Flat 1-D storage that parameters live in and gradients accumulate in: NumPy memory on CPU, a tensor on Ascend.
 
 MindSpore's in-place tensor operations silently do nothing on CPU views, so there the storage is a NumPy array that
-parameters alias. `AscendFlat` has the same methods on device tensors.
+parameters alias. `ops.ascend_flat.AscendFlat` has the same methods on device tensors.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol, cast
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, mint
+from mindspore import Parameter, Tensor
 
 from parallel_core import ops
+from parallel_core.ops.ascend_flat import AscendFlat
 
 
 class Flat(Protocol):
@@ -40,8 +40,8 @@ class Flat(Protocol):
     def scale_(self, factor: float) -> None:
         """Multiply every element."""
 
-    def sum_of_squares(self) -> float:
-        """Return the sum of the squared elements; not finite if an element is not."""
+    def sum_of_squares(self) -> Any:
+        """Return the sum of the squared elements, a float or a tensor of one; not finite if an element is not."""
 
     def load(self, values: np.ndarray) -> None:
         """Overwrite with NumPy values, cast to this buffer's dtype."""
@@ -145,101 +145,6 @@ def _widened(array: np.ndarray) -> np.ndarray:
     wide = np.empty(array.shape, np.float32)
     ops.copy_(wide, array)
     return wide
-
-
-class AscendFlat:
-    """A view of a 1-D device tensor. Not verified: written against the MindSpore 2.10 documentation, never run."""
-
-    def __init__(self, data: Tensor) -> None:
-        self._data = data
-
-    @classmethod
-    def zeros(cls, numel: int, dtype: str) -> AscendFlat:
-        """Return a buffer of zeros."""
-        return cls(mint.zeros((numel,), dtype=getattr(ms, dtype)))
-
-    def part(self, start: int, end: int) -> AscendFlat:
-        """Return elements [start, end)."""
-        return AscendFlat(mint.narrow(self._data, 0, start, end - start))
-
-    def tensor(self) -> Tensor:
-        """Return the view."""
-        return self._data
-
-    def bind(self, parameter: Parameter) -> None:
-        """Move the parameter's value here."""
-        self.write_(parameter)
-        parameter.set_data(self._data.view(parameter.shape))
-
-    def write_(self, gradient: Tensor) -> None:
-        """Overwrite with a gradient."""
-        self._data.copy_(gradient.reshape(-1).astype(self._data.dtype))
-
-    def add_(self, gradient: Tensor) -> None:
-        """Add a gradient."""
-        self._data.add_(gradient.reshape(-1).astype(self._data.dtype))
-
-    def copy_(self, other: Flat) -> None:
-        """Overwrite, casting."""
-        self._data.copy_(other.tensor().astype(self._data.dtype))
-
-    def scale_(self, factor: float) -> None:
-        """Multiply."""
-        if factor != 1.0:
-            self._data.mul_(factor)
-
-    def sum_of_squares(self) -> float:
-        """Return the sum of squares."""
-        wide = self._data.astype(ms.float32)
-        return float((wide * wide).sum())
-
-    def load(self, values: np.ndarray) -> None:
-        """Overwrite with NumPy values."""
-        self._data.copy_(Tensor(values).astype(self._data.dtype))
-
-    def numpy(self) -> np.ndarray:
-        """Return a copy of the elements."""
-        return self._data.asnumpy()
-
-    def host_array(self) -> None:
-        """Return None: the memory is the device's."""
-
-    def adam_(
-        self,
-        gradient: Flat,
-        exp_avg: Flat,
-        exp_avg_sq: Flat,
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        grad_scale: float = 1.0,
-    ) -> None:
-        """Do one AdamW update."""
-        (beta1, beta2), g = betas, gradient.tensor().astype(ms.float32) * grad_scale
-        m, v = exp_avg.tensor(), exp_avg_sq.tensor()
-        self._data.mul_(1 - lr * weight_decay)
-        m.mul_(beta1).add_(g * (1 - beta1))
-        v.mul_(beta2).add_(g * g * (1 - beta2))
-        root = mint.sqrt(v) / math.sqrt(1 - beta2**step) + eps
-        self._data.sub_(m / root * (lr / (1 - beta1**step)))
-
-    def sgd_(
-        self,
-        gradient: Flat,
-        momentum_buffer: Flat,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        grad_scale: float = 1.0,
-    ) -> None:
-        """Do one update by SGD with momentum."""
-        buffer = momentum_buffer.tensor()
-        buffer.mul_(momentum).add_(gradient.tensor().astype(ms.float32) * grad_scale + self._data * weight_decay)
-        self._data.sub_(buffer * lr)
 
 
 def zeros(numel: int, dtype: str) -> Flat:

@@ -57,7 +57,7 @@ class ParamAndGradBuffer:
     ) -> None:
         self.parameters, self.names, self.dtype = list(parameters), list(names), dtype
         self.group, self.sharded = group, sharded
-        narrowest = min(flat.zeros(1, kind).numpy().itemsize for kind in (dtype, grad_dtype))
+        narrowest = min(flat.zeros(1, kind).tensor().itemsize for kind in (dtype, grad_dtype))
         self.layout: BufferLayout = layout_buffer(
             [p.size for p in parameters],
             bucket_size=bucket_size,
@@ -180,4 +180,4 @@ class ParamAndGradBuffer:
     def broadcast_parameters(self) -> None:
         """Give every data parallel rank the parameters of the first."""
         if self.group.size > 1:
-            self.params.load(self.group.broadcast_(self.params.tensor()).asnumpy())
+            self.params.write_(self.group.broadcast_(self.params.tensor()))

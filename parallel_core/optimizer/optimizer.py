@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindspore import Parameter
 
@@ -132,7 +132,7 @@ class Optimizer:
             if masters is not None:
                 self._copy_parameters_to_masters(number)
 
-    def local_squares(self) -> float:
+    def local_squares(self) -> Any:
         """Return this rank's share of the squared gradient norm, of gradients as they stand in the buffers.
 
         Over all ranks of the world the shares add up to the square of the global norm; a share that is not finite shows
@@ -240,5 +240,5 @@ class Optimizer:
 
     def memory_bytes(self) -> int:
         """Return the bytes of this rank's masters and optimizer state."""
-        masters = sum(m.numpy().nbytes for m in self._masters if m is not None)
-        return masters + sum(part.numpy().nbytes for state in self.state for part in state.values())
+        masters = sum(m.tensor().nbytes for m in self._masters if m is not None)
+        return masters + sum(part.tensor().nbytes for state in self.state for part in state.values())

@@ -39,6 +39,7 @@ class BatchSource:
         context: this rank's groups.
         num_chunks: model chunks on this rank.
         needs_data: whether this rank's stages use data at all.
+        reads_alone: every rank has a loader of its own.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BatchSource:
         context: ParallelContext,
         num_chunks: int,
         needs_data: bool,
+        reads_alone: bool = False,
     ) -> None:
         data = config.dataset_config
         self._keep_positions = data.reset_position_ids
@@ -58,7 +60,7 @@ class BatchSource:
         self._queues: list[deque[TensorBatch]] = [deque() for _ in range(num_chunks)]
         self._batches: Iterator[dict[str, np.ndarray]] | None = loader
         self._head = config.model_config.bert.bert_head
-        if needs_data and context.tp.size > 1:
+        if needs_data and context.tp.size > 1 and not reads_alone:
             self._batches = TensorParallelBatches(
                 loader,
                 lambda array: context.tp.broadcast_(Tensor(array)).asnumpy(),
@@ -169,8 +171,10 @@ def make_batch_source(
     data = config.dataset_config
     masked = data.reset_attention_mask or config.model_config.bert.is_encoder
     needs = stage_needs_data(context.is_first_stage, context.is_last_stage, masked)
-    loader = None
-    if needs and context.tp.rank == 0:
+    loader, external = None, external or data.dataloader_type == "external"
+    # What an NPU has sent has to be waited for on the host, so there every rank reads; an iterator may be one's own.
+    alone = ms.get_context("device_target") == "Ascend" and not external
+    if needs and (context.tp.rank == 0 or alone):
         loader = build_pretraining_data_loader(
             dataset,
             consumed_samples,
@@ -182,7 +186,7 @@ def make_batch_source(
             drop_last=data.drop_remainder,
             wraps=wraps,
         )
-    return BatchSource(loader, config, context, num_chunks, needs)
+    return BatchSource(loader, config, context, num_chunks, needs, alone)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

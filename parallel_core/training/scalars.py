@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, mint
 
 from parallel_core.comm.interface import Group
 
@@ -62,17 +63,18 @@ class ScalarReducer:
         self._own: list[str] | None = None
         self._names: list[str] = []
 
-    def reduce(self, reports: Sequence[Report], squares: float, stop: Callable[[], bool]) -> Scalars:
+    def reduce(self, reports: Sequence[Report], squares: Any, stop: Callable[[], bool]) -> Scalars:
         """Return the sums over all ranks.
 
         Args:
             reports: of each microbatch, on the one rank that tells of it; empty elsewhere.
-            squares: this rank's share of the squared gradient norm.
+            squares: this rank's share of the squared gradient norm, a number or a tensor of one.
             stop: asked as late as possible whether this rank wants the run to end.
 
         Communication: one all-reduce of 4 + 2 * losses float32; a second one, after a gather of the names, at first
         and whenever they change.
         """
+        squares, reports = _on_host(squares, reports)
         own = list(dict.fromkeys(name for _, report in reports for name in report))
         head = [squares, sum(float(count) for count, _ in reports), float(stop())]
         if self._own is None:
@@ -96,3 +98,19 @@ class ScalarReducer:
         counts = [sum(float(number) for _, number in of_name) for of_name in pairs]
         vector = np.array([*head, *sums, *counts], np.float32)
         return self._world.all_reduce_(Tensor(vector)).asnumpy().astype(np.float64)
+
+
+def _on_host(squares: Any, reports: Sequence[Report]) -> tuple[float, list[Report]]:
+    """Return both as floats; what is on an NPU comes from there in one copy."""
+    values = [squares]
+    for count, report in reports:
+        values += [count, *(number for pair in report.values() for number in pair)]
+    if ms.get_context("device_target") == "Ascend":
+        at = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        joined = [values[i].astype(ms.float32).reshape(1) for i in at]
+        for i, number in zip(at, mint.cat(joined).asnumpy().tolist() if joined else ()):
+            values[i] = number
+    floats = iter([float(value) for value in values])
+    return next(floats), [
+        (next(floats), {name: (next(floats), next(floats)) for name in report}) for _, report in reports
+    ]

@@ -5,7 +5,6 @@ Shapes: S sequence, B microbatch, H hidden, N query heads, G key/value heads (bo
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mindspore as ms
@@ -48,9 +47,9 @@ class CoreAttention(nn.Cell):
         self.cp_size = stage.context_groups.cp.size
         self._attend: Any = ops.causal_attention
         self._attend_packed: Any = ops.causal_attention_packed
-        if config.use_flash_attention and ascend.has_flash_attention():
-            self._attend = partial(ascend.flash_attention, input_layout=config.fa_config.input_layout)
-            self._attend_packed = partial(_flash_attention_packed, input_layout=config.fa_config.input_layout)
+        if ascend.has_flash_attention():
+            chosen = config.use_flash_attention, config.fa_config.input_layout
+            self._attend, self._attend_packed = ascend.attention_functions(*chosen)
         if self.cp_size > 1:
             self._attend = ContextAttention(stage.context_groups, stage.exchange_of(layer_number))
             self._attend_packed = self._attend.packed
@@ -199,10 +198,3 @@ class SelfAttention(nn.Cell):
         query, key, value = ops.split_last_dim(mixed_SBGX, (per_group * D, D, D))
         heads = q_layernorm(query.reshape(*query.shape[:3], per_group, D))
         return mint.cat((heads.reshape(query.shape), k_layernorm(key), value), -1)
-
-
-def _flash_attention_packed(mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
-    """Return Ascend's fused attention of packed queries, keys and values. Not verified: never run."""
-    S, B, _, X = mixed_SBGX.shape
-    query, key, value = ops.split_last_dim(mixed_SBGX, (X - 2 * head_size, head_size, head_size))
-    return ascend.flash_attention(query.reshape(S, B, -1, head_size), key, value, **options)

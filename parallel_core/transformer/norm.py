@@ -8,6 +8,7 @@ from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import TensorShard
+from parallel_core.ops import reference
 from parallel_core.tensor_parallel.parameter import constant, make_parameter
 
 
@@ -49,7 +50,10 @@ class LayerNorm(nn.Cell):
 
 
 class RMSNorm(nn.Cell):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in float32. Arguments as for `LayerNorm`."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in float32. Arguments as for `LayerNorm`.
+
+    Without `fused` it runs the plain operators.
+    """
 
     def __init__(
         self,
@@ -61,8 +65,10 @@ class RMSNorm(nn.Cell):
         partial_gradient: bool = False,
         params_dtype: str = "float32",
         name: str = "norm",
+        fused: bool = True,
     ) -> None:
         super().__init__(auto_prefix=True)
+        self._norm = ops.rms_norm if fused else reference.rms_norm
         self.eps, self.offset = eps, 1.0 if zero_centered else 0.0
         spec = TensorShard.cut(f"{name}.weight", (hidden_size,), partial_gradient=partial_gradient)
         self.weight = make_parameter(spec, constant(scale - self.offset), params_dtype)
@@ -70,7 +76,7 @@ class RMSNorm(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         """Return the norm of `x`, in x's shape and dtype."""
         weight = self.weight + self.offset if self.offset else self.weight
-        return ops.rms_norm(x, weight, self.eps)
+        return self._norm(x, weight, self.eps)
 
 
 def make_norm(
@@ -80,6 +86,7 @@ def make_norm(
     kinds = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
     if config.normalization not in kinds:
         raise ConfigError(f"normalization={config.normalization!r} does not exist; use {' or '.join(kinds)}")
+    more = {"fused": config.apply_rmsnorm_fusion} if config.normalization == "RMSNorm" else {}
     return kinds[config.normalization](
         size or config.hidden_size,
         eps=config.norm_epsilon,
@@ -88,4 +95,5 @@ def make_norm(
         partial_gradient=partial_gradient,
         params_dtype=config.params_dtype,
         name=name,
+        **more,
     )

@@ -21,7 +21,6 @@ from unittest import mock
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
-from mindspore import ops as ms_ops
 
 from parallel_core import ops
 from parallel_core.comm.interface import Done, SoloGroup
@@ -33,7 +32,7 @@ from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.recompute import recompute_plan
 from parallel_core.layout.shard import shard_of
 from parallel_core.layout.stages import stage_layout
-from parallel_core.ops import ascend, reference
+from parallel_core.ops import reference, use_kernels
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.schedule import make_schedule
 from parallel_core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -47,6 +46,7 @@ from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_s
 from parallel_core.training.step import TrainingStep
 from parallel_core.transformer import GPTModel, ModelStage, gpt_model
 from parallel_core.transformer.models import make_model
+from tests.helpers import ascend_double
 
 TINY = {
     "num_layers": "2", "hidden_size": "16", "num_attention_heads": "4", "seq_length": "8", "padded_vocab_size": "32",
@@ -204,25 +204,23 @@ def operators(words: tuple[str, ...]) -> Any:
     layer = built(words).step.model.chunks[0].decoder.layers[0]
     rotary = layer.self_attention.rotary
     plain = rotary is not None and rotary._rotate is reference.rotary_packed
-    return plain, layer.mlp._activate is reference.activation
+    plain_norm = getattr(layer.input_layernorm, "_norm", None) is reference.rms_norm
+    return plain, plain_norm, layer.mlp._activate is reference.activation
 
 
 def flash(words: tuple[str, ...]) -> Any:
-    """What a device with the fused attention operator is asked to do; here the reference computes it."""
-    calls = []
+    """What an NPU's fused attention operator is asked to do."""
+    given = ("--fp16", "--loss-scale", "1", "--kv-channels", "16")
+    plain = built(given).loss
+    calls, operator = [], ascend_double.flash_attention_score
 
-    def operator(query: Tensor, key: Tensor, value: Tensor, heads: int, **options: Any) -> Tensor:
-        calls.append((query.shape, heads, options["input_layout"], options["attn_mask"].asnumpy().sum()))
-        layout = options["input_layout"]
-        apart = [x.reshape(*x.shape[:2], -1, 4) if layout == "SBH" else x.transpose(2, 0, 1, 3)
-                 for x in (query, key, value)]
-        context = reference.causal_attention(*apart, scale=options["scalar_value"])
-        return context if layout == "SBH" else context.reshape(*context.shape[:2], -1, 4).transpose(1, 2, 0, 3)
+    def noted(query: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append((query.shape, args[-1], options["input_layout"], options["sparse_mode"]))
+        return operator(query, *args, **options)
 
-    plain = built(("--fp16", "--loss-scale", "1")).loss
-    with mock.patch.object(ascend, "has_flash_attention", lambda: True), \
-            mock.patch.object(ms_ops, "flash_attention_score", operator):
-        fused = built.__wrapped__(("--fp16", "--loss-scale", "1", *words)).loss
+    with mock.patch.object(ops, "use_kernels", lambda mode: use_kernels()), \
+            mock.patch.object(ascend_double, "flash_attention_score", noted), ascend_double.on_ascend_double():
+        fused = built.__wrapped__((*given, *words)).loss
     assert abs(fused - plain) < 1e-3
     return calls
 

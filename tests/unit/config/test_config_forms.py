@@ -136,6 +136,7 @@ SEED_EXPECTED = {
     "embedding_init_std": 0.5, "init_method_std": 0.00884, "attention_dropout_rate": 0.0, "hidden_dropout_rate": 0.0,
     "add_bias_linear": False, "qkv_has_bias": False, "out_proj_has_bias": False, "attention_softmax_in_fp32": True,
     "use_flash_attention": True, "apply_rope_fusion": True, "apply_swiglu_fusion": True,
+    "apply_rmsnorm_fusion": True,
     "fp16_lm_cross_entropy": False, "fp32_residual_connection": False,
 }
 

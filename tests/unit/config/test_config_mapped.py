@@ -39,7 +39,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "params_dtype": ("", "bf16"), "compute_dtype": ("", "bf16"), "embedding_dtype": ("", "fp16"),
     "fp16_lm_cross_entropy": ("--fp16", ""), "fp32_residual_connection": ("--bf16", ""),
     "fp32_matmul_precision": ("", "high"), "kernels": ("", "local"),
-    "attention_backend": ("", "flash"), "shape_order": ("", "BNSD"),
+    "attention_backend": ("", "unfused"), "shape_order": ("", "BNSD"),
     "apply_rope_fusion": ("--position-embedding-type rope", ""), "recompute_granularity": ("", "selective"),
     "recompute_method": ("--recompute-granularity full --recompute-num-layers 1", "block"),
     "recompute_num_layers": ("--recompute-granularity full --recompute-method block", "2"),

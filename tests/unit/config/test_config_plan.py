@@ -194,12 +194,13 @@ def smaller(*pair):
 
 
 def test_what_saves_memory_saves_it_in_the_plan():
-    plain = load("--global-batch-size", "8").config
-    selective = load("--global-batch-size", "8", "--recompute-activations").config
+    scores = "--global-batch-size", "8", "--no-use-flash-attn"
+    plain, selective = load(*scores).config, load(*scores, "--recompute-activations").config
+    assert smaller(load("--global-batch-size", "8").config, plain)
     full = load("--global-batch-size", "8", "--recompute-granularity", "full", "--recompute-method", "uniform",
                 "--recompute-num-layers", "1").config
     assert smaller(full, selective) and smaller(selective, plain)
-    tp = ["--tensor-model-parallel-size", "2", "--global-batch-size", "8"]
+    tp = ["--tensor-model-parallel-size", "2", *scores]
     assert smaller(load(*tp).config, plain) and smaller(load(*tp, "--sequence-parallel").config, load(*tp).config)
 
 

@@ -178,11 +178,12 @@ SEEN = {
     "operators": f"""
         bias_swiglu_fusion | --no-bias-swiglu-fusion | --swiglu
         apply_rope_fusion | --no-rope-fusion | {ROPE}
+        use_fused_rmsnorm | --no-use-fused-rmsnorm | --normalization RMSNorm
     """,
     "flash": """
-        use_flash_attn | --use-flash-attn
-        attention_backend | --attention-backend flash
-        shape_order | --shape-order BNSD | --use-flash-attn
+        use_flash_attn | --no-use-flash-attn
+        attention_backend | --attention-backend unfused
+        shape_order | --shape-order BNSD
     """,
     "recomputed": f"""
         recompute_granularity | --recompute-granularity selective

@@ -17,6 +17,7 @@ import pytest
 from parallel_core.doctor import __main__ as command
 from parallel_core.doctor import machine
 from parallel_core.doctor import nodes as between
+from parallel_core.doctor.ascend_versions import cann_versions, versions_fit
 from parallel_core.doctor.finding import BAD, GOOD, NOTE, Finding
 from tests.helpers.launching import REPO
 
@@ -99,8 +100,24 @@ def test_ascend_by_its_files(monkeypatch, tmp_path):
     found = {finding.what: finding for finding in machine.ascend(tmp_path, devices)}
     assert found["Ascend"].found == "2 NPU(s): davinci0, davinci1" and found["driver"].found == "24.1.rc2"
     assert found["CANN"].found == "7.6.0.1:8.0.RC3" and "CANN's environment" not in found
+    assert found["CANN, MindSpore"].state == BAD and "takes CANN 8.2" in found["CANN, MindSpore"].advice
     monkeypatch.setenv("DEVICE_TARGET", "Ascend")
     assert states(machine.ascend(tmp_path, tmp_path / "none")) == {"Ascend": BAD}
+
+
+@pytest.mark.parametrize(("driver", "cann", "want"), [
+    ("25.5.0", "8.5.0", {"CANN, MindSpore": GOOD}),
+    ("25.2.0", "8.5.0", {"CANN, MindSpore": GOOD, "driver, CANN": NOTE}),
+    ("26.0.rc1", "7.8.0.1:8.2.RC1", {"CANN, MindSpore": GOOD}),
+    ("25.0.rc1", "8.1.RC1", {"CANN, MindSpore": BAD}),
+    ("25.0.rc1", "unknown", {}),
+])  # fmt: skip
+def test_versions_that_go_together(driver, cann, want, tmp_path):
+    file = tmp_path / "check.py"
+    file.write_text('class A:\n  self.version = ["1"]\nclass AscendEnvChecker(A):\n  self.version = ["8.2", "8.5"]\n')
+    assert states(versions_fit(driver, cann, file)) == want
+    assert cann_versions(file) == [(8, 2), (8, 5)] and cann_versions(tmp_path / "none") == []
+    assert (8, 5) in cann_versions()
 
 
 def free_port():

@@ -53,6 +53,12 @@ def test_ascend_gets_the_settings_of_its_guide():
     assert "MS_CPU_COMM_OP_TIMEOUT" not in spec.environment
 
 
+@pytest.mark.parametrize("given", ["", "True", '{"device0":["0-10"]}'])
+def test_binding_to_cores_is_msruns(given):
+    words = [word for word in planned(BIND_CORE=given).msrun_command() if word.startswith("--bind")]
+    assert words == ([f"--bind_core={given}"] if given else [])
+
+
 def test_the_device_is_ascend_when_its_tool_is_there(monkeypatch):
     monkeypatch.setattr(plan.glob, "glob", lambda pattern: [])
     monkeypatch.setattr(plan.shutil, "which", lambda name: None)
@@ -75,6 +81,8 @@ def test_several_nodes_share_the_ranks():
     [
         ({"MASTER_PORT": "x"}, "MASTER_PORT=x is not an integer; write for example MASTER_PORT=8848"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port; ports go from 1 to 65535"),
+        *(({"BIND_CORE": given}, f"BIND_CORE={given} is nothing that msrun takes; write True, or cores by device: "
+           '{"device0":["0-10"]}') for given in ("yes", "[1]")),
         ({"DEVICE_TARGET": "GPU"}, "DEVICE_TARGET=GPU is not a device this package runs on; write Ascend or CPU"),
         ({"STOP_GRACE_S": "-1"}, "STOP_GRACE_S=-1 is not a number of seconds; write for example STOP_GRACE_S=15"),
         ({"STOP_GRACE_S": "nan"}, "STOP_GRACE_S=nan is not a number of seconds; write for example STOP_GRACE_S=15"),

@@ -1,0 +1,103 @@
+"""Flat 1-D storage on an Ascend device, with the methods of `optimizer.flat.Flat`; a step copies none to the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, mint
+from mindspore.ops.auto_generate import AdamW
+
+
+class AscendFlat:
+    """A view of a 1-D device tensor. Not verified: written against the MindSpore 2.10 documentation, never run."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data = data
+
+    @classmethod
+    def zeros(cls, numel: int, dtype: str) -> AscendFlat:
+        """Return a buffer of zeros."""
+        return cls(mint.zeros((numel,), dtype=getattr(ms, dtype)))
+
+    def part(self, start: int, end: int) -> AscendFlat:
+        """Return elements [start, end)."""
+        return AscendFlat(self._data.narrow(0, start, end - start))
+
+    def tensor(self) -> Tensor:
+        """Return the view."""
+        return self._data
+
+    def bind(self, parameter: Parameter) -> None:
+        """Move the parameter's value here."""
+        self.write_(parameter)
+        parameter.set_data(self._data.view(parameter.shape))
+
+    def write_(self, gradient: Tensor) -> None:
+        """Overwrite with a gradient."""
+        self._data.copy_(gradient.reshape(-1).astype(self._data.dtype))
+
+    def add_(self, gradient: Tensor) -> None:
+        """Add a gradient."""
+        self._data.add_(gradient.reshape(-1).astype(self._data.dtype))
+
+    def copy_(self, other: Any) -> None:
+        """Overwrite, casting."""
+        self._data.copy_(other.tensor().astype(self._data.dtype))
+
+    def scale_(self, factor: float) -> None:
+        """Multiply."""
+        if factor != 1.0:
+            self._data.mul_(factor)
+
+    def sum_of_squares(self) -> Tensor:
+        """Return the sum of squares, a tensor of one number, which nobody waits for here."""
+        wide = self._data.astype(ms.float32)
+        return (wide * wide).sum()
+
+    def load(self, values: np.ndarray) -> None:
+        """Overwrite with NumPy values."""
+        self._data.copy_(Tensor(values).astype(self._data.dtype))
+
+    def numpy(self) -> np.ndarray:
+        """Return a copy of the elements."""
+        return self._data.asnumpy()
+
+    def host_array(self) -> None:
+        """Return None: the memory is the device's."""
+
+    def adam_(
+        self,
+        gradient: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """Do one AdamW update by the fused operator; see `ops.adam_`."""
+        # The operator counts updates from 0, as MindSpore's own optimizer does, which starts at -1 and adds 1 first.
+        count = Tensor([step - 1], ms.float32)
+        gradient, v = gradient.tensor().astype(ms.float32) * grad_scale, exp_avg_sq.tensor()
+        constants = lr, *betas, weight_decay, eps, False, False
+        AdamW()(self._data, exp_avg.tensor(), v, v, gradient, count, *constants)
+
+    def sgd_(
+        self,
+        gradient: Any,
+        momentum_buffer: Any,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """Do one update by SGD with momentum."""
+        buffer = momentum_buffer.tensor()
+        buffer.mul_(momentum).add_(gradient.tensor().astype(ms.float32) * grad_scale + self._data * weight_decay)
+        self._data.sub_(buffer * lr)

@@ -1,0 +1,100 @@
+"""Norms, activations and rotary positions by Ascend's fused operators, with the signatures of `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mindspore as ms
+from mindspore import Tensor, mint, ops
+
+from parallel_core.ops import reference
+from parallel_core.ops.registry import on_ascend
+
+_FLOATS = ms.float32, ms.float16, ms.bfloat16
+
+
+def _not_by_rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> str:
+    if not 0 < eps <= 1:
+        return "eps is not above 0 and up to 1"
+    if weight_H.dtype not in (x.dtype, *(_FLOATS[1:] if x.dtype == ms.float32 else ())):
+        return f"x is {x.dtype} and the weight {weight_H.dtype}"  # the operator takes one type; x's would round it
+    return ""
+
+
+@on_ascend(reference.rms_norm, dtypes=_FLOATS, refuses=_not_by_rms_norm)
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Return `reference.rms_norm` by `mindspore.ops.rms_norm`. Not verified: never run on an NPU."""
+    return ops.rms_norm(x, reference.cast(weight_H, x.dtype), eps)[0]
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    return ops.swiglu(x, -1)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return mint.nn.functional.gelu(x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return mint.nn.functional.gelu(x, approximate="tanh")
+
+
+def _silu(x: Tensor) -> Tensor:
+    return mint.nn.functional.silu(x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": _swiglu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "relu": ops.relu
+}  # fmt: skip
+
+
+def _not_by_activation(x: Tensor, bias: Tensor | None, name: str) -> str:  # noqa: ARG001
+    return "" if name in _ACTIVATIONS else f"the activation is {name}"
+
+
+@on_ascend(reference.activation, dtypes=_FLOATS, refuses=_not_by_activation)
+def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """Return `reference.activation` by one operator. Not verified: never run on an NPU."""
+    return _ACTIVATIONS[name](x if bias is None else x + reference.cast(bias, x.dtype))
+
+
+_WIDEST, _MOST_HEADS = 896, 1000
+
+
+def _not_by_rotary(shape: tuple[int, ...], cos: Tensor, interleaved: bool) -> str:
+    if cos.shape[-1] >= _WIDEST or max(shape[1:3]) >= _MOST_HEADS:
+        return "there are 896 channels or more to turn, or 1000 samples or heads"
+    return "samples have positions of their own, and pairs are neighbours" if interleaved and cos.shape[1] > 1 else ""
+
+
+def _not_by_rotary_apart(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str:  # noqa: ARG001
+    return _not_by_rotary(x_SBND.shape, cos, interleaved)
+
+
+def _not_by_rotary_packed(
+    mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool  # noqa: ARG001
+) -> str:
+    S, B, G, X = mixed_SBGX.shape
+    return _not_by_rotary((S, B, G * (X // head_size - 1)), cos, interleaved)
+
+
+@on_ascend(reference.rotary, dtypes=_FLOATS, refuses=_not_by_rotary_apart)
+def rotary(x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return `reference.rotary` by `rotary_position_embedding`. Not verified: never run on an NPU.
+
+    The operator takes tables of x's type, to which they are rounded, as in Megatron-LM.
+    """
+    width, tables = cos.shape[-1], (reference.cast(cos, x_SBND.dtype), reference.cast(sin, x_SBND.dtype))
+    if width == x_SBND.shape[-1]:
+        return ops.rotary_position_embedding(x_SBND, *tables, int(interleaved))
+    turned = ops.rotary_position_embedding(x_SBND[..., :width].contiguous(), *tables, int(interleaved))
+    return mint.cat((turned, x_SBND[..., width:]), -1)
+
+
+@on_ascend(reference.rotary_packed, dtypes=_FLOATS, refuses=_not_by_rotary_packed)
+def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Return `reference.rotary_packed` by `rotary_position_embedding`. Not verified: never run on an NPU."""
+    S, B, G, X = mixed_SBGX.shape
+    turning, value = reference.split_last_dim(mixed_SBGX, (X - head_size, head_size))
+    turned = rotary(turning.reshape(S, B, -1, head_size), cos, sin, interleaved)
+    return mint.cat((turned.reshape(S, B, G, X - head_size), value), -1)
