@@ -231,12 +231,16 @@ def _latent_norms(model: TransformerConfig) -> dict[str, int]:
 
 
 def _expert_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's router, experts and shared expert, of models whose linears have no biases."""
+    """Return the shapes of a layer's router, experts and shared expert."""
     moe, H, parts = model.moe, model.hidden_size, 2 if model.is_gated else 1
     E, F, wide = moe.num_experts, moe.moe_ffn_hidden_size, moe.moe_shared_expert_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (E, H)}
     shapes["experts.experts.linear_fc1.weight"] = (E, parts * F, H)
     shapes["experts.experts.linear_fc2.weight"] = (E, H, F)
+    if model.add_bias_linear:
+        shapes["experts.experts.linear_fc1.bias"], shapes["experts.experts.linear_fc2.bias"] = (E, parts * F), (E, H)
+        if not moe.moe_router_rounds:
+            shapes["router.bias"] = (E,)
     if wide:
         shapes["shared_experts.linear_fc1.weight"] = (parts * wide, H)
         shapes["shared_experts.linear_fc2.weight"] = (H, wide)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,12 +80,12 @@ class PartedBlob:
 
     def crop(self, ranges: Sequence[Range]) -> PartedBlob:
         """Return the rectangle `ranges` of this array."""
-        kept = tuple(ranges)[::-1] if self.turned else tuple(ranges)
+        kept = swapped(tuple(ranges)) if self.turned else tuple(ranges)
         inner = tuple((first + a, first + b) for (a, b), (first, _) in zip(kept, self.ranges))
         return PartedBlob(self.tensor, inner, self.turned)
 
     def transposed(self) -> PartedBlob:
-        """Return a matrix with rows and columns exchanged."""
+        """Return matrices with rows and columns exchanged."""
         return PartedBlob(self.tensor, self.ranges, not self.turned)
 
     def read_into(self, out: np.ndarray) -> None:
@@ -97,7 +98,12 @@ class PartedBlob:
             Blob.contiguous(self.tensor.path, offset, self.tensor.dtype, (count,)).read_into(whole[at : at + count])
             at += count
         part = region(whole.reshape(self.tensor.shape), self.ranges)
-        np.copyto(out, part.T if self.turned else part)
+        np.copyto(out, part.swapaxes(-1, -2) if self.turned else part)
+
+
+def swapped(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what belongs to each dim of matrices with rows and columns exchanged."""
+    return (*values[:-2], values[-1], values[-2])
 
 
 @dataclass(frozen=True)

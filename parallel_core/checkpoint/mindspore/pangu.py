@@ -5,7 +5,8 @@ A directory holds one `.ckpt` file with the whole model, or one for every rank (
 three tables as `word_embedding.npy`, `position_embedding.npy` and `top_query_embedding.npy`, which then stand over
 those in the files. What is no weight (optimizer state, counters, key and value caches) is left out.
 
-`pangu.json` may say what the files do not: `num_attention_heads`, `hidden_act`, `top_query_layer`, `layernorm_epsilon`.
+`pangu.json` may say what the files do not: `num_attention_heads`, `hidden_act`, `top_query_layer`, `layernorm_epsilon`,
+and of models with experts `num_experts_chosen` (1).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy as np
 
 from parallel_core.checkpoint.huggingface.tensors import FINAL_NORM, POSITIONS, QUERIES, WORD_EMBEDDINGS, our_shapes
 from parallel_core.checkpoint.layout_files import os_errors_named
-from parallel_core.checkpoint.mindspore.files import read_ckpt, read_strategy
+from parallel_core.checkpoint.mindspore.files import read_ckpt, read_strategy, swapped
 from parallel_core.checkpoint.mindspore.slices import Files, Whole, whole_parameters
 from parallel_core.checkpoint.source import Blob, Piece, PieceSource, TensorInfo
+from parallel_core.config.experts import MoEConfig
 from parallel_core.config.model_keys import model_settings
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import CheckpointError, ConfigError, bullet_list
@@ -44,14 +46,16 @@ _NO_WEIGHT = re.compile(
     r"(adam_[mv]\.|accu_grads\.|moments\.|.*\.?(key_past|value_past)$|(global_step|epoch_num|step_num|loss_scale|"
     r"current_iterator_step|last_overflow_iterator_step|scale_sense|learning_rate)$)"
 )
-_EXPERTS = re.compile(r"output\.(ffn|router)\.")
 _MODULES = {
     "layernorm1": "input_layernorm", "layernorm2": "pre_mlp_layernorm", "attention.projection":
     "self_attention.linear_proj", "output.mapping": "mlp.linear_fc1", "output.projection": "mlp.linear_fc2",
+    "output.ffn.mapping": "mlp.experts.experts.linear_fc1", "output.ffn.projection": "mlp.experts.experts.linear_fc2",
+    "output.router.dense": "mlp.router",
 }  # fmt: skip
 _DENSE = {"self_attention.linear_q": (1,), "self_attention.linear_kv": (2, 3), "self_attention.linear_qkv": (1, 2, 3)}
 """Which of dense1 (queries), dense2 (keys) and dense3 (values) a module has, head by head."""
-_TURNED = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_TURNED = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2", "mlp.experts.experts.linear_fc1",
+           "mlp.experts.experts.linear_fc2")  # fmt: skip
 """Modules whose matrices are stored [in, out]."""
 _HEADS = {1024: 16, 2560: 32, 5120: 40, 16384: 128}
 """Heads of the published sizes, by hidden size (the 1.3B preset that has 1024 and 32 heads is said in pangu.json)."""
@@ -137,8 +141,8 @@ def _named(path: Path, stored: Mapping[str, Whole]) -> dict[str, Whole]:
         match = _LAYER.fullmatch(name)
         if match is not None:
             last = max(last, int(match[1] or -1))
-            if _EXPERTS.match(match[2]):
-                raise CheckpointError(f"{path}: {show(full)} belongs to experts; PanGu-alpha with experts is not read")
+            if re.fullmatch(r"output\.ffn\.\w+\.bias", match[2]):
+                whole = _bias_of_experts(path, full, whole)
             head, _, tail = match[2].rpartition(".")
             name = f"{'top' if match[1] is None else int(match[1])}.{head}.{_OLDER.get(tail, tail)}"
         elif name in ("layernorm.gamma", "layernorm.beta"):
@@ -157,6 +161,19 @@ def _named(path: Path, stored: Mapping[str, Whole]) -> dict[str, Whole]:
         if (path / file).exists():
             named[ours] = _table(path / file)
     return named
+
+
+def _bias_of_experts(path: Path, name: str, whole: Whole) -> Whole:
+    """Return the bias that is stored [1, E, 1, F] as [E, F]."""
+    if len(whole.shape) != 4 or whole.shape[0] != 1 or whole.shape[2] != 1:
+        raise CheckpointError(f"{path}: {show(name)} has shape {list(whole.shape)} instead of [1, experts, 1, width]")
+    pieces = []
+    for piece in whole.pieces:
+        if not isinstance(piece.blob, Blob):
+            raise CheckpointError(f"{path}: {show(name)} is stored in several parts, which is not read of a bias")
+        shape = piece.shape[1], piece.shape[3]
+        pieces.append(Piece((piece.start[1], piece.start[3]), shape, piece.blob.reshape(shape)))
+    return Whole((whole.shape[1], whole.shape[3]), whole.dtype, tuple(pieces))
 
 
 def _refuse_unknown(path: Path, names: Iterable[str], known: Set[str] = frozenset()) -> None:
@@ -199,9 +216,9 @@ def _model(path: Path, found: Mapping[str, Whole]) -> TransformerConfig:
         raise CheckpointError(f"{path}: layers {missing or 'of any number'} are in no file")
     told = _settings(path / SETTINGS_NAME)
     vocab, hidden = found[WORD_EMBEDDINGS].shape
-    mapping = found.get("0.output.mapping.weight")
+    mapping = found.get(f"{num_layers - 1}.output.mapping.weight")
     if mapping is None or len(mapping.shape) != 2:
-        raise CheckpointError(f"{path}: blocks.0.output.mapping.weight is in no file")
+        raise CheckpointError(f"{path}: the query layer's output.mapping.weight is in no file, or no matrix")
     heads = told.pop("num_attention_heads", _HEADS.get(hidden))
     if heads is None:
         raise CheckpointError(
@@ -210,9 +227,36 @@ def _model(path: Path, found: Mapping[str, Whole]) -> TransformerConfig:
         )
     positions = found[POSITIONS].shape[0]
     try:
+        told["moe"] = _experts(path, found, num_layers, told.pop("num_experts_chosen", 1))
         return _config(num_layers, hidden, heads, vocab, positions, mapping.shape[1], told)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _experts(path: Path, found: Mapping[str, Whole], num_layers: int, chosen: int) -> MoEConfig:
+    routers = {n: found[f"{n}.output.router.dense.weight"] for n in range(num_layers)
+               if f"{n}.output.router.dense.weight" in found}  # fmt: skip
+    if not routers:
+        return MoEConfig()
+    number, router = next(iter(routers.items()))
+    wide = found.get(f"{number}.output.ffn.mapping.weight")
+    if wide is None or len(wide.shape) != 3 or len(router.shape) != 2 or chosen > router.shape[0]:
+        raise CheckpointError(
+            f"{path}: blocks.{number}.output.ffn.mapping.weight is in no file, or the router's {list(router.shape)} is "
+            f"of fewer experts than the {chosen} that are chosen"
+        )
+    pattern = tuple(int(n in routers) for n in range(num_layers))
+    return _rounds(router.shape[0], pattern, wide.shape[2], chosen)
+
+
+def _rounds(number: int, pattern: tuple[int, ...], width: int, chosen: int) -> MoEConfig:
+    return MoEConfig(
+        num_experts=number,
+        moe_layer_freq=pattern,
+        moe_ffn_hidden_size=width,
+        moe_router_topk=chosen,
+        moe_router_rounds=True,
+    )
 
 
 def _config(
@@ -232,11 +276,14 @@ def _config(
 
 def described_model(model: TransformerConfig) -> TransformerConfig:
     """Return the model that is read from files of this form which were written of `model`."""
-    told = {
+    told: dict[str, Any] = {
         "top_query_layer": model.top_query_layer,
         "norm_epsilon": model.norm_epsilon,
         "hidden_act": model.hidden_act if model.hidden_act in _TOLD["hidden_act"] else "fast_gelu",
     }
+    if (moe := model.moe).num_experts:
+        pattern = tuple(int(moe.has_experts(layer)) for layer in range(model.num_layers))
+        told["moe"] = _rounds(moe.num_experts, pattern, moe.moe_ffn_hidden_size, moe.moe_router_topk)
     sizes = model.num_layers, model.hidden_size, model.num_attention_heads
     return _config(*sizes, model.vocab_size, model.max_position_embeddings, model.ffn_hidden_size, told)
 
@@ -256,8 +303,8 @@ def _settings(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} holds no JSON object")
     settings: dict[str, Any] = {}
     for key, value in told.items():
-        heads = key == "num_attention_heads" and type(value) is int and 0 < value < 1 << 20
-        if heads or (key in _TOLD and value in _TOLD[key]):
+        count = key in ("num_attention_heads", "num_experts_chosen") and type(value) is int and 0 < value < 1 << 20
+        if count or (key in _TOLD and value in _TOLD[key]):
             settings[key] = value
         elif key == "layernorm_epsilon" and type(value) in (int, float) and 0 < value < 1:
             settings["norm_epsilon"] = float(value)
@@ -265,7 +312,8 @@ def _settings(file: Path) -> dict[str, Any]:
             wrong = f"{show(key)}: {show(json.dumps(value))[:100]}"
     if wrong:
         known = ", ".join(f"{key} ({', '.join(values)})" for key, values in _TOLD.items())
-        raise CheckpointError(f"{file} has {wrong}; it may hold {known}, num_attention_heads, layernorm_epsilon")
+        raise CheckpointError(f"{file} has {wrong}; it may hold {known}, num_attention_heads, num_experts_chosen, "
+                              "layernorm_epsilon")  # fmt: skip
     return settings
 
 
@@ -284,7 +332,7 @@ def _placed(
             raise CheckpointError(f"{path}: {_spelled(theirs)} has shape {list(whole.shape)} instead of {list(needed)}")
         dtypes.add(whole.dtype)
         for piece in whole.pieces:
-            start, extent = (piece.start[::-1], piece.shape[::-1]) if turned else (piece.start, piece.shape)
+            start, extent = (swapped(piece.start), swapped(piece.shape)) if turned else (piece.start, piece.shape)
             wanted = [(their_row, their_row + rows), *((0, n) for n in shape[1:])]
             common = intersect(wanted, [(a, a + n) for a, n in zip(start, extent)])
             if common is None:
@@ -304,7 +352,7 @@ def theirs_shape(theirs: str, shape: tuple[int, ...], model: TransformerConfig, 
     """Return the shape that one of their tensors must have."""
     if re.search(r"\.attention\.dense[123]\.", theirs):
         shape = (model.hidden_size, *shape[1:])
-    return shape[::-1] if turned else shape
+    return swapped(shape) if turned else shape
 
 
 def sources_of(name: str, shape: tuple[int, ...], model: TransformerConfig) -> list[tuple[str, int, int, int, bool]]:
@@ -324,7 +372,7 @@ def sources_of(name: str, shape: tuple[int, ...], model: TransformerConfig) -> l
     theirs = next(old for old, new in _MODULES.items() if new == module)
     if module.endswith("layernorm"):
         kind = {"weight": "gamma", "bias": "beta"}[kind]
-    return [(f"{number}.{theirs}.{kind}", 0, 0, shape[0], module in _TURNED and len(shape) == 2)]
+    return [(f"{number}.{theirs}.{kind}", 0, 0, shape[0], module in _TURNED and kind == "weight")]
 
 
 def stored_name(theirs: str, model: TransformerConfig) -> str:

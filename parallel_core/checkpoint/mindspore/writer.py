@@ -15,7 +15,7 @@ from parallel_core.checkpoint.huggingface.tensors import our_shapes
 from parallel_core.checkpoint.huggingface.tokenizer import write_tokenizer
 from parallel_core.checkpoint.huggingface.writer import check_names, model_of_source
 from parallel_core.checkpoint.layout_files import write_durably
-from parallel_core.checkpoint.mindspore.files import tensor_message
+from parallel_core.checkpoint.mindspore.files import swapped, tensor_message
 from parallel_core.checkpoint.mindspore.pangu import (
     SETTINGS_NAME,
     described_model,
@@ -55,6 +55,8 @@ def write_pangu(source: TensorSource, path: Path, progress: Callable[[int], None
         "top_query_layer": model.top_query_layer,
         "layernorm_epsilon": model.norm_epsilon,
     }
+    if model.moe.num_experts:
+        told["num_experts_chosen"] = model.moe.moe_router_topk
     _check(source, model)
     check_names(source, {key for key in source.keys() if "@" not in key}, model)  # noqa: SIM118 - of the protocol
     shapes = our_shapes(model)
@@ -66,11 +68,14 @@ def write_pangu(source: TensorSource, path: Path, progress: Callable[[int], None
         for theirs, parts in parts_of.items():
             name, *_, turned = parts[0]
             shape, dtype = theirs_shape(theirs, shapes[name], model, turned), source.info(name).dtype
-            out = np.empty(shape[::-1] if turned else shape, storage_dtype(dtype))
+            out = np.empty(swapped(shape) if turned else shape, storage_dtype(dtype))
             for ours, here, there, count, _ in parts:
                 where = [(here, here + count), *((0, n) for n in out.shape[1:])]
                 source.read_into(ours, where, out[there : there + count])
-            _append(file, stored_name(theirs, model), np.ascontiguousarray(out.T if turned else out), dtype)
+            stored = np.ascontiguousarray(out.swapaxes(-1, -2) if turned else out)
+            if theirs.endswith((".ffn.mapping.bias", ".ffn.projection.bias")):
+                stored = stored.reshape(1, len(stored), 1, -1)  # one for each expert
+            _append(file, stored_name(theirs, model), stored, dtype)
             progress(out.nbytes)
         file.flush()
         os.fsync(file.fileno())

@@ -19,8 +19,12 @@ from safetensors.numpy import load_file, save_file
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
 from parallel_core.checkpoint.mindspore.files import read_ckpt, tensor_message
 from parallel_core.checkpoint.mindspore.writer import write_pangu
+from parallel_core.config.model_keys import model_of_settings
 from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import shard_of
+from parallel_core.transformer import ModelStage
+from parallel_core.transformer.models import PanguAlphaModel
 from tests.unit.transformer.test_pangu_alpha import det, golden_values
 
 H, LAYERS, S, V, F = 8, 3, 6, 11, 32
@@ -234,13 +238,71 @@ def test_a_wrong_model_in_slices_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"backbone\.blocks\.1\.attention\.dense2\.bias is in no file"):
         open_checkpoint(tmp_path)
     write(tmp_path / "pangu.ckpt", {**published(), "backbone.blocks.1.output.router.dense.weight": weights[
-        "backbone.layernorm.gamma"]})  # fmt: skip
-    with pytest.raises(CheckpointError, match="belongs to experts"):
+        "backbone.embedding.position_embedding.embedding_table"]})  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"blocks.1.output.ffn.mapping.weight is in no file"):
         open_checkpoint(tmp_path)
     strange = {"backbone.blocks.1.attention.rotary": weights["backbone.layernorm.beta"]}
     write(tmp_path / "pangu.ckpt", {**published(), **strange})
     with pytest.raises(CheckpointError, match="blocks.1.attention.rotary"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("dp", "mp"), [(1, 1), (2, 1), (2, 2)])
+def test_experts_are_read_whole_and_in_slices(dp, mp, tmp_path):
+    """Cut over experts and over their width; the query layer has an MLP."""
+    weights, draws, E, W = published(), np.random.default_rng(0), 4, 6
+    ours = {}
+    for layer in (0, 1):
+        there, here = f"backbone.blocks.{layer}.output", f"decoder.layers.{layer}.mlp"
+        for module in ("mapping", "projection"):
+            for kind in ("weight", "bias"):
+                del weights[f"{there}.{module}.{kind}"]
+        for theirs, name, shape in (("mapping", "linear_fc1", (H, W)), ("projection", "linear_fc2", (W, H))):
+            matrix = draws.standard_normal((E, *shape)).astype(np.float32)
+            bias = draws.standard_normal((1, E, 1, shape[1])).astype(np.float32)
+            weights |= {f"{there}.ffn.{theirs}.weight": matrix, f"{there}.ffn.{theirs}.bias": bias}
+            ours |= {f"{here}.experts.experts.{name}.weight": matrix.transpose(0, 2, 1),
+                     f"{here}.experts.experts.{name}.bias": bias.reshape(E, shape[1])}  # fmt: skip
+        ours[f"{here}.router.weight"] = draws.standard_normal((E, H)).astype(np.float32)
+        weights[f"{there}.router.dense.weight"] = ours[f"{here}.router.weight"]
+    cuts = {"ffn.mapping.weight": [1, -1, 0], "ffn.mapping.bias": [-1, 1, -1, 0], "ffn.projection.weight": [1, 0, -1],
+            "ffn.projection.bias": [-1, 1, -1, -1]}  # fmt: skip
+    strategy, files = ParallelStrategyMap(current_stage=0), [{} for _ in range(dp * mp)]
+    for name, value in weights.items():
+        dims = next((cut for end, cut in cuts.items() if name.endswith(end)), [-1] * value.ndim)
+        item = strategy.parallel_layout_item.add(param_name=name)
+        item.parallel_layouts.dev_matrix.add().dim.extend([dp, mp])
+        item.parallel_layouts.tensor_map.add().dim.extend(dims)
+        item.parallel_layouts.field = item.parallel_layouts.opt_weight_shard_step = 0
+        item.parallel_layouts.opt_weight_shard_size = 0
+        for rank in range(dp * mp):
+            part = value
+            for dim, device in enumerate(dims):
+                if device >= 0:
+                    part = np.split(part, (mp, dp)[device], dim)[(rank % mp, rank // mp)[device]]
+            files[rank][name] = np.ascontiguousarray(part)
+    for rank, tensors in enumerate(files):
+        write(tmp_path / f"pangu_{rank}.ckpt", tensors)
+    (tmp_path / "strategy.ckpt").write_bytes(strategy.SerializeToString())
+    settings(tmp_path, num_experts_chosen=2)
+    source = open_checkpoint(tmp_path)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(read_tensor(source, name), value, err_msg=name)
+    model = model_of_settings(source.common["model_config"])
+    moe = model.moe
+    assert (moe.num_experts, moe.moe_layer_freq, moe.moe_ffn_hidden_size) == (E, (1, 1, 0), W)
+    assert moe.moe_router_rounds and moe.moe_router_topk == 2
+    names = {shard_of(p).name for p in PanguAlphaModel(ModelStage(model)).trainable_params()}
+    assert names == set(source.keys())
+    assert main(["--load", str(tmp_path), "--save", str(tmp_path / "m"), "--to", "mindspore", "--quiet"]) == 0
+    loaded = mindspore.load_checkpoint(str(tmp_path / "m/pangu.ckpt"))
+    assert loaded.keys() == weights.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(loaded[name].asnumpy(), value, err_msg=name)
+    assert main(["verify", str(tmp_path), str(tmp_path / "m")]) == 0
+    source.common["model_config"]["moe_router_rounds"] = False
+    with pytest.raises(CheckpointError, match="moe_router_rounds=False, True there"):
+        write_pangu(source, tmp_path, lambda count: None)
 
 
 def test_heads_that_no_file_tells_are_asked_for(tmp_path):
