@@ -66,6 +66,10 @@ _PLAIN = {
     "silu": "silu", "swish": "silu",
 }  # fmt: skip
 _NO_BIAS = {"add_bias_linear": False, "qkv_has_bias": False, "out_proj_has_bias": False}
+_GPT2_FIXED = {
+    "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "add_bias_linear": True,
+    "qkv_has_bias": True, "out_proj_has_bias": True, "apply_layernorm_1p": False,
+}  # fmt: skip
 _RMS = {"normalization": "RMSNorm", "apply_layernorm_1p": False}
 
 
@@ -317,10 +321,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "tie_word_embeddings": _untied(True),
             },
             (_gpt2_head_size(), _gpt2_scale()),
-            {
-                "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "add_bias_linear": True,
-                "qkv_has_bias": True, "out_proj_has_bias": True, "apply_layernorm_1p": False,
-            },
+            _GPT2_FIXED,
             _GPT2_TENSORS,
             _ONLY,
             NEUTRAL | {"reorder_and_upcast_attn"},
@@ -340,11 +341,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "tie_word_embeddings": _untied(True),
             },
             (_gpt2_head_size(), _gpt2_scale()),
-            {
-                "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "add_bias_linear": True,
-                "qkv_has_bias": True, "out_proj_has_bias": True, "apply_layernorm_1p": False,
-                "top_query_layer": "norm_before",
-            },
+            {**_GPT2_FIXED, "top_query_layer": "norm_before"},
             _PANGU_TENSORS,
             _ONLY,
             NEUTRAL,
@@ -365,10 +362,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "tie_word_embeddings": _untied(True),
             },
             (_gpt2_head_size(), bert_head()),
-            {
-                "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "add_bias_linear": True,
-                "qkv_has_bias": True, "out_proj_has_bias": True, "apply_layernorm_1p": False,
-            },
+            _GPT2_FIXED,
             BERT_TENSORS,
             {**_ONLY, "is_decoder": (False,), "position_embedding_type": ("absolute",)},
             NEUTRAL | {"hidden_dropout_prob", "attention_probs_dropout_prob"},

@@ -81,6 +81,6 @@ def test_prefixes_buffers_and_surprises(tmp_path):
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="missing transformer.h.2.mlp.c_proj.weight"):
         open_checkpoint(tmp_path / "hf")
-    (tmp_path / "hf" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="'bert' needs an encoder, which is not built"):
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(CheckpointError, match="'roberta' needs an encoder of another form, which is not built"):
         open_checkpoint(tmp_path / "hf")

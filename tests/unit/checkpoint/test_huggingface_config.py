@@ -25,13 +25,15 @@ SIZES = {
 }  # fmt: skip
 GPT2 = {"vocab_size": 320, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+PANGU = {"vocab_size": 320, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 256}
+BERT = {**NEOX, "architectures": ["BertForMaskedLM"]}
 
 
 def sizes_of(model_type: str) -> dict[str, Any]:
     if model_type.startswith("deepseek"):  # every head has keys, of a size that is told otherwise
         own = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
         return {**own, "first_k_dense_replace": 1, "q_lora_rank": 24}
-    return {"gpt2": GPT2, "gpt_neox": NEOX}.get(model_type, SIZES)
+    return {"gpt2": GPT2, "gpt_neox": NEOX, "gpt_pangu": PANGU, "bert": BERT}.get(model_type, SIZES)
 
 
 def read(model_type: str, **keys: Any) -> TransformerConfig:
@@ -176,6 +178,8 @@ def _random_keys(model_type: str, rng: random.Random) -> dict[str, Any]:
         "hidden_act": ["gelu", "gelu_pytorch_tanh", "silu"],
         "activation_function": ["gelu_new", "gelu", "relu"],
         "rms_norm_eps": [1e-5, 1e-6],
+        "layer_norm_epsilon": [1e-5, 1e-6],
+        "layer_norm_eps": [1e-5, 1e-12],
         "head_dim": [8, 16, 32],
     }
     keys = {name: rng.choice(choices[name]) for name in ARCHITECTURES[model_type].keys & choices.keys()}
