@@ -15,7 +15,7 @@ from parallel_core.errors import ConfigError
 from parallel_core.launch.layout import check_configuration
 
 REPO = Path(__file__).resolve().parents[3]
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "README.zh.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
 def text_of(file: Path) -> str:
@@ -112,3 +112,18 @@ def test_training_commands_are_legal(file, line, monkeypatch):
         flag = "--" + name.replace("_", "-")
         if flag in arguments:
             assert str(getattr(sizes, name)) == arguments[arguments.index(flag) + 1]
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"(?:^    .*\n)+", text_of(REPO / name), re.M)
+
+
+def test_the_chinese_readme_has_the_same_commands():
+    assert blocks("README.zh.md") == blocks("README.md")
+
+
+def test_the_chinese_readme_knows_the_same_variables():
+    tables = [re.findall(r"^\| (`[A-Z_]+`(?:[,、] ?`[A-Z_]+`)*) \|", text_of(REPO / name), re.M) for name in
+              ("README.md", "README.zh.md")]  # fmt: skip
+    english, chinese = ([re.findall(r"`(\w+)`", row) for row in table] for table in tables)
+    assert english == chinese and len(english) > 5
