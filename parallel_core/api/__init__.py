@@ -26,11 +26,13 @@ from parallel_core.api.tokenizers import (
     PanguAlphaTokenizer,
     PreTrainedTokenizer,
 )
+from parallel_core.api.trainer import Trainer, TrainingArguments
 
 __all__ = [
     "AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "BertConfig", "BertForPreTraining",
     "BertForQuestionAnswering", "BertModel", "BertProcessor", "BertTokenizer", "ContextConfig", "GPT2Config",
     "GPT2LMHeadModel", "GPT2Processor", "GPT2Tokenizer", "LlamaConfig", "LlamaForCausalLM", "LlamaProcessor",
     "LlamaTokenizer", "PanguAlphaConfig", "PanguAlphaHeadModel", "PanguAlphaProcessor", "PanguAlphaTokenizer",
-    "ParallelContextConfig", "PreTrainedModel", "PreTrainedTokenizer", "PretrainedConfig", "init_context", "pipeline",
+    "ParallelContextConfig", "PreTrainedModel", "PreTrainedTokenizer", "PretrainedConfig", "Trainer",
+    "TrainingArguments", "init_context", "pipeline",
 ]  # fmt: skip

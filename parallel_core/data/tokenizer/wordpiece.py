@@ -35,7 +35,7 @@ class BertWordPieceTokenizer(MegatronTokenizer):
     def __init__(self, vocab_file: str, lower_case: bool = True) -> None:
         kind = "BERT Lower Case" if lower_case else "BERT Upper Case"
         super().__init__("_BertWordPieceTokenizer", vocab_file, name=kind, vocab_extra_ids=0)
-        self.lower_case = lower_case
+        self.lower_case, self.vocab_file = lower_case, vocab_file
         pieces = read_text(vocab_file).split("\n")
         if pieces and not pieces[-1]:
             pieces.pop()
