@@ -15,6 +15,7 @@ from parallel_core.api.models import (
     PreTrainedModel,
 )
 from parallel_core.api.pipelines import pipeline
+from parallel_core.api.register import MindFormerModuleType, MindFormerRegister
 from parallel_core.api.tokenizers import (
     BertProcessor,
     BertTokenizer,
@@ -32,7 +33,7 @@ __all__ = [
     "AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "BertConfig", "BertForPreTraining",
     "BertForQuestionAnswering", "BertModel", "BertProcessor", "BertTokenizer", "ContextConfig", "GPT2Config",
     "GPT2LMHeadModel", "GPT2Processor", "GPT2Tokenizer", "LlamaConfig", "LlamaForCausalLM", "LlamaProcessor",
-    "LlamaTokenizer", "PanguAlphaConfig", "PanguAlphaHeadModel", "PanguAlphaProcessor", "PanguAlphaTokenizer",
-    "ParallelContextConfig", "PreTrainedModel", "PreTrainedTokenizer", "PretrainedConfig", "Trainer",
-    "TrainingArguments", "init_context", "pipeline",
+    "LlamaTokenizer", "MindFormerModuleType", "MindFormerRegister", "PanguAlphaConfig", "PanguAlphaHeadModel",
+    "PanguAlphaProcessor", "PanguAlphaTokenizer", "ParallelContextConfig", "PreTrainedModel", "PreTrainedTokenizer",
+    "PretrainedConfig", "Trainer", "TrainingArguments", "init_context", "pipeline",
 ]  # fmt: skip

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from parallel_core.api.configs import PretrainedConfig
 from parallel_core.api.models import PreTrainedModel, model_class_of, weights_folder
+from parallel_core.api.register import MindFormerRegister
 from parallel_core.api.tokenizers import TOKENIZERS, PreTrainedTokenizer, Processor
+from parallel_core.data.files import read_text
 from parallel_core.errors import CheckpointError
 
 
@@ -33,9 +37,23 @@ class AutoModel:
 
     @staticmethod
     def from_config(config: PretrainedConfig | str | Path) -> PreTrainedModel:
-        """Return a model with first values, of settings or of the `.yaml` that has them."""
-        settings = config if isinstance(config, PretrainedConfig) else AutoConfig.from_pretrained(config)
-        return model_class_of(settings)(settings)
+        """Return a model with first values, of settings or of the `.yaml` that has them.
+
+        The class is the one that has such models, or the registered one that the `.yaml` names as `model.arch.type`.
+
+        Raises:
+            ConfigError: nothing of that name is registered.
+        """
+        if isinstance(config, PretrainedConfig):
+            return model_class_of(config)(config)
+        settings = AutoConfig.from_pretrained(config)
+        arch = (yaml.safe_load(read_text(str(config))).get("model") or {}).get("arch") or {}
+        name = str(arch.get("type", ""))
+        kinds = {kind.__name__: kind for kind in PreTrainedModel.models}
+        if not name:
+            return model_class_of(settings)(settings)
+        kind: type[PreTrainedModel] = kinds.get(name) or MindFormerRegister.get_cls("models", name)
+        return kind(settings)
 
 
 class AutoTokenizer:

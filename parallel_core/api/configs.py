@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from parallel_core.api.register import MindFormerRegister
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint
 from parallel_core.checkpoint.huggingface.tensors import WORD_EMBEDDINGS
 from parallel_core.config.bert import BertConfig as BertSection
@@ -149,9 +150,13 @@ class PretrainedConfig:
         tree = yaml.safe_load(read_text(str(path)))
         try:
             found = dict(tree["model"]["model_config"])
-            kind = PretrainedConfig.families[found.pop("type")]
+            name = str(found.pop("type"))
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: has no model.model_config of a known type ({error})") from None
+            raise ConfigError(f"{path}: has no model.model_config with a type ({error})") from None
+        kind = PretrainedConfig.families.get(name)
+        if kind is None:
+            own: PretrainedConfig = MindFormerRegister.get_instance("config", name, **found)
+            return own
         if not issubclass(kind, cls):
             raise ConfigError(f"{path}: type {kind.__name__}, not {cls.__name__}")
         return kind(**found)

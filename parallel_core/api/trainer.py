@@ -246,6 +246,8 @@ class Trainer:
             )
         args, batch = self.args, self.args.batch_size * copies * self._micro_batch_num
         model = dataclasses.replace(self.config.model_config(), **self._recompute, **self._length())
+        if model.bert.is_encoder:  # the default is a kernel of decoders', which a run's file would ask for
+            model = dataclasses.replace(model, use_flash_attention=False)
         data = self._training_data(model.seq_length)
         iterations = args.num_train_epochs * data.samples_per_epoch // batch
         if not iterations:

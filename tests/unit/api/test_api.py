@@ -24,9 +24,13 @@ from parallel_core.api import (
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MindFormerModuleType,
+    MindFormerRegister,
     PanguAlphaConfig,
     PanguAlphaHeadModel,
     ParallelContextConfig,
+    PretrainedConfig,
+    PreTrainedModel,
     init_context,
     pipeline,
 )
@@ -342,3 +346,60 @@ def test_weights_in_memory_are_read_as_a_checkpoint_is(gpt2):
     np.testing.assert_array_equal(out, model.network.decoder.layers[0].mlp.linear_fc1.weight.asnumpy()[2:5, 1:6])
     assert source.info(name).dtype == "float32" and json.dumps(source.common)
     assert isinstance(AutoProcessor.from_pretrained(gpt2), GPT2Processor)
+
+
+# ---- classes of one's own, as the guide registers them ---------------------------------------------------------------
+OWN = """
+__all__ = ['MyGPT2Config', 'MyGPT2LMHeadModel']
+
+
+@MindFormerRegister.register(MindFormerModuleType.CONFIG)
+class MyGPT2Config(PretrainedConfig):
+    settings = GPT2Config.settings
+    fixed = GPT2Config.fixed
+    presets = {'gpt2_mine': {'num_layers': 3}}
+    derived = GPT2Config.derived
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class MyGPT2LMHeadModel(PreTrainedModel):
+    config_class = MyGPT2Config
+
+    def construct(self, input_ids, attention_mask=None):
+        logits = super().construct(input_ids, attention_mask)
+        return logits, input_ids
+"""
+
+
+def test_a_registered_model_is_made_from_yaml_with_chinese_comments(tmp_path):
+    """Its own configuration and class, by the names that `type` gives; the file is read as UTF-8."""
+    classes = (MindFormerRegister, MindFormerModuleType, PretrainedConfig, PreTrainedModel, GPT2Config)
+    names = {one.__name__: one for one in classes}
+    exec(compile(OWN, "own", "exec"), names)
+    text = "model:\n  arch: {type: MyGPT2LMHeadModel}  # \u6a21\u578b\n  model_config:\n    type: MyGPT2Config\n"
+    text += "".join(f"    {name}: {value}\n" for name, value in SMALL.items())
+    (tmp_path / "run_own.yaml").write_text(text, encoding="utf-8")
+    model = AutoModel.from_config(tmp_path / "run_own.yaml")
+    assert type(model) is names["MyGPT2LMHeadModel"] and model.config.num_layers == 2
+    logits, ids = model(Tensor(np.arange(6, dtype=np.int32)[None]))
+    assert logits.shape == (1, 6, 600) and ids.shape == (1, 6)
+    assert AutoConfig.from_pretrained("gpt2_mine").num_layers == 3
+    assert MindFormerRegister.get_cls("models", "MyGPT2LMHeadModel") is type(model)
+
+
+def test_the_register_tells_what_it_lacks():
+    @MindFormerRegister.register("dataset", alias="rows")
+    class Rows:
+        def __init__(self, count: int, width: int = 2) -> None:
+            self.shape = count, width
+
+    made = MindFormerRegister.get_instance_from_cfg({"type": "rows", "count": 3}, "dataset", {"width": 5, "count": 1})
+    assert made.shape == (3, 5) and MindFormerRegister.is_exist("dataset", "rows")
+    for call, told in (
+        (lambda: MindFormerRegister.get_cls("dataset", "columns"), "'columns' is not registered as dataset; there are"),
+        (lambda: MindFormerRegister.get_instance_from_cfg({"count": 3}, "dataset"), "has no type"),
+        (lambda: MindFormerRegister.register("datasets"), "module_type='datasets'"),
+        (lambda: MindFormerRegister.register("dataset", alias="rows")(dict), "registered as dataset already"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            call()
