@@ -21,11 +21,11 @@ from parallel_core.transformer import ModelStage
 from parallel_core.transformer.models import PanguAlphaModel
 from tests.unit.checkpoint.test_pangu_checkpoints import settings, write
 
-H, LAYERS, S, V, F = 16, 3, 48, 97, 40
+H, LAYERS, S, V, F, E = 16, 3, 48, 97, 40, 4
 
 
-def directory(folder: Path, norm: str, positions: int = S) -> Path:
-    """Write a random model as a merged file."""
+def directory(folder: Path, norm: str, positions: int = S, chosen: int = 0) -> Path:
+    """Write a random model as a merged file; with experts of which so many are `chosen`."""
     draws = np.random.default_rng(7)
     sizes = {"embedding.word_embedding.embedding_table": (V, H), "top_query_embedding.embedding_table": (positions, H),
              "embedding.position_embedding.embedding_table": (positions, H)}  # fmt: skip
@@ -34,13 +34,17 @@ def directory(folder: Path, norm: str, positions: int = S) -> Path:
         norms += [f"{layer}.layernorm1", f"{layer}.layernorm2"]
         for name in ("dense1", "dense2", "dense3", "projection"):
             sizes |= {f"{layer}.attention.{name}.weight": (H, H), f"{layer}.attention.{name}.bias": (H,)}
-        sizes |= {f"{layer}.output.mapping.weight": (H, F), f"{layer}.output.mapping.bias": (F,),
-                  f"{layer}.output.projection.weight": (F, H), f"{layer}.output.projection.bias": (H,)}  # fmt: skip
+        inner, many, one = f"{layer}.output", (), ()
+        if chosen and layer != "top_query_layer":
+            sizes[f"{inner}.router.dense.weight"] = (E, H)
+            inner, many, one = f"{inner}.ffn", (E,), (1, E, 1)
+        sizes |= {f"{inner}.mapping.weight": (*many, H, F), f"{inner}.mapping.bias": (*one, F),
+                  f"{inner}.projection.weight": (*many, F, H), f"{inner}.projection.bias": (*one, H)}  # fmt: skip
     tensors = {name: 0.4 * draws.standard_normal(shape) for name, shape in sizes.items()}
     for name in norms:
         tensors |= {f"{name}.gamma": 1 + 0.2 * draws.standard_normal(H), f"{name}.beta": 0.2 * draws.standard_normal(H)}
     write(folder / "pangu.ckpt", {f"backbone.{name}": value.astype(np.float32) for name, value in tensors.items()})
-    settings(folder, top_query_layer=norm)
+    settings(folder, top_query_layer=norm, **({"num_experts_chosen": chosen} if chosen else {}))
     return folder
 
 
@@ -53,9 +57,11 @@ def vocabulary(folder: Path, text: str, size: int) -> None:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["norm_before", "norm_after"])
+@pytest.fixture(scope="module", params=[("norm_before", 0), ("norm_after", 0), ("norm_before", 1), ("norm_before", 2)],
+                ids=lambda param: f"{param[0]}, {param[1]} experts" if param[1] else param[0])  # fmt: skip
 def generator(request, tmp_path_factory) -> Generator:
-    return Generator(directory(tmp_path_factory.mktemp(request.param), request.param), max_batch_size=2)
+    norm, chosen = request.param
+    return Generator(directory(tmp_path_factory.mktemp(norm), norm, chosen=chosen), max_batch_size=2)
 
 
 def uncached(path: Path, row: list[int]) -> np.ndarray:
