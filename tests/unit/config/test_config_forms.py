@@ -155,6 +155,20 @@ def test_the_seeds_own_yaml():
     assert loaded.world_size == 32
 
 
+def test_the_seeds_operators_are_chosen_by_name(tmp_path):
+    fields = {"flash_attention": "use_flash_attention", "rope": "apply_rope_fusion", "rmsnorm": "apply_rmsnorm_fusion",
+              "swiglu": "apply_swiglu_fusion"}  # fmt: skip
+    text = FLAT + "position_embedding_type: rope\naccelerate_config: {precision: {%s: %s}}\n"
+    for key, chosen in (("fused_operators", True), ("nofused_operators", False)):
+        for name, field in fields.items():
+            model = from_text(tmp_path, text % (key, name)).config.model_config
+            assert [getattr(model, f) is chosen for f in fields.values()] == [
+                chosen or f == field for f in fields.values()
+            ]
+        with pytest.raises(ConfigError, match="no_such_operator .among the fused operators."):
+            from_text(tmp_path, text % (key, "no_such_operator"))
+
+
 def test_the_seeds_experts_in_megatrons_words(tmp_path):
     """`moe_config` of the older system: one expert there is no mixture, and a capacity keeps the first tokens."""
     block = "moe_config: {expert_num: 8, num_experts_chosen: 1, capacity_factor: 1.1, aux_loss_factor: 0.05}\n"
