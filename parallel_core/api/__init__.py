@@ -16,6 +16,7 @@ from parallel_core.api.models import (
 )
 from parallel_core.api.pipelines import pipeline
 from parallel_core.api.register import MindFormerModuleType, MindFormerRegister
+from parallel_core.api.streamers import TextIteratorStreamer, TextStreamer
 from parallel_core.api.tokenizers import (
     BertProcessor,
     BertTokenizer,
@@ -35,5 +36,6 @@ __all__ = [
     "GPT2LMHeadModel", "GPT2Processor", "GPT2Tokenizer", "LlamaConfig", "LlamaForCausalLM", "LlamaProcessor",
     "LlamaTokenizer", "MindFormerModuleType", "MindFormerRegister", "PanguAlphaConfig", "PanguAlphaHeadModel",
     "PanguAlphaProcessor", "PanguAlphaTokenizer", "ParallelContextConfig", "PreTrainedModel", "PreTrainedTokenizer",
-    "PretrainedConfig", "Trainer", "TrainingArguments", "init_context", "pipeline",
+    "PretrainedConfig", "TextIteratorStreamer", "TextStreamer", "Trainer", "TrainingArguments", "init_context",
+    "pipeline",
 ]  # fmt: skip

@@ -231,8 +231,6 @@ class PreTrainedModel(nn.Cell):
         self, prompts: list[list[int]], params: list[SamplingParams], streamer: Any
     ) -> list[np.ndarray]:
         it = self._fresh_generator()
-        if streamer is not None:
-            streamer.put(np.array(prompts[0], np.int32))
         shown = 0
 
         def tell(completion: Any) -> None:
@@ -241,9 +239,13 @@ class PreTrainedModel(nn.Cell):
                 streamer.put(np.array([token], np.int32))
             shown = len(completion.tokens)
 
-        done = it.generate(prompts, params, on_change=None if streamer is None else tell)
-        if streamer is not None:
-            streamer.end()
+        try:
+            if streamer is not None:
+                streamer.put(np.array(prompts[0], np.int32))
+            done = it.generate(prompts, params, on_change=None if streamer is None else tell)
+        finally:
+            if streamer is not None:  # after an error too, so that nobody waits for more
+                streamer.end()
         return [np.array([*prompt, *one.tokens], np.int32) for prompt, one in zip(prompts, done)]
 
     def _fresh_generator(self) -> Generator:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +33,8 @@ from parallel_core.api import (
     ParallelContextConfig,
     PretrainedConfig,
     PreTrainedModel,
+    TextIteratorStreamer,
+    TextStreamer,
     init_context,
     pipeline,
 )
@@ -346,6 +350,46 @@ def test_weights_in_memory_are_read_as_a_checkpoint_is(gpt2):
     np.testing.assert_array_equal(out, model.network.decoder.layers[0].mlp.linear_fc1.weight.asnumpy()[2:5, 1:6])
     assert source.info(name).dtype == "float32" and json.dumps(source.common)
     assert isinstance(AutoProcessor.from_pretrained(gpt2), GPT2Processor)
+
+
+# ---- streamers -------------------------------------------------------------------------------------------------------
+def put_one_by_one(streamer, text: str) -> None:
+    streamer.put(np.array(streamer.tokenizer.encode("a prompt ")))
+    for token in streamer.tokenizer.encode(text):
+        streamer.put(np.array([token]))
+
+
+def test_words_are_printed_when_they_are_finished_and_cjk_at_once(gpt2, capsys):
+    streamer = TextStreamer(GPT2Tokenizer.from_pretrained(gpt2), skip_prompt=True)
+    put_one_by_one(streamer, "hello over ther")
+    assert capsys.readouterr().out == "hello over "
+    streamer.end()
+    assert capsys.readouterr().out == "ther\n"
+    put_one_by_one(streamer, "\u4f60\u597d")  # of several tokens each: never cut
+    assert capsys.readouterr().out == "\u4f60\u597d"
+    streamer.end()
+    TextStreamer(GPT2Tokenizer.from_pretrained(gpt2)).put(np.array(streamer.tokenizer.encode("a prompt ")))
+    assert capsys.readouterr().out == "\na prompt "
+
+
+def test_an_iterator_gives_what_is_generated_and_ends_on_errors(gpt2):
+    tokenizer, model = GPT2Tokenizer.from_pretrained(gpt2), AutoModel.from_pretrained(gpt2)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60.0, skip_special_tokens=False)
+    prompt, rows = tokenizer.encode("hello"), []
+    thread = threading.Thread(target=lambda: rows.append(
+        model.generate(prompt, do_sample=False, max_new_tokens=8, streamer=streamer)[0]))  # fmt: skip
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(rows[0][len(prompt) :], skip_special_tokens=False)
+    streamer.timeout = 0.01
+    with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
+        next(streamer)
+    streamer.timeout = 60.0
+    fails = mock.patch("parallel_core.generate.generator.Generator.generate", side_effect=ConfigError("no"))
+    with fails, pytest.raises(ConfigError):
+        model.generate(prompt, streamer=streamer, do_sample=False)
+    assert list(streamer) == []
 
 
 # ---- classes of one's own, as the guide registers them ---------------------------------------------------------------
