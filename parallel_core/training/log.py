@@ -28,10 +28,10 @@ from parallel_core.training.watch import Observed
 
 
 class RunLog:
-    """Prints for the ranks whose turn it is.
+    """Prints on rank 0, which has every number: so node 0 shows the run, wherever the last pipeline stage is.
 
-    Rank 0 tells of start-up and checkpoints; the last pipeline stage's first rank tells of iterations and evaluations,
-    and writes `metrics.jsonl`.
+    It also writes `metrics.jsonl`. TensorBoard and the like are told by the last stage's first rank, as in Megatron-LM:
+    there a user's `process_non_loss_data_func` finds the writer.
 
     Args:
         context: this rank's groups.
@@ -52,8 +52,8 @@ class RunLog:
         flops: Callable[[int], float] | None = None,
         config: AllConfig | None = None,
     ) -> None:
-        self._tells_start = context.rank == 0
-        self._tells_steps = context.is_last_stage and context.tp.rank == 0 and context.dp_cp.rank == 0
+        self._tells = context.rank == 0
+        self._tracks = context.is_last_stage and context.tp.rank == 0 and context.dp_cp.rank == 0
         self._seq_length, self._flops, self._devices = seq_length, flops, context.world.size
         self._recent: deque[float] = deque(maxlen=20)
         self._path = log_folder(log_dir) / "metrics.jsonl"
@@ -62,7 +62,7 @@ class RunLog:
         self._samples = 0
         tracking = config.training_config.tracking if config is not None else TrackingConfig()
         self._timing_option = tracking.timing_log_option
-        writers = make_writers(tracking, config.to_dict()) if config is not None and self._tells_steps else []
+        writers = make_writers(tracking, config.to_dict()) if config is not None and self._tracks else []
         self._board = Board(tracking, writers, context.world.size)
 
     @property
@@ -80,17 +80,17 @@ class RunLog:
         Raises:
             ConfigError: if it cannot be written.
         """
-        if self._tells_steps:
+        if self._tells:
             keeps = up_to(iteration if iteration else -1)
             self._metrics = MetricsFile(self._path, (lambda row: True) if evaluates_only else keeps)
 
     def info(self, text: str) -> None:
         """Print on rank 0."""
-        self._print("INFO", text, self._tells_start)
+        self._print("INFO", text, self._tells)
 
     def warn(self, text: str) -> None:
         """Print a warning on rank 0."""
-        self._print("WARNING", text, self._tells_start)
+        self._print("WARNING", text, self._tells)
 
     def step(
         self,
@@ -110,7 +110,7 @@ class RunLog:
         self._recent.append(elapsed_s)
         self._since_shown.append(elapsed_s)
         self._samples = consumed_samples
-        if not self._tells_steps:
+        if not (self._tells or self._tracks):
             return
         tokens_per_s = samples * self._seq_length / elapsed_s
         rates = {"tokens_per_s": tokens_per_s}
@@ -157,14 +157,14 @@ class RunLog:
                 f"Loss scale: {report.loss_scale:g}, Skipped: {skipped}, Memory: {peak_memory_mb():.0f} MB, "
                 f"Progress: {iteration}/{last_iteration} ({100 * iteration / last_iteration:.0f}%), "
                 f"Left: {format_duration(left)}",
-                True,
+                self._tells,
             )
             if observed.times:
-                self._print("INFO", times_text(observed.times, self._timing_option), True)
+                self._print("INFO", times_text(observed.times, self._timing_option), self._tells)
 
     def evaluation(self, split: str, iteration: int, losses: Mapping[str, float | None]) -> None:
         """Write and print one evaluation: a row and a line for each loss, with its name if it is not `lm loss`."""
-        if not self._tells_steps:
+        if not (self._tells or self._tracks):
             return
         perplexities = {}
         for name, loss in losses.items():
@@ -178,7 +178,7 @@ class RunLog:
                 "INFO",
                 f"Evaluation: {text}{split}, Step: {iteration}, Loss: {format_loss(loss)}, "
                 f"PPL: {format_loss(perplexity, 4)}",
-                True,
+                self._tells,
             )
         self._board.evaluation(split, iteration, self._samples, losses, perplexities)
 
