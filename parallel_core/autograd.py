@@ -1,17 +1,19 @@
 """What this program takes from MindSpore's autograd, imported in this one place.
 
-`Function` is MindSpore's torch-like custom function; it is private there (`mindspore.common._grad_function`).
+`Function` is over MindSpore's torch-like custom function, which is private there (`mindspore.common._grad_function`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
-from mindspore.common._grad_function import _Function as Function
+from mindspore.common._grad_function import _Function
 from mindspore.common.api import _pynative_executor
 from mindspore.ops.composite import GradOperation
 
@@ -19,6 +21,7 @@ __all__ = [
     "Function",
     "MainGrad",
     "backward",
+    "forward_only",
     "inner_backward",
     "main_grad_of",
     "needs_gradient",
@@ -28,6 +31,44 @@ __all__ = [
 
 no_grad = ms._no_grad
 """Context manager: operations inside are not recorded."""
+
+class _OfThread(threading.local):
+    forward_only = False
+
+
+_this_thread = _OfThread()
+
+
+class Function(_Function):
+    """MindSpore's custom function; inside `forward_only` its forward pass alone, as a plain call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Return what `forward` returns of these arguments."""
+        return cls.forward(_Forgetful(), *args) if _this_thread.forward_only else super().apply(*args)
+
+
+class _Forgetful:
+    """What `forward` keeps for a backward pass that never comes."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep nothing."""
+
+
+@contextmanager
+def forward_only() -> Iterator[None]:
+    """Run operations that no backward pass follows, as in generation: a custom function costs no more than its kernel.
+
+    `no_grad` does the same for operators, but still calls custom functions through MindSpore, which takes longer than a
+    small kernel.
+    """
+    before, _this_thread.forward_only = _this_thread.forward_only, True
+    try:
+        with no_grad():
+            yield
+    finally:
+        _this_thread.forward_only = before
+
 
 _GRAD_OF_INPUTS_AND_PARAMETERS = GradOperation(get_all=True, get_by_list=True, sens_param=True)
 

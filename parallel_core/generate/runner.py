@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.autograd import no_grad
+from parallel_core.autograd import forward_only
 from parallel_core.context import ParallelContext
 from parallel_core.generate.cache import KeyValueCache
 from parallel_core.generate.stage import position_ids
@@ -41,7 +41,7 @@ class StageRunner:
         """
         model, pp, (B, S) = self._model, self._pp, tokens_BS.shape
         step = self.cache.begin(rows, firsts, S)
-        with no_grad():
+        with forward_only():
             if pp.rank > 0:
                 shape = (S, B, model.config.hidden_size)
                 model.set_input_tensor(pp.receive(shape, model.residual_dtype, pp.rank - 1).wait())
