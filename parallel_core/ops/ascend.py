@@ -44,9 +44,14 @@ def attention_functions(use_flash: bool, input_layout: str) -> tuple[Callable[..
         use_flash: whether the model wants the fused operator, which `use_kernels` has to have selected as well.
         input_layout: see `flash_attention`.
     """
-    fused = use_flash and KERNELS["causal_attention"].selected is flash_attention
-    attend = partial(flash_attention, input_layout=input_layout) if fused else reference.causal_attention
+    attend = partial(_selected, input_layout) if use_flash else reference.causal_attention
     return attend, partial(_packed, attend)
+
+
+def _selected(input_layout: str, *inputs: Tensor, **options: Any) -> Tensor:
+    if KERNELS["causal_attention"].selected is flash_attention:
+        return flash_attention(*inputs, input_layout=input_layout, **options)
+    return reference.causal_attention(*inputs, **options)
 
 
 def _packed(attend: Callable[..., Tensor], mixed_SBGX: Tensor, head_size: int, **options: Any) -> Tensor:
@@ -126,6 +131,29 @@ def flash_attention(
     if input_layout != "SBH":
         context = context.transpose(2, 0, 1, 3)
     return context.reshape(S, B, N, D)[..., :E].reshape(S, B, N * E) if E < D else context.reshape(S, B, N * D)
+
+
+@on_ascend(
+    reference.causal_attention_packed, dtypes=(ms.float16, ms.bfloat16), integers=["document_start_BS"]
+)
+def causal_attention_packed(
+    mixed_SBGX: Tensor,
+    head_size: int,
+    *,
+    scale: float,
+    softmax_coefficient: float = 1.0,
+    softmax_in_fp32: bool = True,
+    document_start_BS: Tensor | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
+) -> Tensor:
+    """Return `reference.causal_attention_packed` by `flash_attention`. Not verified: never run on an NPU."""
+    return _packed(
+        flash_attention, mixed_SBGX, head_size, scale=scale, softmax_coefficient=softmax_coefficient,
+        softmax_in_fp32=softmax_in_fp32, document_start_BS=document_start_BS, dropout_rate=dropout_rate,
+        dropout_seed=dropout_seed, heads=heads,
+    )  # fmt: skip
 
 
 @functools.cache

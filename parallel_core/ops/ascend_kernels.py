@@ -58,6 +58,30 @@ def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     return _ACTIVATIONS[name](x if bias is None else x + reference.cast(bias, x.dtype))
 
 
+@on_ascend(reference.vocab_grad_logits, dtypes=_FLOATS, integers=["target_T"])
+def vocab_grad_logits(
+    logits_TV: Tensor,
+    log_sum_exp_T: Tensor,
+    target_T: Tensor,
+    first_row: int,
+    dloss_T: Tensor,
+    target_weight: float,
+    uniform_weight: float,
+    reuse_logits: bool = False,  # noqa: ARG001 - compiled kernels do
+) -> Tensor:
+    """Return `reference.vocab_grad_logits`, adding at the targets alone. Not verified: never run on an NPU."""
+    grad = mint.exp(reference.cast(logits_TV, ms.float32) - log_sum_exp_T.reshape(-1, 1))
+    if uniform_weight:
+        grad = grad - uniform_weight
+    grad = grad * dloss_T.reshape(-1, 1)
+    rows = target_T - first_row
+    inside = ops.logical_and(rows >= 0, rows < logits_TV.shape[1])
+    at_target = inside.astype(ms.float32) * dloss_T * -target_weight
+    rows = (rows * inside.astype(rows.dtype)).astype(ms.int64)
+    grad = mint.scatter_add(grad, 1, rows.reshape(-1, 1), at_target.reshape(-1, 1))
+    return reference.cast(grad, logits_TV.dtype)
+
+
 _WIDEST, _MOST_HEADS = 896, 1000
 
 

@@ -39,6 +39,7 @@ _REAL: dict[str, Callable[..., Any]] = {
     "rotary_position_embedding": ops.rotary_position_embedding,
     "gelu": mint.nn.functional.gelu,
     "AdamW": auto_generate.AdamW(),
+    "scatter_add": mint.scatter_add,
 }
 
 
@@ -137,6 +138,17 @@ def rotary_position_embedding(x: Tensor, cos: Tensor, sin: Tensor, mode: int = 0
     assert shape in ([(S, 1, 1, D), (S, B, 1, D), (S, B, N, D)] if mode == 0 else [(S, 1, 1, D)])
     assert D < 896 and D % 2 == 0 and max(B, N) < 1000
     return reference.rotary(x, cos.astype(ms.float32), sin.astype(ms.float32), bool(mode))
+
+
+def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    """`mint.scatter_add`, without a gradient."""
+    taken("scatter_add", input, dim, index, src)
+    assert index.dtype == ms.int64 and src.dtype == input.dtype
+    assert index.shape == src.shape and index.ndim == input.ndim
+    array, rows = input.asnumpy().copy(), index.asnumpy()
+    assert dim == 1 and rows.min() >= 0 and rows.max() < array.shape[1]
+    np.add.at(array, (np.arange(len(rows))[:, None], rows), src.asnumpy())
+    return Tensor(array)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -276,6 +288,7 @@ DOUBLES: tuple[tuple[Any, str, Any], ...] = (
     (ops, "swiglu", swiglu),
     (ops, "rotary_position_embedding", rotary_position_embedding),
     (mint.nn.functional, "gelu", gelu),
+    (mint, "scatter_add", scatter_add),
     (ascend_flat, "AdamW", AdamW),
     (ascend_flat.AscendFlat, "zeros", classmethod(_device_zeros)),
 )
