@@ -16,6 +16,7 @@ from pathlib import Path
 
 from parallel_core.errors import ConfigError
 from parallel_core.files import create_file
+from parallel_core.launch.cluster import with_slurm
 from parallel_core.launch.crash import REPORT_NAME
 from parallel_core.launch.job import JobSpec
 
@@ -229,6 +230,7 @@ def plan_job(
     """
     if not Path(command[0]).is_file():
         raise ConfigError(f"{command[0]} does not exist; give the path of a training script")
+    environment = with_slurm(environment)
     num_nodes = integer(environment, "NNODES", 1)
     node_rank = integer(environment, "NODE_RANK", 0, minimum=0, example=0)
     if num_ranks % num_nodes:
