@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from parallel_core.config.load import LoadedConfig
-from parallel_core.config.plan import num_floating_point_operations
+from parallel_core.config.plan import Memory, num_floating_point_operations
 from parallel_core.config.schema import AllConfig
 from parallel_core.errors import ConfigError
 from parallel_core.pipeline.schedule import name_of_schedule
@@ -82,7 +82,7 @@ def _row(name: str, found: Found) -> str:
     chunks = p.virtual_pipeline_model_parallel_size
     optimizer = "yes" if config.training_config.use_distributed_optimizer else "no"
     return (
-        f"{name:3} | {found.price.seconds:8.3f} | {_teraflops(found):7.1f} | {found.memory.total / GIB:5.1f} | "
+        f"{name:3} | {found.price.seconds:8.3f} | {_teraflops(found):7.1f} | {found.memory.total / GIB:5.3g} | "
         f"{p.tensor_model_parallel_size:2d} {sequence:>2} {p.context_parallel_size:2d} {replicas:2d} "
         f"{p.pipeline_model_parallel_size:2d} {chunks:3d} | {experts} | {_schedule(config):11} | "
         f"{data.batch_size:11d} | {data.micro_batch_num:3d} | {_recomputation(config):9} | {optimizer}"
@@ -114,15 +114,14 @@ def _reasons(search: Search, loaded: LoadedConfig, words: list[str], layouts: La
         total = found.price.seconds
         shares = sorted(found.price.parts.items(), key=lambda item: -item[1])
         named = [f"{cause} {100 * part / total:.0f}%" for cause, part in shares if part > _WORTH_SAYING * total]
-        memory = found.memory
         yield f"{number:3d} why: {', '.join(named)}"
-        yield (
-            f"    pipeline rank {found.fullest} is the fullest: weights {memory.weights / GIB:.1f}, gradients "
-            f"{memory.gradients / GIB:.1f}, optimizer {memory.optimizer / GIB:.1f}, activations "
-            f"{memory.activations / GIB:.1f} GiB"
-        )
+        yield f"    pipeline rank {found.fullest} is the fullest: {_holds(found.memory)}"
         words_of_layout = command_line(loaded, words, layouts, found.values)
         yield f"    {words_of_layout}"
+
+
+def _holds(memory: Memory) -> str:
+    return ", ".join(f"{name} {getattr(memory, name) / GIB:.3g} GiB" for name in vars(memory))
 
 
 def _own(own: Found | None, refusal: str | None, search: Search, memory_gb: float) -> Iterator[str]:
@@ -141,15 +140,15 @@ def _own(own: Found | None, refusal: str | None, search: Search, memory_gb: floa
     if own.memory.total > memory_gb * GIB:
         yield (
             f"your layout is not among them because it does not fit: pipeline rank {own.fullest} needs "
-            f"{own.memory.total / GIB:.1f} of {memory_gb:g} GiB (weights {own.memory.weights / GIB:.1f}, gradients "
-            f"{own.memory.gradients / GIB:.1f}, optimizer {own.memory.optimizer / GIB:.1f}, activations "
-            f"{own.memory.activations / GIB:.1f})"
+            f"{own.memory.total / GIB:.3g} of {memory_gb:g} GiB ({_holds(own.memory)})"
         )
     if own.price.seconds > last.price.seconds:
+        places = {1: best, len(search.best): last}
+        more = [f"{100 * (own.price.seconds / one.price.seconds - 1):.0f}% more than number {n}" for n, one in
+                places.items()]  # fmt: skip
         yield (
-            f"your layout takes {own.price.seconds:.3f} s, {100 * (own.price.seconds / best.price.seconds - 1):.0f}% "
-            f"more than number 1 and {100 * (own.price.seconds / last.price.seconds - 1):.0f}% more than number "
-            f"{len(search.best)}; against number 1: {_differences(own, best)}"
+            f"your layout takes {own.price.seconds:.3f} s, {' and '.join(more)}; against number 1: "
+            f"{_differences(own, best)}"
         )
     elif own.memory.total <= memory_gb * GIB:
         yield (

@@ -265,7 +265,7 @@ def layout_flags(loaded: LoadedConfig, layouts: Layouts, values: Values) -> list
 def without_layout() -> list[str]:
     """Return the flags that take back whatever a configuration says of its layout."""
     sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "micro_batch_size": 1}
-    flags = to_flags({**sizes, "sequence_parallel": False, "use_distributed_optimizer": False})
+    flags = to_flags({**sizes, "sequence_parallel": False})
     rest = [name for name in (*SEARCHED, *REPLACED) if name not in sizes and not table.BY_NAME[name].is_switch]
     return [word for words in (*flags, *([table.BY_NAME[name].flag, "null"] for name in rest)) for word in words]
 

@@ -230,7 +230,7 @@ def require_found(search: Search, layouts: Layouts, memory_gb: float) -> None:
     if search.sizes:
         raise ConfigError(
             f"--search: no legal layout of {layouts.world_size} ranks fits in {memory_gb:g} GiB, the smallest needs "
-            f"{search.smallest / GIB:.1f}; give more ranks, or --memory-gb"
+            f"{search.smallest / GIB:.3g}; give more ranks, or --memory-gb"
         )
     most = [f"  {words}" for words, _ in layouts.refused.most_common(3)]
     reasons = "\n".join(["; what refused most of them:", *most]) if most else ""

@@ -175,6 +175,23 @@ def test_a_layout_that_cannot_run_on_so_many_ranks_is_replaced() -> None:
     load_config(shlex.split(line)[3:], world_size=192)
 
 
+def test_a_layout_that_does_not_fit_is_told_so_and_so_is_one_that_is_among_the_best() -> None:
+    text = search_text(shlex.split(SMALL), 2, device="cpu", memory_gb=0.06, top=3)
+    assert "your layout is not among them because it does not fit: pipeline rank 0 needs 0." in text
+    best = next(line for line in text.splitlines() if "NPROC=2" in line)
+    again = search_text(shlex.split(best)[3:], 2, device="cpu", memory_gb=0.06, top=3)
+    assert again.endswith("your layout is number 1\n")
+    one = search_text(shlex.split(SMALL + "--recompute-granularity full --recompute-method uniform "
+                                  "--recompute-num-layers 1"), 2, device="cpu", top=1)  # fmt: skip
+    assert "% more than number 1; against number 1: " in one and "recomputation +" in one
+
+
+def test_a_wrong_layout_does_not_hide_what_is_right() -> None:
+    text = search_text(["--config", "configs/gpt2_52b.yaml", "--tensor-model-parallel-size", "3"], 64, memory_gb=64.0)
+    assert text.count(" why: ") == 10 and "your layout cannot run on so many ranks:" in text
+    assert "tensor-model-parallel-size 3" in text
+
+
 # ---- on paper -------------------------------------------------------------------------------------------------------
 # Narayanan et al. 2021 (arXiv:2104.04473), table 1: billions of parameters, heads, hidden size, layers, tensor and
 # pipeline parallel size, GPUs, samples, TFLOP/s of a GPU with recomputation counted.
