@@ -169,10 +169,10 @@ class Layouts:
         return max(1, self.global_batch_size * math.prod(values[name] for name in _MODEL_AXES) // self.world_size)
 
     def choices(self, sized: Values) -> list[tuple[str, bool]]:
-        """Return the legal (recomputation, distributed optimizer), which do not depend on the sizes."""
+        """Return the legal (recomputation, distributed optimizer), whatever the sizes; the last saves most memory."""
         if not self._choices:
             for word, arguments in RECOMPUTATION.items():
-                for distributed in (True, False):
+                for distributed in (False, True):
                     values = {**sized, **arguments, "use_distributed_optimizer": distributed}
                     if not (word == "selective" and self._fused) and not self.resolve(values).problems:
                         self._choices.append((word, distributed))

@@ -210,7 +210,7 @@ def published(row: tuple[float, ...]) -> list[str]:
         --num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --seq-length 2048 --fp16
         --padded-vocab-size 51200 --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}
         --micro-batch-size 1 --global-batch-size {samples} --recompute-granularity full --recompute-method uniform
-        --recompute-num-layers 1 --lr 1e-4 --train-iters 10
+        --recompute-num-layers 1 --lr 1e-4 --train-iters 10 --attention-backend unfused
     """.split()
 
 
