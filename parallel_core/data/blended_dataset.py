@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +11,14 @@ import numpy as np
 from parallel_core.data.blending import build_blending_indices, build_exhaustive_blending_indices
 from parallel_core.data.config import GPTDatasetConfig, normalize
 from parallel_core.data.gpt_dataset import GPTDataset, Sample
-from parallel_core.data.index_cache import IndexCache
+from parallel_core.data.index_cache import Described, IndexCache
 from parallel_core.data.indices import check_index_memory
 from parallel_core.data.masked_words import MaskedWordsDataset
 from parallel_core.data.sft_dataset import SFTDataset
 from parallel_core.errors import DataError
 
 
-class BlendedDataset:
+class BlendedDataset(Described):
     """A blend of datasets by weight.
 
     Args:
@@ -67,16 +65,6 @@ class BlendedDataset:
             "weights": self.weights,
             "size": self.size,
         }
-
-    @property
-    def unique_description(self) -> str:
-        """`unique_identifiers` as indented JSON."""
-        return json.dumps(self.unique_identifiers, indent=4)
-
-    @property
-    def unique_description_hash(self) -> str:
-        """MD5 of `unique_description`, the first part of the cached files' names."""
-        return hashlib.md5(self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
 
     def __len__(self) -> int:
         return int(self.dataset_index.shape[0])

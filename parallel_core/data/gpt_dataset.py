@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from parallel_core.data.config import GPTDatasetConfig, Split
-from parallel_core.data.index_cache import IndexCache
+from parallel_core.data.index_cache import Described, IndexCache
 from parallel_core.data.indexed_dataset import open_token_ids
 from parallel_core.data.indices import (
     EpochPlan,
@@ -152,7 +151,7 @@ class Samples(ABC):
             )
 
 
-class GPTDataset(Samples):
+class GPTDataset(Described, Samples):
     """Samples of `sequence_length` tokens of one dataset, shuffled and repeated as Megatron does.
 
     Building takes the indices from the cache when it has them, else builds and stores them under a lock, so that any
@@ -213,16 +212,6 @@ class GPTDataset(Samples):
         if not config.add_extra_token_to_sequence:
             identifiers["add_extra_token_to_sequence"] = False
         return identifiers
-
-    @property
-    def unique_description(self) -> str:
-        """`unique_identifiers` as indented JSON: the content of the cache's description file."""
-        return json.dumps(self.unique_identifiers, indent=4)
-
-    @property
-    def unique_description_hash(self) -> str:
-        """MD5 of `unique_description`, the first part of the cached files' names."""
-        return hashlib.md5(self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
 
     @property
     def samples_per_epoch(self) -> int:

@@ -8,9 +8,12 @@ built again; building is deterministic, so files that were right stay the same b
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +24,25 @@ logger = logging.getLogger(__name__)
 _MAX_RECORD_BYTES = 1 << 16
 
 Arrays = Mapping[str, np.ndarray]
+
+
+class Described(ABC):
+    """What is known by what it was made from, which names its cached indices as Megatron names them."""
+
+    @property
+    @abstractmethod
+    def unique_identifiers(self) -> dict[str, Any]:
+        """What identifies the cached indices, with Megatron's keys in Megatron's order."""
+
+    @property
+    def unique_description(self) -> str:
+        """`unique_identifiers` as indented JSON: the content of the cache's description file."""
+        return json.dumps(self.unique_identifiers, indent=4)
+
+    @property
+    def unique_description_hash(self) -> str:
+        """MD5 of `unique_description`, the first part of the cached files' names."""
+        return hashlib.md5(self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
 
 
 class IndexCache:

@@ -7,7 +7,6 @@ sentences of one document, cut in two where the order of segments is asked for, 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from parallel_core.data.config import GPTDatasetConfig, Split
-from parallel_core.data.index_cache import IndexCache
+from parallel_core.data.index_cache import Described, IndexCache
 from parallel_core.data.indexed_dataset import IndexedDataset
 from parallel_core.data.mersenne import Mersenne32, Mersenne64
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
@@ -55,7 +54,7 @@ class MaskedWordsConfig(GPTDatasetConfig):
         return self.tokenizer
 
 
-class MaskedWordsDataset:
+class MaskedWordsDataset(Described):
     """Samples of `sequence_length` tokens with masked words; arguments as `GPTDataset`'s, indices of documents.
 
     Raises:
@@ -100,16 +99,6 @@ class MaskedWordsDataset:
             "short_sequence_probability": config.short_sequence_probability,
             "classification_head": config.classification_head,
         }
-
-    @property
-    def unique_description(self) -> str:
-        """`unique_identifiers` as indented JSON."""
-        return json.dumps(self.unique_identifiers, indent=4)
-
-    @property
-    def unique_description_hash(self) -> str:
-        """MD5 of `unique_description`."""
-        return hashlib.md5(self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
 
     def __len__(self) -> int:
         return len(self.sample_index)
