@@ -17,7 +17,7 @@ from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
 
 
-def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> TensorSource:
+def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = (), base: str = "") -> TensorSource:
     """Return a checkpoint as global tensors; the format is recognised by the files in the directory.
 
     A directory of adapters, native or PEFT, is read as its base model with the adapters merged into it.
@@ -25,16 +25,16 @@ def open_checkpoint(path: str | Path, allow_inert: Iterable[str] = ()) -> Tensor
     Args:
         path: one checkpoint's own directory (see `find_checkpoint`).
         allow_inert: names of further classes that a Megatron pickle may mention, to be read as inert data.
+        base: of adapters, the base model's directory, over the one that they name.
 
     Raises:
-        CheckpointError: it is no checkpoint, or one that cannot be read.
+        CheckpointError: it is no checkpoint, or one that cannot be read; a base is given for what has none.
     """
     with os_errors_named(Path(path)):
-        return _open(Path(path), allow_inert)
-
-
-def _open_base(adapter: TensorSource, allow_inert: Iterable[str]) -> TensorSource:
-    return _open_model(adapter.path, base_directory(adapter), allow_inert)
+        source = _open(Path(path), allow_inert, base)
+    if base and not isinstance(source, MergedAdapter):
+        raise CheckpointError(f"{path} holds a model, which has no base model; leave {base} out")
+    return source
 
 
 def _open_model(adapter: Path, directory: str | Path, allow_inert: Iterable[str]) -> TensorSource:
@@ -49,14 +49,14 @@ def _open_model(adapter: Path, directory: str | Path, allow_inert: Iterable[str]
     return base
 
 
-def _open(path: Path, allow_inert: Iterable[str]) -> TensorSource:
+def _open(path: Path, allow_inert: Iterable[str], base: str = "") -> TensorSource:
     if is_peft(path):
-        return read_peft(path, lambda named: _open_model(path, named, allow_inert))
+        return read_peft(path, lambda named: _open_model(path, named, allow_inert), base)
     if is_native(path):
         source = NativeCheckpoint(path)
         if not is_adapter(source.common):
             return source
-        return MergedAdapter(_open_base(source, allow_inert), source)
+        return MergedAdapter(_open_model(path, base_directory(source, base), allow_inert), source)
     if (path / ".metadata").exists() or (path / "metadata.json").exists():
         return MegatronDistCheckpoint(path, allow_inert)
     if any(path.glob("mp_rank_*")):
@@ -79,7 +79,7 @@ def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None
         CheckpointError: the base model is not there or another one.
     """
     if is_peft(path):
-        merged = read_peft(path, lambda named: _open_model(path, chosen_base or named, ()), chosen_base)
+        merged = read_peft(path, lambda named: _open_model(path, named, ()), chosen_base)
         return merged.adapter, merged.base
     if not is_native(path):
         return None, open_checkpoint(path)

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, help="directory to write the result into")
     formats = ("native", "megatron", "hf", "peft", "mindspore")
     parser.add_argument("--to", choices=formats, default="native", help="format to write")
+    parser.add_argument(
+        "--base", default="", metavar="DIR", help="of adapters: their base model, where it is not where they say"
+    )
     parser.add_argument("--inspect", type=Path, metavar="DIR", help="print what a checkpoint holds; nothing is written")
     parser.add_argument("--ckpt-step", type=int, help="iteration to read (default: the latest)")
     parser.add_argument("--no-optim", action="store_true", help="convert parameters only")
@@ -95,10 +98,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _open(path: Path, allow_inert: Sequence[str], step: int | None = None) -> TensorSource:
+def _open(path: Path, allow_inert: Sequence[str], step: int | None = None, base: str = "") -> TensorSource:
     report = partial(print, file=sys.stderr)
     found = find_checkpoint(path, step, report=report, allow_inert=allow_inert)
-    return open_checkpoint(found, tuple(allow_inert))
+    return open_checkpoint(found, tuple(allow_inert), base)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -109,7 +112,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     if args.inspect is not None:
-        print(describe(_open(args.inspect, args.allow_inert, args.ckpt_step)))
+        print(describe(_open(args.inspect, args.allow_inert, args.ckpt_step, args.base)))
         return 0
     if args.load is None or args.save is None:
         raise CheckpointError("give --load DIR and --save DIR, or --inspect DIR, or `verify A B`; --help explains")
@@ -117,7 +120,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise CheckpointError(f"--load and --save are the same directory, {args.load}; --save another one")
     if args.processes < 1:
         raise CheckpointError(f"--processes {args.processes} must be at least 1")
-    source = _open(args.load, args.allow_inert, args.ckpt_step)
+    source = _open(args.load, args.allow_inert, args.ckpt_step, args.base)
     how = {"processes": args.processes, "quiet": args.quiet, "allow_inert": tuple(args.allow_inert)}
     if args.to == "native":
         path = to_native(source, args.save, with_optimizer=not args.no_optim, **how)

@@ -34,6 +34,7 @@ from parallel_core.convert.progress import ProgressBar, run_jobs
 from parallel_core.errors import CheckpointError
 
 Progress = Callable[[int], None]
+Opener = Callable[[], TensorSource]
 _TOKEN = "convert"
 
 
@@ -68,7 +69,8 @@ def to_native(
         writer.begin()
         try:
             shares = [share_among_replicas(sizes, rank, processes) for rank in range(processes)]
-            jobs = [(source.path, allow_inert, save, iteration, r, processes, keys) for r, keys in enumerate(shares)]
+            again = _opener(source, allow_inert)
+            jobs = [(again, save, iteration, r, processes, keys) for r, keys in enumerate(shares)]
             manifests = run_jobs(_write_native, jobs, processes, bar)
             bar.finish()
             return writer.commit(manifests, source.common)
@@ -77,14 +79,19 @@ def to_native(
             raise
 
 
+def _opener(source: TensorSource, allow_inert: tuple[str, ...]) -> Opener:
+    """Return what opens a source again, in a process of its own."""
+    base = str(source.base.path) if isinstance(source, MergedAdapter) else ""
+    return partial(open_checkpoint, source.path, allow_inert, base)
+
+
 def _held(save: Path) -> AbstractContextManager[None]:
     """Hold the directory: a run that saves there removes what is unfinished, and so does this."""
     return claimed(save, partial(print, file=sys.stderr))
 
 
 def _write_native(
-    path: Path,
-    allow_inert: tuple[str, ...],
+    opened: Opener,
     save: Path,
     iteration: int,
     rank: int,
@@ -92,7 +99,7 @@ def _write_native(
     keys: list[str],
     progress: Progress,
 ) -> dict[str, object]:
-    source = open_checkpoint(path, allow_inert)
+    source = opened()
     writer = CheckpointWriter(save, iteration, rank, world_size, token=_TOKEN)
     return writer.write_stream({key: _whole(source, key, progress) for key in keys})
 
@@ -143,12 +150,13 @@ def to_megatron(
         )
         try:
             unfinished.mkdir(parents=True)
+            again = _opener(source, allow_inert)
             if target_format == "torch":
                 ranks = [(tp, pp, ep) for pp in range(export.pp) for tp, ep in export.files]
-                shares = [(source.path, allow_inert, target, unfinished, *rank) for rank in ranks]
+                shares = [(again, target, unfinished, *rank) for rank in ranks]
                 run_jobs(_write_torch, shares, processes, bar)
             else:
-                jobs = [(source.path, allow_inert, target, unfinished, part, processes) for part in range(processes)]
+                jobs = [(again, target, unfinished, part, processes) for part in range(processes)]
                 records = [record for found in run_jobs(_write_dist, jobs, processes, bar) for record in found]
                 write_dist_metadata(unfinished, export, records)
             bar.finish()
@@ -165,8 +173,7 @@ def to_megatron(
 
 
 def _write_torch(
-    path: Path,
-    allow_inert: tuple[str, ...],
+    opened: Opener,
     target: Target,
     partial: Path,
     tp: int,
@@ -174,13 +181,13 @@ def _write_torch(
     ep: int,
     progress: Progress,
 ) -> None:
-    write_torch_rank(partial, Export(open_checkpoint(path, allow_inert), target), tp, pp, ep, progress)
+    write_torch_rank(partial, Export(opened(), target), tp, pp, ep, progress)
 
 
 def _write_dist(
-    path: Path, allow_inert: tuple[str, ...], target: Target, partial: Path, part: int, parts: int, progress: Progress
+    opened: Opener, target: Target, partial: Path, part: int, parts: int, progress: Progress
 ) -> list[Record]:
-    export = Export(open_checkpoint(path, allow_inert), target, whole=True)
+    export = Export(opened(), target, whole=True)
     items = dist_items(export)
     sizes = {f"{name}@{kind}": export.tensor(name, 0, kind).nbytes for name, kind in items}
     mine = set(share_among_replicas(sizes, part, parts))

@@ -128,6 +128,10 @@ def test_another_base_or_none_or_another_adapter_is_refused(place, adapted, tmp_
         with pytest.raises(CheckpointError, match="is an adapter of .*base.*, which is not there.*--lora-base"):
             open_checkpoint(find_checkpoint(tmp_path / "ad"))
         moved = tmp_path / "moved"
+        for to in ("native", "megatron"):
+            told = ["--to", to, "--load", str(place / "ad"), "--save", str(tmp_path / to), "--quiet"]
+            assert convert(told) == 2 and convert([*told, "--base", str(moved)]) == 0
+        assert convert(["--load", str(moved), "--save", str(tmp_path / "no"), "--base", str(moved)]) == 2
         more = "--train-iters 6 --override-opt_param-scheduler"
         seen = go(place, "moved_run", f"{words} --lora-base {moved} {more}")
         assert iterations(seen) == [5, 6]
