@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, mint
 from mindspore.ops.auto_generate import AdamW
+
+
+@functools.lru_cache(1)  # the same for every parameter
+def _updates_before(step: int) -> Tensor:
+    """Return the number that the fused update counts from 0: MindSpore's optimizer starts at -1 and adds 1 first."""
+    return Tensor([step - 1], ms.float32)
 
 
 class AscendFlat:
@@ -81,11 +88,9 @@ class AscendFlat:
         grad_scale: float = 1.0,
     ) -> None:
         """Do one AdamW update by the fused operator; see `ops.adam_`."""
-        # The operator counts updates from 0, as MindSpore's own optimizer does, which starts at -1 and adds 1 first.
-        count = Tensor([step - 1], ms.float32)
         gradient, v = gradient.tensor().astype(ms.float32) * grad_scale, exp_avg_sq.tensor()
         constants = lr, *betas, weight_decay, eps, False, False
-        AdamW()(self._data, exp_avg.tensor(), v, v, gradient, count, *constants)
+        AdamW()(self._data, exp_avg.tensor(), v, v, gradient, _updates_before(step), *constants)
 
     def sgd_(
         self,
