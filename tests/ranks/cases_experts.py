@@ -100,7 +100,8 @@ def run_of(model: str, layout: str, **training: Any) -> Tiny:
         elif word == "full":
             extra |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         elif word == "act":
-            extra |= {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe_act", "mlp")}
+            modules = ("core_attn", "moe_act", "mlp", *(("mla_up_proj",) if "mla" in more else ()))
+            extra |= {"recompute_granularity": "selective", "recompute_modules": modules}
         else:
             words.append(word)
     tiny = settings(" ".join(words)).with_(model={**LLAMA.model, **extra}, parallel=parallel, training=training)
@@ -193,6 +194,7 @@ SLOW_OF_2 = """
     sigmoid: dp2 distopt overlap
     sigmoid: cp2 ep2 alltoall
     sigmoid: pp2 full
+    sigmoid+mla: tp2 sp alltoall act
 """
 SLOW_OF_4 = """
     softmax: tp4 sp ep2 etp2 alltoall
