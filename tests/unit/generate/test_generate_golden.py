@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
 from unittest import mock
 
 import numpy as np
 import pytest
-from generate_models import computed, directory_of, generator, prompts
+from generate_models import GOLDEN, computed, directory_of, generator, prompts
 from mindspore import Tensor
 
 from parallel_core.checkpoint import TensorShard, load_shards, open_checkpoint
@@ -55,6 +59,49 @@ def test_greedy_continuations_are_those_of_transformers(model) -> None:
     greedy = SamplingParams(max_new_tokens=24, temperature=0, ignore_eos=True)
     got = [c.tokens for c in it.generate(prompts(name, 12, 12), greedy)]
     np.testing.assert_array_equal(got, computed(name)["greedy"])
+
+
+PEER = os.environ.get("PARALLEL_CORE_PEER_PYTHON", "")
+GREEDY_OF_TRANSFORMERS = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+path, made, prompts = sys.argv[1], sys.argv[2] == "made", json.loads(sys.argv[3])
+torch.manual_seed(0)
+if made:
+    config = AutoConfig.from_pretrained(path)
+    config.initializer_range = 0.2
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+out = []
+for prompt in prompts:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(16):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    out.append(ids[len(prompt):])
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEER, reason="PARALLEL_CORE_PEER_PYTHON names no python with torch and transformers")
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_transformers_continues_alike(name: str, tmp_path) -> None:
+    made = not (GOLDEN / "experts" / name).exists()
+    path = tmp_path / name
+    if made:
+        path.mkdir()
+        shutil.copy(GOLDEN / "configs" / f"{name}.json", path / "config.json")
+    else:
+        shutil.copytree(GOLDEN / "experts" / name, path)
+    asked = [[int(t) for t in np.random.default_rng(n).integers(3, 300, n)] for n in (12, 3, 25)]
+    words = [PEER, "-c", GREEDY_OF_TRANSFORMERS, str(path), "made" if made else "", json.dumps(asked)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    greedy = SamplingParams(max_new_tokens=16, temperature=0, ignore_eos=True)
+    got = [c.tokens for c in Generator(path, max_batch_size=2).generate(asked, greedy)]
+    assert got == json.loads(done.stdout.splitlines()[-1])
 
 
 def test_cached_is_uncached(model) -> None:
