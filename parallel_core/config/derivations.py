@@ -63,9 +63,15 @@ def adapters(r: Resolution) -> None:
 
 @_rule
 def conversations(r: Resolution) -> None:
-    """Conversations of one sample do not see each other, and each one's positions begin at zero."""
+    """Conversations do not see each other, positions begin at zero in each, and the bundled tokenizer reads them."""
     r.fill("sft_tokenizer_prompt_format", "default", "conversations")
     if r["sft"]:
+        if r["tokenizer_type"] is None and r["tokenizer_model"] is None:
+            from parallel_core.data.bundled import bundled_tokenizer_model  # as in `config/vocabulary.py`
+
+            r.derive("tokenizer_type", "SentencePieceTokenizer", "conversations")
+            r.derive("tokenizer_model", bundled_tokenizer_model(), "conversations")
+            r.note("sft: no tokenizer is named; conversations are read by the bundled one")
         r.derive("reset_attention_mask", True, "conversations")
         r.derive("reset_position_ids", True, "conversations")
 

@@ -41,6 +41,8 @@ DERIVED = [
     ("activation", "--squared-relu", {M + "hidden_act": "squared_relu"}),
     ("activation", "--openai-gelu", {M + "hidden_act": "openai_gelu"}),
     ("activation", "--hidden-act silu --gated-linear-unit", {M + "hidden_act": "swiglu"}),
+    ("conversations", "--sft --data-path x --sft-tokenizer-prompt-format plain", {
+        "dataset_config.tokenizer_type": "SentencePieceTokenizer"}),
     ("conversations", f"--sft --data-path x {TALKS}", {
         "dataset_config.reset_attention_mask": True, "dataset_config.reset_position_ids": True}),
     ("adapters", "--use-lora --load x", {"training_config.lora.rank": 8}),
