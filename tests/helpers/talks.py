@@ -50,9 +50,9 @@ def write(path: Path, lines: Sequence[Any]) -> Path:
 def datasets(path: Path, length: int, sizes: tuple[int | None, int | None, int | None] = (None, 0, 0), **more: Any):
     """Return train, valid and test samples of `length` positions of a file of conversations."""
     tokenizer = Letters()
-    given = {"split": "100,0,0", "random_seed": 5, **more}
+    given = {"split": "100,0,0", "random_seed": 5, "blend": parse_blend([str(path)]), **more}
     template = given.pop("chat", None) or chat_template(tokenizer, [], "plain")
     config = GPTDatasetConfig(
-        sequence_length=length, tokenizer=tokenizer, blend=parse_blend([str(path)]), chat=template, **given
+        sequence_length=length, tokenizer=tokenizer, chat=template, **given
     )
     return build_train_valid_test_datasets(config, sizes)

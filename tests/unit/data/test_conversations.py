@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 
 from parallel_core.config import load_config
+from parallel_core.data import parse_blend
 from parallel_core.data.chat import FORMATS, ChatTemplate, chat_template
 from parallel_core.data.data_order import data_order_fingerprint, describe_data_order
 from parallel_core.data.sft_dataset import pack
@@ -111,6 +112,16 @@ def test_samples_do_not_depend_on_how_many_are_asked_for_and_the_order_has_a_nam
     assert names[0] == names[1] != names[2]
     write(path, [*TALKS[1:], TALKS[0]])
     assert data_order_fingerprint(describe_data_order(datasets(path, 48, (3, 0, 0))[0])) != names[0]
+
+
+def test_files_of_conversations_are_blended_and_split_as_others(tmp_path):
+    one, other = (str(write(tmp_path / f"{n}.jsonl", lines)) for n, lines in enumerate((TALKS, TALKS[:3])))
+    blend = {"blend": parse_blend(["0.75", one, "0.25", other]), "path_to_cache": str(tmp_path / "c")}
+    blended, *_ = datasets(Path(one), 48, (20, 0, 0), **blend)
+    assert np.bincount([int(blended[i]["dataset_id"]) for i in range(20)]).tolist() == [15, 5]
+    own = {"blend": None, "split": None, "blend_per_split": (parse_blend([one]), parse_blend([other]), None)}
+    train, valid, test = datasets(Path(one), 48, (20, 4, 0), **own)
+    assert (train.dataset_path, valid.dataset_path, test) == (one, other, None) and len(valid) >= 4
 
 
 def test_the_loss_of_a_packed_sample_is_that_of_each_conversation_alone(tmp_path):
