@@ -28,6 +28,6 @@ def test_two_ranks_train_like_one(tmp_path):
     assert len(wanted) == 6 and wanted[-1] < wanted[0]
     for name, layout in (("tp2", ("2", "1")), ("pp2", ("1", "2")), ("dp2", ("1", "1"))):
         words = (SCRIPT, str(tmp_path / name), *layout)
-        status, console = run_launcher(tmp_path / f"logs_{name}", "--plain", *words, NPROC="2")
+        status, console = run_launcher(tmp_path / f"logs_{name}", *words, NPROC="2")
         assert status == 0, console
         assert losses(tmp_path / name) == pytest.approx(wanted, rel=1e-5), name

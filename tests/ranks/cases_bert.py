@@ -15,7 +15,9 @@ from parallel_core.config.bert import BertConfig
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.data.parallel_batch import ENCODER_FIELDS, SPAN_FIELDS
 from parallel_core.layout.shard import shard_of
+from parallel_core.training.batches import make_batch_source
 from parallel_core.training.encoder_steps import bert_forward_step, question_answering_forward_step
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.cases_layouts import check, settings
@@ -93,3 +95,24 @@ def test_transformers_answers_in_every_layout(ctx: CaseContext, layout: str) -> 
     (report,) = run.train(1)
     np.testing.assert_allclose(report.losses["qa loss"], values["loss"], rtol=1e-6)
     np.testing.assert_allclose(report.grad_norm, values["grad_norm"], rtol=2e-6)
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("tp2", "pp2", "dp2")])
+def test_batches_reach_every_stage_whole(ctx: CaseContext, layout: str) -> None:
+    """One rank of a tensor parallel group reads, and every stage has the mask of padding."""
+    for head, fields in (("pretraining", ENCODER_FIELDS), ("question_answering", SPAN_FIELDS)):
+        tiny = settings(layout).with_(model={"bert": BertConfig(bert_head=head)}, data={"num_workers": 0})
+        config, context = tiny.config(), context_of(ctx, tiny)
+        rng, S = np.random.default_rng(0), config.model_config.seq_length
+        samples = [
+            {name: rng.random(S, np.float32) if name == "loss_mask" else rng.integers(0, 9, () if name in
+             ("is_random", "start_positions", "end_positions") else S, np.int32) for name in fields}
+            for _ in range(8)
+        ]  # fmt: skip
+        batches = make_batch_source(samples, 0, config, context, 1).iterator(0)
+        for number in range(4 // context.dp.size):
+            batch, first = next(batches), 2 * (number * context.dp.size + context.dp.rank)
+            assert list(batch) == list(fields)
+            for name, value in batch.items():
+                wanted = np.stack([sample[name] for sample in samples[first : first + 2]])
+                np.testing.assert_array_equal(value.asnumpy(), wanted)
