@@ -13,7 +13,9 @@ from parallel_core.convert.cli import main
 from parallel_core.convert.comparison import compare
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "checkpoint"
-CHECKPOINTS = sorted(str(p.relative_to(GOLDEN)) for p in GOLDEN.glob("*/ckpt_*"))
+CHECKPOINTS = sorted(
+    str(p.relative_to(GOLDEN)) for p in GOLDEN.glob("*/ckpt_*") if (p.parent / "params_0010.npz").exists()
+)
 
 
 def golden(name):
