@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallel_core.config import table
-from parallel_core.config.derivations import asks_for_flash_attention
 from parallel_core.config.resolution import Resolution
 from parallel_core.config.schema import DEFAULTS
 
@@ -78,8 +77,8 @@ def encoders(r: Resolution) -> None:
     for name in _OF_DECODERS.split():
         if r[name]:
             r.fail(f"bert_head {name}", "an encoder has no form of it; leave one out")
-    if asks_for_flash_attention(r):
-        r.fail("bert_head use_flash_attn", "an encoder has no form of it; leave one out")
+    if r["attention_backend"] in ("flash", "fused"):  # use_flash_attn alone is what every configuration says
+        r.fail("bert_head attention_backend", "an encoder has no form of it; leave one out")
     if r["pre_tockens"] is not None and r["pre_tockens"] != DEFAULTS["model_config.fa_config.pre_tokens"]:
         r.fail("bert_head pre_tockens", "an encoder sees all positions; leave one out")
     if r["context_parallel_size"] != 1:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 
 from parallel_core.config.conversation_checks import CONVERSATION_CHECKS
-from parallel_core.config.derivations import asks_for_flash_attention
 from parallel_core.config.expert_checks import EXPERT_CHECKS
 from parallel_core.config.lora_checks import LORA_CHECKS
 from parallel_core.config.model_checks import MODEL_CHECKS
@@ -394,8 +393,8 @@ def precision(r: Resolution) -> None:
         r.fail("grad_reduce_in_bf16", "needs bf16")
     if r["fp32_matmul_precision"] == "high" and (r["bf16"] or r["fp16"]):
         r.fail("fp32_matmul_precision", "is about runs in float32; a 16-bit type says itself how its products are")
-    if r["apply_query_key_layer_scaling"] and asks_for_flash_attention(r):
-        r.fail("apply_query_key_layer_scaling use_flash_attn", "the fused kernel cannot scale by layer; give one")
+    if r["apply_query_key_layer_scaling"] and r["attention_backend"] in ("flash", "fused"):
+        r.fail("apply_query_key_layer_scaling attention_backend", "the fused kernel cannot scale by layer; give one")
 
 
 @_rule

@@ -245,11 +245,6 @@ def sequence_parallel(r: Resolution) -> None:
     r.derive("sequence_parallel", False, "sequence_parallel")
 
 
-def asks_for_flash_attention(r: Resolution) -> bool:
-    """Return whether the user asks for it, which is also what a run has without asking."""
-    return r["attention_backend"] in ("flash", "fused") or (r.is_given("use_flash_attn") and r["use_flash_attn"])
-
-
 @_rule
 def flash_attention(r: Resolution) -> None:
     """`attention_backend` flash or fused is `use_flash_attn`, unfused or local is `--no-use-flash-attn`."""

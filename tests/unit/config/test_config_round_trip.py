@@ -167,3 +167,10 @@ def test_values_that_look_like_flags_and_switches_without_an_opposite_come_back(
     first = load("--config", str(tmp_path / "given.yaml"))
     for form in FORMS:
         assert again(write_form(first, form), form, tmp_path, 1).config == first.config
+
+
+def test_what_a_flash_attention_by_default_has_no_form_of_comes_back(tmp_path):
+    """Sections say `use_flash_attention: true` of every model; that is no wish."""
+    first = load("--apply-query-key-layer-scaling", "--fp16")
+    for form in FORMS:
+        assert again(write_form(first, form), form, tmp_path, 1).config == first.config

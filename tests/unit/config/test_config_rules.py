@@ -338,7 +338,7 @@ REFUSED = [
     ("precision", "--fp16-lm-cross-entropy", "--fp16-lm-cross-entropy: needs fp16"),
     ("precision", "--fp32-residual-connection", "needs fp16 or bf16"),
     ("precision", "--grad-reduce-in-bf16", "needs bf16"),
-    ("precision", "--apply-query-key-layer-scaling --use-flash-attn", "cannot scale by layer"),
+    ("precision", "--apply-query-key-layer-scaling --attention-backend flash", "cannot scale by layer"),
     ("shared_expert", f"{MOE} --moe-shared-expert-overlap", "there is no shared expert to compute"),
     ("shared_expert", f"{MOE} --moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8 "
      "--disable-bias-linear", "only rows that go to the ranks of their experts go ahead"),

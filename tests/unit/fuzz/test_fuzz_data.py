@@ -257,7 +257,7 @@ def make_corpus(rng: random.Random) -> bytes:
 def read_corpus(content: bytes, folder: Path) -> None:
     (folder / "corpus.jsonl").write_bytes(content)
     tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=bundled_tokenizer_model())
-    bundled_module._tokenize(folder / "corpus.jsonl", tokenizer, str(folder / "out"))
+    bundled_module._tokenize(folder / "corpus.jsonl", tokenizer, str(folder / "out"), sentences=False)
     IndexedDataset(str(folder / "out"))
 
 
