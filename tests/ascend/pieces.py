@@ -263,7 +263,7 @@ def moved() -> None:
 
 
 def speed() -> None:
-    """Tokens and model FLOPs a second of a bfloat16 run on one device; PEAK_TFLOPS is what MFU is of."""
+    """Tokens and model FLOPs a second of a bfloat16 run on one device; with PEAK_TFLOPS the MFU, its share of that."""
     model = ["--num-layers", "2", "--hidden-size", "128", "--seq-length", "128"] if on_cpu() else [
         "--num-layers", "24", "--hidden-size", "2048", "--num-attention-heads", "16", "--seq-length", "4096",
         "--max-position-embeddings", "4096", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
@@ -274,10 +274,14 @@ def speed() -> None:
         words = [*LAYOUTS["tp1"][1], *model, *run]
         status, text = _launch(Path(folder), 1, [*_MODEL, *words])
         rows = [] if status else (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in text.splitlines() if "TFLOP" in line or "throughput" in line]
-    print("\n".join(lines[-3:]))
-    rates = sorted(json.loads(row)["tokens_per_s"] for row in rows if "tokens_per_s" in row)
-    check("a bfloat16 run", status == 0, f"{rates[len(rates) // 2]:.0f} tokens/s" if rates else text[-1500:])
+    steps = sorted((row for row in map(json.loads, rows) if "tokens_per_s" in row), key=lambda row: row["tokens_per_s"])
+    found = text[-1500:]
+    if steps:
+        median = steps[len(steps) // 2]
+        found = f"{median['tokens_per_s']:.0f} tokens/s, {median['tflops_per_device']:.4g} TFLOP/s"
+        peak = os.environ.get("PEAK_TFLOPS")
+        found += f", MFU {median['tflops_per_device'] / float(peak):.1%} of {peak}" if peak else ""
+    check("a bfloat16 run", status == 0 and bool(steps), found)
 
 
 def write_losses() -> None:

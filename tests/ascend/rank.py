@@ -32,7 +32,7 @@ def main() -> None:
         if not right:
             WRONG.append(what)
         if rank == 0 or not right:
-            print(f"{'ok  ' if right else 'BAD '} {what} (rank {rank})", flush=True)
+            print(f"INFO - {'ok  ' if right else 'BAD '} {what} (rank {rank})", flush=True)
 
     shape = (2 * size, 3 * size, 5)
     parts = [part(r, *shape) for r in range(size)]
