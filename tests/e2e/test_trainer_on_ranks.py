@@ -14,8 +14,9 @@ from tests.helpers.launching import launcher_environment, run_launcher
 SCRIPT = str(Path(__file__).parent / "scripts" / "trainer_on_ranks.py")
 
 
-def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "log" / "metrics.jsonl").read_text().splitlines()]
+def losses(logs: Path) -> list[float]:
+    """Read a run's losses, which lie under output_dir, and in a job where the launcher has its logs."""
+    return [json.loads(line)["loss"] for line in (logs / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -24,10 +25,10 @@ def test_two_ranks_train_like_one(tmp_path):
     command = [sys.executable, SCRIPT, str(tmp_path / "alone"), "1", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    wanted = losses(tmp_path / "alone")
+    wanted = losses(tmp_path / "alone" / "log")
     assert len(wanted) == 6 and wanted[-1] < wanted[0]
     for name, layout in (("tp2", ("2", "1")), ("pp2", ("1", "2")), ("dp2", ("1", "1"))):
         words = (SCRIPT, str(tmp_path / name), *layout)
         status, console = run_launcher(tmp_path / f"logs_{name}", *words, NPROC="2")
         assert status == 0, console
-        assert losses(tmp_path / name) == pytest.approx(wanted, rel=1e-5), name
+        assert losses(tmp_path / f"logs_{name}") == pytest.approx(wanted, rel=1e-5), name
