@@ -28,6 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from parallel_core.launch import cluster
 
         return cluster.main(words[1:])
+    if lacks_packages():
+        return 2
+    from parallel_core.launch import cli
+
+    return cli.main(words)
+
+
+def lacks_packages() -> bool:
+    """Return whether this Python lacks a package that the launcher needs, and say which; to be asked before imports."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
@@ -35,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "or run `pip install -e .` in this one",
             file=sys.stderr,
         )
-        return 2
-    from parallel_core.launch import cli
-
-    return cli.main(words)
+    return bool(missing)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallel_core.bundled import PROGRAMS, bundled_program, shared_folder
-from parallel_core.config.bundled import describes_a_run
+from parallel_core.launch.__main__ import lacks_packages
 from parallel_core.launch.__main__ import main as launch
 
 
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__.strip())
         return 0
+    if lacks_packages():
+        return 2
+    from parallel_core.config.bundled import describes_a_run
+
     if not words or words[0].startswith("-"):
         words.insert(0, str(bundled_program()))
     elif not Path(words[0]).exists() and Path(words[0]).name == words[0] and bundled_program(words[0]).is_file():
