@@ -56,6 +56,7 @@ def undisturbed(tmp_path):
     return workplace, rows(pretrain_gpt(tmp_path / "calm", arguments(tmp_path / "calm_ckpt"), cwd=workplace).log_dir)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_no_number(undisturbed, tmp_path):
     workplace, calm = undisturbed
     logs = tmp_path / "logs"

@@ -351,6 +351,7 @@ def test_a_python_without_the_dependencies_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_training_ends_the_job_and_leaves_its_metrics(log_dir, tmp_path):
     command = ["/bin/bash", str(REPO / "pretrain_gpt.sh"), *TWO_RANKS, "--train-iters", "100000", "--log-interval", "1"]
     process = subprocess.Popen(

@@ -27,9 +27,6 @@ LAYOUTS = {
     "tp2pp2": (4, [NO_SP]),
     "tp2pp2sp": (4, []),
 }
-SLOW = ("tp2", "tp2sp", "pp2", "dp2", "tp2pp2")
-
-
 def shortened(layout_flags: list[str]) -> list[str]:
     """The default run's configuration, 20 iterations of it."""
     return ["--config", str(REPO / "configs/gpt_tiny.yaml"), *SHORTENED, *layout_flags]
@@ -47,9 +44,8 @@ def one_process(workplace: Path, tmp_path_factory) -> Run:
     return pretrain_gpt(logs, shortened(LAYOUTS["dp2"][1]), cwd=workplace, NPROC="1")
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_the_same_model(layout: str, one_process: Run, workplace: Path, tmp_path):
     ranks, flags = LAYOUTS[layout]
     run = pretrain_gpt(tmp_path / "logs", shortened(flags), cwd=workplace, NPROC=str(ranks))

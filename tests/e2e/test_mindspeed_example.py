@@ -59,6 +59,7 @@ def test_the_example_trains_the_packages_model(reference, tmp_path):
     assert_same_curve(alone(EXAMPLE, tmp_path / "logs"), reference, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_users_model_class_trains_alike_in_parallel(reference, tmp_path):
     layout = """
         --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2

@@ -19,10 +19,9 @@ RANKS = {layout: ranks for layout, (ranks, _) in {**LAYOUTS, **CONTEXT_LAYOUTS}.
 BY_DEFAULT = {
     ("gpt2", "tp2pp2"),
     ("llama", "pp2vpp2"),
-    ("llama", "dp2distopt"),
     ("llama", "cp2"),
 }
-"""Every axis once; the rest is marked slow. test_one_step.py has the first eleven iterations of all of two ranks."""
+"""Three axes; the rest is marked slow. test_one_step.py has the first eleven iterations of all layouts of two ranks."""
 
 
 def all_curves() -> list:

@@ -53,7 +53,7 @@ def test_two_ranks_train_an_encoder_like_one(ctx: CaseContext, layout: str) -> N
     check(ctx, Tiny(model=BERT), settings(layout).with_(model=BERT), rtol=4e-6, source=MaskedWords)
 
 
-@case(world_size=4, variants=[{"layout": name} for name in LAYOUTS_OF_4])
+@case(world_size=4, variants=[{"layout": name} for name in LAYOUTS_OF_4], slow=True)
 def test_four_ranks_train_an_encoder_like_one(ctx: CaseContext, layout: str) -> None:
     """All layers recomputed, words alone, and dropout that the layout does not change."""
     rates = {} if "tp" in layout else {"hidden_dropout_rate": 0.2, "attention_dropout_rate": 0.2}
