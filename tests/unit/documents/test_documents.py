@@ -37,7 +37,7 @@ COMMANDS = [(file.name, line) for file in PAGES for line in commands(file)]
 
 def is_whole(line: str) -> bool:
     """Return whether a command stands as it is typed: without "...", and without names for what a user has."""
-    return not re.search(r"\.\.\.|\b[A-Z]{2,}(_[A-Z]+)*\b(?![=/])", re.sub(r"^([A-Z_]+=\S+ )*", "", line))
+    return not re.search(r"\.\.\.|\b[A-Z]{2,}(_[A-Z]+)*\b(?![=/.])", re.sub(r"^([A-Z_]+=\S+ )*", "", line))
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda f: f.name)
