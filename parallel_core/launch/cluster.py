@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from parallel_core.errors import ConfigError
 from parallel_core.files import read_regular
-from parallel_core.launch.rank_table import Server, launch_lines
+from parallel_core.launch.rank_table import Server, print_lines
 from parallel_core.records import show
 
 _LARGEST_FILE = 1 << 20
@@ -131,16 +130,4 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--slots", type=int, default=8, help="ranks of a host that does not say (default: 8)")
-    parser.add_argument("--port", type=int, default=8848, help="MASTER_PORT, free on the first host (default: 8848)")
-    parser.add_argument("--command", default="bash pretrain_gpt.sh", help="what is started (default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        if not 1 <= args.port <= 65535:
-            raise ConfigError(f"--port {args.port} is not a port; ports go from 1 to 65535")
-        for server, line in launch_lines(read_hosts(args.file, args.slots), args.port, args.command):
-            last = server.first_rank + len(server.devices) - 1
-            print(f"# {server.address}: ranks {server.first_rank} to {last}\n{line}")
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return print_lines(parser, argv, lambda args: read_hosts(args.file, args.slots))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,28 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="hccl_*.json; several are joined in order")
+    return print_lines(parser, argv, lambda args: read_rank_tables(args.files))
+
+
+def print_lines(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    read: Callable[[argparse.Namespace], Sequence[Server]],
+) -> int:
+    """Print the launch line of each server and return the exit status; 2 for what cannot be, said in a sentence.
+
+    Args:
+        parser: of the command; the options of the lines are added to it.
+        argv: the command's words.
+        read: returns the servers of the parsed words.
+    """
     parser.add_argument("--port", type=int, default=8848, help="MASTER_PORT, free on the first node (default: 8848)")
     parser.add_argument("--command", default="bash pretrain_gpt.sh", help="what is started (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if not 1 <= args.port <= 65535:
             raise ConfigError(f"--port {args.port} is not a port; ports go from 1 to 65535")
-        servers = read_rank_tables(args.files)
-        for server, line in launch_lines(servers, args.port, args.command):
+        for server, line in launch_lines(read(args), args.port, args.command):
             last = server.first_rank + len(server.devices) - 1
             print(f"# {server.address}: ranks {server.first_rank} to {last}\n{line}")
     except ConfigError as error:
