@@ -6,7 +6,7 @@ import enum
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -177,6 +177,29 @@ class GPTDatasetConfig:
     def split_matrix(self) -> SplitMatrix | None:
         """Range of each split in `[0, 1]`; None with datasets per split."""
         return None if self.blend_per_split else split_matrix(parse_and_normalize_split(self.split_or_default))
+
+    def identifiers(
+        self, name: str, dataset_path: str | None, num_samples: int | None, index_split: Split
+    ) -> dict[str, Any]:
+        """Return what identifies the cached indices of any dataset, with Megatron's keys in Megatron's order.
+
+        Args:
+            name: Class of the dataset, as Megatron calls it.
+            dataset_path: Path prefix of the dataset; None for mock data.
+            num_samples: Samples that were asked for.
+            index_split: Split of the dataset.
+        """
+        return {
+            "class": name,
+            "dataset_path": dataset_path,
+            "num_samples": num_samples,
+            "index_split": index_split.name,
+            "random_seed": self.random_seed,
+            "sequence_length": self.sequence_length,
+            "split": None if self.blend_per_split else self.split_or_default,
+            "split_matrix": self.split_matrix,
+            "tokenizer": self.tokenizer.unique_identifiers,
+        }
 
     @property
     def eod_token_id(self) -> int:

@@ -196,17 +196,7 @@ class GPTDataset(Described, Samples):
     def unique_identifiers(self) -> dict[str, Any]:
         """What identifies the cached indices, with Megatron's keys in Megatron's order."""
         config = self.config
-        identifiers: dict[str, Any] = {
-            "class": type(self).__name__,
-            "dataset_path": self.dataset_path,
-            "num_samples": self.num_samples,
-            "index_split": self.index_split.name,
-            "random_seed": config.random_seed,
-            "sequence_length": config.sequence_length,
-            "split": None if config.blend_per_split else config.split_or_default,
-            "split_matrix": config.split_matrix,
-            "tokenizer": config.tokenizer.unique_identifiers,
-        }
+        identifiers = config.identifiers(type(self).__name__, self.dataset_path, self.num_samples, self.index_split)
         if not config.drop_last_partial_validation_sequence:
             identifiers["drop_last_partial_validation_sequence"] = False
         if not config.add_extra_token_to_sequence:

@@ -86,15 +86,9 @@ class MaskedWordsDataset(Described):
         """What identifies the cached index."""
         config = self.config
         return {
-            "class": "BERTMaskedWordPieceDataset",
-            "dataset_path": self.dataset_path,
-            "num_samples": self.num_samples,
-            "index_split": self.index_split.name,
-            "random_seed": config.random_seed,
-            "sequence_length": config.sequence_length,
-            "split": None if config.blend_per_split else config.split_or_default,
-            "split_matrix": config.split_matrix,
-            "tokenizer": config.tokenizer.unique_identifiers,
+            **config.identifiers(
+                "BERTMaskedWordPieceDataset", self.dataset_path, self.num_samples, self.index_split
+            ),
             "masking_probability": config.masking_probability,
             "short_sequence_probability": config.short_sequence_probability,
             "classification_head": config.classification_head,
