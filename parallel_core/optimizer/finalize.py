@@ -49,6 +49,9 @@ def _sum_together(gradients: list[Flat], group: Group) -> None:
     if not gradients:
         return
     tensors = [gradient.tensor() for gradient in gradients]
+    if len(tensors) == 1 and tensors[0].dtype == ms.float32:  # Where it is: a tied embedding is too large to copy.
+        group.all_reduce_(tensors[0])
+        return
     joined = group.all_reduce_(mint.cat([tensor.astype(ms.float32) for tensor in tensors]))
     start = 0
     for gradient, tensor in zip(gradients, tensors):
