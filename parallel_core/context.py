@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from parallel_core.comm.background import in_background
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.layout.expert_mesh import EXPERT_GROUP_AXES, expert_spans
@@ -105,6 +106,8 @@ class ParallelContext:
             same = next((group for group in groups.values() if list(group.ranks) == ranks), None)
             # Groups of the same ranks are one communicator: dp_cp is dp where nothing is cut along the sequence.
             groups[label] = make(label, ranks) if same is None or len(ranks) == 1 else same
+            if label == "tp" and config.micro_batch_interleave_num > 1:
+                groups[label] = in_background(groups[label])
         stages = mesh.group_of(rank, "pp")
         ends = [stages[0], stages[-1]] if len(stages) > 1 else stages
         groups["embedding"] = make("embedding", ends) if rank in ends else SoloGroup("embedding", rank)

@@ -124,13 +124,13 @@ class Group(abc.ABC):
         """Give back what the group holds of the system; no operation works afterwards."""
         return
 
-    # Flat gradient and parameter buckets. Issued early, waited for late; backends without overlap run them at once.
+    # Issued early, waited for late: flat buckets, and sums of layers. Backends without overlap run them at once.
     def all_reduce_start_(self, flat: Tensor) -> Handle:
-        """Start overwriting the 1-D `flat` with its sum over the group."""
+        """Start overwriting the contiguous `flat` with its sum over the group."""
         return Done(self.all_reduce_(flat))
 
     def reduce_scatter_start(self, flat: Tensor) -> Handle:
-        """Start reducing the 1-D `flat`; the handle gives this rank's 1/size of the sum."""
+        """Start reducing `flat`; the handle gives this rank's part of the sum, cut along dim 0."""
         return Done(self.reduce_scatter(flat))
 
     def all_gather_start(self, shard: Tensor) -> Handle:

@@ -238,7 +238,7 @@ class HcclGroup(MindSporeGroup):
 
     def reduce_scatter_start(self, flat: Tensor) -> Handle:
         """Start an asynchronous reduce-scatter."""
-        out = mint.empty((_part(flat, 0, self.size),), dtype=flat.dtype)
+        out = mint.empty((_part(flat, 0, self.size), *flat.shape[1:]), dtype=flat.dtype)
         with self._guard("reduce_scatter", flat):
             return _Running(dist.reduce_scatter_tensor(out, flat, group=self.name, async_op=True), out)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from parallel_core import spans
+from parallel_core.comm.background import foreground
 from parallel_core.comm.interface import Group
 from parallel_core.comm.shm import ShmGroup
 
@@ -48,7 +49,7 @@ class _Observed:
 def observed(groups: Iterable[Group]) -> Iterator[None]:
     """Tell the listeners of spans of every operation of `groups` while the block runs."""
     changed = []
-    for group in {id(group): group for group in groups}.values():
+    for group in {id(group): group for group in map(foreground, groups)}.values():
         if isinstance(group, ShmGroup):
             changed.append((group, group.library))
             group.library = _Observed(group.library, group, group.handle)

@@ -302,6 +302,8 @@ class ModelParallelConfig:
     """0: follows from the other sizes."""
     microbatch_group_size_per_virtual_pipeline_stage: int = 0
     """Microbatches run on one chunk before the next; 0: pipeline_model_parallel_size."""
+    micro_batch_interleave_num: int = 1
+    """Parts of each microbatch: layers compute one while the tensor parallel sum of another is under way."""
     pipeline_schedule: str = "auto"
     """The order of passes: 1f1b, interleaved, zero-bubble; auto is 1f1b, interleaved with several chunks on a rank."""
     sequence_parallel: bool = False

@@ -19,6 +19,7 @@ from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.spans import span
 from parallel_core.tensor_parallel import mappings
+from parallel_core.tensor_parallel.open_sums import left_open
 from parallel_core.tensor_parallel.parameter import InitMethod, constant, make_parameter
 
 
@@ -170,6 +171,8 @@ class RowParallelLinear(nn.Cell):
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
         alone = self.tp_group.size == 1 and not self.skip_bias_add
         y = _linear(x, self.weight, self.bias if alone else None, self.tp_group)
+        if self.skip_bias_add and left_open(self):
+            return y, self.bias
         if self.sequence_parallel:
             y = mappings.reduce_scatter_to_sequence_parallel_region(y, self.tp_group)
         else:

@@ -6,6 +6,7 @@ from mindspore import Parameter, Tensor, nn
 
 from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.tensor_parallel.recompute import recompute
+from parallel_core.transformer.interleaved import interleaved
 from parallel_core.transformer.layer import TransformerLayer
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.stage import ModelStage
@@ -24,6 +25,7 @@ class TransformerBlock(nn.Cell):
     def __init__(self, stage: ModelStage, *, post_layer_norm: bool = True) -> None:
         super().__init__(auto_prefix=True)
         self.streams, self.plan = stage.streams, stage.plan or RecomputePlan(regather=len(stage.layers))
+        self.num_parts = stage.num_parts
         self.layers = nn.CellList(
             [
                 self.layer_class(
@@ -43,26 +45,23 @@ class TransformerBlock(nn.Cell):
 
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the last layer's output (after the final norm where there is one), in hidden's shape."""
-        starts = {segment.start: segment for segment in self.plan.segments}
-        i = 0
-        while i < len(self.layers):
-            segment = starts.get(i)
-            if segment is None:
-                hidden = self.layers[i](hidden, document_start_BS)
-                i += 1
-            else:
+        done = 0
+        for segment in (*self.plan.segments, range(len(self.layers), len(self.layers))):
+            hidden = self._run(range(done, segment.start), hidden, document_start_BS)
+            if segment:
                 hidden = self._recomputed(segment, hidden, document_start_BS)
-                i = segment.stop
+            done = segment.stop
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
 
+    def _run(self, numbers: range, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        layers = [self.layers[i] for i in numbers]
+        if self.num_parts > 1:
+            return interleaved(layers, hidden, document_start_BS, self.num_parts)
+        for layer in layers:
+            hidden = layer(hidden, document_start_BS)
+        return hidden
+
     def _recomputed(self, segment: range, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
-        layers = [self.layers[i] for i in segment]
-        parameters: list[Parameter] = [p for layer in layers for p in layer.trainable_params()]
-
-        def run(x: Tensor, *masks: Tensor) -> Tensor:
-            for layer in layers:
-                x = layer(x, *masks)
-            return x
-
+        parameters: list[Parameter] = [p for i in segment for p in self.layers[i].trainable_params()]
         masks = () if document_start_BS is None else (document_start_BS,)
-        return recompute(run, (hidden, *masks), parameters, self.streams)
+        return recompute(lambda x, *more: self._run(segment, x, *more), (hidden, *masks), parameters, self.streams)

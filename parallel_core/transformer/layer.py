@@ -13,6 +13,9 @@ from parallel_core.transformer.multi_latent_attention import MultiLatentAttentio
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.stage import ModelStage
 
+Branch = tuple[Tensor, Tensor | None, Tensor]
+"""What is added to the residual stream, the bias that is added with it, and what it is added to."""
+
 
 class TransformerLayer(nn.Cell):
     """hidden + dropout(attention(norm(hidden))), then the same with the MLP.
@@ -74,13 +77,27 @@ class TransformerLayer(nn.Cell):
         What follows the document starts is for the attention block alone.
         """
         layer_input = hidden
+        hidden = self.after_attention(*self.attend(hidden, document_start_BS, *more))
+        return self.after_mlp(*self.feed(hidden, layer_input))
+
+    def attend(self, hidden: Tensor, *masks: Tensor | None) -> Branch:
+        """Return attention's branch; arguments as for calling."""
         normed = self.input_layernorm(hidden)
-        branch, bias = self.self_attention(ops.cast(normed, self.compute_dtype), document_start_BS, *more)
-        residual = normed if self.residual_after_norm else hidden
-        hidden = self._add(branch, bias, residual, self.post_attention_layernorm, "attention")
+        branch, bias = self.self_attention(ops.cast(normed, self.compute_dtype), *masks)
+        return branch, bias, normed if self.residual_after_norm else hidden
+
+    def feed(self, hidden: Tensor, layer_input: Tensor) -> Branch:
+        """Return the MLP's branch, of the hidden states after attention and of those before it."""
         normed = self.pre_mlp_layernorm(layer_input if self.parallel_residual else hidden)
         branch, bias = self.mlp(ops.cast(normed, self.compute_dtype))
-        residual = normed if self.residual_after_norm else hidden
+        return branch, bias, normed if self.residual_after_norm else hidden
+
+    def after_attention(self, branch: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """Return the hidden states with attention's branch."""
+        return self._add(branch, bias, residual, self.post_attention_layernorm, "attention")
+
+    def after_mlp(self, branch: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """Return the hidden states with the MLP's branch."""
         return self._add(branch, bias, residual, self.post_mlp_layernorm, "mlp")
 
     def _add(

@@ -87,6 +87,11 @@ class ModelStage:
         return None if cp.size == 1 else positions(local_length * cp.size, cp.size, cp.rank)
 
     @property
+    def num_parts(self) -> int:
+        """Parts in which layers compute a microbatch, one beside the communication of another."""
+        return 1 if self.run is None else self.run.parallel_config.micro_batch_interleave_num
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Global numbers of the chunk's layers."""
         return tuple(range(self.config.num_layers)) if self.layer_numbers is None else self.layer_numbers

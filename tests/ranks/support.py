@@ -7,7 +7,7 @@ import functools
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mindspore as ms
@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from parallel_core import ops
+from parallel_core.comm.background import in_background
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.config.schema import (
@@ -163,7 +164,7 @@ LLAMA = Tiny(
 def context_of(ctx: CaseContext, tiny: Tiny) -> ParallelContext:
     """Return this rank's groups for a run's layout."""
     parallel = tiny.config().parallel_config
-    return parallel_context(
+    found = parallel_context(
         ctx.rank,
         ctx.world_size,
         parallel.tensor_model_parallel_size,
@@ -173,6 +174,7 @@ def context_of(ctx: CaseContext, tiny: Tiny) -> ParallelContext:
         parallel.expert_model_parallel_size,
         parallel.expert_tensor_parallel_size,
     )
+    return replace(found, tp=in_background(found.tp)) if parallel.micro_batch_interleave_num > 1 else found
 
 
 class SampleSource:

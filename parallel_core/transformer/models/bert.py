@@ -33,6 +33,7 @@ from parallel_core.transformer.block import TransformerBlock
 from parallel_core.transformer.embedding import LanguageModelEmbedding
 from parallel_core.transformer.feed_forward import make_feed_forward
 from parallel_core.transformer.gpt_model import GPTModel
+from parallel_core.transformer.layer import Branch
 from parallel_core.transformer.norm import make_norm
 from parallel_core.transformer.stage import ModelStage
 
@@ -88,10 +89,24 @@ class BertLayer(nn.Cell):
 
     def construct(self, hidden: Tensor, seen_BS: Tensor | None = None) -> Tensor:
         """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
-        branch, bias = self.self_attention(ops.cast(hidden, self.compute_dtype), seen_BS)
-        hidden = self._normed(branch, bias, hidden, self.post_attention_layernorm, "attention")
-        branch, bias = self.mlp(ops.cast(hidden, self.compute_dtype))
-        return self._normed(branch, bias, hidden, self.post_mlp_layernorm, "mlp")
+        hidden = self.after_attention(*self.attend(hidden, seen_BS))
+        return self.after_mlp(*self.feed(hidden, hidden))
+
+    def attend(self, hidden: Tensor, seen_BS: Tensor | None) -> Branch:
+        """Return attention's branch."""
+        return (*self.self_attention(ops.cast(hidden, self.compute_dtype), seen_BS), hidden)
+
+    def feed(self, hidden: Tensor, layer_input: Tensor) -> Branch:  # noqa: ARG002 - `TransformerLayer`'s form
+        """Return the MLP's branch."""
+        return (*self.mlp(ops.cast(hidden, self.compute_dtype)), hidden)
+
+    def after_attention(self, branch: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """Return the norm of the hidden states with attention's branch."""
+        return self._normed(branch, bias, residual, self.post_attention_layernorm, "attention")
+
+    def after_mlp(self, branch: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """Return the norm of the hidden states with the MLP's branch."""
+        return self._normed(branch, bias, residual, self.post_mlp_layernorm, "mlp")
 
     def _normed(self, branch: Tensor, bias: Tensor | None, residual: Tensor, norm: nn.Cell, which: str) -> Tensor:
         rate = self.dropout_rate if self.streams.training else 0.0

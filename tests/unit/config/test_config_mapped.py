@@ -64,6 +64,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "ulysses_degree_in_cp": (CP + " --context-parallel-algo hybrid_cp_algo", "2"),
     "tensor_model_parallel_size": ("", "2"), "pipeline_model_parallel_size": ("", "2"),
     "virtual_pipeline_model_parallel_size": (PIPE, "2"), "num_layers_per_virtual_pipeline_stage": (PIPE, "2"),
+    "micro_batch_interleave_num": ("--micro-batch-size 2 --global-batch-size 2", "2"),
     "pipeline_schedule": (PIPE, "zero-bubble"), "enable_zero_bubble": (PIPE, ""),
     "microbatch_group_size_per_vp_stage": (VPP, "4"), "sequence_parallel": ("--tensor-model-parallel-size 2", ""),
     "num_layer_list": (PIPE, "[5,3]"), "pipeline_model_parallel_layout": (PIPE, "Et*5|tttL"),

@@ -228,6 +228,13 @@ REFUSED = [
     ("adapter_targets", "--lora-rank 4 --load x --lora-target-modules o_proj", "is called linear_proj here"),
     ("query_layer", "--top-query-layer norm_before --position-embedding-type rope", "asks by learned positions"),
     ("residuals", "--parallel-residual --apply-residual-connection-post-layernorm", "place the residual twice"),
+    ("micro_batch_interleave", "--micro-batch-interleave-num 0", "at least 1"),
+    ("micro_batch_interleave", "--micro-batch-interleave-num 3 --micro-batch-size 4", "a multiple of the first"),
+    ("micro_batch_interleave", "--micro-batch-interleave-num 2 --micro-batch-size 2 --num-experts 4", "experts choose"),
+    ("micro_batch_interleave", "--micro-batch-interleave-num 2 --micro-batch-size 2 --lora-rank 4 --load x",
+     "a finished sum"),
+    ("micro_batch_interleave", "--micro-batch-interleave-num 2 --micro-batch-size 2 --recompute-granularity selective "
+     "--recompute-modules mlp", "not computed again in parts"),
     ("encoders", "--num-tokentypes 3", "belongs to bert_head"),
     ("encoders", "--bert-no-binary-head", "bash pretrain_bert.sh does"),
     ("encoders", "--bert-head masked_lm --mask-prob 0", "between 0 and 1"),

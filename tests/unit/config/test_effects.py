@@ -353,6 +353,8 @@ ELSEWHERE = {
     "moe_token_dispatcher_type": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
     "expert_model_parallel_size": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
     "expert_tensor_parallel_size": "tests/ranks/cases_experts.py::test_experts_on_two_ranks_train_like_one",
+    "micro_batch_interleave_num":
+        "tests/ranks/cases_interleaved.py::test_a_parts_sum_goes_on_while_another_part_computes",
     "tensor_model_parallel_size": "tests/ranks/cases_layouts.py::test_two_ranks_train_like_one",
     "sequence_parallel": "tests/ranks/cases_tensor_parallel.py::test_column_parallel_linear_equals_the_unsharded_layer",
     "context_parallel_size": "tests/ranks/cases_context_parallel.py::test_two_parts_of_a_sequence_train_like_one",
