@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mindspore import Tensor
 
@@ -12,16 +12,21 @@ from parallel_core.autograd import Function, no_grad
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ConfigError
 
-if TYPE_CHECKING:
-    from parallel_core.tensor_parallel.linear import RowParallelLinear
 
-_leaving: list[list[RowParallelLinear]] = []
+class RowParallel(Protocol):
+    """A layer whose output is a sum over its group, with sequence parallelism scattered along dim 0."""
+
+    tp_group: Group
+    sequence_parallel: bool
+
+
+_leaving: list[list[RowParallel]] = []
 
 
 @contextmanager
-def leave_open() -> Iterator[list[RowParallelLinear]]:
+def leave_open() -> Iterator[list[RowParallel]]:
     """Have row-parallel layers that add no bias return this rank's part of the sum; the list tells which did."""
-    layers: list[RowParallelLinear] = []
+    layers: list[RowParallel] = []
     _leaving.append(layers)
     try:
         yield layers
@@ -29,7 +34,7 @@ def leave_open() -> Iterator[list[RowParallelLinear]]:
         _leaving.pop()
 
 
-def left_open(layer: RowParallelLinear) -> bool:
+def left_open(layer: RowParallel) -> bool:
     """Note that a layer is called; return whether its sum is the caller's."""
     if _leaving:
         _leaving[-1].append(layer)
@@ -47,7 +52,7 @@ class OpenSum:
         ConfigError: several have, so that it is not known what is to be summed.
     """
 
-    def __init__(self, partial_SBH: Tensor, layers: list[RowParallelLinear]) -> None:
+    def __init__(self, partial_SBH: Tensor, layers: list[RowParallel]) -> None:
         if len(layers) > 1:
             raise ConfigError(
                 f"micro_batch_interleave_num: {len(layers)} sums over the tensor parallel ranks in one branch of a "
