@@ -13,6 +13,10 @@ LOG_DIR_VARIABLE = "PARALLEL_CORE_RUN_DIR"
 HANDOVER_VARIABLE = "PARALLEL_CORE_RESOLVED_CONFIG"
 """Set by the launcher: the file with the configuration it resolved, for the ranks."""
 
+MEETING_VARIABLE = "PARALLEL_CORE_MEETING"
+"""Set by the launcher where all ranks are on one host: the descriptor of the memory by which they meet."""
+
+
 def promise_path(log_dir: Path, rank: int) -> Path:
     """Return the file that stands for the promise of `rank`, see `promise_to_stop`."""
     return log_dir / f"stops_itself_rank_{rank}"

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import mindspore as ms
 
 from parallel_core.comm.interface import Group, SoloGroup
-from parallel_core.comm.mindspore_comm import WORLD, HcclGroup, McclGroup
+from parallel_core.comm.meeting import Meeting, meeting
+from parallel_core.comm.mindspore_comm import WORLD, HcclGroup, McclGroup, start_communication
 from parallel_core.comm.shm import world_over_shared_memory
 from parallel_core.comm.watchdog import Watchdog
 from parallel_core.errors import ConfigError
@@ -23,7 +24,7 @@ def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) ->
     """Return a function (label, ranks) -> Group for `backend`; collective over the world.
 
     `auto` is HCCL on Ascend; on CPU shared memory when all ranks are on one host and the C++ part can be built, else
-    MCCL.
+    MCCL. MindSpore's own communication is joined where it is needed: ranks that meet in memory do without.
 
     Raises:
         ConfigError: if the backend does not exist here.
@@ -40,9 +41,15 @@ def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) ->
             return SoloGroup(label, rank)
         return kind(WORLD if len(ranks) == world_size else group_name(label, ranks), ranks, rank, watchdog)
 
-    if target == "Ascend" or backend == "mccl":
-        return make
-    return _shared_memory_factory(backend, make("world", list(range(world_size))), timeout_s) or make
+    gathered = meeting()
+    if target != "Ascend" and backend != "mccl":
+        if gathered is None:
+            start_communication()
+        over_memory = _shared_memory_factory(backend, gathered or make("world", list(range(world_size))), timeout_s)
+        if over_memory is not None:
+            return over_memory
+    start_communication()
+    return make
 
 
 def group_name(label: str, ranks: list[int]) -> str:
@@ -57,10 +64,10 @@ def group_name(label: str, ranks: list[int]) -> str:
 
 
 def _shared_memory_factory(
-    backend: str, world_over_mccl: Group, timeout_s: float
+    backend: str, all_ranks: Group | Meeting, timeout_s: float
 ) -> Callable[[str, list[int]], Group] | None:
     """Return the factory of groups over shared memory, or None where that does not work and is not insisted on."""
-    world, reason = world_over_shared_memory(world_over_mccl, timeout_s)
+    world, reason = world_over_shared_memory(all_ranks, timeout_s)
     if world is None:
         if backend == "shm":
             raise ConfigError(f"distributed_backend=shm cannot work here: {reason}; use mccl")
@@ -70,7 +77,7 @@ def _shared_memory_factory(
 
     def make(label: str, ranks: list[int]) -> Group:
         if len(ranks) == 1:
-            return SoloGroup(label, world_over_mccl.ranks[world_over_mccl.rank])
+            return SoloGroup(label, all_ranks.ranks[all_ranks.rank])
         return world if label == "world" else world.subgroup(label, ranks)
 
     return make

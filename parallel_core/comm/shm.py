@@ -22,6 +22,7 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from parallel_core.comm.interface import Done, Group, Handle
+from parallel_core.comm.meeting import Meeting
 from parallel_core.comm.objects import gather_objects
 from parallel_core.errors import CommError
 from parallel_core.ops import build
@@ -406,11 +407,11 @@ def open_segment(pid: int, descriptor: int) -> int:
     return os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def world_over_shared_memory(world: Group, timeout_s: float) -> tuple[ShmGroup | None, str]:
+def world_over_shared_memory(world: Group | Meeting, timeout_s: float) -> tuple[ShmGroup | None, str]:
     """Return the world as a group over shared memory, or None and why it cannot be; the same on every rank.
 
     Args:
-        world: all ranks, over a backend that works already; collective over it.
+        world: all ranks, over a backend that works already, or as they meet; collective over it.
         timeout_s: time limit of every operation.
     """
     facts = world.all_gather_object(_facts())

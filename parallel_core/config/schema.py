@@ -584,6 +584,8 @@ class TrainingConfig:
     log_throughput: bool = False
     """Report TFLOP/s of each device, by the model's formula."""
     print_schedule: bool = False
+    time_startup: bool = False
+    """Say where the seconds from the command to the first step went."""
     deterministic_mode: bool = False
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,4 +1,4 @@
-"""One job: start its ranks through msrun, follow them, and end every process whatever happens."""
+"""One job: start its ranks, follow them, and end every process whatever happens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from parallel_core import startup
 from parallel_core.environment import promise_path
 from parallel_core.files import create_file
 from parallel_core.launch.activity import Doing, forget
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.crash import ask_ranks, describe_wait, write_crash_report
+from parallel_core.launch.fork import fork_environment
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
 from parallel_core.launch.progress import ProgressLine
@@ -30,6 +32,7 @@ _RUN_MSRUN = (
     "runpy.run_module('mindspore.parallel.cluster.run', run_name='__main__', alter_sys=True)"
 )
 """`python -m mindspore.parallel.cluster.run` without the current folder, where `-m` looks for modules first."""
+_RANK = Path(__file__).resolve().with_name("rank.py")
 _TICK_S = 0.1
 _FAILURE_GRACE_S = 3.0
 """The same after a failure: no checkpoint can be whole without the rank that is gone, so it is only for clearing up."""
@@ -66,12 +69,21 @@ class JobSpec:
         per_node = self.num_ranks // self.num_nodes
         return range(self.node_rank * per_node, (self.node_rank + 1) * per_node)
 
+    @property
+    def forks(self) -> bool:
+        """Whether the ranks are forked from one process: on CPU and one host, unless msrun binds them to cores."""
+        return self.environment.get("DEVICE_TARGET") == "CPU" and self.num_nodes == 1 and not self.bind_core
+
     def worker_log(self, rank: int) -> Path:
         """Return the log file of one rank."""
         return self.log_dir / f"worker_{rank}.log"
 
+    def start_command(self) -> list[str]:
+        """Return the command line of the process that starts the scheduler and the ranks and then ends."""
+        return [sys.executable, str(_RANK), *self.command] if self.forks else self.msrun_command()
+
     def msrun_command(self) -> list[str]:
-        """Return the command line that starts the scheduler and the ranks and then ends (`--join=False`)."""
+        """Return the command line of msrun, which imports MindSpore to start processes (`--join=False`: no more)."""
         more = [f"--master_addr={self.master_addr}", f"--node_rank={self.node_rank}"] if self.num_nodes > 1 else []
         more += [f"--bind_core={self.bind_core}"] if self.bind_core else []
         return [
@@ -86,7 +98,7 @@ class JobSpec:
             f"--cluster_time_out={self.cluster_timeout_s}",
             *more,
             _python_name(),
-            str(Path(__file__).resolve().with_name("rank.py")),
+            str(_RANK),
             *self.command,
         ]
 
@@ -104,8 +116,9 @@ def _python_name() -> str:
 class Job:
     """The processes of one job, all of them descendants of this process.
 
-    msrun starts the ranks and ends; this process adopts them, so it alone learns how each one ends, in order. The
-    signals it waits for are blocked and taken one at a time, so nothing runs in a handler.
+    A process of its own (one that forks, or msrun) starts the ranks and ends; this one adopts them, so it alone learns
+    how each one ends, in order. The signals it waits for are blocked and taken one at a time, so nothing runs in a
+    handler.
     """
 
     def __init__(self, spec: JobSpec, out: TextIO | None = None, err: TextIO | None = None) -> None:
@@ -157,6 +170,11 @@ class Job:
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         environment[LOG_DIR_VARIABLE] = str(spec.log_dir.resolve())
         environment[LAUNCHER_VARIABLE] = str(os.getpid())
+        if spec.forks:
+            place = spec.master_addr, spec.master_port
+            environment |= fork_environment(spec.num_ranks, *place, spec.cluster_timeout_s)
+        startup.note("launcher")
+        environment[startup.STARTUP_VARIABLE] = startup.handed_over()
 
         def in_child() -> None:
             die_with_parent()
@@ -164,7 +182,7 @@ class Job:
 
         with create_file(spec.log_dir / "msrun.log") as log:
             self._msrun = subprocess.Popen(
-                spec.msrun_command(),
+                spec.start_command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ A flag: python -m parallel_core.config explain NAME
 
 Environment, all optional:
   NPROC          ranks (default: what the layout needs)
-  MASTER_PORT    port of msrun's scheduler (default: a free one)
+  MASTER_PORT    port of MindSpore's scheduler (default: a free one)
   LOG_DIR        where worker_R.log and metrics.jsonl go (default: msrun_log)
   DEVICE_TARGET  Ascend or CPU (default: Ascend when present)
   PYTHON         the Python that pretrain_gpt.sh uses (default: that of the active environment)

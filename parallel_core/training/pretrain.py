@@ -9,6 +9,7 @@ from typing import Any
 
 import mindspore as ms
 
+from parallel_core import startup
 from parallel_core.config.dump import resolved_yaml, sections_yaml
 from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
@@ -84,7 +85,9 @@ def pretrain(
         raise ConfigError(f"model_type={model_type!r}: only encoder_or_decoder (GPT) is built; leave it out")
     if forward_step_func is not None and get_batch_func is not None:
         raise ConfigError("give forward_step_func or get_batch_func: a forward step gets its batches itself")
+    startup.note("script")
     rank, world_size = start_runtime()
+    startup.note("device")
     notes: list[str] = []
     resolved, invocation = "", None
     if all_config is None:
@@ -95,11 +98,13 @@ def pretrain(
             invocation = Invocation(sys.argv[0], tuple(words), loaded.given, options)
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
     require_packages(all_config.training_config.tracking)
+    startup.note("configuration")
     with own_directories(all_config, resolved or sections_yaml(all_config), rank):
         if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
             ms.set_deterministic(True)  # MindSpore takes it once
         config, changed = supported_precision(all_config)
         context = start_context(config, rank, world_size)
+        startup.note("groups")
         run = TrainingRun(
             config,
             context,
@@ -133,9 +138,11 @@ class TrainingRun:
         flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
         self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops, config)
         kernels = select_kernels(config)
+        startup.note("kernels")
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
         check_parameter_names(model.chunks, context)
+        startup.note("model")
         self.step = TrainingStep(config, context, model, forward_step_func, scheduler, loss_scaler(config))
         self.watch = StepWatch(config.training_config, context, self.step)
         self.stops = StopRequests(config.training_config.exit_duration_in_mins)
@@ -156,6 +163,7 @@ class TrainingRun:
         if config.training_config.load_checkpoint:
             self.progress = self.checkpointer.load()
         self.log.begin(self.progress.iteration, evaluates_only=config.training_config.skip_train)
+        startup.note("optimizer and checkpoint")
         self._saved_at = -1
         self.train_data: BatchSource | None = None
         self.valid_data: BatchSource | None = None
@@ -186,6 +194,8 @@ class TrainingRun:
             seen = 0 if evaluates_only else self.progress.consumed_valid_samples
             self.valid_data = self._source(valid, seen, wraps=True) if valid is not None else None
             self.test_data = self._source(test, 0, wraps=True) if test is not None else None
+
+        startup.note("data")
 
     def _samples_to_train(self) -> int | None:
         """Return the samples that training asks the dataset for; None: iterations times the global batch size."""
@@ -276,6 +286,7 @@ class TrainingRun:
             raise ConfigError("there is no training data: call load_data before train")
         with self.watch.iteration(iteration):
             report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
+        self._tell_startup()
         self.progress = _replace(
             done,
             iteration=iteration,
@@ -297,6 +308,11 @@ class TrainingRun:
             observed=self.watch.after(report, iteration, show),
         )
         return report
+
+    def _tell_startup(self) -> None:
+        for line in startup.told():
+            if self.config.training_config.time_startup:
+                self.log.info(line)
 
     def _count_validation(self) -> None:
         """Count an evaluation's samples, also of one that was broken off, so that a resumed run goes on as if not."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import mindspore as ms
 import numpy as np
 
+from parallel_core.comm.meeting import meeting
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.ops import use_kernels
@@ -19,6 +20,9 @@ from parallel_core.ops.thread_pool import limit_threads
 
 def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     """Choose the device, set MindSpore up for it, join the job, and return (rank, world size).
+
+    Ranks that meet in memory (`comm.meeting`) join MindSpore's own communication, which takes seconds, only when a
+    group needs it.
 
     On CPU operators run synchronously: MindSpore's asynchronous pipeline costs about 2 ms at every host
     synchronisation there and makes a step three times slower.
@@ -33,9 +37,11 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     if target == "CPU":
         ms.set_context(pynative_synchronize=True)
         _keep_freed_memory()
-    if int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
-        if target == "CPU":
-            limit_threads(default_threads())  # with several ranks, joining does it
+    size = int(os.environ.get("MS_WORKER_NUM", "1"))
+    if target == "CPU" and (size == 1 or meeting() is not None):
+        limit_threads(default_threads())  # else joining does it
+        return (int(os.environ["RANK_ID"]), size) if size > 1 else (0, 1)
+    if size == 1:
         return 0, 1
     from parallel_core.comm.mindspore_comm import start_communication
 

@@ -17,14 +17,15 @@ def session_module() -> ModuleType:
 
 def set_up(rank: int, world_size: int) -> None:
     """Prepare this process as one rank of `world_size`; collective. With one rank nothing is initialised."""
-    import mindspore as ms
+    if world_size == 1:
+        import mindspore as ms
 
-    # Every host synchronisation of the asynchronous pipeline costs milliseconds on two cores.
-    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
-    if world_size > 1:
-        from parallel_core.comm.mindspore_comm import start_communication
+        # Every host synchronisation of the asynchronous pipeline costs milliseconds on two cores.
+        ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
+    else:
+        from parallel_core.training.runtime import start_runtime
 
-        started = start_communication()
+        started = start_runtime("CPU")
         if started != (rank, world_size):
             raise RuntimeError(f"the backend says rank, size = {started}, the launcher {(rank, world_size)}")
 

@@ -12,8 +12,11 @@ def test_all_reduce_sums_over_the_ranks(ctx: CaseContext, scale: float) -> None:
     import mindspore as ms
     from mindspore import mint
 
+    from parallel_core.comm.mindspore_comm import start_communication
+
     x = ms.Tensor([scale * (ctx.rank + 1)], ms.float32)
     if ctx.world_size > 1:
+        start_communication()
         mint.distributed.all_reduce(x)
     expected = scale * ctx.world_size * (ctx.world_size + 1) / 2
     np.testing.assert_allclose(x.asnumpy(), [expected])
@@ -23,6 +26,9 @@ def test_all_reduce_sums_over_the_ranks(ctx: CaseContext, scale: float) -> None:
 def test_ranks_share_the_directory_of_a_case(ctx: CaseContext) -> None:
     from mindspore import mint
 
+    from parallel_core.comm.mindspore_comm import start_communication
+
+    start_communication()
     (ctx.tmp_path / str(ctx.rank)).touch()
     mint.distributed.barrier()
     assert sorted(path.name for path in ctx.tmp_path.iterdir()) == ["0", "1"]

@@ -17,6 +17,7 @@ PACKAGE = REPO / "parallel_core"
 LAYERS: dict[str, float] = {
     "bundled": 0,
     "spans": 0,
+    "startup": 0,
     "files": 0,
     "records": 1,
     "errors": 0,
@@ -87,6 +88,7 @@ PURE = (
     "environment",
     "bundled",
     "spans",
+    "startup",
     "tracking",
     "doctor",
     "versions",

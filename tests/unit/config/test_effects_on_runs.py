@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,14 +51,17 @@ def resumed(folder: Path, words: str = "", name: str = "resumed"):
 
 
 # ---- length, log lines, evaluations ---------------------------------------------------------------------------------
-@shows("log_interval", "log_throughput", "log_dir", "print_schedule")
+@shows("log_interval", "log_throughput", "log_dir", "print_schedule", "time_startup")
 def logging(folder):
-    seen = run(folder, "--log-interval 3 --log-throughput --log-dir here --print-schedule")
+    seen = run(folder, "--log-interval 3 --log-throughput --log-dir here --print-schedule --time-startup")
+    (startup,) = [line for line in seen.lines if "Start-up: " in line]
+    assert re.search(r" s from the command to the first step \(.*groups .*, data ", startup)
     assert seen.shown == [3, 4] and all("TFLOP/s per device: " in x for x in seen.lines if "Step: " in x)
     assert {"here/metrics.jsonl", "here/config.yaml"} <= seen.files
     assert seen.metrics[0]["tflops_per_device"] > 0
     plain = run(folder, name="plain")
-    assert not any("TFLOP" in line for line in plain.lines) and "tflops_per_device" not in plain.metrics[0]
+    assert not any("TFLOP" in line or "Start-up" in line for line in plain.lines)
+    assert "tflops_per_device" not in plain.metrics[0]
     assert len(seen.lines) > len(plain.lines) - 2
 
 
