@@ -2,7 +2,8 @@
 //
 // A thread works on one (batch, key/value head) at a time: keys and values are packed once, then every query head of
 // the group passes over them in blocks of kQ rows and kK keys. The backward pass recomputes the weights from the
-// saved log-sum-exp and accumulates dK and dV locally, so the result does not depend on the thread count.
+// saved log-sum-exp and accumulates dK and dV locally, so the result does not depend on the thread count. It takes as
+// many keys at a time as the cache holds in all their forms, and continues dQ from where the keys before them left it.
 //
 // Queries and keys are each a run of positions, [q_first, q_first + S) and [k_first, k_first + T): a whole sequence has
 // both at 0 and S = T, a rank of a cut sequence or a step of generation has less. A key is visible to a query when it
@@ -18,6 +19,7 @@ namespace {
 using namespace pc;
 
 constexpr i64 kQ = 32, kK = 256;
+constexpr i64 kCached = 1 << 18;  // floats that stay in a core's own cache: one megabyte
 
 struct Shape {
   i64 S, T, B, N, G, D, E;   // queries, keys, microbatch, query heads, key/value heads, head sizes of keys and values
@@ -193,52 +195,62 @@ struct Attention {
   void backward(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, const float* out,
                 const float* dout, const float* lse, float* dq, Strides dqs, float* dk, Strides dks, float* dv,
                 Strides dvs) const {
-    const i64 S = n.S, T = n.T, D = n.D, E = n.E, Tp = padded(T), Dp = padded(D), Ep = padded(E), heads = n.N / n.G;
+    const i64 S = n.S, T = n.T, D = n.D, E = n.E, Dp = padded(D), Ep = padded(E), heads = n.N / n.G;
+    const i64 most = std::min(std::max(kCached / (3 * Dp + 2 * Ep) / kK, i64{1}) * kK, T), Kp = padded(most);
     const Strides os{n.B * n.N * E, n.N * E, heads * E};
     parallel(S * T * n.B * n.N, [&](int part, int parts) {
-      Buffer kp(T * Dp), kt(D * Tp), vt(E * Tp), dkp(T * Dp), dvp(T * Ep);
+      Buffer kp(most * Dp), kt(D * Kp), vt(E * Kp), dkp(most * Dp), dvp(most * Ep);
       Buffer qb(kQ * Dp), dob(kQ * Ep), dqb(kQ * Dp), p(kQ * kK), ds(kQ * kK), keep_row(kK + 4);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
-        pack(k + ks.at(0, b, g), ks.s, T, D, Dp, scale, kp);
-        pack_transposed(k + ks.at(0, b, g), ks.s, T, Tp, D, kt);
-        pack_transposed(v + vs.at(0, b, g), vs.s, T, Tp, E, vt);
-        std::fill(dkp.data, dkp.data + T * Dp, 0.0f);
-        std::fill(dvp.data, dvp.data + T * Ep, 0.0f);
-        for (i64 h = 0; h < heads; ++h)
-          for (i64 q0 = 0; q0 < S; q0 += kQ) {
-            const i64 q1 = std::min(q0 + kQ, S), rows = q1 - q0, head = g * heads + h;
-            const i64 o_at = os.at(q0, b, g) + h * E;
-            const float* norm = lse + (b * n.N + head) * S;
-            pack(q + qs.at(q0, b, g) + h * D, qs.s, rows, D, Dp, scale, qb);
-            pack(dout + o_at, os.s, rows, E, Ep, 1.0f, dob);
-            float delta[kQ];
-            for (i64 i = 0; i < rows; ++i) {
-              const float* o_row = out + o_at + i * os.s;
-              float sum = 0.0f;
+        for (i64 first = 0; first < T; first += most) {  // the keys and values [first, end), by all that see them
+          const i64 end = std::min(first + most, T), count = end - first;
+          pack(k + ks.at(first, b, g), ks.s, count, D, Dp, scale, kp);
+          pack_transposed(k + ks.at(first, b, g), ks.s, count, Kp, D, kt);
+          pack_transposed(v + vs.at(first, b, g), vs.s, count, Kp, E, vt);
+          std::fill(dkp.data, dkp.data + count * Dp, 0.0f);
+          std::fill(dvp.data, dvp.data + count * Ep, 0.0f);
+          for (i64 h = 0; h < heads; ++h)
+            for (i64 q0 = 0; q0 < S; q0 += kQ) {
+              const i64 q1 = std::min(q0 + kQ, S), rows = q1 - q0, head = g * heads + h;
+              const Range visible = visible_keys(n, start(b), q0, q1);
+              const Range seen{std::max(visible.begin, first), std::min(visible.end, end)};
+              if (seen.begin >= seen.end && first > 0) continue;
+              const i64 o_at = os.at(q0, b, g) + h * E;
+              const float* norm = lse + (b * n.N + head) * S;
+              float* dq_at = dq + dqs.at(q0, b, g) + h * D;
+              pack(q + qs.at(q0, b, g) + h * D, qs.s, rows, D, Dp, scale, qb);
+              pack(dout + o_at, os.s, rows, E, Ep, 1.0f, dob);
+              float delta[kQ];
+              for (i64 i = 0; i < rows; ++i) {
+                const float* o_row = out + o_at + i * os.s;
+                float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-              for (i64 d = 0; d < E; ++d) sum += o_row[d] * dob[i * Ep + d];
-              delta[i] = sum;
+                for (i64 d = 0; d < E; ++d) sum += o_row[d] * dob[i * Ep + d];
+                delta[i] = sum;
+              }
+              bool begun = first > 0;
+              if (begun)
+                pack(dq_at, dqs.s, rows, D, Dp, 1.0f, dqb);
+              else if (seen.begin >= seen.end)
+                std::fill(dqb.data, dqb.data + rows * Dp, 0.0f);
+              for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK) {
+                const i64 k1 = std::min(k0 + kK, seen.end), keys = k1 - k0, width = padded(keys), at = k0 - first;
+                small_gemm(rows, width, D, qb, Dp, 1, kt + at, Kp, p, kK, false);
+                small_gemm(rows, width, E, dob, Ep, 1, vt + at, Kp, ds, kK, false);
+                backward_tile(p, ds, norm, delta, keep_row, b, head, q0, q1, k0, k1);
+                small_gemm(keys, Ep, rows, p, 1, kK, dob, Ep, dvp + at * Ep, Ep, true);
+                small_gemm(keys, Dp, rows, ds, 1, kK, qb, Dp, dkp + at * Dp, Dp, true);
+                small_gemm(rows, Dp, keys, ds, kK, 1, kp + at * Dp, Dp, dqb, Dp, begun);
+                begun = true;
+              }
+              for (i64 i = 0; i < rows; ++i) std::copy(dqb + i * Dp, dqb + i * Dp + D, dq_at + i * dqs.s);
             }
-            const Range seen = visible_keys(n, start(b), q0, q1);
-            bool first_tile = true;
-            if (seen.begin == seen.end) std::fill(dqb.data, dqb.data + rows * Dp, 0.0f);
-            for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK, first_tile = false) {
-              const i64 k1 = std::min(k0 + kK, seen.end), keys = k1 - k0, width = padded(keys);
-              small_gemm(rows, width, D, qb, Dp, 1, kt + k0, Tp, p, kK, false);
-              small_gemm(rows, width, E, dob, Ep, 1, vt + k0, Tp, ds, kK, false);
-              backward_tile(p, ds, norm, delta, keep_row, b, head, q0, q1, k0, k1);
-              small_gemm(keys, Ep, rows, p, 1, kK, dob, Ep, dvp + k0 * Ep, Ep, true);
-              small_gemm(keys, Dp, rows, ds, 1, kK, qb, Dp, dkp + k0 * Dp, Dp, true);
-              small_gemm(rows, Dp, keys, ds, kK, 1, kp + k0 * Dp, Dp, dqb, Dp, !first_tile);
-            }
-            for (i64 i = 0; i < rows; ++i)
-              std::copy(dqb + i * Dp, dqb + i * Dp + D, dq + dqs.at(q0 + i, b, g) + h * D);
+          for (i64 t = 0; t < count; ++t) {
+            std::copy(dkp + t * Dp, dkp + t * Dp + D, dk + dks.at(first + t, b, g));
+            std::copy(dvp + t * Ep, dvp + t * Ep + E, dv + dvs.at(first + t, b, g));
           }
-        for (i64 t = 0; t < T; ++t) {
-          std::copy(dkp + t * Dp, dkp + t * Dp + D, dk + dks.at(t, b, g));
-          std::copy(dvp + t * Ep, dvp + t * Ep + E, dv + dvs.at(t, b, g));
         }
       }
     }, kPieces);
