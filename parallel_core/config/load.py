@@ -14,6 +14,7 @@ from parallel_core.config.argument import REFUSED
 from parallel_core.config.checkpoint_args import MODEL_NAMES, checkpoint_values, superseded
 from parallel_core.config.flags import ExtraArgsProvider, UserArguments, read_flags
 from parallel_core.config.forms import read_forms
+from parallel_core.config.mindformers import is_mindformers, read_mindformers, with_base_files
 from parallel_core.config.rules import build_config, run_rules
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.values import Given, Unreadable, convert
@@ -59,28 +60,37 @@ def load_config(
             once, in the user's terms.
     """
     user = UserArguments(extra_args_provider)
-    levels, problems = read_levels(argv, user)
-    return resolve(levels, user, problems, world_size=world_size, args_defaults=args_defaults)
+    levels, problems, notes = read_levels(argv, user)
+    return resolve(levels, user, problems, notes, world_size=world_size, args_defaults=args_defaults)
 
 
-def read_levels(argv: Sequence[str], user: UserArguments) -> tuple[list[list[Given]], list[str]]:
-    """Return what the file and the flags of a command line say, and what is wrong with them."""
+def read_levels(argv: Sequence[str], user: UserArguments) -> tuple[list[list[Given]], list[str], list[str]]:
+    """Return what the file and the flags of a command line say, what is wrong with them, and what is ignored."""
     from_flags, files, problems = read_flags(argv, user)
     from_files: list[Given] = []
-    for file in files:
-        leaves, trouble = read_leaves(file if os.path.exists(file) else str(bundled_config(file) or file))
-        values, unknown = read_forms(leaves, user.names)
-        problems += trouble + unknown
+    notes: list[str] = []
+    for name in files:
+        file = name if os.path.exists(name) else str(bundled_config(name) or name)
+        leaves, trouble = read_leaves(file)
+        if is_mindformers(leaves):
+            leaves, more = with_base_files(leaves, file)
+            values, unknown, said = read_mindformers(leaves, user.names)
+            notes += said
+        else:
+            values, unknown = read_forms(leaves, user.names)
+            more = []
+        problems += trouble + more + unknown
         from_files += values
     if len(files) > 1:
         problems.append(f"--config: names {len(files)} files, {' and '.join(files)}; give one")
-    return [from_files, from_flags], problems
+    return [from_files, from_flags], problems, notes
 
 
 def resolve(
     levels: Sequence[Iterable[Given]],
     user: UserArguments | None = None,
     problems: Iterable[str] = (),
+    said: Iterable[str] = (),
     *,
     world_size: int | None = None,
     args_defaults: Mapping[str, object] | None = None,
@@ -92,7 +102,7 @@ def resolve(
     """
     user = user or UserArguments(None)
     trouble = list(problems)
-    notes: list[str] = []
+    notes = list(said)
     given, unreadable = _merge(levels, user, trouble, notes)
     defaults = _default_values(given, user, args_defaults or {}, notes, trouble)
     filled, unread = _merge([defaults], user, trouble, notes)
@@ -107,8 +117,8 @@ def resolve(
         raise ConfigError(_report(resolution.problems))
     values = {**user.defaults(), **{name: entry.value for name, entry in given.items()}, **resolution.values}
     provenance = {path: resolution.source(argument.name) for path, argument in table.DIRECT.items()}
-    said = list(dict.fromkeys(resolution.notes))
-    return LoadedConfig(config, said, provenance, argparse.Namespace(**values), given, resolution.world_size or 1)
+    told = list(dict.fromkeys(resolution.notes))
+    return LoadedConfig(config, told, provenance, argparse.Namespace(**values), given, resolution.world_size or 1)
 
 
 def _report(problems: Sequence[str]) -> str:

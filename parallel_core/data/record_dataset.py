@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 import tempfile
+import urllib.parse
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,20 @@ def mindrecord_files(path: str) -> list[str]:
     names = [name for name in sorted(os.listdir(path)) if not name.startswith(".") and not name.endswith(".db")]
     files = [file for name in names if os.path.isfile(file := os.path.join(path, name))]
     return files if any(os.path.isfile(f"{file}.db") for file in files) else []
+
+
+def count_records(path: str) -> int | None:
+    """Return how many records the files at a path have, by their indices; None where one cannot tell."""
+    files = mindrecord_files(path)
+    total = 0
+    for file in files:
+        uri = f"file:{urllib.parse.quote(os.path.abspath(file))}.db?mode=ro"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as index:
+                total += int(index.execute("SELECT COUNT(*) FROM INDEXES").fetchone()[0])
+        except (sqlite3.Error, TypeError, ValueError):
+            return None
+    return total if files else None
 
 
 class RecordDataset(Samples):

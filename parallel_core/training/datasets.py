@@ -33,6 +33,9 @@ def gpt_dataset_config(config: AllConfig) -> GPTDatasetConfig:
     per_split = (data.train_data_path, data.valid_data_path, data.test_data_path)
     encoder = config.model_config.bert.is_encoder
     bundled = not (data.data_path or any(per_split) or data.data_args_path or data.mock_data)
+    if bundled and data.tokenizer_type == "NullTokenizer":
+        raise ConfigError("there is no data: give --data-path, or --mock-data (the bundled text has other ids than "
+                          "NullTokenizer's)")
     kind, files = bundled_tokenizer(encoder)
     blend = parse_blend((prepare_bundled_corpus(data.data_cache_path or None, encoder),)) if bundled else None
     blends: tuple[Any, Any] = (blend, None)

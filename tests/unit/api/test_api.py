@@ -399,10 +399,8 @@ __all__ = ['MyGPT2Config', 'MyGPT2LMHeadModel']
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG)
 class MyGPT2Config(PretrainedConfig):
-    settings = GPT2Config.settings
-    fixed = GPT2Config.fixed
+    family = GPT2Config.family
     presets = {'gpt2_mine': {'num_layers': 3}}
-    derived = GPT2Config.derived
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)

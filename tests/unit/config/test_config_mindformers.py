@@ -1,0 +1,205 @@
+"""MindFormers' YAML is read as one more form: every key is mapped, ignored with a reason, or refused by name."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import yaml
+from config_helpers import ROOT
+
+from parallel_core.config import load_config
+from parallel_core.config.mindformers.form import key_rows
+from parallel_core.config.mindformers.schedule import schedule_arguments
+from parallel_core.errors import ConfigError
+from parallel_core.training.schedule import batch_sizes, schedule_shape
+
+FILES = ROOT / "tests" / "golden" / "mindformers"
+SMALL = {"seq_length": 8, "vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+
+
+def written(folder, changes, base="run_gpt2.yaml"):
+    """A file of changes to one of the golden ones."""
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump({"base_config": [str(FILES / base)], **changes}), encoding="utf-8")
+    return str(file)
+
+
+def loaded(folder, changes, *words, base="run_gpt2.yaml"):
+    return load_config(["--config", written(folder, changes, base), *words])
+
+
+def refused(folder, changes):
+    with pytest.raises(ConfigError) as error:
+        loaded(folder, changes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layers", "width", "samples"),
+    [("run_gpt2", 1, 12, 768, 8), ("run_gpt2_13b", 32, 40, 5120, 4 * 24 * 2), ("run_gpt2_52b", 128, 64, 8192, 1024),
+     ("run_gpt2_lora", 1, 12, 768, 8)],
+)  # fmt: skip
+def test_files_of_the_published_sizes_are_read_with_their_base_files_and_anchors(name, ranks, layers, width, samples):
+    found = load_config(["--config", str(FILES / f"{name}.yaml")])
+    model, data = found.config.model_config, found.config.dataset_config
+    assert (found.world_size, model.num_layers, model.hidden_size) == (ranks, layers, width)
+    assert (data.global_batch_size, model.ffn_hidden_size) == (samples, 4 * width)
+    assert data.global_batch_size == data.batch_size * data.micro_batch_num * (4 if ranks == 32 else ranks // 16 or 1)
+
+
+def test_the_published_example_of_32_devices_is_this_layout():
+    config = load_config(["--config", str(FILES / "run_gpt2_13b.yaml")]).config
+    parallel, model, optimizer = config.parallel_config, config.model_config, config.optimizer_config
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (2, 4)
+    assert config.training_config.use_distributed_optimizer and config.training_config.fp16
+    assert (model.recompute_granularity, model.hidden_act) == ("full", "fast_gelu")
+    assert (model.seq_length, model.attention_softmax_in_fp32) == (2048, False)
+    assert (optimizer.learning_rate, optimizer.min_lr, optimizer.lr_warmup_iters) == (5e-5, 1e-6, 2000)
+    assert (optimizer.betas, optimizer.eps, optimizer.adam_bias_correction) == ((0.9, 0.95), 1e-8, False)
+    assert (optimizer.clip_grad, config.training_config.loss_scale_value) == (1.0, 2.0**32)
+    assert (config.training_config.save_interval, config.training_config.prefix) == (100, "gpt")
+
+
+def test_adapters_are_those_of_the_packed_queries_keys_and_values():
+    lora = load_config(["--config", str(FILES / "run_gpt2_lora.yaml")]).config.training_config.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (64, 128.0, 0.1, ("linear_qkv",))
+
+
+def test_flags_stand_over_the_file_and_each_value_says_where_it_stands(tmp_path):
+    found = loaded(tmp_path, {"runner_config": {"batch_size": 2}}, "--lr", "0.5", "--train-iters", "3")
+    assert (found.config.optimizer_config.learning_rate, found.config.dataset_config.batch_size) == (0.5, 2)
+    assert found.provenance["dataset_config.batch_size"].endswith("run.yaml:4")
+    assert found.provenance["optimizer_config.eps"].endswith("base.yaml:122")
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"runner_confg": {"epochs": 2}}, "runner_confg.epochs: unknown key of MindFormers; did you mean runner_"),
+        ({"model": {"model_config": {"hiden_size": 2}}}, "model.model_config.hiden_size: unknown key of GPT2Config"),
+        ({"model": {"model_config": {"hidden_size": "wide"}}}, "hidden_size='wide': give a whole number"),
+        ({"model": {"model_config": {"num_heads": 5}}}, "hidden_size=768 is not a multiple of num_heads=5"),
+        ({"model": {"model_config": {"type": "SwinConfig"}}}, "SwinConfig is not trained from such a file"),
+        ({"model": {"arch": {"type": "GPT2Mine"}}}, "model.arch.type: GPT2Mine: not built"),
+        ({"run_mode": "predict"}, "a training program continues no text"),
+        ({"run_mode": "finetune", "model": {"model_config": {"checkpoint_name_or_path": ""}}}, "needs weights"),
+        ({"only_save_strategy": True}, "only_save_strategy: true: not built: strategies without training"),
+        ({"optimizer": {"type": "lamb"}}, "optimizer.type: lamb: not built"),
+        ({"lr_schedule": {"type": "CosineAnnealingLR"}}, "lr_schedule.type 'CosineAnnealingLR'"),
+        ({"lr_schedule": {"power": 2.0}}, "polynomials other than straight lines"),
+        ({"layer_scale": True}, "learning rates that differ from layer to layer"),
+        ({"callbacks": [{"type": "MyCallback"}]}, "callbacks: .*MyCallback is not built"),
+        ({"use_parallel": True, "parallel": {"parallel_mode": 1, "full_batch": False}}, "parallel.full_batch"),
+        ({"use_parallel": "maybe"}, "use_parallel: maybe: give True or False"),
+        ({"runner_config": {"batch_size": 0}}, "runner_config.batch_size: 0: give a whole number, 1 or more"),
+        ({"runner_wrapper": {"scale_sense": {"scale_factor": 4}}}, "the scale is halved and doubled"),
+        ({"train_dataset": {"data_loader": {"type": "SQuADDataLoader"}}}, "data_loader.type: SQuADDataLoader: not bui"),
+        ({"base_config": ["run.yaml"]}, "leads back to itself"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name_with_its_line(tmp_path, changes, said):
+    told = refused(tmp_path, changes)
+    assert re.search(said if ".*" in said else re.escape(said), told), told
+
+
+def test_every_key_of_the_files_has_a_row_and_what_is_ignored_is_said_once_for_each_reason(tmp_path):
+    notes = loaded(tmp_path, {}).notes
+    told = [note for note in notes if "context.*" in note]
+    assert len(told) == 1 and "ignored; everything runs in PyNative mode" in told[0]
+    assert any("train_dataset.batch_size" in note and "train_dataset_task.*" in note for note in notes)
+    assert {row.status for row in key_rows().values()} == {"read", "mapped", "ignored", "refused"}
+
+
+def test_without_use_parallel_one_rank_runs_whatever_parallel_config_says(tmp_path):
+    found = loaded(tmp_path, {"parallel_config": {"model_parallel": 8, "data_parallel": 2}})
+    assert found.world_size == 1
+    assert any("parallel_config.model_parallel: 8: not used, use_parallel is False" in note for note in found.notes)
+
+
+def test_yaml_with_chinese_comments_is_read_as_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    file = tmp_path / "run.yaml"
+    text = f"base_config: ['{FILES / 'run_gpt2.yaml'}']\nseed: 3  # 随机种子\n"
+    file.write_text(text, encoding="utf-8")
+    assert load_config(["--config", str(file)]).config.training_config.seed == 3
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("values", "golden"),
+    [
+        (("polynomial", 1e-4, 1e-5, 0), {0: 0.0, 1: 1e-4, 50: 5.59e-5, 100: 1.09e-5}),
+        (("polynomial", 5e-5, 1e-6, 10), {9: 4.5e-5, 55: 2.55e-5}),
+        (("linear", 1e-4, None, 10), {5: 5e-5, 10: 1e-4, 55: 5e-5, 100: 0.0, 120: 0.0}),
+        (("cosine", 1e-4, 1e-5, 10), {5: 5e-5, 10: 1e-4, 55: 5.5e-5, 100: 1e-5}),
+        (("constant_with_warmup", 1e-4, None, 10), {5: 5e-5, 10: 1e-4, 90: 1e-4}),
+    ],
+)  # fmt: skip
+def test_schedules_give_mindformers_learning_rates(tmp_path, values, golden):
+    kind, rate, end, warmup = values
+    changes = {"lr_schedule": {"type": kind, "learning_rate": rate, "lr_end": end, "warmup_steps": warmup,
+                               "total_steps": 100}}  # fmt: skip
+    config = loaded(tmp_path, changes, "--train-iters", "100").config
+    shape, batch = schedule_shape(config, batch_sizes(config, 1), 100), config.dataset_config.global_batch_size
+    found = [shape.lr(step * batch) for step in golden]
+    np.testing.assert_allclose(found, list(golden.values()), rtol=1e-12)
+
+
+def test_a_warmup_ratio_is_of_all_steps():
+    assert schedule_arguments("cosine", 1e-4, warmup_ratio=0.03, total_steps=1000)["lr_warmup_iters"] == 30
+    assert schedule_arguments("cosine", 1e-4, warmup_ratio=0.03)["lr_warmup_fraction"] == 0.03
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def records(tmp_path):
+    """A folder with 20 records of 9 ids."""
+    from parallel_core.data.indexed_dataset import IndexedDatasetBuilder
+    from parallel_core.prepare.mindrecord import indexed_to_mindrecord
+
+    (tmp_path / "data").mkdir()
+    with IndexedDatasetBuilder(f"{tmp_path}/pair.bin", np.int32) as builder:
+        builder.add_document(np.random.default_rng(1).integers(0, 60, 180), [180])
+        builder.finalize(f"{tmp_path}/pair.idx")
+    indexed_to_mindrecord(f"{tmp_path}/pair", f"{tmp_path}/data/x.mindrecord", 9)
+    return str(tmp_path / "data")
+
+
+def test_a_run_is_as_long_as_its_epochs_where_the_records_can_be_counted(tmp_path, records):
+    data = {"train_dataset": {"data_loader": {"dataset_dir": records}}, "runner_config": {"epochs": 3, "batch_size": 6}}
+    found = loaded(tmp_path, data)
+    assert found.config.training_config.training_iters == 3 * (20 // 6)
+    assert found.config.optimizer_config.lr_decay_iters == 9 + 1  # a polynomial without warm-up falls over all steps
+    assert found.config.dataset_config.data_path == (records,)
+    assert (found.config.dataset_config.dataloader_type, found.config.training_config.eval_iters) == ("cyclic", 0)
+    held = {**data, "do_eval": True, "eval_dataset": {"data_loader": {"dataset_dir": records}}}
+    config = loaded(tmp_path, {**held, "eval_epoch_interval": 1}).config
+    assert (config.training_config.eval_interval, config.training_config.eval_iters) == (3, 3)
+    data["runner_config"]["batch_size"] = 21
+    assert "20 records make no batch of 21" in refused(tmp_path, data)
+
+
+@pytest.mark.slow
+def test_a_small_file_trains_and_its_skipped_steps_advance_no_learning_rate(tmp_path, records):
+    from parallel_core.training import pretrain
+    from pretrain_gpt import model_provider_func
+    from tests.helpers.one_process import inside, rows
+
+    scale = {"scale_sense": {"loss_scale_value": 2.0**34}}  # so hot that the first updates overflow
+    changes = {
+        "model": {"model_config": SMALL}, "train_dataset": {"data_loader": {"dataset_dir": records, "shuffle": False}},
+        "runner_config": {"epochs": 8, "batch_size": 4}, "output_dir": "out", "runner_wrapper": scale,
+        "lr_schedule": {"learning_rate": 1e-2, "lr_end": 1e-3, "warmup_steps": 2},
+    }  # fmt: skip
+    file = written(tmp_path, changes)
+    with inside(tmp_path / "run"):
+        pretrain(None, model_provider_func, argv=["--config", file, "--log-dir", "log"])
+    found = rows(tmp_path / "run")
+    made = [row for row in found if not row["skipped"]]
+    assert len(found) == 8 * 5 and 0 < len(made) < len(found)
+    assert [row["lr"] for row in made[:3]] == [0.0, 5e-3, 1e-2]
+    assert made[-1]["loss"] < found[0]["loss"]
+    assert (tmp_path / "run" / "out" / "checkpoint" / "latest_checkpointed_iteration.txt").exists()
