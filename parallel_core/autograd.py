@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.common._grad_function import _Function
 from mindspore.common.api import _pynative_executor
@@ -112,7 +111,8 @@ def inner_backward(
     """
     global _inner_backwards
     # Cut off from their history: an input that is a view of a Function's output gets a gradient of zero otherwise.
-    inputs = tuple(ms.ops.stop_gradient(x) if isinstance(x, Tensor) else x for x in inputs)
+    # Integers have none, and stay the objects that they are (see `ops.documents`).
+    inputs = tuple(ms.ops.stop_gradient(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
     _inner_backwards += 1
     try:
         return _GRAD_OF_INPUTS_AND_PARAMETERS(function, ParameterTuple(parameters))(*inputs, grad_output)
@@ -142,8 +142,13 @@ def needs_gradient(parameter: Tensor) -> bool:
 class MainGrad(Protocol):
     """Where the gradients of a parameter are summed over microbatches (Megatron: `param.main_grad`)."""
 
-    def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
-        """Call `write(array, add)`, which overwrites the float32 array in the parameter's shape or adds to it.
+    def takes(self, dtype: Any) -> bool:
+        """Return whether `accumulate` sums gradients that are computed from tensors of a type."""
+
+    def accumulate(self, write: Callable[[Any, bool], None]) -> Tensor | None:
+        """Call `write(memory, add)`, which overwrites float32 memory in the parameter's shape or adds to it.
+
+        The memory is a NumPy array, or a tensor where it is a device's.
 
         Inside `deferring` the call is left for later.
 
@@ -156,5 +161,6 @@ class MainGrad(Protocol):
 
 
 def main_grad_of(parameter: Tensor, gradient: Tensor) -> MainGrad | None:
-    """Return where a float32 `gradient` of `parameter` is summed, if backward may write there itself."""
-    return getattr(parameter, "main_grad", None) if gradient.dtype == ms.float32 else None
+    """Return where gradients of `parameter` are summed that follow from `gradient`, if backward may write there."""
+    main_grad: MainGrad | None = getattr(parameter, "main_grad", None)
+    return main_grad if main_grad is not None and main_grad.takes(gradient.dtype) else None

@@ -125,17 +125,19 @@ class Group(abc.ABC):
         return
 
     # Issued early, waited for late: flat buckets, and sums of layers. Backends without overlap run them at once.
-    def all_reduce_start_(self, flat: Tensor) -> Handle:
-        """Start overwriting the contiguous `flat` with its sum over the group."""
-        return Done(self.all_reduce_(flat))
+    # `into` is memory where the result belongs, of which the argument may be a part: a device's backend puts it there,
+    # and the handle gives None.
+    def all_reduce_start_(self, x: Tensor) -> Handle:
+        """Start overwriting the contiguous `x` with its sum over the group."""
+        return Done(self.all_reduce_(x))
 
-    def reduce_scatter_start(self, flat: Tensor) -> Handle:
-        """Start reducing `flat`; the handle gives this rank's part of the sum, cut along dim 0."""
-        return Done(self.reduce_scatter(flat))
+    def reduce_scatter_start(self, x: Tensor, into: Tensor | None = None) -> Handle:  # noqa: ARG002 - of the host
+        """Start reducing `x`; the handle gives this rank's part of the sum, cut along dim 0."""
+        return Done(self.reduce_scatter(x))
 
-    def all_gather_start(self, shard: Tensor) -> Handle:
-        """Start gathering the 1-D shards; the handle gives them joined in rank order."""
-        return Done(self.all_gather(shard))
+    def all_gather_start(self, x: Tensor, into: Tensor | None = None) -> Handle:  # noqa: ARG002 - of the host
+        """Start gathering; the handle gives the members' tensors joined along dim 0 in rank order."""
+        return Done(self.all_gather(x))
 
 
 class SoloGroup(Group):

@@ -231,22 +231,24 @@ class HcclGroup(MindSporeGroup):
         with self._guard(f"recv(from={self.ranks[src]})", x):
             return _Running(dist.irecv(x, self.ranks[src], group=self.name), x)
 
-    def all_reduce_start_(self, flat: Tensor) -> Handle:
+    def all_reduce_start_(self, x: Tensor) -> Handle:
         """Start an asynchronous all-reduce."""
-        with self._guard("all_reduce(sum)", flat):
-            return _Running(dist.all_reduce(flat, group=self.name, async_op=True), flat)
+        with self._guard("all_reduce(sum)", x):
+            return _Running(dist.all_reduce(x, group=self.name, async_op=True), x)
 
-    def reduce_scatter_start(self, flat: Tensor) -> Handle:
-        """Start an asynchronous reduce-scatter."""
-        out = mint.empty((_part(flat, 0, self.size), *flat.shape[1:]), dtype=flat.dtype)
-        with self._guard("reduce_scatter", flat):
-            return _Running(dist.reduce_scatter_tensor(out, flat, group=self.name, async_op=True), out)
+    def reduce_scatter_start(self, x: Tensor, into: Tensor | None = None) -> Handle:
+        """Start an asynchronous reduce-scatter along dim 0."""
+        out = mint.empty((_part(x, 0, self.size), *x.shape[1:]), dtype=x.dtype) if into is None else into
+        with self._guard("reduce_scatter", x):
+            work = dist.reduce_scatter_tensor(out, x.contiguous(), group=self.name, async_op=True)
+        return _Running(work, out if into is None else None)
 
-    def all_gather_start(self, shard: Tensor) -> Handle:
-        """Start an asynchronous all-gather."""
-        out = mint.empty((shard.shape[0] * self.size,), dtype=shard.dtype)
-        with self._guard("all_gather", shard):
-            return _Running(dist.all_gather_into_tensor(out, shard, group=self.name, async_op=True), out)
+    def all_gather_start(self, x: Tensor, into: Tensor | None = None) -> Handle:
+        """Start an asynchronous all-gather along dim 0."""
+        out = mint.empty((x.shape[0] * self.size, *x.shape[1:]), dtype=x.dtype) if into is None else into
+        with self._guard("all_gather", x):
+            work = dist.all_gather_into_tensor(out, x.contiguous(), group=self.name, async_op=True)
+        return _Running(work, out if into is None else None)
 
 
 def _part(x: Tensor, dim: int, size: int) -> int:

@@ -75,20 +75,15 @@ class _TakeRows(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
         ctx.permutation, ctx.shape = permutation, weights.shape
-        slots = permutation.slots
-        taken = weights.asnumpy().reshape(-1)[np.maximum(slots, 0)] if slots.size else np.zeros(0, np.float32)
-        taken = np.where(slots < 0, np.float32(0), taken)
-        return ops.gather_rows(x, permutation.tokens), Tensor.from_numpy(np.ascontiguousarray(taken))
+        taken = ops.gather_rows(weights.reshape(-1, 1), permutation.slots)
+        return ops.gather_rows(x, permutation.tokens), taken.reshape(-1)
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dtaken: Tensor) -> tuple[Tensor | None, ...]:
-        permutation = ctx.permutation
-        dweights = np.zeros(ctx.shape, np.float32)
-        there = permutation.slots >= 0
+        rows, (T, K) = ctx.permutation.rows, ctx.shape
         # Every rank of an expert has its own copy of a row, so several rows can be of one assignment.
-        summed = np.bincount(permutation.slots[there], dtaken.asnumpy()[there], dweights.size)
-        dweights.reshape(-1)[:] = summed
-        return ops.sum_rows(drows, permutation.rows), Tensor.from_numpy(dweights), None
+        dweights = ops.sum_rows(dtaken.reshape(-1, 1), rows.reshape(T * K, -1))
+        return ops.sum_rows(drows, rows), dweights.reshape(T, K), None
 
 
 class _PutBack(Function):

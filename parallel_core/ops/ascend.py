@@ -8,28 +8,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
-from mindspore.ops.auto_generate import (
-    FlashAttentionScore,
-    FlashAttentionScoreGrad,
-    grouped_matmul_add_,
-    grouped_matmul_v4,
-)
+from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
 
-from parallel_core.ops import reference, reference_experts
-from parallel_core.ops.ascend_random import drop_mask
+from parallel_core.ops import reference
+from parallel_core.ops.ascend_random import drop_bits
+from parallel_core.ops.documents import ends_of, window_of
 from parallel_core.ops.registry import KERNELS, on_ascend
 
-_FULL_MASK, _CAUSAL = 1, 2
-"""`sparse_mode` of a mask that is given whole, and of one that hides what is after a query's own position."""
+_FULL_MASK, _CAUSAL, _CAUSAL_FROM_END, _BAND = 1, 2, 3, 4
+"""`sparse_mode` of a mask that is given whole, and of those that hide what is after a query's own position: positions
+counted from the first query and key, from the last ones, or with a window before it."""
 _CORNER = 2048
 """Rows and columns of the mask that stands for a causal one of any size."""
 _ANY = 2**31 - 1
 """Tokens before and after a query that it may see, for the mask to say which."""
+_MOST_SEQUENCES = 1024
+"""Sequences that the layout TND takes."""
 
 
 def has_flash_attention() -> bool:
@@ -104,6 +103,9 @@ def flash_attention(
     What the operator does not take (other types than float16 and bfloat16, head sizes that are no multiple of 16, a
     softmax coefficient) the reference computes. Values of a smaller head size are filled up with zeros.
 
+    Where the host knows the documents (`documents.remember`) they are sequences of their own in the layout TND, and a
+    window is a band: neither needs a mask of the sequence's size. Else the operator gets one, made on the device.
+
     Args:
         query_SBND: queries.
         key_SBGD: keys.
@@ -121,16 +123,38 @@ def flash_attention(
     if E < D:
         value_SBGE = mint.cat((value_SBGE, mint.zeros((*value_SBGE.shape[:3], D - E), dtype=value_SBGE.dtype)), -1)
     options: dict[str, Any] = {"attn_mask": _corner(), "sparse_mode": _CAUSAL}
+    weights = B * N * S * S
     if document_start_BS is not None:
-        options = {"attn_mask": _document_mask(S, document_start_BS), "sparse_mode": _FULL_MASK}
+        ends, window = ends_of(document_start_BS), window_of(document_start_BS)
+        if window is not None:
+            options |= {"sparse_mode": _BAND, "pre_tokens": window, "next_tokens": 0}
+        elif _are_sequences(ends, N, dropout_rate):
+            input_layout, weights = "TND", N * _squares(ends)
+            options |= {"pre_tokens": _ANY, "next_tokens": 0, "actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+        else:
+            options = {"attn_mask": _document_mask(S, document_start_BS), "sparse_mode": _FULL_MASK}
     if dropout_rate:
         seed = (dropout_seed[0] + (heads[0] if heads else 0)) % 2**31, dropout_seed[1]
-        options |= {"keep_prob": 1.0 - dropout_rate, "drop_mask": drop_mask((B, N, S, S), dropout_rate, seed)}
+        bits = drop_bits(weights, dropout_rate, seed)
+        kept = bits if input_layout == "TND" else bits.reshape(B, N, S, S // 8)
+        options |= {"keep_prob": 1.0 - dropout_rate, "drop_mask": kept}
     inputs = [_laid_out(x, input_layout) for x in (query_SBND, key_SBGD, value_SBGE)]
     context = ops.flash_attention_score(*inputs, N, scalar_value=scale, input_layout=input_layout, **options)
-    if input_layout != "SBH":
+    if input_layout == "BNSD":
         context = context.transpose(2, 0, 1, 3)
+    elif input_layout == "TND":
+        context = context.reshape(B, S, N, D).transpose(1, 0, 2, 3)
     return context.reshape(S, B, N, D)[..., :E].reshape(S, B, N * E) if E < D else context.reshape(S, B, N * D)
+
+
+def _are_sequences(ends: tuple[int, ...] | None, N: int, dropout_rate: float) -> TypeGuard[tuple[int, ...]]:
+    """Return whether documents that end there can be sequences of the layout TND."""
+    return ends is not None and len(ends) <= _MOST_SEQUENCES and not (dropout_rate and N * _squares(ends) % 8)
+
+
+def _squares(ends: tuple[int, ...]) -> int:
+    """Return the sum of the squared lengths of documents that end there."""
+    return sum((end - start) ** 2 for start, end in zip((0, *ends), ends))
 
 
 @on_ascend(
@@ -177,6 +201,8 @@ def _document_mask(S: int, start_BS: Tensor) -> Tensor:
 
 def _laid_out(x_SBND: Tensor, input_layout: str) -> Tensor:
     S, B, N, D = x_SBND.shape
+    if input_layout == "TND":
+        return x_SBND.transpose(1, 0, 2, 3).reshape(S * B, N, D)
     return x_SBND.reshape(S, B, N * D) if input_layout == "SBH" else x_SBND.transpose(1, 2, 0, 3)
 
 
@@ -209,11 +235,9 @@ def attention_block(
 
     The operator returns the scores' maximum and the sum of exponentials less it, each eight times, [B, N, S, 8].
     """
-    forbidden, sees = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
-    operator = FlashAttentionScore(
-        query_SBND.shape[2], scale_value=scale, input_layout="SBH", sparse_mode=0 if forbidden is None else _FULL_MASK
-    )
-    top, total, _, context = operator(*map(_rows, (query_SBND, key_TBGD, value_TBGE)), attn_mask=forbidden)
+    mode, hidden, sees = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
+    operator = FlashAttentionScore(query_SBND.shape[2], scale_value=scale, input_layout="SBH", sparse_mode=mode)
+    top, total, _, context = operator(*map(_rows, (query_SBND, key_TBGD, value_TBGE)), attn_mask=hidden)
     log_sum_exp = top[..., 0] + ops.log(total[..., 0])
     if sees is not None:  # what the operator returns for queries that see no key is not documented
         log_sum_exp = ops.select(sees.expand_as(log_sum_exp), log_sum_exp, ops.full_like(log_sum_exp, -np.inf))
@@ -248,16 +272,16 @@ def attention_block_grad(
     The operator weighs a score s by exp(s - maximum) / sum: with the logarithm over all blocks for the maximum, and 1
     for the sum, these are the weights of the whole softmax.
     """
-    forbidden, _ = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
+    mode, hidden, _ = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
     operator = FlashAttentionScoreGrad(
         query_SBND.shape[2], scale_value=scale, pre_tokens=_ANY, next_tokens=_ANY, inner_precise=0,
-        input_layout="SBH", sparse_mode=0 if forbidden is None else _FULL_MASK,
+        input_layout="SBH", sparse_mode=mode,
     )  # fmt: skip
-    top = ops.tile(log_sum_exp_BNS.expand_dims(-1), (1, 1, 1, 8))
+    top = _eight_times(log_sum_exp_BNS)
     dq, dk, dv, *_ = operator(
         *map(_rows, (query_SBND, key_TBGD, value_TBGE)),
         dout_SBX,
-        atten_mask=forbidden,
+        atten_mask=hidden,
         softmax_max=top,
         softmax_sum=ops.ones_like(top),
         attention_in=out_SBX,
@@ -269,74 +293,63 @@ def _rows(x_SBND: Tensor) -> Tensor:
     return _laid_out(x_SBND, "SBH")
 
 
-def _block_mask(
-    shape: tuple[int, ...], T: int, start_BS: Tensor | None, q_first: int, k_first: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what queries of `shape` (S, B, ..) do not see of T keys, and which see any, bool [B, 1, S].
+class _Mask(NamedTuple):
+    """What queries do not see.
 
-    The first is True where a key is hidden, [S, T] or [B, 1, S, T]; None where all is seen, as the second where every
-    query sees a key.
+    Attributes:
+        mode: the operator's `sparse_mode`.
+        hidden: True where a key is hidden, [S, T] or [B, 1, S, T], or the corner that stands for it; None: nothing is.
+        sees: which queries see any key, bool [B, 1, S]; None: all of them.
     """
+
+    mode: int
+    hidden: Tensor | None
+    sees: Tensor | None
+
+
+def _block_mask(shape: tuple[int, ...], T: int, start_BS: Tensor | None, q_first: int, k_first: int) -> _Mask:
+    """Return what queries of `shape` (S, B, ..) from position `q_first` on do not see of T keys from `k_first` on."""
     S, B = shape[:2]
-    q_at, k_at = q_first + np.arange(S)[:, None], k_first + np.arange(T)[None]
-    hidden = k_at > q_at
+    if start_BS is None and k_first + T - 1 <= q_first:
+        return _Mask(0, None, None)
+    if start_BS is None and k_first + T == q_first + S and S <= T:
+        return _Mask(_CAUSAL_FROM_END, _corner(), None)
+    late = _positions(k_first, T).reshape(1, T) > _positions(q_first, S).reshape(S, 1)
     if start_BS is None:
-        sees = Tensor(np.broadcast_to(~hidden.all(-1), (B, 1, S)).copy()) if k_first > q_first else None
-        return (Tensor(hidden) if hidden.any() else None), sees
-    before = Tensor(k_at[None].astype(np.int32)) < start_BS.reshape(B, S, 1)
-    forbidden = ops.logical_or(Tensor(hidden[None]), before).reshape(B, 1, S, T)
-    return forbidden, ops.logical_not(forbidden).any(-1)
+        sees = Tensor(np.broadcast_to(q_first + np.arange(S) >= k_first, (B, 1, S)).copy())
+        return _Mask(_FULL_MASK, late, sees if k_first > q_first else None)
+    before = _positions(k_first, T).reshape(1, 1, T) < start_BS.reshape(B, S, 1)
+    forbidden = ops.logical_or(late.reshape(1, S, T), before).reshape(B, 1, S, T)
+    return _Mask(_FULL_MASK, forbidden, ops.logical_not(forbidden).any(-1))
 
 
-# ---- experts' products (no autograd) --------------------------------------------------------------------------------
-_SINGLE, _BY_ROWS = 3, 0
-"""`split_item` of one tensor in and out, and `group_type` of groups of rows."""
+def _positions(first: int, count: int) -> Tensor:
+    return Tensor(np.arange(first, first + count, dtype=np.int32))
 
 
-def _without_rows(x: Tensor, *_: Any, **__: Any) -> str:
-    return "" if x.shape[0] else "there are no rows"
+@on_ascend(reference.join_blocks, dtypes=(ms.float32,), integers=["other_SBX"])
+def join_blocks(
+    out_SBX: Tensor, log_sum_exp_BNS: Tensor, other_SBX: Tensor, other_log_sum_exp_BNS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.join_blocks` by ring_attention_update. Not verified: never run on an NPU.
 
-
-_HALF = (ms.float16, ms.bfloat16)
-_GROUPS: dict[str, Any] = {"integers": ["counts"], "refuses": _without_rows}
-
-
-@on_ascend(reference_experts.grouped_linear, dtypes=(*_HALF, ms.float32), **_GROUPS)
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
-    """Return `reference_experts.grouped_linear` by grouped_matmul. Not verified: never run on an NPU."""
-    return _grouped_matmul(x_NI, weight_EOI.transpose(0, 2, 1).contiguous(), counts)
-
-
-@on_ascend(reference_experts.grouped_linear_grad_input, dtypes=(*_HALF, ms.float32), **_GROUPS)
-def grouped_linear_grad_input(dy_NO: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
-    """Return `reference_experts.grouped_linear_grad_input` by grouped_matmul. Not verified: never run on an NPU."""
-    return _grouped_matmul(dy_NO, weight_EOI, counts)
-
-
-@on_ascend(reference_experts.grouped_linear_grad_weight, dtypes=_HALF, **_GROUPS)
-def grouped_linear_grad_weight(dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray) -> Tensor:
-    """Return `reference_experts.grouped_linear_grad_weight` by grouped_matmul_add_. Not verified: never run on an NPU.
-
-    Sums are of float32.
+    The operator takes a maximum and a sum of exponentials less it, each eight times, and weighs by what they make
+    together: with one maximum for both, which it wants to be positive, the sums are the weights. Queries that have
+    seen no key have a context of zeros in both, so that any weight will do.
     """
-    there, ends = _groups(counts)
-    shape = dy_NO.shape[1], x_NI.shape[1]
-    dw = grouped_matmul_add_(dy_NO, x_NI, ends, ops.zeros((len(there), *shape), ms.float32))
-    if len(there) < len(counts):
-        every = ops.zeros((len(counts), *shape), ms.float32)
-        dw = ops.tensor_scatter_update(every, Tensor(there.reshape(-1, 1).astype(np.int32)), dw)
-    return dw.astype(x_NI.dtype)
+    top = mint.maximum(log_sum_exp_BNS, other_log_sum_exp_BNS)
+    some = top > -1e30
+    finite = mint.where(some, top, ops.zeros_like(top))
+    one = ops.ones_like(top)
+    weights = [mint.where(some, mint.exp(x - finite), one) for x in (log_sum_exp_BNS, other_log_sum_exp_BNS)]
+    largest = _eight_times(one)
+    joined, _, total = ops.ring_attention_update(
+        out_SBX, largest, _eight_times(weights[0]),
+        reference.cast(other_SBX, ms.float32), largest, _eight_times(weights[1]),
+    )  # fmt: skip
+    log_sum_exp = finite + mint.log(total[..., 0])
+    return joined, mint.where(some, log_sum_exp, ops.full_like(top, -np.inf))
 
 
-def _grouped_matmul(x_NA: Tensor, weight_EAB: Tensor, counts: np.ndarray) -> Tensor:
-    there, ends = _groups(counts)
-    if len(there) < len(counts):
-        weight_EAB = ops.gather(weight_EAB, Tensor(there.astype(np.int32)), 0)
-    (y,) = grouped_matmul_v4([x_NA], [weight_EAB], group_list=ends, split_item=_SINGLE, group_type=_BY_ROWS)
-    return y
-
-
-def _groups(counts: np.ndarray) -> tuple[np.ndarray, Tensor]:
-    """Return which experts have rows, and where those of each end: the operators take groups that have some."""
-    there = np.flatnonzero(counts)
-    return there, Tensor(np.cumsum(counts[there]).astype(np.int64))
+def _eight_times(x_BNS: Tensor) -> Tensor:
+    return ops.tile(x_BNS.expand_dims(-1), (1, 1, 1, 8))

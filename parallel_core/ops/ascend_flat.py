@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
@@ -71,8 +72,9 @@ class AscendFlat:
         """Return a copy of the elements."""
         return self._data.asnumpy()
 
-    def host_array(self) -> None:
-        """Return None: the memory is the device's."""
+    def memory(self, shape: Sequence[int]) -> Tensor | None:
+        """Return a view that operators add products of 16 bits to, or None where it is not float32."""
+        return self._data.view(tuple(shape)) if self._data.dtype == ms.float32 else None
 
     def adam_(
         self,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, mint, ops
+from mindspore.ops.auto_generate import RmsNormGrad
 
+from parallel_core.autograd import Function
 from parallel_core.ops import reference
 from parallel_core.ops.registry import on_ascend
+from parallel_core.ops.shared import local_rows
 
 _FLOATS = ms.float32, ms.float16, ms.bfloat16
 
@@ -25,6 +29,33 @@ def _not_by_rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> str:
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Return `reference.rms_norm` by `mindspore.ops.rms_norm`. Not verified: never run on an NPU."""
     return ops.rms_norm(x, reference.cast(weight_H, x.dtype), eps)[0]
+
+
+class _AddRMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, rstd, total = ops.add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, rstd, weight)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        total, rstd, weight = ctx.saved_tensors
+        dx, dweight = RmsNormGrad()(dy, total, rstd, weight)
+        dx = dx + dtotal
+        return dx, dx, reference.cast(dweight, weight.dtype), None
+
+
+def _not_by_add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> str:
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        return "the residual has another shape or type"
+    return _not_by_rms_norm(x, weight_H, eps)
+
+
+@on_ascend(reference.add_rms_norm, dtypes=_FLOATS, refuses=_not_by_add_rms_norm)
+def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `reference.add_rms_norm` by `mindspore.ops.add_rms_norm`. Not verified: never run on an NPU."""
+    return _AddRMSNorm.apply(x, residual, reference.cast(weight_H, x.dtype), eps)
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -58,6 +89,15 @@ def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     return _ACTIVATIONS[name](x if bias is None else x + reference.cast(bias, x.dtype))
 
 
+@on_ascend(reference.embedding_grad_table_, dtypes=(ms.float32,), integers=["ids_T"])
+def embedding_grad_table_(into_VH: Any, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
+    """Do `reference.embedding_grad_table_` by `index_add_`. Not verified: never run on an NPU."""
+    if not add:
+        into_VH.zero_()
+    rows, inside = local_rows(ids_T, first_row, into_VH.shape[0])
+    into_VH.index_add_(0, rows.astype(ms.int32), dy_TH * inside.astype(ms.float32).reshape(-1, 1))
+
+
 @on_ascend(reference.vocab_grad_logits, dtypes=_FLOATS, integers=["target_T"])
 def vocab_grad_logits(
     logits_TV: Tensor,
@@ -74,11 +114,9 @@ def vocab_grad_logits(
     if uniform_weight:
         grad = grad - uniform_weight
     grad = grad * dloss_T.reshape(-1, 1)
-    rows = target_T - first_row
-    inside = ops.logical_and(rows >= 0, rows < logits_TV.shape[1])
+    rows, inside = local_rows(target_T, first_row, logits_TV.shape[1])
     at_target = inside.astype(ms.float32) * dloss_T * -target_weight
-    rows = (rows * inside.astype(rows.dtype)).astype(ms.int64)
-    grad = mint.scatter_add(grad, 1, rows.reshape(-1, 1), at_target.reshape(-1, 1))
+    grad = mint.scatter_add(grad, 1, rows.reshape(-1, 1).astype(ms.int64), at_target.reshape(-1, 1))
     return reference.cast(grad, logits_TV.dtype)
 
 

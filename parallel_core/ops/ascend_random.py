@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import mindspore as ms
@@ -50,18 +49,17 @@ def _masked(x: Tensor, rate: float, seed: Seed) -> Tensor:
     return x * (draws >= rate).astype(x.dtype) * (1.0 / (1.0 - rate))
 
 
-def drop_mask(shape: tuple[int, int, int, int], rate: float, seed: Seed) -> Tensor:
-    """Return the mask that `flash_attention_score` takes, uint8 [B, N, S, T / 8], of whose bits a share `rate` is 0.
+def drop_bits(count: int, rate: float, seed: Seed) -> Tensor:
+    """Return the mask of `count` weights that `flash_attention_score` takes, uint8 [count / 8], a share `rate` of 0.
 
     Which bit is which weight does not matter: forward and backward get the same tensor. Not verified: never run.
 
     Args:
-        shape: B, N, S and T, which is a multiple of 8.
+        count: of the weights, a multiple of 8.
         rate: share of the weights that are dropped.
         seed: equal seeds give equal masks.
     """
-    B, N, S, T = shape
     # The operator counts its own tensor of the offset up, so every call gets another one.
     place = Tensor(_key(seed), ms.int64), Tensor(0, ms.int64)
-    bits = DropoutGenMaskExt()(shape, rate, *place, ms.float32)  # 128 bits at a time
-    return bits[: math.prod(shape) // 8].reshape(B, N, S, T // 8)
+    bits = DropoutGenMaskExt()((count,), rate, *place, ms.float32)  # 128 bits at a time
+    return bits[: count // 8]

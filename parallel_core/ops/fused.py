@@ -359,3 +359,13 @@ def _dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
     if rate == 0.0:
         return x
     return _BiasDropoutAdd.apply(x, None, None, rate, seed)
+
+
+def _not_alike(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> str:
+    return "" if x.shape == residual.shape else "the residual has another shape"
+
+
+@compiled(reference.add_rms_norm, halves=["weight_H"], refuses=_not_alike)
+def _add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = _BiasDropoutAdd.apply(x, None, residual, 0.0, (0, 0))
+    return _RMSNorm.apply(total, weight_H, eps), total

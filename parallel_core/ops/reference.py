@@ -23,6 +23,7 @@ from mindspore import Tensor, mint, ops
 from parallel_core.autograd import Function
 from parallel_core.ops.ascend_random import seeded_dropout
 from parallel_core.ops.registry import kernel
+from parallel_core.ops.shared import local_rows, put
 
 _MASKED_SCORE = -10000.0
 """What Megatron writes over the scores of masked positions; exp of it is exactly 0 in float32."""
@@ -72,14 +73,7 @@ def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
 @kernel
 def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
     """Write the gradient of `linear` for the weight to float32 `into_OI`, or add it."""
-    _put(into_OI, linear_grad_weight(dy_TO, x_TI), add)
-
-
-def _put(into: np.ndarray, value: Tensor, add: bool) -> None:
-    if add:
-        into += value.asnumpy()
-    else:
-        into[:] = value.asnumpy()
+    put(into_OI, linear_grad_weight(dy_TO, x_TI), add)
 
 
 @kernel
@@ -96,7 +90,7 @@ def _rows(x: Tensor) -> Tensor:
 @kernel
 def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
     """Return rows `ids - first_row` of the table, and zeros for ids outside it, [T, H]; no autograd."""
-    rows, inside = _local_rows(ids_T, first_row, table_VH.shape[0])
+    rows, inside = local_rows(ids_T, first_row, table_VH.shape[0])
     # The CPU has no gather for bfloat16; the way over float32 is exact.
     wide = table_VH.astype(ms.float32) if table_VH.dtype == ms.bfloat16 else table_VH
     out = ops.gather(wide, rows, 0)
@@ -106,20 +100,14 @@ def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
 @kernel
 def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row: int) -> Tensor:
     """Return the gradient of `embedding` for the table, [num_rows, H]; no autograd."""
-    rows, inside = _local_rows(ids_T, first_row, num_rows)
+    rows, inside = local_rows(ids_T, first_row, num_rows)
     return ops.unsorted_segment_sum(dy_TH * inside.astype(dy_TH.dtype).reshape(-1, 1), rows, num_rows)
 
 
 @kernel
 def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
     """Write the gradient of `embedding` for the table to float32 `into_VH`, or add it."""
-    _put(into_VH, embedding_grad_table(dy_TH, ids_T, into_VH.shape[0], first_row), add)
-
-
-def _local_rows(ids_T: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    rows = ids_T - first_row
-    inside = ops.logical_and(rows >= 0, rows < num_rows)
-    return rows * inside.astype(rows.dtype), inside
+    put(into_VH, embedding_grad_table(dy_TH, ids_T, into_VH.shape[0], first_row), add)
 
 
 # ---- cross entropy over a part of the vocabulary (no autograd) ------------------------------------------------------
@@ -134,7 +122,7 @@ def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tup
     logits = logits_TV.astype(ms.float32)
     largest = mint.max(logits, -1)[0]  # Tensor.max asks for the truth of a tensor, on the host
     sum_exp = mint.exp(logits - largest.reshape(-1, 1)).sum(-1)
-    rows, inside = _local_rows(target_T, first_row, logits.shape[1])
+    rows, inside = local_rows(target_T, first_row, logits.shape[1])
     picked = mint.gather(logits, 1, rows.reshape(-1, 1).astype(ms.int64)).reshape(-1)
     return largest, sum_exp, picked * inside.astype(ms.float32), logits.sum(-1)
 
@@ -156,7 +144,7 @@ def vocab_grad_logits(
     """
     logits = logits_TV.astype(ms.float32)
     softmax = mint.exp(logits - log_sum_exp_T.reshape(-1, 1))
-    rows, inside = _local_rows(target_T, first_row, logits.shape[1])
+    rows, inside = local_rows(target_T, first_row, logits.shape[1])
     onehot = ops.one_hot(rows, logits.shape[1], Tensor(1.0, ms.float32), Tensor(0.0, ms.float32))
     onehot = onehot * (inside.astype(ms.float32) * target_weight).reshape(-1, 1)
     grad = softmax - onehot
@@ -180,6 +168,13 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     wide = x.astype(ms.float32)
     scale = mint.rsqrt(mint.mean(wide * wide, dim=-1, keepdim=True) + eps)
     return (wide * scale * weight_H.astype(ms.float32)).astype(x.dtype)
+
+
+@kernel
+def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (`rms_norm` of residual + x, that sum), both of one type, in which the sum is made."""
+    total = residual + x
+    return rms_norm(total, weight_H, eps), total
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mindspore import Tensor, mint, ops
 
 from parallel_core.ops import reference
 from parallel_core.ops.registry import kernel
+from parallel_core.ops.shared import put
 
 
 def _segments(counts: np.ndarray) -> list[tuple[int, int]]:
@@ -63,11 +64,7 @@ def grouped_linear_grad_weight_(
     into_EOI: np.ndarray, dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray, add: bool
 ) -> None:
     """Write the gradient of `grouped_linear` for the weights to float32 `into_EOI`, or add it."""
-    values = grouped_linear_grad_weight(dy_NO, x_NI, counts).astype(ms.float32).asnumpy()
-    if add:
-        into_EOI += values
-    else:
-        into_EOI[:] = values
+    put(into_EOI, grouped_linear_grad_weight(dy_NO, x_NI, counts), add)
 
 
 # ---- rows by number (no autograd) -----------------------------------------------------------------------------------

@@ -8,7 +8,17 @@ import os
 import mindspore as ms
 
 from parallel_core.errors import ConfigError
-from parallel_core.ops import ascend, ascend_kernels, build, experts, fused, fused_attention, library, raw  # noqa: F401 - they register kernels
+from parallel_core.ops import (  # noqa: F401 - they register kernels
+    ascend,
+    ascend_kernels,
+    ascend_products,
+    build,
+    experts,
+    fused,
+    fused_attention,
+    library,
+    raw,
+)
 from parallel_core.ops.registry import KERNELS, log_fallback
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,12 @@ parameters alias. `ops.ascend_flat.AscendFlat` has the same methods on device te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, mint
 
 from parallel_core import ops
 from parallel_core.ops.ascend_flat import AscendFlat
@@ -49,8 +50,8 @@ class Flat(Protocol):
     def numpy(self) -> np.ndarray:
         """Return the elements; on CPU sharing memory."""
 
-    def host_array(self) -> np.ndarray | None:
-        """Return the NumPy array that is this memory, or None if it is not the host's."""
+    def memory(self, shape: Sequence[int]) -> Any:
+        """Return this memory in a shape, the host's array or a device's tensor; None: kernels cannot add to it."""
 
     def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
         """Do one AdamW update of these master weights; see `ops.adam_`."""
@@ -113,9 +114,9 @@ class CpuFlat:
         """Return the array itself."""
         return self._array
 
-    def host_array(self) -> np.ndarray:
+    def memory(self, shape: Sequence[int]) -> np.ndarray:
         """Return the array itself."""
-        return self._array
+        return self._array.reshape(shape)
 
     def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
         """Do one AdamW update."""
@@ -145,6 +146,15 @@ def _widened(array: np.ndarray) -> np.ndarray:
     wide = np.empty(array.shape, np.float32)
     ops.copy_(wide, array)
     return wide
+
+
+def on_host(numbers: Sequence[Any]) -> list[float]:
+    """Return floats and tensors of one number as floats; what is on a device comes from there in one copy."""
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return [float(number) for number in numbers]
+    joined = mint.cat([number.astype(ms.float32).reshape(1) for number in numbers])
+    values: list[float] = joined.asnumpy().tolist()
+    return values
 
 
 def zeros(numel: int, dtype: str) -> Flat:

@@ -111,7 +111,8 @@ class ParamAndGradBuffer:
         part = self.grads.part(where.start, where.end)
         part.scale_(self._scale_before)
         if self.sharded:
-            self._running[bucket] = self.group.reduce_scatter_start(part.tensor())
+            own = self.grads.part(*where.shard(self.group.rank, self.group.size))
+            self._running[bucket] = self.group.reduce_scatter_start(part.tensor(), own.tensor())
         else:
             self._running[bucket] = self.group.all_reduce_start_(part.tensor())
 
@@ -132,7 +133,7 @@ class ParamAndGradBuffer:
                 self.start_reduction(bucket)
             result = self._running[bucket].wait()
             start, end = where.shard(self.group.rank, self.group.size) if self.sharded else (where.start, where.end)
-            if self.sharded and self.group.size > 1:
+            if self.sharded and self.group.size > 1 and result is not None:
                 self.grads.part(start, end).write_(result)
             self.grads.part(start, end).scale_(self._scale_after)
         if not self._looked_for_zeros:
@@ -141,7 +142,8 @@ class ParamAndGradBuffer:
 
     def _name_zeros(self) -> None:
         """Warn of parameters that the output does not depend on: MindSpore gives them gradients of zeros."""
-        zeros = [self.names[i] for i in sorted(self.slots) if self.main_grad(i).sum_of_squares() == 0.0]
+        squares = flat.on_host([self.main_grad(i).sum_of_squares() for i in sorted(self.slots)])
+        zeros = [self.names[i] for i, value in zip(sorted(self.slots), squares) if value == 0.0]
         if zeros:
             logger.warning(
                 "the gradient of %d parameters is exactly zero in the first iteration; if the model's output does not "
@@ -168,14 +170,16 @@ class ParamAndGradBuffer:
     def start_gather(self, bucket: int) -> None:
         """Start gathering the updated parameters of a bucket from the ranks that own its parts."""
         where = self.layout.buckets[bucket]
-        self._gathering[bucket] = self.group.all_gather_start(self.params.part(*self.owned(where)).tensor())
+        own, whole = self.params.part(*self.owned(where)), self.params.part(where.start, where.end)
+        self._gathering[bucket] = self.group.all_gather_start(own.tensor(), whole.tensor())
 
     def finish_gather(self, bucket: int) -> None:
         """Put the gathered parameters in place; returns at once if there is nothing under way."""
         handle = self._gathering.pop(bucket, None)
         if handle is not None and self.group.size > 1:
-            where = self.layout.buckets[bucket]
-            self.params.part(where.start, where.end).write_(handle.wait())
+            where, gathered = self.layout.buckets[bucket], handle.wait()
+            if gathered is not None:
+                self.params.part(where.start, where.end).write_(gathered)
 
     def broadcast_parameters(self) -> None:
         """Give every data parallel rank the parameters of the first."""

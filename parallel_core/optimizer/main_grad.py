@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, mint
 
@@ -39,15 +41,19 @@ class MainGrad:
         self._lent = False
         self._shape, self._dtype = parameter.shape, parameter.dtype
         parameter.late_grad = self
-        array = flat.host_array()
-        if array is not None:
-            self._array = array.reshape(parameter.shape)
+        memory = flat.memory(parameter.shape)
+        if memory is not None:
+            self._memory, self._on_host = memory, isinstance(memory, np.ndarray)
             parameter.main_grad = self
 
-    def accumulate(self, write: Callable[[np.ndarray, bool], None]) -> Tensor | None:
+    def takes(self, dtype: Any) -> bool:
+        """See `autograd.MainGrad.takes`: kernels of the host write what they compute in float32."""
+        return dtype == ms.float32 or not self._on_host
+
+    def accumulate(self, write: Callable[[Any, bool], None]) -> Tensor | None:
         """See `autograd.MainGrad.accumulate`."""
-        if self._array.dtype == np.float32:
-            return self._contribute(lambda: write(self._array, self.begun))
+        if not self._on_host or self._memory.dtype == np.float32:
+            return self._contribute(lambda: write(self._memory, self.begun))
         # Products are summed in float32; sums of 16 bits take each as a whole, from room that all parameters share.
         return self._contribute(lambda: self._add(_written(self._shape, lambda room: write(room, False))))
 
@@ -79,12 +85,22 @@ class MainGrad:
     def receive(self, gradient: Tensor) -> None:
         """Take what autograd has gathered in one backward pass."""
         lent, self._lent = self._lent, False
-        # The placeholder alone comes back as another object on the same memory; where autograd added other
-        # contributions to it, the sum is a tensor of its own.
-        if lent and self._placeholder is not None and gradient.data_ptr() == self._placeholder.data_ptr():
+        if lent and self._is_placeholder(gradient):
             return
         self._add(gradient)
         self.begun = True
+
+    def _is_placeholder(self, gradient: Tensor) -> bool:
+        """Return whether the placeholder comes back alone, as another object on the same memory.
+
+        Where autograd added other contributions to it, the sum is a tensor of its own. A device is not asked for the
+        address, which would wait for it: no other tensor repeats one number over the parameter's shape.
+        """
+        if self._placeholder is None:
+            return False
+        if self._on_host:
+            return bool(gradient.data_ptr() == self._placeholder.data_ptr())
+        return not any(gradient.stride())
 
     def _add(self, gradient: Tensor) -> None:
         if self.begun:

@@ -21,6 +21,7 @@ from parallel_core.data import (
 )
 from parallel_core.errors import DataError
 from parallel_core.layout.sequence import cut
+from parallel_core.ops.documents import remember
 
 TensorBatch = dict[str, Tensor | None]
 """tokens, labels, position_ids, document_start (the first position that each may see): int32 [B, S]; loss_mask: float32
@@ -120,7 +121,8 @@ class BatchSource:
         if self._keep_positions:
             batch["position_ids"] = _int32(part["position_ids"])
         if self._keep_mask:
-            batch["document_start"] = _int32(arrays["document_start"])
+            starts = arrays["document_start"]
+            batch["document_start"] = remember(_int32(starts), starts=starts)
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:

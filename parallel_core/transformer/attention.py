@@ -15,6 +15,7 @@ from parallel_core import ops
 from parallel_core.context_parallel.attention import ContextAttention
 from parallel_core.errors import ConfigError
 from parallel_core.ops import ascend
+from parallel_core.ops.documents import remember
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.norm import make_norm
@@ -85,7 +86,8 @@ class CoreAttention(nn.Cell):
         S, B = shape
         if self._window_start is None or self._window_start.shape != (B, S):
             start = np.maximum(np.arange(S, dtype=np.int32) - self.window, 0)
-            self._window_start = Tensor(np.ascontiguousarray(np.broadcast_to(start, (B, S))), ms.int32)
+            starts = Tensor(np.ascontiguousarray(np.broadcast_to(start, (B, S))), ms.int32)
+            self._window_start = remember(starts, window=self.window)
         if document_start_BS is None:
             return self._window_start
         return mint.maximum(document_start_BS, self._window_start)

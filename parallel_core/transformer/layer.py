@@ -10,7 +10,7 @@ from parallel_core import ops
 from parallel_core.transformer.attention import SelfAttention
 from parallel_core.transformer.feed_forward import make_feed_forward
 from parallel_core.transformer.multi_latent_attention import MultiLatentAttention
-from parallel_core.transformer.norm import make_norm
+from parallel_core.transformer.norm import RMSNorm, make_norm
 from parallel_core.transformer.stage import ModelStage
 
 Branch = tuple[Tensor, Tensor | None, Tensor]
@@ -70,6 +70,9 @@ class TransformerLayer(nn.Cell):
             self.post_mlp_layernorm = make_norm(
                 config, f"{name}.post_mlp_layernorm", partial_gradient=partial, scale=config.ffn_post_norm_scale
             )
+        norm = self.pre_mlp_layernorm
+        follows = not (config.parallel_residual or config.use_sandwich_norm)
+        self._norms_sum = follows and isinstance(norm, RMSNorm) and norm.fused
 
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
         """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut).
@@ -77,7 +80,11 @@ class TransformerLayer(nn.Cell):
         What follows the document starts is for the attention block alone.
         """
         layer_input = hidden
-        hidden = self.after_attention(*self.attend(hidden, document_start_BS, *more))
+        branch, bias, residual = self.attend(hidden, document_start_BS, *more)
+        if self._norms_sum and bias is None and not self._rate() and branch.dtype == residual.dtype:
+            normed, hidden = self.pre_mlp_layernorm.of_sum(branch, residual)
+            return self.after_mlp(*self._fed(normed, hidden))
+        hidden = self.after_attention(branch, bias, residual)
         return self.after_mlp(*self.feed(hidden, layer_input))
 
     def attend(self, hidden: Tensor, *masks: Tensor | None) -> Branch:
@@ -88,7 +95,9 @@ class TransformerLayer(nn.Cell):
 
     def feed(self, hidden: Tensor, layer_input: Tensor) -> Branch:
         """Return the MLP's branch, of the hidden states after attention and of those before it."""
-        normed = self.pre_mlp_layernorm(layer_input if self.parallel_residual else hidden)
+        return self._fed(self.pre_mlp_layernorm(layer_input if self.parallel_residual else hidden), hidden)
+
+    def _fed(self, normed: Tensor, hidden: Tensor) -> Branch:
         branch, bias = self.mlp(ops.cast(normed, self.compute_dtype))
         return branch, bias, normed if self.residual_after_norm else hidden
 
@@ -103,10 +112,14 @@ class TransformerLayer(nn.Cell):
     def _add(
         self, branch: Tensor, bias: Tensor | None, residual: Tensor, post_norm: nn.Cell | None, which: str
     ) -> Tensor:
-        rate = self.dropout_rate if self.streams.training else 0.0
+        rate = self._rate()
         seed = self.streams.seeds(f"{self.name}.{which}_dropout", self.dropout_is_sharded) if rate else (0, 0)
         if post_norm is None:
             return ops.bias_dropout_add(branch, bias, residual, rate, seed)
         if bias is not None:
             branch = branch + ops.cast(bias, branch.dtype)
         return residual + ops.cast(post_norm(ops.dropout(branch, rate, seed)), residual.dtype)
+
+    def _rate(self) -> float:
+        return self.dropout_rate if self.streams.training else 0.0
+

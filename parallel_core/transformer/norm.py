@@ -68,15 +68,21 @@ class RMSNorm(nn.Cell):
         fused: bool = True,
     ) -> None:
         super().__init__(auto_prefix=True)
-        self._norm = ops.rms_norm if fused else reference.rms_norm
+        self.fused, self._norm = fused, ops.rms_norm if fused else reference.rms_norm
         self.eps, self.offset = eps, 1.0 if zero_centered else 0.0
         spec = TensorShard.cut(f"{name}.weight", (hidden_size,), partial_gradient=partial_gradient)
         self.weight = make_parameter(spec, constant(scale - self.offset), params_dtype)
 
     def construct(self, x: Tensor) -> Tensor:
         """Return the norm of `x`, in x's shape and dtype."""
-        weight = self.weight + self.offset if self.offset else self.weight
-        return self._norm(x, weight, self.eps)
+        return self._norm(x, self._factor(), self.eps)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the norm of residual + x, that sum); all of one shape and dtype."""
+        return ops.add_rms_norm(x, residual, self._factor(), self.eps)
+
+    def _factor(self) -> Tensor:
+        return self.weight + self.offset if self.offset else self.weight
 
 
 def make_norm(

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_ON_DEVICE_MEMORY = "narrow view copy_ add_ mul_ sub_ astype reshape contiguous swapaxes expand_as asnumpy".split()
+_ON_DEVICE_MEMORY = (
+    "narrow view copy_ add_ mul_ sub_ zero_ index_add_ astype reshape contiguous swapaxes expand_as expand_dims stride "
+    "asnumpy"
+).split()
 """Methods of tensors that code for Ascend calls; which object is one, the text does not say."""
 
 

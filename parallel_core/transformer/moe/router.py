@@ -110,19 +110,17 @@ class _Call:
 class _Route(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.call = call
+        ctx.call, ctx.logits = call, logits.asnumpy()  # kept on the host, which decides, for the backward pass
         if call.moe.moe_router_rounds:
-            routing: Routing = route_in_rounds(logits.asnumpy(), call.moe, call.ledger, call.batch)
+            routing: Routing = route_in_rounds(ctx.logits, call.moe, call.ledger, call.batch)
         else:
-            routing = route(logits.asnumpy(), call.moe, call.bias, call.training)
+            routing = route(ctx.logits, call.moe, call.bias, call.training)
         call.routing = ctx.routing = routing
         return Tensor.from_numpy(np.ascontiguousarray(ctx.routing.weights, np.float32))
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-        (logits_tensor,) = ctx.saved_tensors
-        logits, call = logits_tensor.asnumpy(), ctx.call
+        logits, call = ctx.logits, ctx.call
         gradient: Any = grad_logits_of_rounds if call.moe.moe_router_rounds else grad_logits
         dlogits = gradient(ctx.routing, dweights.asnumpy(), call.moe)
         dlogits += add_losses(logits, ctx.routing, call.ledger, call.record, call.batch)

@@ -88,11 +88,11 @@ class Recorder(SoloGroup):
         self._note("all_reduce", flat)
         return Done(flat)
 
-    def reduce_scatter_start(self, flat: Tensor) -> Done:
+    def reduce_scatter_start(self, flat: Tensor, into: Tensor | None = None) -> Done:
         self._note("reduce_scatter", flat)
         return Done(flat[: flat.size // 2].copy())
 
-    def all_gather_start(self, shard: Tensor) -> Done:
+    def all_gather_start(self, shard: Tensor, into: Tensor | None = None) -> Done:
         self._note("all_gather", shard)
         return Done(Tensor(np.concatenate([shard.asnumpy()] * 2)))
 

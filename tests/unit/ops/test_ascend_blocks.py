@@ -1,8 +1,7 @@
-"""Blocks of attention over Ascend's operators, which are here what their documentation says, in NumPy."""
+"""Blocks of attention over Ascend's operators, which are here what their documentation says."""
 
 from __future__ import annotations
 
-from typing import Any
 from unittest import mock
 
 import mindspore as ms
@@ -11,75 +10,22 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core.ops import ascend, reference
+from tests.helpers.ascend_double import on_ascend_double
 
 S, T, B, N, G, D = 6, 8, 2, 4, 2, 16
 HALF = np.float16
 
 
-class Documented:
-    """The arguments that both operators have, checked as they are documented, and the scores."""
-
-    def __init__(
-        self, head_num: int, keep_prob: float = 1.0, scale_value: float = 1.0, pre_tokens: int = 2**31 - 1,
-        next_tokens: int = 2**31 - 1, inner_precise: int = 0, input_layout: str = "BSH", sparse_mode: int = 0,
-    ) -> None:  # fmt: skip
-        assert (head_num, keep_prob, input_layout) == (N, 1.0, "SBH") and inner_precise in (0, 1, 2)
-        assert pre_tokens == next_tokens == 2**31 - 1  # in the mode without a mask too, they hide nothing
-        self.scale, self.mode = scale_value, sparse_mode
-
-    def heads(self, x: Tensor, heads: int) -> np.ndarray:
-        """Return [S, B, H] as float32 [B, heads, S, D], repeated to the query heads."""
-        assert x.dtype == ms.float16 and x.ndim == 3 and x.shape[2] == heads * D
-        array = x.asnumpy().astype(np.float32).reshape(x.shape[0], B, heads, D).transpose(1, 2, 0, 3)
-        return np.repeat(array, N // heads, 1)
-
-    def scores(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[np.ndarray, Any]:
-        assert self.mode == (0 if mask is None else 1)
-        scores = self.scale * self.heads(query, N) @ self.heads(key, G).swapaxes(-1, -2)
-        if mask is None:
-            return scores, False
-        assert mask.dtype == ms.bool_ and mask.shape in ((S, T), (B, 1, S, T))
-        return np.where(mask.asnumpy(), -40000.0, scores), mask.asnumpy()  # a finite number: rows may be all hidden
-
-
-class Score(Documented):
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None) -> Any:
-        scores, _ = self.scores(query, key, attn_mask)
-        top = scores.max(-1, keepdims=True)
-        weights = np.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        out = (weights / total @ self.heads(value, G)).transpose(2, 0, 1, 3).reshape(S, B, N * D)
-        eight = [Tensor(np.repeat(x, 8, -1).astype(np.float32)) for x in (top, total)]
-        return *eight, Tensor(np.zeros((), HALF)), Tensor(out.astype(HALF))
-
-
-class ScoreGrad(Documented):
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, dy: Tensor, *, atten_mask: Tensor | None,
-        softmax_max: Tensor, softmax_sum: Tensor, attention_in: Tensor,
-    ) -> Any:  # fmt: skip
-        scores, hidden = self.scores(query, key, atten_mask)
-        assert softmax_max.shape == softmax_sum.shape == (B, N, S, 8) and softmax_max.dtype == ms.float32
-        weights = np.exp(np.where(hidden, -np.inf, scores) - softmax_max.asnumpy()[..., :1])
-        weights = weights / softmax_sum.asnumpy()[..., :1]
-        dout, out = self.heads(dy, N), self.heads(attention_in, N)
-        dscores = weights * (dout @ self.heads(value, G).swapaxes(-1, -2) - (dout * out).sum(-1, keepdims=True))
-        grads = (
-            dscores @ self.heads(key, G) * self.scale,
-            self.shared(dscores.swapaxes(-1, -2) @ self.heads(query, N)) * self.scale,
-            self.shared(weights.swapaxes(-1, -2) @ dout),
-        )
-        flat = (x.transpose(2, 0, 1, 3).reshape(x.shape[2], B, -1) for x in grads)
-        return *(Tensor(x.astype(HALF)) for x in flat), Tensor(np.zeros((), HALF))
-
-    def shared(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(B, G, N // G, *x.shape[2:]).sum(2)
+@pytest.fixture(autouse=True)
+def _double():
+    with on_ascend_double():
+        yield
 
 
 STARTS = np.array([[0, 0, 3, 3, 15, 15], [0, 5, 5, 5, 9, 9]], np.int32)
 
 
-@pytest.mark.parametrize(("q_first", "k_first"), [(16, 0), (8, 8), (10, 8), (8, 10), (16, 8)])
+@pytest.mark.parametrize(("q_first", "k_first"), [(16, 0), (8, 8), (10, 8), (8, 10), (16, 8), (2, 0)])
 @pytest.mark.parametrize("start", [None, STARTS], ids=["causal", "documents"])
 def test_blocks_are_what_the_reference_computes(q_first: int, k_first: int, start: np.ndarray | None) -> None:
     """Blocks that are seen whole, cut by the diagonal, seen by some queries, and by documents."""
@@ -88,7 +34,7 @@ def test_blocks_are_what_the_reference_computes(q_first: int, k_first: int, star
     query, key, value, dout = (Tensor(rng.standard_normal(shape).astype(HALF)) for shape in shapes)
     inputs = query, key, value, None if start is None else Tensor(start)
     options = {"q_first": q_first, "k_first": k_first, "scale": 0.25}
-    with mock.patch.multiple(ascend, FlashAttentionScore=Score, FlashAttentionScoreGrad=ScoreGrad):
+    with mock.patch.object(reference, "attention_mask", side_effect=AssertionError("a whole mask")):
         context, log_sum_exp = ascend.attention_block(*inputs, **options)
         want, want_lse = reference.attention_block(*inputs, **options)
         np.testing.assert_allclose(context.asnumpy(), want.asnumpy(), atol=4e-3)
@@ -118,3 +64,25 @@ def test_what_the_operator_does_not_take_the_reference_computes() -> None:
             assert context.shape == (S, B, N * inputs[2].shape[-1])
         with pytest.raises(AssertionError, match="not for the operator"):
             ascend.attention_block(*half, None, **options)
+
+
+@pytest.mark.parametrize(("q_first", "k_first", "length", "mode"), [(8, 0, 8, 0), (8, 8, 8, 3), (8, 0, 16, 3)])
+def test_blocks_of_a_cut_sequence_need_no_mask_of_their_size(q_first, k_first, length, mode) -> None:
+    """Of a ring: seen whole, or cut by the diagonal; of gathered keys: all up to the queries' own."""
+    masks = [ascend._block_mask((8, B), length, None, q_first, k_first) for _ in range(2)]
+    assert all(mask.mode == mode and mask.sees is None for mask in masks)
+    assert masks[0].hidden is masks[1].hidden and (masks[0].hidden is None) == (mode == 0)
+
+
+def test_blocks_are_joined_by_the_operator() -> None:
+    """Also where queries have seen no key in one block, or in both."""
+    rng = np.random.default_rng(1)
+    out, other = (rng.standard_normal((S, B, N * D)).astype(np.float32) for _ in range(2))
+    lse, other_lse = (3 * rng.standard_normal((B, N, S)).astype(np.float32) for _ in range(2))
+    lse[:, :, :2], other_lse[:, :, 1:3] = -np.inf, -np.inf
+    out[:2], other[1:3] = 0.0, 0.0
+    inputs = [Tensor(x) for x in (out, lse, other.astype(HALF), other_lse)]
+    got, want = ascend.join_blocks(*inputs), reference.join_blocks(*inputs)
+    for mine, theirs in zip(got, want):
+        np.testing.assert_allclose(mine.asnumpy(), theirs.asnumpy(), atol=2e-6)
+    assert np.isneginf(got[1].asnumpy()[:, :, 1]).all() and got[0].dtype == ms.float32

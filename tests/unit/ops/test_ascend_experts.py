@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 
-from parallel_core.ops import ascend, reference_experts
+from parallel_core.ops import ascend_products as ascend
+from parallel_core.ops import reference, reference_experts
 from parallel_core.ops.registry import KERNELS
+from tests.helpers.ascend_double import on_ascend_double
 
 E, I, O = 4, 6, 5
 
 
-def documented_matmul(
-    x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, split_item: int, group_type: int
-) -> list[Tensor]:
-    """One tensor in and out, groups of rows, by the end of each; x and weight of one type."""
-    assert (len(x), len(weight), split_item, group_type) == (1, 1, 3, 0)
-    (rows,), (matrices,) = x, weight
-    assert rows.dtype == matrices.dtype and rows.ndim == 2 and matrices.ndim == 3
-    ends = documented_ends(group_list, len(matrices), rows.shape[0])
-    assert matrices.shape[1] == rows.shape[1]
-    parts = [rows.asnumpy()[a:b] @ matrices.asnumpy()[i] for i, (a, b) in enumerate(zip([0, *ends], ends))]
-    return [Tensor(np.concatenate(parts).astype(rows.asnumpy().dtype))]
-
-
-def documented_add(x: Tensor, weight: Tensor, group_list: Tensor, out: Tensor) -> Tensor:
-    """16 bits in, float32 out, to which the product over each group's rows is added."""
-    assert x.dtype == weight.dtype and x.dtype in (ms.float16, ms.bfloat16) and out.dtype == ms.float32
-    ends = documented_ends(group_list, out.shape[0], x.shape[0])
-    a, b = (t.asnumpy().astype(np.float32) for t in (x, weight))
-    return Tensor(out.asnumpy() + np.stack([a[i:j].T @ b[i:j] for i, j in zip([0, *ends], ends)]))
-
-
-def documented_ends(group_list: Tensor, groups: int, rows: int) -> list[int]:
-    ends = group_list.asnumpy()
-    assert group_list.dtype == ms.int64 and ends.shape == (groups,) and ends[-1] == rows
-    assert (np.diff(ends, prepend=0) > 0).all()  # whether groups may be empty is not documented
-    return ends.tolist()
-
-
 @pytest.fixture(autouse=True)
-def operators():
-    with (
-        mock.patch.object(ascend, "grouped_matmul_v4", documented_matmul),
-        mock.patch.object(ascend, "grouped_matmul_add_", documented_add),
-    ):
+def _double():
+    with on_ascend_double():
         yield
 
 
@@ -70,3 +39,35 @@ def test_products_are_the_references(counts: list[int], dtype: Any) -> None:
         assert (got.shape, got.dtype) == (want.shape, want.dtype)
         np.testing.assert_allclose(got.asnumpy(), want.asnumpy(), rtol=0, atol=2e-2 if dtype == np.float16 else 1e-5)
         assert KERNELS[name].implementations["Ascend"] is getattr(ascend, name)
+
+
+@pytest.mark.parametrize("counts", [[3, 2, 4, 1], [0, 5, 0, 2]], ids=str)
+@pytest.mark.parametrize("add", [False, True])
+def test_gradients_are_summed_where_they_belong(counts: list[int], add: bool) -> None:
+    """On the device's memory, as on the host's; products of a linear layer are those of one group."""
+    rng, number = np.random.default_rng(0), np.array(counts, np.int64)
+    x, dy = (Tensor(rng.standard_normal((number.sum(), width)).astype(np.float16)) for width in (I, O))
+    before = rng.standard_normal((E, O, I)).astype(np.float32)
+    for name, kernel, want, start, more in (
+        ("grouped_linear_grad_weight_", ascend, reference_experts, before, (number,)),
+        ("linear_grad_weight_", ascend, reference, before[0], ()),
+    ):
+        memory, array = start.copy(), start.copy()
+        getattr(kernel, name)(Tensor.from_numpy(memory), dy, x, *more, add)
+        getattr(want, name)(array, dy, x, *more, add)
+        np.testing.assert_allclose(memory, array, atol=2e-2)
+        assert np.abs(memory - start).max() > 0.1
+
+
+def test_rows_are_gathered_and_summed(caplog) -> None:
+    """Whole permutations by one operator; with dropped assignments or empty rows by the reference, which is told."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(12).astype(np.int32)
+    for index in (order, np.where(order == 3, -1, order).astype(np.int32)):
+        x = Tensor(rng.standard_normal((12, I)).astype(np.float16))
+        for name, rows in (("gather_rows", index), ("sum_rows", index.reshape(4, 3))):
+            assert not caplog.records if index is order else True
+            got, want = getattr(ascend, name)(x, rows), getattr(reference_experts, name)(x, rows)
+            assert got.dtype == want.dtype
+            np.testing.assert_allclose(got.asnumpy(), want.asnumpy(), atol=5e-3)
+    assert "some rows are empty or dropped" in caplog.text

@@ -14,6 +14,8 @@ from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.ops import ascend, reference
+from parallel_core.ops.documents import ends_of, remember
+from tests.helpers import ascend_double
 from tests.helpers.ascend_double import on_ascend_double
 
 HALF = np.float16
@@ -49,16 +51,31 @@ STARTS = np.sort(np.random.default_rng(3).integers(0, S, (B, S)), 1).astype(np.i
 STARTS = np.minimum(STARTS, np.arange(S, dtype=np.int32))
 
 
+CUTS = np.array([[0] * 5 + [5] * 3 + [8] * 8, [0] * 12 + [12] * 4], np.int32)
+WINDOW = np.broadcast_to(np.maximum(np.arange(S, dtype=np.int32) - 3, 0), (B, S)).copy()
+SEEN = {
+    "causal": (lambda: None, 2),
+    "starts": (lambda: Tensor(STARTS), 1),
+    "starts that are no documents": (lambda: remember(Tensor(STARTS), starts=STARTS), 1),
+    "documents": (lambda: remember(Tensor(CUTS), starts=CUTS), 2),
+    "window": (lambda: remember(Tensor(WINDOW), window=3), 4),
+}
+
+
 @pytest.mark.parametrize("layout", ["SBH", "BNSD"])
 @pytest.mark.parametrize("width", [D, D // 2], ids=["", "narrow values"])
-@pytest.mark.parametrize("start", [None, STARTS], ids=["causal", "documents"])
-def test_flash_attention_is_the_references(start, width, layout):
-    start = None if start is None else Tensor(start)
+@pytest.mark.parametrize("seen", SEEN)
+def test_flash_attention_is_the_references(seen, width, layout):
+    made, mode = SEEN[seen]
+    start = made()
     inputs = [tensor(S, B, N, D), tensor(S, B, G, D, seed=1), tensor(S, B, G, width, seed=2)]
     options = {"scale": 0.25, "document_start_BS": start}
     attend, packed = ascend.attention_functions(True, layout)
-    with mock.patch.object(reference, "attention_mask", side_effect=AssertionError("a whole mask")):
+    watched = mock.patch.object(ascend_double, "flash_attention_score", wraps=ascend_double.flash_attention_score)
+    with mock.patch.object(reference, "attention_mask", side_effect=AssertionError("a whole mask")), watched as call:
         attend(*inputs, **options)
+    used = call.call_args.kwargs
+    assert used["sparse_mode"] == mode and used["input_layout"] == ("TND" if seen == "documents" else layout)
     agree(functools.partial(attend, **options), functools.partial(reference.causal_attention, **options), inputs)
     if width == D:
         mixed = tensor(S, B, G, (N // G + 2) * D, seed=5)
@@ -68,10 +85,11 @@ def test_flash_attention_is_the_references(start, width, layout):
                 np.testing.assert_allclose(function(mixed, D, **options).asnumpy(), want, atol=4e-3)
 
 
-def test_attention_weights_are_dropped_alike_in_forward_and_backward():
+@pytest.mark.parametrize("seen", SEEN)
+def test_attention_weights_are_dropped_alike_in_forward_and_backward(seen):
     """With values of ones, the context is the sum of the weights that are kept: its gradient for a value says which."""
     query, key = tensor(S, B, N, D), tensor(S, B, N, D, seed=1)
-    drop = {"scale": 0.25, "dropout_rate": 0.5, "dropout_seed": (3, 4)}
+    drop = {"scale": 0.25, "dropout_rate": 0.5, "dropout_seed": (3, 4), "document_start_BS": SEEN[seen][0]()}
     value = tensor(S, B, N, D, seed=2)
     got = ops.causal_attention(query, key, value, **drop)
     assert np.array_equal(got.asnumpy(), ops.causal_attention(query, key, value, **drop).asnumpy())
@@ -121,6 +139,23 @@ def test_what_flash_attention_does_not_take_the_reference_computes(caplog):
 def test_rms_norm(x, weight):
     agree(functools.partial(ops.rms_norm, eps=1e-5), functools.partial(reference.rms_norm, eps=1e-5),
           [tensor(4, 2, 32, dtype=x), tensor(32, seed=1, dtype=weight)])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [HALF, np.float32])
+def test_rms_norm_of_a_sum(dtype):
+    inputs = [tensor(4, 2, 32, dtype=dtype), tensor(4, 2, 32, seed=2, dtype=dtype), tensor(32, seed=1, dtype=dtype)]
+    for part in range(2):
+        both = [functools.partial(lambda f, *x, part: f(*x, 1e-5)[part], f, part=part)
+                for f in (ops.add_rms_norm, reference.add_rms_norm)]  # fmt: skip
+        agree(*both, inputs)
+
+
+def test_documents_end_where_the_next_begin():
+    assert ends_of(Tensor(CUTS)) is None and ends_of(remember(Tensor(STARTS), starts=STARTS)) is None
+    for _ in range(2):
+        assert ends_of(remember(Tensor(CUTS), starts=CUTS)) == (5, 8, 16, 28, 32)
+    whole = CUTS * 0
+    assert ends_of(remember(Tensor(whole), starts=whole)) == (16, 32)
 
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)

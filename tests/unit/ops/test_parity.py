@@ -9,7 +9,7 @@ from unittest import mock
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, mint
 
 from parallel_core import ops
 from parallel_core.ops import build, library, reference, reference_experts, registry
@@ -94,7 +94,7 @@ SHAPES = [(1, 1, 8), (3, 2, 17), (7, 1, 64), (33, 4, 100), (128, 4, 256), (2, 1,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@compares("layer_norm", "rms_norm")
+@compares("layer_norm", "rms_norm", "add_rms_norm")
 def test_norms(shape):
     rng = np.random.default_rng(shape[-1])
     x, w, b = array(rng, *shape) + 0.5, array(rng, shape[-1]), array(rng, shape[-1])
@@ -102,6 +102,8 @@ def test_norms(shape):
         lambda *a: ops.layer_norm(*a, 1e-5), lambda *a: reference.layer_norm(*a, 1e-5), [x, w, b], rng, summed=(1, 2)
     )
     compare(lambda *a: ops.rms_norm(*a, 1e-5), lambda *a: reference.rms_norm(*a, 1e-5), [x, w], rng, summed=(1,))
+    both = [lambda *a, f=f: mint.cat(f(*a, 1e-5), -1) for f in (ops.add_rms_norm, reference.add_rms_norm)]
+    compare(*both, [x, array(rng, *shape), w], rng, summed=(2,))
 
 
 def exact_layer_norm(x, w, b, dy, eps):
