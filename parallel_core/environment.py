@@ -16,6 +16,9 @@ HANDOVER_VARIABLE = "PARALLEL_CORE_RESOLVED_CONFIG"
 MEETING_VARIABLE = "PARALLEL_CORE_MEETING"
 """Set by the launcher where all ranks are on one host: the descriptor of the memory by which they meet."""
 
+MEMORY_VARIABLE = "PARALLEL_CORE_MAX_DEVICE_MEMORY"
+"""Set by the launcher: a run's `max_device_memory`, which an NPU takes before the ranks join."""
+
 
 def promise_path(log_dir: Path, rank: int) -> Path:
     """Return the file that stands for the promise of `rank`, see `promise_to_stop`."""

@@ -20,11 +20,13 @@ class ContextConfig:
         mode: 0 or 1, or GRAPH_MODE or PYNATIVE_MODE; everything here runs in PyNative mode, whose results are the same.
         device_target: Ascend or CPU; the environment's DEVICE_TARGET stands over it.
         device_id: has no effect: a process takes the device that the launcher gives it.
+        max_device_memory: what is taken of an NPU's memory at most, such as 58GB; empty: all of it.
     """
 
     mode: int | str = 1
     device_target: str = "Ascend"
     device_id: int = 0
+    max_device_memory: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -71,8 +73,8 @@ def init_context(
     Raises:
         ConfigError: several ranks run without `use_parallel`, or as many as nobody expected.
     """
-    target = os.environ.get("DEVICE_TARGET") or (context_config or ContextConfig()).device_target
-    rank, size = start_runtime(target)
+    config = context_config or ContextConfig()
+    rank, size = start_runtime(os.environ.get("DEVICE_TARGET") or config.device_target, config.max_device_memory)
     if size > 1 and not use_parallel:
         raise ConfigError(f"{size} ranks run; give use_parallel=True, or start one process")
     wanted = None if parallel_config is None else parallel_config.device_num

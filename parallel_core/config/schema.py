@@ -587,6 +587,8 @@ class TrainingConfig:
     time_startup: bool = False
     """Say where the seconds from the command to the first step went."""
     deterministic_mode: bool = False
+    max_device_memory: str = ""
+    """What MindSpore takes of an NPU's memory at most, such as 58GB; empty: all of it."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

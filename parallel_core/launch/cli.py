@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from parallel_core.bundled import PROGRAMS
 from parallel_core.config.bundled import describes_a_run
@@ -53,7 +54,7 @@ def _launch(arguments: list[str]) -> int:
         print(f"INFO - no argument of the model, the layout or the data: --config {bundled} is used", flush=True)
         command = (command[0], "--config", bundled, *command[1:])
     num_ranks = integer(os.environ, "NPROC", 0)
-    loaded, layout, log_dir, timeout_minutes = None, "", DEFAULT_LOG_DIR, 10.0
+    loaded, layout, log_dir, options = None, "", DEFAULT_LOG_DIR, dict[str, Any]()
     if not plain:
         try:
             loaded = check_configuration(list(command[1:]), num_ranks)
@@ -61,14 +62,18 @@ def _launch(arguments: list[str]) -> int:
             raise ConfigError(f"{error}{_hint(command, str(error), bundled)}") from None
         num_ranks, config = loaded.world_size, loaded.config
         layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
-        timeout_minutes = config.parallel_config.distributed_timeout_minutes
+        options = {
+            "comm_timeout_s": 60 * config.parallel_config.distributed_timeout_minutes,
+            "deterministic": config.training_config.deterministic_mode,
+            "max_device_memory": config.training_config.max_device_memory,
+        }
     elif not num_ranks:
         raise ConfigError("NPROC is not set; with --plain it says how many ranks to start")
     log_path = Path(os.environ.get("LOG_DIR") or log_dir)
     restarts = integer(os.environ, "AUTO_RESTART", 0, minimum=0, example=3)
 
     def plan() -> JobSpec:
-        return plan_job(command, num_ranks, log_path, os.environ, comm_timeout_s=60 * timeout_minutes)
+        return plan_job(command, num_ranks, log_path, os.environ, **options)
 
     def ready(spec: JobSpec) -> JobSpec:
         prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)

@@ -13,7 +13,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from parallel_core.environment import MEMORY_VARIABLE
 from parallel_core.errors import ConfigError
 from parallel_core.files import create_file
 from parallel_core.launch.cluster import with_slurm
@@ -183,7 +185,13 @@ def _has_rows(metrics: Path) -> bool:
         return lines.read(1) == b"{"
 
 
-def rank_environment(spec: JobSpec, environment: Mapping[str, str], comm_timeout_s: float) -> dict[str, str]:
+def rank_environment(
+    spec: JobSpec,
+    environment: Mapping[str, str],
+    comm_timeout_s: float,
+    deterministic: bool = False,
+    max_device_memory: str = "",
+) -> dict[str, str]:
     """Return the variables the ranks of `spec` get on top of `environment`; what the user has set stays."""
     cores, local_ranks = len(os.sched_getaffinity(0)), len(spec.local_ranks)
     target = device_target(environment)
@@ -195,6 +203,10 @@ def rank_environment(spec: JobSpec, environment: Mapping[str, str], comm_timeout
     if target == "Ascend":
         # HCCL's calls return at once: only its own limit, in whole seconds, ends a wait for a rank that is gone.
         defaults |= {"HCCL_BUFFSIZE": "200", "HCCL_EXEC_TIMEOUT": str(math.ceil(comm_timeout_s))}
+        if deterministic:  # HCCL reads it when ranks join, before the run asks MindSpore for the same
+            defaults["HCCL_DETERMINISTIC"] = "true"
+        if max_device_memory:
+            defaults[MEMORY_VARIABLE] = max_device_memory
         defaults["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, range(local_ranks)))
     else:
         # MindSpore's own limit of 30 s would end every rank that waits for a slow one; the package's limit names the
@@ -213,6 +225,7 @@ def plan_job(
     log_dir: Path,
     environment: Mapping[str, str],
     comm_timeout_s: float = 600.0,
+    **device: Any,
 ) -> JobSpec:
     """Return the job that runs `command` on `num_ranks` ranks and logs to `log_dir`; the rest is in `environment`.
 
@@ -224,6 +237,7 @@ def plan_job(
         log_dir: where the ranks log.
         environment: the variables that `pretrain_gpt.sh` documents.
         comm_timeout_s: how long the ranks wait for each other in one operation.
+        **device: further options of `rank_environment`.
 
     Raises:
         ConfigError: if a variable is wrong, the port is in use, or the script does not exist.
@@ -252,4 +266,4 @@ def plan_job(
         stop_grace_s=seconds(environment, "STOP_GRACE_S", 15.0),
         stop_grace_is_given=bool(environment.get("STOP_GRACE_S", "").strip()),
     )
-    return replace(spec, environment=rank_environment(spec, environment, comm_timeout_s))
+    return replace(spec, environment=rank_environment(spec, environment, comm_timeout_s, **device))

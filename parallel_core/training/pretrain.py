@@ -33,7 +33,13 @@ from parallel_core.training.log import RunLog, Stopwatch
 from parallel_core.training.model import ModelProvider, get_model
 from parallel_core.training.names import check_parameter_names
 from parallel_core.training.next_commands import Invocation, next_commands
-from parallel_core.training.runtime import select_kernels, start_context, start_runtime, supported_precision
+from parallel_core.training.runtime import (
+    limit_device_memory,
+    select_kernels,
+    start_context,
+    start_runtime,
+    supported_precision,
+)
 from parallel_core.training.schedule import batch_sizes, loss_scaler, schedule_shape, train_iterations
 from parallel_core.training.signals import StopRequests
 from parallel_core.training.step import StepReport, TrainingStep
@@ -102,6 +108,7 @@ def pretrain(
     with own_directories(all_config, resolved or sections_yaml(all_config), rank):
         if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
             ms.set_deterministic(True)  # MindSpore takes it once
+        unlimited = limit_device_memory(all_config.training_config.max_device_memory)
         config, changed = supported_precision(all_config)
         context = start_context(config, rank, world_size)
         startup.note("groups")
@@ -111,7 +118,7 @@ def pretrain(
             model_provider_func,
             forward_step_func or forward_step_with(get_batch_func or get_batch),
             process_non_loss_data_func,
-            notes + ([changed] if changed else []),
+            notes + [note for note in (unlimited, changed) if note],
             invocation,
         )
         run.load_data(train_valid_test_datasets_provider or default_datasets_provider(config), train_data_loader)

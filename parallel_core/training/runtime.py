@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from dataclasses import replace
 
@@ -12,13 +13,14 @@ import numpy as np
 from parallel_core.comm.meeting import meeting
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
+from parallel_core.environment import MEMORY_VARIABLE
 from parallel_core.ops import use_kernels
 from parallel_core.ops.library import default_threads
 from parallel_core.ops.selection import PLAIN
 from parallel_core.ops.thread_pool import limit_threads
 
 
-def start_runtime(device_target: str | None = None) -> tuple[int, int]:
+def start_runtime(device_target: str | None = None, max_device_memory: str = "") -> tuple[int, int]:
     """Choose the device, set MindSpore up for it, join the job, and return (rank, world size).
 
     Ranks that meet in memory (`comm.meeting`) join MindSpore's own communication, which takes seconds, only when a
@@ -29,11 +31,13 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
 
     Args:
         device_target: CPU or Ascend; default: the environment's DEVICE_TARGET, else CPU.
+        max_device_memory: see `limit_device_memory`; empty: what the environment says.
     """
     target = device_target or os.environ.get("DEVICE_TARGET", "CPU")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     if ms.get_context("device_target") != target or target != "CPU":
         ms.set_device(target)
+    limit_device_memory(max_device_memory or os.environ.get(MEMORY_VARIABLE, ""))
     if target == "CPU":
         ms.set_context(pynative_synchronize=True)
         _keep_freed_memory()
@@ -46,6 +50,25 @@ def start_runtime(device_target: str | None = None) -> tuple[int, int]:
     from parallel_core.comm.mindspore_comm import start_communication
 
     return start_communication()
+
+
+def limit_device_memory(size: str) -> str | None:
+    """Let MindSpore take no more of an NPU's memory than `size`, such as 58GB; empty: what it has.
+
+    Returns:
+        A sentence where nothing was limited.
+    """
+    if not size:
+        return None
+    if ms.get_context("device_target") == "CPU":
+        return f"max_device_memory={size}: the memory of a CPU has no such limit; nothing changes"
+    _set_memory(size)
+    return None
+
+
+@functools.cache  # MindSpore takes it once
+def _set_memory(size: str) -> None:
+    ms.runtime.set_memory(max_size=size)
 
 
 def _keep_freed_memory() -> None:

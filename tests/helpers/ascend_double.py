@@ -444,6 +444,12 @@ def _numbers(x: Any) -> np.ndarray:
     return x._array if isinstance(x, DeviceMemory) else _real_asnumpy(x)
 
 
+def memory_of(x: Any) -> np.ndarray:
+    """Return the memory of a contiguous tensor, or of a part of a buffer: what is written there, the tensor has."""
+    assert isinstance(x, DeviceMemory) or x.is_contiguous()
+    return x._array if isinstance(x, DeviceMemory) else _real_asnumpy(x)
+
+
 def _device_zeros(cls: type, numel: int, dtype: str) -> ascend_flat.AscendFlat:
     return ascend_flat.AscendFlat(DeviceMemory(np.zeros(numel, _numpy_type(getattr(ms, dtype)))))  # type: ignore[arg-type]
 
@@ -491,15 +497,17 @@ def _index_add_(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor
 _real_asnumpy = Tensor.asnumpy
 _ROUND_TRIPS: Counter[str] | None = None
 _PACKAGE = str(Path(parallel_core.__file__).parent)
+_DOUBLES = __file__, str(Path(__file__).with_name("hccl_double.py"))
 
 
 def _count() -> None:
     """Note the place in the package that copies a tensor to the host; a double of an operator may."""
     if _ROUND_TRIPS is None:
         return
-    for frame in traceback.extract_stack()[::-1]:
-        if frame.filename == __file__ and frame.name not in ("_count", "asnumpy", "counted"):
-            return
+    stack = traceback.extract_stack(limit=40)[::-1]
+    if any(frame.filename in _DOUBLES and frame.name not in ("_count", "asnumpy", "counted") for frame in stack):
+        return
+    for frame in stack:
         if frame.filename.startswith(_PACKAGE):
             _ROUND_TRIPS[f"{Path(frame.filename).relative_to(_PACKAGE)}: {frame.name}"] += 1
             return

@@ -91,6 +91,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "dataloader_type": ("", "cyclic"), "split": ("", "90,5,5"), "lr": ("", "0.5"), "min_lr": ("", "1e-4"),
     "lr_warmup_init": ("", "1e-5"), "lr_warmup_fraction": ("", "0.25"), "hidden_dropout": ("", "0.25"),
     "attention_dropout": ("", "0.25"), "label_smoothing": ("", "0.25"), "decoupled_min_lr": ("", "1e-5"),
+    "max_device_memory": ("", "58GB"),
     "profile_aicore_metrics": ("", "1"), "profile_step_end": ("", "20"), "profile_step_start": ("", "5"),
     "ckpt_format": ("", "ckpt"), "data_path": ("", "1 a 2 b"), "pretrained_checkpoint": ("", "x"),
 }

@@ -198,6 +198,7 @@ REFUSED = [
     ("ranges", "--lr-warmup-fraction 1.5", "must be from 0 to 1"),
     ("ranges", "--betas 0.9", "takes two numbers"),
     ("ranges", "--profile-aicore-metrics 7", "must be from -1 to 6"),
+    ("ranges", "--max-device-memory 58", "is a size above zero; write for example 58GB"),
     ("positions", "--max-position-embeddings 16", "there must be a position for every token"),
     ("positions", "--position-embedding-type rope --rotary-percent 0.2", "rotates 3 channels of each head"),
     ("heads", "--tensor-model-parallel-size 8", "--num-attention-heads 4, --tensor-model-parallel-size 8: 4 is not"),

@@ -15,6 +15,7 @@ import yaml
 
 from parallel_core.config import load_config
 from parallel_core.errors import CheckpointError, ParallelCoreError
+from parallel_core.training import runtime
 
 Check = Callable[[Path], None]
 RUNS: dict[str, Check] = {}
@@ -111,6 +112,19 @@ _get_context = ms.get_context
 
 def _off(key):
     return "OFF" if key == "deterministic" else _get_context(key)
+
+
+@shows("max_device_memory")
+def device_memory(folder):
+    """On the CPU nothing is limited, which is told; an NPU is told the size, once."""
+    said = run(folder, "--train-iters 1 --max-device-memory 58GB").lines
+    assert any("max_device_memory=58GB: the memory of a CPU has no such limit" in line for line in said)
+    with mock.patch.object(ms, "get_context", lambda key: "Ascend"), \
+            mock.patch.object(ms.runtime, "set_memory") as asked:
+        for _ in range(2):
+            assert runtime.limit_device_memory("5.5GB") is None
+        asked.assert_called_once_with(max_size="5.5GB")
+        assert runtime.limit_device_memory("") is None
 
 
 @shows("check_for_nan_in_loss_and_grad")

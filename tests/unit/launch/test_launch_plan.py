@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel_core.environment import MEMORY_VARIABLE
 from parallel_core.errors import ConfigError
 from parallel_core.launch import plan
 from parallel_core.launch.plan import device_target, is_listening, master_port, plan_job, prepare_log_dir
@@ -48,6 +49,14 @@ def test_ascend_gets_the_settings_of_its_guide():
     assert timed["HCCL_EXEC_TIMEOUT"] == "91"
     given = {"DEVICE_TARGET": "Ascend", "HCCL_EXEC_TIMEOUT": "1800"}
     assert "HCCL_EXEC_TIMEOUT" not in plan_job(*job, given, comm_timeout_s=90.5).environment
+    assert not spec.environment.keys() & {"HCCL_DETERMINISTIC", MEMORY_VARIABLE}
+    asked = {"deterministic": True, "max_device_memory": "58GB"}
+    told = plan_job(*job, {"DEVICE_TARGET": "Ascend"}, **asked).environment
+    assert (told["HCCL_DETERMINISTIC"], told[MEMORY_VARIABLE]) == ("true", "58GB")
+    strict = {"DEVICE_TARGET": "Ascend", "HCCL_DETERMINISTIC": "strict"}
+    assert "HCCL_DETERMINISTIC" not in plan_job(*job, strict, **asked).environment
+    on_cpu = plan_job(*job, {"DEVICE_TARGET": "CPU"}, **asked).environment
+    assert not on_cpu.keys() & {"HCCL_DETERMINISTIC", MEMORY_VARIABLE}
     assert spec.environment["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2,3"
     assert "HCCL_BUFFSIZE" not in spec.environment
     assert "MS_CPU_COMM_OP_TIMEOUT" not in spec.environment
