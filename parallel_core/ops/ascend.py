@@ -210,8 +210,8 @@ def _laid_out(x_SBND: Tensor, input_layout: str) -> Tensor:
 def _not_by_block(query_SBND: Tensor, key_TBGD: Tensor, value_TBGE: Tensor, *_: Any, **options: Any) -> str:
     if value_TBGE.shape[-1] != query_SBND.shape[-1]:
         return "the values' head size is not the queries'"
-    if options.get("dropout_rate"):
-        return "weights of blocks are dropped by a seed"
+    if options.get("dropout_rate") and key_TBGD.shape[0] % 8:
+        return "the number of keys is not a multiple of 8, and attention weights are dropped"
     return _not_by_flash_attention(query_SBND, key_TBGD, value_TBGE)
 
 
@@ -227,17 +227,22 @@ def attention_block(
     q_first: int,
     k_first: int,
     scale: float,
-    dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
-    dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
-    heads: tuple[int, int] | None = None,  # noqa: ARG001 - for dropout, which goes to the reference
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `reference.attention_block` by FlashAttentionScore. Not verified: never run on an NPU.
 
     The operator returns the scores' maximum and the sum of exponentials less it, each eight times, [B, N, S, 8].
     """
     mode, hidden, sees = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
-    operator = FlashAttentionScore(query_SBND.shape[2], scale_value=scale, input_layout="SBH", sparse_mode=mode)
-    top, total, _, context = operator(*map(_rows, (query_SBND, key_TBGD, value_TBGE)), attn_mask=hidden)
+    place = q_first, k_first
+    kept = _kept_of_block(query_SBND.shape, key_TBGD.shape[0], dropout_rate, dropout_seed, heads, place)
+    operator = FlashAttentionScore(
+        query_SBND.shape[2], keep_prob=1.0 - dropout_rate, scale_value=scale, input_layout="SBH", sparse_mode=mode
+    )
+    inputs = map(_rows, (query_SBND, key_TBGD, value_TBGE))
+    top, total, _, context = operator(*inputs, drop_mask=kept, attn_mask=hidden)
     log_sum_exp = top[..., 0] + ops.log(total[..., 0])
     if sees is not None:  # what the operator returns for queries that see no key is not documented
         log_sum_exp = ops.select(sees.expand_as(log_sum_exp), log_sum_exp, ops.full_like(log_sum_exp, -np.inf))
@@ -263,9 +268,9 @@ def attention_block_grad(
     q_first: int,
     k_first: int,
     scale: float,
-    dropout_rate: float = 0.0,  # noqa: ARG001 - only 0 comes here
-    dropout_seed: tuple[int, int] = (0, 0),  # noqa: ARG001
-    heads: tuple[int, int] | None = None,  # noqa: ARG001 - for dropout, which goes to the reference
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+    heads: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `reference.attention_block_grad` by FlashAttentionScoreGrad. Not verified: never run on an NPU.
 
@@ -274,13 +279,15 @@ def attention_block_grad(
     """
     mode, hidden, _ = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
     operator = FlashAttentionScoreGrad(
-        query_SBND.shape[2], scale_value=scale, pre_tokens=_ANY, next_tokens=_ANY, inner_precise=0,
-        input_layout="SBH", sparse_mode=mode,
+        query_SBND.shape[2], keep_prob=1.0 - dropout_rate, scale_value=scale, pre_tokens=_ANY, next_tokens=_ANY,
+        inner_precise=0, input_layout="SBH", sparse_mode=mode,
     )  # fmt: skip
+    place = q_first, k_first
     top = _eight_times(log_sum_exp_BNS)
     dq, dk, dv, *_ = operator(
         *map(_rows, (query_SBND, key_TBGD, value_TBGE)),
         dout_SBX,
+        drop_mask=_kept_of_block(query_SBND.shape, key_TBGD.shape[0], dropout_rate, dropout_seed, heads, place),
         atten_mask=hidden,
         softmax_max=top,
         softmax_sum=ops.ones_like(top),
@@ -321,6 +328,22 @@ def _block_mask(shape: tuple[int, ...], T: int, start_BS: Tensor | None, q_first
     before = _positions(k_first, T).reshape(1, 1, T) < start_BS.reshape(B, S, 1)
     forbidden = ops.logical_or(late.reshape(1, S, T), before).reshape(B, 1, S, T)
     return _Mask(_FULL_MASK, forbidden, ops.logical_not(forbidden).any(-1))
+
+
+def _kept_of_block(
+    shape: tuple[int, ...],
+    T: int,
+    rate: float,
+    seed: tuple[int, int],
+    heads: tuple[int, int] | None,
+    place: tuple[int, int],
+) -> Tensor | None:
+    """Return the mask of a block's weights, another one for every place in the sequence and for other heads."""
+    if not rate:
+        return None
+    S, B, N = shape[:3]
+    first = (seed[0] + (heads[0] if heads else 0)) ^ place[0] << 20 ^ place[1]
+    return drop_bits(B * N * S * T, rate, (first % 2**31, seed[1])).reshape(B, N, S, T // 8)
 
 
 def _positions(first: int, count: int) -> Tensor:

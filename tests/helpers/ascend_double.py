@@ -169,11 +169,11 @@ class _Blocks:
         self, head_num: int, keep_prob: float = 1.0, scale_value: float = 1.0, pre_tokens: int = 2**31 - 1,
         next_tokens: int = 2**31 - 1, inner_precise: int = 0, input_layout: str = "BSH", sparse_mode: int = 0,
     ) -> None:  # fmt: skip
-        assert (keep_prob, input_layout) == (1.0, "SBH") and inner_precise in (0, 1, 2)
+        assert input_layout == "SBH" and inner_precise in (0, 1, 2) and 0 < keep_prob <= 1
         assert pre_tokens == next_tokens == 2**31 - 1  # in the mode without a mask too, they hide nothing
-        self.heads, self.scale, self.mode = head_num, scale_value, sparse_mode
+        self.heads, self.scale, self.mode, self.keep = head_num, scale_value, sparse_mode, keep_prob
         self.given = {
-            "scale_value": scale_value, "pre_tokens": pre_tokens, "next_tokens": next_tokens,
+            "keep_prob": keep_prob, "scale_value": scale_value, "pre_tokens": pre_tokens, "next_tokens": next_tokens,
             "inner_precise": inner_precise, "input_layout": input_layout, "sparse_mode": sparse_mode,
         }  # fmt: skip
 
@@ -198,16 +198,29 @@ class _Blocks:
         return np.where(hidden, -40000.0, scores), hidden  # a finite number: rows may be all hidden
 
 
+    def kept(self, mask: Tensor | None, shape: tuple[int, ...]) -> np.ndarray | float:
+        """Return the factors of dropout for weights of a shape."""
+        assert (self.keep == 1.0) == (mask is None)
+        if mask is None:
+            return 1.0
+        assert mask.dtype == ms.uint8 and mask.shape == (*shape[:3], shape[3] // 8) and shape[3] % 8 == 0
+        return np.unpackbits(_numbers(mask), axis=-1, bitorder="little") / np.float32(self.keep)
+
+
 class FlashAttentionScore(_Blocks):
     """The primitive, which returns the maximum, the sum of exponentials less it, each eight times, and the output."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None) -> Any:
-        taken(("FlashAttentionScore", self.heads, self.given), query, key, value, attn_mask=attn_mask)
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, drop_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> Any:
+        masks = {"drop_mask": drop_mask, "attn_mask": attn_mask}
+        taken(("FlashAttentionScore", self.heads, self.given), query, key, value, **masks)
         scores, _ = self.scores(query, key, attn_mask)
         top = scores.max(-1, keepdims=True)
         weights = np.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
-        out = (weights / total @ self.apart(value, query.shape[2] // self.heads)).transpose(2, 0, 1, 3)
+        dropped = weights / total * self.kept(drop_mask, weights.shape)
+        out = (dropped @ self.apart(value, query.shape[2] // self.heads)).transpose(2, 0, 1, 3)
         eight = [Tensor(np.repeat(x, 8, -1).astype(np.float32)) for x in (top, total)]
         return *eight, Tensor(np.zeros((), np.float16)), Tensor(out.reshape(query.shape)).astype(query.dtype)
 
@@ -216,12 +229,12 @@ class FlashAttentionScoreGrad(_Blocks):
     """The gradient of the primitive."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, dy: Tensor, *, atten_mask: Tensor | None,
-        softmax_max: Tensor, softmax_sum: Tensor, attention_in: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, dy: Tensor, *, drop_mask: Tensor | None,
+        atten_mask: Tensor | None, softmax_max: Tensor, softmax_sum: Tensor, attention_in: Tensor,
     ) -> Any:  # fmt: skip
         options = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "attention_in": attention_in}
-        taken(("FlashAttentionScoreGrad", self.heads, self.given), query, key, value, dy, atten_mask=atten_mask,
-              **options)  # fmt: skip
+        taken(("FlashAttentionScoreGrad", self.heads, self.given), query, key, value, dy, drop_mask=drop_mask,
+              atten_mask=atten_mask, **options)  # fmt: skip
         scores, hidden = self.scores(query, key, atten_mask)
         (S, B, H), N = query.shape, self.heads
         D = H // N
@@ -229,12 +242,14 @@ class FlashAttentionScoreGrad(_Blocks):
         weights = np.exp(np.where(hidden, -np.inf, scores) - _numbers(softmax_max)[..., :1])
         weights = weights / _numbers(softmax_sum)[..., :1]
         dout, out = self.apart(dy, D), self.apart(attention_in, D)
-        dscores = weights * (dout @ self.apart(value, D).swapaxes(-1, -2) - (dout * out).sum(-1, keepdims=True))
+        kept = self.kept(drop_mask, weights.shape)
+        dweights = dout @ self.apart(value, D).swapaxes(-1, -2) * kept
+        dscores = weights * (dweights - (dout * out).sum(-1, keepdims=True))
         G = key.shape[2] // D
         grads = (
             dscores @ self.apart(key, D) * self.scale,
             self._shared(dscores.swapaxes(-1, -2) @ self.apart(query, D), G) * self.scale,
-            self._shared(weights.swapaxes(-1, -2) @ dout, G),
+            self._shared((weights * kept).swapaxes(-1, -2) @ dout, G),
         )
         flat = (x.transpose(2, 0, 1, 3).reshape(x.shape[2], B, -1).astype(np.float32) for x in grads)
         return *(Tensor(x).astype(query.dtype) for x in flat), Tensor(np.zeros((), np.float16))

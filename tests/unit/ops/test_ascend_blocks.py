@@ -57,13 +57,30 @@ def test_what_the_operator_does_not_take_the_reference_computes() -> None:
         for inputs, more in (
             ([x.astype(ms.float32) for x in half], {}),
             (odd, {}),
-            (half, {"dropout_rate": 0.5, "dropout_seed": (1, 2)}),
+            ([half[0], *(x[:6] for x in half[1:])], {"dropout_rate": 0.5, "dropout_seed": (1, 2)}),
             ([*half[:2], half[2][..., :8]], {}),
         ):
             context, _ = ascend.attention_block(*inputs, None, **options, **more)
             assert context.shape == (S, B, N * inputs[2].shape[-1])
         with pytest.raises(AssertionError, match="not for the operator"):
             ascend.attention_block(*half, None, **options)
+
+
+def test_weights_of_blocks_are_dropped_alike_in_forward_and_backward() -> None:
+    """The context is linear in the values: <gradient for the values, values> is <context, its gradient>."""
+    rng = np.random.default_rng(0)
+    shapes = (S, B, N, D), (T, B, G, D), (T, B, G, D), (S, B, N * D)
+    query, key, value, dout = (Tensor(rng.standard_normal(shape).astype(HALF)) for shape in shapes)
+    options = {"q_first": 16, "k_first": 8, "scale": 0.25, "dropout_rate": 0.5, "dropout_seed": (3, 4)}
+    context, lse = ascend.attention_block(query, key, value, None, **options)
+    assert np.array_equal(context.asnumpy(), ascend.attention_block(query, key, value, None, **options)[0].asnumpy())
+    for other in ({"k_first": 0}, {"dropout_seed": (4, 3)}, {"heads": (4, 8)}):
+        changed = ascend.attention_block(query, key, value, None, **{**options, **other})[0]
+        assert not np.array_equal(context.asnumpy(), changed.asnumpy())
+    _, _, dvalue = ascend.attention_block_grad(query, key, value, None, context, dout, lse, **options)
+    products = ((a.astype(ms.float32) * b.astype(ms.float32)).sum() for a, b in ((dvalue, value), (context, dout)))
+    through, straight = map(float, products)
+    assert through == pytest.approx(straight, rel=0.02, abs=0.1)
 
 
 @pytest.mark.parametrize(("q_first", "k_first", "length", "mode"), [(8, 0, 8, 0), (8, 8, 8, 3), (8, 0, 16, 3)])
