@@ -589,6 +589,7 @@ def on_ascend_double() -> Iterator[None]:
     """Answer for the device and compute what its operators do."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ms, "get_context", _as_ascend))
+        stack.enter_context(mock.patch.object(ms, "set_device"))  # the process has one, which computes
         for place, name, double in DOUBLES:
             found = functools.partial(_by_name, double.__name__) if isinstance(double, FunctionType) else double
             stack.enter_context(mock.patch.object(place, name, double if place is Tensor else found))

@@ -14,6 +14,7 @@ import pytest
 from generate_models import GOLDEN, computed, directory_of, generator, prompts
 from mindspore import Tensor
 
+from parallel_core import ops
 from parallel_core.checkpoint import TensorShard, load_shards, open_checkpoint
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.convert.cli import main as convert
@@ -21,7 +22,10 @@ from parallel_core.generate import engine
 from parallel_core.generate.generator import Generator
 from parallel_core.generate.requests import SamplingParams
 from parallel_core.layout.shard import shard_of
+from parallel_core.ops import reference
+from parallel_core.ops.registry import KERNELS
 from parallel_core.transformer import GPTModel, ModelStage
+from tests.helpers.ascend_double import on_ascend_double
 
 MODELS = ["gpt2", "llama", "llama_allbias", "qwen3", "mistral_window16"]
 """Learned and rotary positions, tied and not, grouped queries, normed queries, a window."""
@@ -141,6 +145,18 @@ def test_plain_operators_give_the_same(tmp_path) -> None:
     assert [a.tokens for a in plain] == [a.tokens for a in compiled]
     for one, other in zip(plain, compiled):
         np.testing.assert_allclose([x.logprob for x in one.logprobs], [x.logprob for x in other.logprobs], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_operators_of_ascend_give_the_same(name: str, tmp_path) -> None:
+    """On the double of the device; keys and values of earlier tokens are the host's there too."""
+    with on_ascend_double():
+        it = generator(name, tmp_path)
+        assert KERNELS["rms_norm"].selected is not reference.rms_norm
+        got = it.generate(prompts(name, 12, 5), dataclasses.replace(SAMPLED, temperature=0.0))
+    ops.use_kernels("local")
+    want = generator(name, tmp_path).generate(prompts(name, 12, 5), dataclasses.replace(SAMPLED, temperature=0.0))
+    assert [a.tokens for a in got] == [a.tokens for a in want]
 
 
 @pytest.mark.parametrize("words", ["", "--to megatron", "--to megatron --target-format torch_dist"])

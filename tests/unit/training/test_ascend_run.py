@@ -8,6 +8,7 @@ import pytest
 
 from parallel_core.environment import LOG_DIR_VARIABLE
 from parallel_core.training.pretrain import pretrain
+from tests.helpers import ascend_double
 from tests.helpers.ascend_double import on_ascend_double
 from tests.unit.config.effect_probes import provider, words_of
 
@@ -38,3 +39,29 @@ def test_a_run_saves_and_goes_on(tmp_path, monkeypatch, capsys):
         device = losses(tmp_path / "d", monkeypatch, "--train-iters", "4", "--load", saved, "--hidden-dropout", "0")
     on_cpu = losses(tmp_path / "c", monkeypatch, "--train-iters", "4", "--load", saved, "--hidden-dropout", "0")
     assert on_cpu == pytest.approx(device, rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["", "--recompute-granularity full --recompute-method uniform "
+                                           "--recompute-num-layers 1"], ids=["", "recomputed"])
+@pytest.mark.parametrize(
+    ("words", "mode", "layout"),
+    [("--reset-attention-mask --reset-position-ids", 2, "TND"), ("--window-size 3 0", 4, "SBH"),
+     ("--reset-attention-mask --window-size 3 0", 1, "SBH")],
+    ids=["documents", "window", "both"],
+)  # fmt: skip
+def test_what_is_seen_is_told_by_numbers(words, mode, layout, recompute, tmp_path, monkeypatch):
+    """Documents are sequences of their own and a window is a band, in layers that are computed again too."""
+    given = (*words.split(), *recompute.split(), "--hidden-dropout", "0", "--train-iters", "2",
+             "--position-embedding-type", "rope")  # fmt: skip
+    on_cpu = losses(tmp_path / "c", monkeypatch, *given)
+    operator, asked = ascend_double.flash_attention_score, set()
+
+    def noted(*args, **options):
+        asked.add((options["sparse_mode"], options["input_layout"]))
+        return operator(*args, **options)
+
+    monkeypatch.setattr(ascend_double, "flash_attention_score", noted)
+    with on_ascend_double():
+        device = losses(tmp_path / "d", monkeypatch, *given)
+    assert device == pytest.approx(on_cpu, rel=5e-3) and asked == {(mode, layout)}
