@@ -53,17 +53,17 @@ class BackgroundGroup(Group):
             last.exception()  # whoever waits for it is told
         return self.under
 
-    def all_reduce_start_(self, flat: Tensor) -> Handle:
-        """Start overwriting `flat` with its sum."""
-        return self._start(self.under.all_reduce_, flat)
+    def all_reduce_start_(self, x: Tensor) -> Handle:
+        """Start overwriting `x` with its sum."""
+        return self._start(self.under.all_reduce_, x)
 
-    def reduce_scatter_start(self, flat: Tensor) -> Handle:
-        """Start reducing `flat`."""
-        return self._start(self.under.reduce_scatter, flat)
+    def reduce_scatter_start(self, x: Tensor, into: Tensor | None = None) -> Handle:  # noqa: ARG002 - of the host
+        """Start reducing `x`."""
+        return self._start(self.under.reduce_scatter, x)
 
-    def all_gather_start(self, shard: Tensor) -> Handle:
-        """Start gathering shards."""
-        return self._start(self.under.all_gather, shard)
+    def all_gather_start(self, x: Tensor, into: Tensor | None = None) -> Handle:  # noqa: ARG002 - of the host
+        """Start gathering."""
+        return self._start(self.under.all_gather, x)
 
     def all_reduce_(self, x: Tensor, op: str = "sum") -> Tensor:
         """Overwrite `x` with its reduction."""
