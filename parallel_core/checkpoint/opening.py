@@ -10,7 +10,12 @@ from parallel_core.checkpoint.layout_files import os_errors_named
 from parallel_core.checkpoint.lora import MergedAdapter, base_directory, check_base, is_adapter
 from parallel_core.checkpoint.megatron.dist_reader import MegatronDistCheckpoint
 from parallel_core.checkpoint.megatron.torch_reader import MegatronTorchCheckpoint
-from parallel_core.checkpoint.mindspore import PanguCheckpoint, is_pangu
+from parallel_core.checkpoint.mindspore import (
+    MindFormersCheckpoint,
+    PanguCheckpoint,
+    is_mindformers_directory,
+    is_pangu,
+)
 from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native
 from parallel_core.checkpoint.peft import is_peft, read_peft
 from parallel_core.checkpoint.source import TensorSource
@@ -63,6 +68,8 @@ def _open(path: Path, allow_inert: Iterable[str], base: str = "") -> TensorSourc
         return MegatronTorchCheckpoint(path, allow_inert)
     if is_hugging_face(path):
         return HuggingFaceCheckpoint(path)
+    if is_mindformers_directory(path):
+        return MindFormersCheckpoint(path)
     if is_pangu(path):
         return PanguCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")

@@ -26,7 +26,7 @@ from parallel_core.checkpoint.lora import MergedAdapter
 from parallel_core.checkpoint.megatron.dist_writer import Record, dist_items, write_dist_metadata, write_distcp
 from parallel_core.checkpoint.megatron.export import Export, Target
 from parallel_core.checkpoint.megatron.torch_writer import write_torch_rank
-from parallel_core.checkpoint.mindspore import write_pangu
+from parallel_core.checkpoint.mindspore import write_mindformers, write_pangu
 from parallel_core.checkpoint.peft import write_peft
 from parallel_core.checkpoint.safetensors_file import StreamTensor
 from parallel_core.checkpoint.source import TensorSource
@@ -211,7 +211,9 @@ def to_hugging_face(source: TensorSource, save: Path, *, quiet: bool = False) ->
 
 
 def to_mindspore(source: TensorSource, save: Path, *, quiet: bool = False) -> Path:
-    """Write the parameters of a PanGu-alpha as MindSpore's systems keep it, one merged file, and return the directory.
+    """Write the parameters as MindFormers keeps them, one merged file and what model it is, and return the directory.
+
+    PanGu-alpha has the names of its published models.
 
     Args:
         source: the opened checkpoint.
@@ -221,7 +223,9 @@ def to_mindspore(source: TensorSource, save: Path, *, quiet: bool = False) -> Pa
     Raises:
         CheckpointError: the directory exists already, or the model is another one than such files hold.
     """
-    return _to_directory(source, save, write_pangu, quiet)
+    settings = source.common.get("model_config")
+    has_query_layer = isinstance(settings, dict) and settings.get("top_query_layer", "none") != "none"
+    return _to_directory(source, save, write_pangu if has_query_layer else write_mindformers, quiet)
 
 
 def _to_directory(

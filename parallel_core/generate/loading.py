@@ -123,13 +123,14 @@ def _tokenizer(source: TensorSource, path: Path) -> tuple[MegatronTokenizer | No
     try:
         spec = _pangu_tokenizer(path) if source.format in ("pangu-alpha", "hugging face") else None
         if spec is None and source.format != "pangu-alpha":
-            spec = _hugging_face_tokenizer(path) if source.format == "hugging face" else _trained_tokenizer(source)
+            beside = source.format in ("hugging face", "mindformers")
+            spec = _tokenizer_beside(path) if beside else _trained_tokenizer(source)
         return (None, f"{path} knows of no tokenizer") if spec is None else (spec.build(), "")
     except (ParallelCoreError, OSError) as error:
         return None, str(error)
 
 
-def _hugging_face_tokenizer(path: Path) -> TokenizerSpec | None:
+def _tokenizer_beside(path: Path) -> TokenizerSpec | None:
     if (path / "tokenizer.json").exists():
         return TokenizerSpec(
             "HuggingFaceTokenizer", tokenizer_model=str(path), tokenizer_hf_include_special_tokens=True

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from parallel_core.checkpoint.mindspore.mindformers import (
+    MindFormersCheckpoint,
+    is_mindformers_directory,
+    write_mindformers,
+)
 from parallel_core.checkpoint.mindspore.pangu import PanguCheckpoint, is_pangu
 from parallel_core.checkpoint.mindspore.writer import write_pangu
 
-__all__ = ["PanguCheckpoint", "is_pangu", "write_pangu"]
+__all__ = [
+    "MindFormersCheckpoint",
+    "PanguCheckpoint",
+    "is_mindformers_directory",
+    "is_pangu",
+    "write_mindformers",
+    "write_pangu",
+]

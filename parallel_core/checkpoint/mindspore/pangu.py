@@ -19,16 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from parallel_core.checkpoint.huggingface.tensors import FINAL_NORM, POSITIONS, QUERIES, WORD_EMBEDDINGS, our_shapes
+from parallel_core.checkpoint.huggingface.tensors import (
+    FINAL_NORM,
+    POSITIONS,
+    QUERIES,
+    WORD_EMBEDDINGS,
+    Part,
+    our_shapes,
+)
 from parallel_core.checkpoint.layout_files import os_errors_named
-from parallel_core.checkpoint.mindspore.files import read_ckpt, read_strategy, swapped
-from parallel_core.checkpoint.mindspore.slices import Files, Whole, whole_parameters
-from parallel_core.checkpoint.source import Blob, Piece, PieceSource, TensorInfo
+from parallel_core.checkpoint.mindspore.files import read_ckpt, read_strategy
+from parallel_core.checkpoint.mindspore.slices import Files, Whole, placed, whole_parameters
+from parallel_core.checkpoint.source import Blob, Piece, PieceSource
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.model_keys import model_settings
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import CheckpointError, ConfigError, bullet_list
-from parallel_core.layout.shard import intersect
 from parallel_core.records import parse_json, show
 
 SETTINGS_NAME = "pangu.json"
@@ -42,7 +48,7 @@ _NPY = {
 }  # fmt: skip
 _LAYER = re.compile(r"(?:blocks\.(\d+)|top_query_layer)\.(.+)")
 _OLDER = {"mapping_weight": "weight", "mapping_bias": "bias"}
-_NO_WEIGHT = re.compile(
+NO_WEIGHT = re.compile(
     r"(adam_[mv]\.|accu_grads\.|moments\.|.*\.?(key_past|value_past)$|(global_step|epoch_num|step_num|loss_scale|"
     r"current_iterator_step|last_overflow_iterator_step|scale_sense|learning_rate)$)"
 )
@@ -64,7 +70,7 @@ _KINDS = {"gamma": "weight", "beta": "bias"}
 
 def is_pangu(path: Path) -> bool:
     """Tell whether a directory holds MindSpore `.ckpt` files, whole or of ranks, and no other format's description."""
-    return path.is_dir() and bool(_rank_files(path))
+    return path.is_dir() and bool(rank_files(path))
 
 
 class PanguCheckpoint(PieceSource):
@@ -78,11 +84,12 @@ class PanguCheckpoint(PieceSource):
         """
         path = Path(path)
         with os_errors_named(path):
-            found = _named(path, whole_parameters(*_stored(path), str(path)))
+            found = _named(path, whole_parameters(*stored_slices(path), str(path)))
         model = _model(path, found)
         shapes = our_shapes(model)
-        _refuse_unknown(path, found, {s[0] for name, shape in shapes.items() for s in sources_of(name, shape, model)})
-        tensors = {name: _placed(path, name, shape, model, found) for name, shape in shapes.items()}
+        sources = {name: sources_of(name, shape, model) for name, shape in shapes.items()}
+        _refuse_unknown(path, found, {source.name for parts in sources.values() for source in parts})
+        tensors = placed(path, shapes, sources, found, _spelled)
         common = {
             "iteration": 0,
             "consumed_train_samples": 0,
@@ -93,7 +100,7 @@ class PanguCheckpoint(PieceSource):
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-def _rank_files(path: Path) -> dict[int, Path]:
+def rank_files(path: Path) -> dict[int, Path]:
     """Return the files of the ranks; a file that is alone is rank 0's.
 
     Raises:
@@ -115,8 +122,13 @@ def _rank_files(path: Path) -> dict[int, Path]:
     return found
 
 
-def _stored(path: Path) -> tuple[Files, dict[str, Any]]:
-    files = {rank: read_ckpt(file) for rank, file in _rank_files(path).items()}
+def stored_slices(path: Path) -> tuple[Files, dict[str, Any]]:
+    """Return what each rank's file holds, and how the parameters are cut.
+
+    Raises:
+        CheckpointError: a file is damaged, or there are slices without one strategy file.
+    """
+    files = {rank: read_ckpt(file) for rank, file in rank_files(path).items()}
     strategies = [file for file in sorted(path.glob("*.ckpt")) if "strategy" in file.name]
     if len(strategies) > 1:
         raise CheckpointError(f"{path} holds {len(strategies)} strategy files; leave the one of these slices")
@@ -133,7 +145,7 @@ def _named(path: Path, stored: Mapping[str, Whole]) -> dict[str, Whole]:
     last = -1
     for full, whole in stored.items():
         name = full.removeprefix("backbone.")
-        if _NO_WEIGHT.match(full) or _NO_WEIGHT.match(name):
+        if NO_WEIGHT.match(full) or NO_WEIGHT.match(name):
             continue
         for ours, spellings in _TABLES.items():
             if name in spellings or name.removeprefix("embedding.") in spellings:
@@ -208,7 +220,10 @@ def _model(path: Path, found: Mapping[str, Whole]) -> TransformerConfig:
         if ours not in found:
             spelled = _TABLES.get(ours, (ours,))[0]
             file = next((npy for npy, name in _NPY.items() if name == ours), "")
-            raise CheckpointError(f"{path}: {spelled} is in no file{f', nor is {file} there' if file else ''}")
+            raise CheckpointError(
+                f"{path}: {spelled} is in no file{f', nor is {file} there' if file else ''} (another model of "
+                "MindFormers has its .yaml beside it, with model.model_config)"
+            )
     numbers = {int(name.partition(".")[0]) for name in found if name[0].isdigit()}
     num_layers = max(numbers, default=-1) + 1
     missing = sorted(set(range(num_layers)) - numbers)
@@ -317,62 +332,24 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _placed(
-    path: Path, name: str, shape: tuple[int, ...], model: TransformerConfig, found: Mapping[str, Whole]
-) -> tuple[TensorInfo, list[Piece]]:
-    """Return one of our tensors as pieces of theirs."""
-    pieces: list[Piece] = []
-    dtypes: set[str] = set()
-    for theirs, ours_row, their_row, rows, turned in sources_of(name, shape, model):
-        whole = found.get(theirs)
-        if whole is None:
-            raise CheckpointError(f"{path}: {_spelled(theirs)} is in no file")
-        needed = theirs_shape(theirs, shape, model, turned)
-        if whole.shape != needed:
-            raise CheckpointError(f"{path}: {_spelled(theirs)} has shape {list(whole.shape)} instead of {list(needed)}")
-        dtypes.add(whole.dtype)
-        for piece in whole.pieces:
-            start, extent = (swapped(piece.start), swapped(piece.shape)) if turned else (piece.start, piece.shape)
-            wanted = [(their_row, their_row + rows), *((0, n) for n in shape[1:])]
-            common = intersect(wanted, [(a, a + n) for a, n in zip(start, extent)])
-            if common is None:
-                continue
-            blob: Any = piece.blob
-            if turned:
-                blob = blob.transposed()
-            inside = tuple((a - s, b - s) for (a, b), s in zip(common, start))
-            at = (common[0][0] - their_row + ours_row, *(a for a, _ in common[1:]))
-            pieces.append(Piece(at, tuple(b - a for a, b in common), blob.crop(inside)))
-    if len(dtypes) > 1:
-        raise CheckpointError(f"{path}: the parts of {name} are of types {', '.join(sorted(dtypes))}")
-    return TensorInfo(shape, dtypes.pop()), pieces
-
-
-def theirs_shape(theirs: str, shape: tuple[int, ...], model: TransformerConfig, turned: bool) -> tuple[int, ...]:
-    """Return the shape that one of their tensors must have."""
-    if re.search(r"\.attention\.dense[123]\.", theirs):
-        shape = (model.hidden_size, *shape[1:])
-    return swapped(shape) if turned else shape
-
-
-def sources_of(name: str, shape: tuple[int, ...], model: TransformerConfig) -> list[tuple[str, int, int, int, bool]]:
-    """Return (their tensor, first row here, first row there, rows, whether it is stored [in, out]) of a tensor."""
+def sources_of(name: str, shape: tuple[int, ...], model: TransformerConfig) -> list[Part]:
+    """Return which rows of theirs one of our tensors consists of."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if match is None:
-        return [(name, 0, 0, shape[0], False)]
+        return [Part(name, 0, 0, shape[0])]
     number, module, kind = match.groups()
     D, N = model.kv_channels, model.num_attention_heads
     if module in _DENSE:
         which = _DENSE[module]
         return [
-            (f"{number}.attention.dense{j}.{kind}", (head * len(which) + i) * D, head * D, D, False)
+            Part(f"{number}.attention.dense{j}.{kind}", (head * len(which) + i) * D, head * D, D)
             for head in range(N)
             for i, j in enumerate(which)
         ]
     theirs = next(old for old, new in _MODULES.items() if new == module)
     if module.endswith("layernorm"):
         kind = {"weight": "gamma", "bias": "beta"}[kind]
-    return [(f"{number}.{theirs}.{kind}", 0, 0, shape[0], module in _TURNED and kind == "weight")]
+    return [Part(f"{number}.{theirs}.{kind}", 0, 0, shape[0], module in _TURNED and kind == "weight")]
 
 
 def stored_name(theirs: str, model: TransformerConfig) -> str:

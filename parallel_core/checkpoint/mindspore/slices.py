@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from parallel_core.checkpoint.mindspore.files import Layout, StoredTensor
-from parallel_core.checkpoint.source import Piece
+from parallel_core.checkpoint.huggingface.tensors import Part
+from parallel_core.checkpoint.mindspore.files import Layout, StoredTensor, swapped
+from parallel_core.checkpoint.source import Piece, TensorInfo
 from parallel_core.errors import CheckpointError
+from parallel_core.layout.shard import intersect
 
 Files = Mapping[int, Mapping[str, StoredTensor]]
 """Rank -> what its file holds."""
@@ -55,6 +59,79 @@ def whole_parameters(files: Files, strategy: Mapping[str, Layout], where: str) -
         else:
             found[name] = _replicated(files[ranks[0]][name])
     return found
+
+
+def stored_shapes(
+    shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Sequence[Part]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of their tensors, as it is stored.
+
+    Args:
+        shapes: of our tensors.
+        sources: which rows of theirs each of ours consists of; matrices [in, out] are transposed first.
+    """
+    rows: dict[str, int] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, parts in sources.items():
+        for part in parts:
+            rows[part.name] = rows.get(part.name, 0) + part.rows
+            whole = (rows[part.name], *shapes[name][1:])
+            found[part.name] = swapped(whole) if part.transpose else whole
+    return found
+
+
+def placed(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, Sequence[Part]],
+    found: Mapping[str, Whole],
+    spelled: Callable[[str], str] = str,
+) -> dict[str, tuple[TensorInfo, list[Piece]]]:
+    """Return our tensors as pieces of theirs.
+
+    Args:
+        path: the checkpoint, for messages.
+        shapes: of our tensors.
+        sources: which rows of theirs each of ours consists of.
+        found: their tensors.
+        spelled: from a name of `found`, what its reader knows it by.
+
+    Raises:
+        CheckpointError: one of theirs is missing, or of another shape, or its parts are of several types.
+    """
+    needed = stored_shapes(shapes, sources)
+    for theirs, shape in needed.items():
+        if theirs not in found:
+            raise CheckpointError(f"{path}: {spelled(theirs)} is in no file")
+        if found[theirs].shape != shape:
+            told = f"{spelled(theirs)} has shape {list(found[theirs].shape)} instead of {list(shape)}"
+            raise CheckpointError(f"{path}: {told}")
+    tensors = {}
+    for name, parts in sources.items():
+        pieces: list[Piece] = []
+        for part in parts:
+            pieces += _pieces_of(part, found[part.name], shapes[name])
+        dtypes = sorted({found[part.name].dtype for part in parts})
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{path}: the parts of {name} are of types {', '.join(dtypes)}")
+        tensors[name] = TensorInfo(shapes[name], dtypes[0]), pieces
+    return tensors
+
+
+def _pieces_of(part: Part, whole: Whole, shape: tuple[int, ...]) -> list[Piece]:
+    pieces = []
+    for piece in whole.pieces:
+        turned = part.transpose
+        start, extent = (swapped(piece.start), swapped(piece.shape)) if turned else (piece.start, piece.shape)
+        wanted = [(part.theirs, part.theirs + part.rows), *((0, n) for n in shape[1:])]
+        common = intersect(wanted, [(a, a + n) for a, n in zip(start, extent)])
+        if common is None:
+            continue
+        blob: Any = piece.blob.transposed() if turned else piece.blob  # type: ignore[attr-defined]
+        inside = tuple((a - s, b - s) for (a, b), s in zip(common, start))
+        at = (common[0][0] - part.theirs + part.ours, *(a for a, _ in common[1:]))
+        pieces.append(Piece(at, tuple(b - a for a, b in common), blob.crop(inside)))
+    return pieces
 
 
 def _replicated(tensor: StoredTensor) -> Whole:

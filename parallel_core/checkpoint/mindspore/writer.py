@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from parallel_core.checkpoint.dtypes import storage_dtype
-from parallel_core.checkpoint.huggingface.tensors import our_shapes
+from parallel_core.checkpoint.huggingface.tensors import Part, our_shapes
 from parallel_core.checkpoint.huggingface.tokenizer import write_tokenizer
 from parallel_core.checkpoint.huggingface.writer import check_names, model_of_source
 from parallel_core.checkpoint.layout_files import write_durably
 from parallel_core.checkpoint.mindspore.files import swapped, tensor_message
-from parallel_core.checkpoint.mindspore.pangu import (
-    SETTINGS_NAME,
-    described_model,
-    sources_of,
-    stored_name,
-    theirs_shape,
-)
+from parallel_core.checkpoint.mindspore.pangu import SETTINGS_NAME, described_model, sources_of, stored_name
+from parallel_core.checkpoint.mindspore.slices import stored_shapes
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.model_keys import DEFINING, NAME_OF, has_effect, value_of
 from parallel_core.config.schema import TransformerConfig
@@ -60,27 +54,54 @@ def write_pangu(source: TensorSource, path: Path, progress: Callable[[int], None
     _check(source, model)
     check_names(source, {key for key in source.keys() if "@" not in key}, model)  # noqa: SIM118 - of the protocol
     shapes = our_shapes(model)
-    parts_of: dict[str, list[tuple[str, int, int, int, bool]]] = {}
-    for name, shape in shapes.items():
-        for theirs, here, there, count, turned in sources_of(name, shape, model):
-            parts_of.setdefault(theirs, []).append((name, here, there, count, turned))
-    with (path / FILE_NAME).open("wb") as file:
-        for theirs, parts in parts_of.items():
-            name, *_, turned = parts[0]
-            shape, dtype = theirs_shape(theirs, shapes[name], model, turned), source.info(name).dtype
-            out = np.empty(swapped(shape) if turned else shape, storage_dtype(dtype))
-            for ours, here, there, count, _ in parts:
-                where = [(here, here + count), *((0, n) for n in out.shape[1:])]
-                source.read_into(ours, where, out[there : there + count])
-            stored = np.ascontiguousarray(out.swapaxes(-1, -2) if turned else out)
-            if theirs.endswith((".ffn.mapping.bias", ".ffn.projection.bias")):
-                stored = stored.reshape(1, len(stored), 1, -1)  # one for each expert
-            _append(file, stored_name(theirs, model), stored, dtype)
-            progress(out.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    sources = {name: sources_of(name, shape, model) for name, shape in shapes.items()}
+
+    def name_and_form(theirs: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+        of_experts = theirs.endswith((".ffn.mapping.bias", ".ffn.projection.bias"))
+        return stored_name(theirs, model), array.reshape(1, len(array), 1, -1) if of_experts else array
+
+    write_ckpt_file(path / FILE_NAME, source, shapes, sources, name_and_form, progress)
     write_durably(path / SETTINGS_NAME, json.dumps(told, indent=2))
     return write_tokenizer(source, path)[1]
+
+
+def write_ckpt_file(
+    file: Path,
+    source: TensorSource,
+    shapes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, Sequence[Part]],
+    name_and_form: Callable[[str, np.ndarray], tuple[str, np.ndarray]],
+    progress: Callable[[int], None],
+) -> None:
+    """Write a model's parameters under other names into one `.ckpt` file, one tensor in memory at a time.
+
+    Args:
+        file: the new file.
+        source: the opened checkpoint.
+        shapes: of our tensors.
+        sources: which rows of theirs each of ours consists of.
+        name_and_form: from a name of `sources` and its array, what is stored.
+        progress: told after each tensor how many bytes it had.
+    """
+    rows: dict[str, list[tuple[str, Part]]] = {}
+    for ours, parts in sources.items():
+        for part in parts:
+            rows.setdefault(part.name, []).append((ours, part))
+    stored = stored_shapes(shapes, sources)
+    with file.open("wb") as handle:
+        for theirs, of_ours in rows.items():
+            turned, dtype = of_ours[0][1].transpose, source.info(of_ours[0][0]).dtype
+            out = np.empty(swapped(stored[theirs]) if turned else stored[theirs], storage_dtype(dtype))
+            for ours, part in of_ours:
+                where = [(part.ours, part.ours + part.rows), *((0, n) for n in out.shape[1:])]
+                source.read_into(ours, where, out[part.theirs : part.theirs + part.rows])
+            name, array = name_and_form(theirs, np.ascontiguousarray(out.swapaxes(-1, -2) if turned else out))
+            for head, data in tensor_message(name, array.shape, dtype, array.reshape(-1).view(np.uint8).data):
+                handle.write(head)
+                handle.write(data)
+            progress(out.nbytes)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _check(source: TensorSource, model: TransformerConfig) -> None:
@@ -95,10 +116,3 @@ def _check(source: TensorSource, model: TransformerConfig) -> None:
     ]
     if wrong:
         raise CheckpointError(f"{source.path}: these files have no such PanGu-alpha:\n{bullet_list(wrong)}")
-
-
-def _append(file: BinaryIO, name: str, array: np.ndarray, dtype: str) -> None:
-    data = array.reshape(-1).view(np.uint8).data
-    for head, part in tensor_message(name, array.shape, dtype, data):
-        file.write(head)
-        file.write(part)

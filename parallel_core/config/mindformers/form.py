@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_core.config import table
-from parallel_core.config.mindformers.models import FAMILIES, GENERATION, IGNORED, Family
+from parallel_core.config.mindformers.models import FAMILIES, GENERATION, IGNORED, Family, number_or_word
 from parallel_core.config.mindformers.schedule import schedule_arguments
 from parallel_core.config.values import Given
 from parallel_core.config.yaml_tree import Leaf, read_leaves
@@ -170,7 +170,7 @@ class _Form:
 
     def number(self, key: str, default: Any, least: float = 1, whole: bool = True) -> Any:
         """Return the number of a key."""
-        value = _as_number(self.value(key, default))
+        value = number_or_word(self.value(key, default))
         fits = isinstance(value, int) if whole else isinstance(value, (int, float))
         if value is not None and (not fits or isinstance(value, bool) or value < least):
             self.fail(key, f"give a {'whole ' if whole else ''}number, {least} or more")
@@ -255,7 +255,7 @@ class _Form:
             if not key.startswith(MODEL) or name == "type" or name.startswith("pet_config"):
                 continue
             if name in family.settings:
-                value = _as_number(self.value(key))
+                value = number_or_word(self.value(key))
                 if value is not None:
                     values[name] = value
             elif not self._other_model_key(key, name, family):
@@ -418,7 +418,7 @@ class _Form:
         if begins is None and mode == "finetune":
             self.problems.append(f"{self.terms('run_mode')}: needs weights; give load_checkpoint, a folder")
         if begins is not None:
-            self.give("load", str(self.value(begins)), begins)
+            self.give("load", self._folder(begins), begins)
             self.give("exit_on_missing_checkpoint", True, begins)
             goes_on = self.switch("resume_training") or (begins == old and mode == "train")
             if not goes_on and not adapts:
@@ -430,6 +430,16 @@ class _Form:
             self.give("save", str(Path(str(output)) / "checkpoint"), "output_dir")
         if output:
             self.give("log_dir", str(Path(str(output)) / "log"), "output_dir")
+
+    def _folder(self, key: str) -> str:
+        """Return the folder of a checkpoint; of a `.ckpt` file the one that it lies in."""
+        path = Path(str(self.value(key)))
+        if path.suffix != ".ckpt":
+            return str(path)
+        others = [file.name for file in path.parent.glob("*.ckpt") if file.name not in (path.name, "strategy.ckpt")]
+        if others:
+            self.fail(key, f"lies beside {others[0]}; put it into a folder of its own, with its .yaml, and name that")
+        return str(path.parent)
 
     # ---- data ------------------------------------------------------------------------------------------------------
     def _data(self) -> None:
@@ -532,7 +542,7 @@ class _Form:
         kind = str(self.value(sense + ".type", "DynamicLossScaleUpdateCell"))
         uses = str(self.value(MODEL + "compute_dtype", "float32")) == "float16"
         plain = self.value(sense)
-        static = kind.startswith("FixedLossScale") or _as_number(plain) is not None
+        static = kind.startswith("FixedLossScale") or number_or_word(plain) is not None
         first = self.number(sense if plain is not None else f"{sense}.loss_scale_value", None, 1, whole=False)
         if kind not in ("DynamicLossScaleUpdateCell", "AdaptiveLossScaleUpdateCell", "FixedLossScaleUpdateCell"):
             self.fail(f"{sense}.type", "not built; there are DynamicLossScaleUpdateCell and FixedLossScaleUpdateCell")
@@ -602,18 +612,6 @@ def _batches_of(folder: str, batch: int | None) -> int | None:
     if records < batch:
         raise ConfigError(f"{folder}: {records} records make no batch of {batch}; lower runner_config.batch_size")
     return records // batch
-
-
-def _as_number(value: object) -> Any:
-    """Return a word that YAML 1.1 reads as text, such as 1e-5, as a number; None for what is no number is kept."""
-    if not isinstance(value, str):
-        return value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
 
 
 def _nearest(key: str) -> str:

@@ -19,6 +19,18 @@ GENERATION: dict[str, Any] = {
 """How a model continues texts where a call does not say, with their defaults."""
 
 
+def number_or_word(value: object) -> Any:
+    """Return a word that YAML 1.1 reads as text, such as 1e-5, as a number, `None` as none, and others as they are."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return None if value == "None" else value
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -57,6 +69,7 @@ class Family:
         derived: from the values by keyword, fields that follow from several.
         ignored: further keywords that change nothing of what is computed.
         architectures: what `arch.type` may be, with the head that it has here.
+        aliases: further spellings of keywords in files.
     """
 
     name: str
@@ -65,6 +78,7 @@ class Family:
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     ignored: frozenset[str] = frozenset()
     architectures: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def fields_of(self, given: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[str, ...]]]:
         """Return every field of ours with its value, and the keywords that it comes from.
@@ -110,7 +124,7 @@ class Family:
         return TransformerConfig(**{path: value for path, (value, _) in self.fields_of(given).items()})
 
 
-_WHOLE = ("ffn_hidden_size", "n_kv_heads", "intermediate_size")
+_WHOLE = ("ffn_hidden_size", "n_kv_heads", "intermediate_size", "max_position_embeddings")
 """Keywords of whole numbers that have none where nothing is said."""
 
 
@@ -204,8 +218,10 @@ LLAMA = Family(
 
 
 def _bert_head(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the head and its segments."""
-    return {"bert": BertConfig(bert_head=values["head"], num_tokentypes=values["type_vocab_size"])}
+    """Return the head and its segments, and the width of the MLP where it is a multiple."""
+    width = values["intermediate_size"] or values["expand_ratio"] * values["hidden_size"]
+    head = BertConfig(bert_head=values["head"], num_tokentypes=values["type_vocab_size"])
+    return {"ffn_hidden_size": width, "bert": head}
 
 
 BERT = Family(
@@ -213,12 +229,15 @@ BERT = Family(
     {
         **_SIZES, **_DROPOUT, "vocab_size": Setting(30522, ("vocab_size",)),
         "seq_length": Setting(512, ("seq_length", "max_position_embeddings")),
+        "max_position_embeddings": Setting(None, ("max_position_embeddings",)),
         "hidden_act": Setting("gelu", ("hidden_act",)), "intermediate_size": Setting(None, ("ffn_hidden_size",)),
         "layernorm_epsilon": Setting(1e-12, ("norm_epsilon",)), "type_vocab_size": Setting(2),
-        "head": Setting("encoder"),
+        "head": Setting("encoder"), "expand_ratio": Setting(4),
     },
     {},
     _bert_head,
+    aliases={"embedding_size": "hidden_size", "hidden_dropout_prob": "hidden_dropout_rate",
+             "attention_probs_dropout_prob": "attention_dropout_rate"},
 )  # fmt: skip
 
 FAMILIES = {family.name: family for family in (GPT2, PANGU_ALPHA, LLAMA, BERT)}

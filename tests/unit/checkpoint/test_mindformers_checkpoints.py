@@ -1,0 +1,255 @@
+"""MindFormers' checkpoints of GPT-2, LLaMA and BERT: `transformers`' numbers, and files that come back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+import yaml
+from hf_models import continued, loaded, logits_of, loss_and_norm, parameters
+from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+from safetensors.numpy import load_file
+
+from parallel_core import ops
+from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
+from parallel_core.checkpoint.mindspore.files import read_ckpt
+from parallel_core.convert.cli import main
+from parallel_core.errors import CheckpointError
+from parallel_core.generate.loading import describe
+from tests.unit.checkpoint.test_bert_checkpoints import VALUES as BERT_VALUES
+from tests.unit.checkpoint.test_bert_checkpoints import Loss, inputs, tensors_of
+from tests.unit.checkpoint.test_pangu_checkpoints import write
+
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
+SIZES = {"seq_length": 256, "vocab_size": 320, "hidden_size": 64, "num_layers": 3, "num_heads": 4}
+MODELS = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SIZES, "expand_ratio": 4, "hidden_act": "gelu"}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM",
+              {**SIZES, "n_kv_heads": 2, "intermediate_size": 176, "rms_norm_eps": "1e-6", "multiple_of": 256}),
+    "bert": ("BertConfig", "BertForQuestionAnswering",
+             {**SIZES, "seq_length": 48, "max_position_embeddings": 64, "type_vocab_size": 2, "embedding_size": 64,
+              "use_relative_positions": False, "expand_ratio": 2, "hidden_dropout_prob": 0.0}),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels():
+    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
+    ops.use_kernels("auto")
+
+
+def gpt2_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face's GPT-2 under MindFormers' names: c_attn in three, each transposed, other matrices as they are."""
+    found = {
+        "backbone.embedding.word_embedding.embedding_table": hf["transformer.wte.weight"],
+        "backbone.embedding.position_embedding.embedding_table": hf["transformer.wpe.weight"],
+        "backbone.layernorm.gamma": hf["transformer.ln_f.weight"],
+        "backbone.layernorm.beta": hf["transformer.ln_f.bias"],
+    }  # fmt: skip
+    for i in range(3):
+        there, here = f"transformer.h.{i}.", f"backbone.blocks.{i}."
+        for n in "12":
+            found[f"{here}layernorm{n}.gamma"] = hf[f"{there}ln_{n}.weight"]
+            found[f"{here}layernorm{n}.beta"] = hf[f"{there}ln_{n}.bias"]
+        for kind in ("weight", "bias"):
+            parts = np.split(hf[f"{there}attn.c_attn.{kind}"], 3, axis=-1)
+            found.update({f"{here}attention.dense{n}.{kind}": part.T for n, part in enumerate(parts, 1)})
+            for mine, theirs in (("attention.projection", "attn.c_proj"), ("output.mapping", "mlp.c_fc"),
+                                 ("output.projection", "mlp.c_proj")):  # fmt: skip
+                found[f"{here}{mine}.{kind}"] = hf[f"{there}{theirs}.{kind}"]
+    return found
+
+
+def llama_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face's LLaMA under MindFormers' names."""
+    words = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+             "post_attention_layernorm": "ffn_norm", "embed_tokens.weight": "tok_embeddings.embedding_weight",
+             "model.norm.": "model.norm_out."}  # fmt: skip
+    found = {}
+    for name, array in hf.items():
+        for theirs, mine in words.items():
+            name = name.replace(theirs, mine)
+        found[name] = array
+    return found
+
+
+def bert_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face's BERT under MindFormers' names: its first norm behind the MLP, matrices of outputs [in, out]."""
+    e, p = "bert.embeddings.", "bert.embedding_postprocessor."
+    found = {
+        "bert.word_embedding.embedding_table": hf[f"{e}word_embeddings.weight"],
+        f"{p}full_position_embedding.embedding_table": hf[f"{e}position_embeddings.weight"],
+        f"{p}token_type_embedding.embedding_table": hf[f"{e}token_type_embeddings.weight"],
+        f"{p}layernorm.gamma": hf[f"{e}LayerNorm.weight"], f"{p}layernorm.beta": hf[f"{e}LayerNorm.bias"],
+        "qa_outputs.weight": hf["qa_outputs.weight"], "qa_outputs.bias": hf["qa_outputs.bias"],
+    }  # fmt: skip
+    linear = {"attention.self.query": "attention.dense1", "attention.self.key": "attention.dense2",
+              "attention.self.value": "attention.dense3", "attention.output.dense": "attention.projection",
+              "intermediate.dense": "output.mapping", "output.dense": "output.projection"}  # fmt: skip
+    for i in range(3):
+        there, here = f"bert.encoder.layer.{i}.", f"bert.bert_encoder.encoder.blocks.{i}."
+        for theirs, mine in linear.items():
+            weight = hf[f"{there}{theirs}.weight"]
+            found[f"{here}{mine}.weight"] = weight if "self" in theirs else weight.T
+            found[f"{here}{mine}.bias"] = hf[f"{there}{theirs}.bias"]
+        for theirs, mine in (("attention.output.LayerNorm", "layernorm2"), ("output.LayerNorm", "layernorm1")):
+            found[f"{here}{mine}.gamma"] = hf[f"{there}{theirs}.weight"]
+            found[f"{here}{mine}.beta"] = hf[f"{there}{theirs}.bias"]
+    return found
+
+
+def published(name: str) -> dict[str, np.ndarray]:
+    if name == "bert":
+        return bert_names(tensors_of("question_answering"))
+    return {"gpt2": gpt2_names, "llama": llama_names}[name](load_file(GOLDEN / "weights" / f"{name}.safetensors"))
+
+
+def make(folder: Path, name: str, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
+    folder.mkdir(parents=True)
+    kind, architecture, values = MODELS[name]
+    model = {"model_config": {"type": kind, **values, **changes}, "arch": {"type": architecture}}
+    (folder / "run.yaml").write_text(yaml.safe_dump({"model": model, "seed": 0}), encoding="utf-8")
+    if tensors is not None:
+        write(folder / "model.ckpt", {key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_logits_loss_gradient_and_continuation_are_those_of_transformers(tmp_path, name):
+    trained = {**published(name), "adam_m.model.w": np.zeros(3, np.float32), "global_step": np.zeros(1, np.int32)}
+    values = np.load(GOLDEN / "computed" / f"{name}.npz")
+    model, tokens = loaded(open_checkpoint(make(tmp_path / "m", name, trained))), values["tokens"].astype(np.int64)
+    found = logits_of(model, tokens)[:, values["positions"]]
+    np.testing.assert_allclose(found, values["logits"], rtol=0, atol=2e-6 * np.abs(values["logits"]).max())
+    np.testing.assert_allclose(loss_and_norm(model, tokens), (values["loss"], values["grad_norm"]), rtol=1e-6)
+    np.testing.assert_array_equal(continued(model, tokens[:, :12], 24), values["greedy"])
+
+
+def test_answers_of_bert_are_those_of_transformers(tmp_path):
+    tensors = {**published("bert"), "bert.dense.weight": np.zeros((64, 64), np.float32)}  # of another head
+    model = loaded(open_checkpoint(make(tmp_path / "m", "bert", tensors)))
+    nothing = np.zeros(BERT_VALUES["tokens"].shape, np.int32)
+    loss, gradients = ms.value_and_grad(Loss(model, nothing, nothing), None, parameters(model))(*inputs())
+    norm = sum(float((g.asnumpy().astype(np.float64) ** 2).sum()) for g in gradients) ** 0.5
+    np.testing.assert_allclose((loss.asnumpy(), norm), (BERT_VALUES["loss"], BERT_VALUES["grad_norm"]), rtol=2e-6)
+    both = np.stack([BERT_VALUES["start_logits"], BERT_VALUES["end_logits"]], -1)
+    np.testing.assert_allclose(model(*inputs()).asnumpy(), both, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bitwise_in_names_forms_and_model(tmp_path, name):
+    there = make(tmp_path / "there", name, published(name))
+    for word in ("vocab.json", "merges.txt"):
+        (there / word).write_text(f"of {word}")
+    native, back = str(tmp_path / "native"), tmp_path / "back"
+    assert main(["--load", str(there), "--save", native, "--quiet"]) == 0
+    assert main(["--to", "mindspore", "--load", native, "--save", str(back), "--quiet"]) == 0
+    assert main(["--to", "mindspore", "--load", str(there), "--save", str(tmp_path / "again"), "--quiet"]) == 0
+    assert (tmp_path / "again" / "merges.txt").read_text() == "of merges.txt"
+    first, second = (read_ckpt(folder) for folder in (there / "model.ckpt", back / "mindspore_model.ckpt"))
+    assert first.keys() == second.keys()
+    for key, stored in first.items():
+        assert (stored.shape, stored.dtype) == (second[key].shape, second[key].dtype), key
+        np.testing.assert_array_equal(stored.blob().read(), second[key].blob().read(), err_msg=key)
+    models = [open_checkpoint(folder).common["model_config"] for folder in (there, back)]
+    assert models[0] == models[1]
+
+
+def test_slices_of_ranks_are_put_together(tmp_path):
+    whole = published("gpt2")
+    folder = make(tmp_path / "m", "gpt2")
+    cut = {name for name in whole if name.endswith(("dense1.weight", "dense2.weight", "dense3.weight"))}
+    cuts = ParallelStrategyMap(current_stage=0)
+    for name in cut:
+        item = cuts.parallel_layout_item.add()
+        item.param_name = name
+        item.parallel_layouts.dev_matrix.add().dim.append(2)
+        item.parallel_layouts.tensor_map.add().dim.extend((0, -1))
+        item.parallel_layouts.field = 0
+        item.parallel_layouts.opt_weight_shard_step = item.parallel_layouts.opt_weight_shard_size = 0
+    (folder / "strategy.ckpt").write_bytes(cuts.SerializeToString())
+    for rank in range(2):
+        mine = {name: np.split(array, 2)[rank] if name in cut else array for name, array in whole.items()}
+        write(folder / f"rank_{rank}" / "gpt2.ckpt", {name: np.ascontiguousarray(part) for name, part in mine.items()})
+    source, expected = open_checkpoint(folder), open_checkpoint(make(tmp_path / "one", "gpt2", whole))
+    for key in expected.keys():  # noqa: SIM118 - a method of TensorSource
+        np.testing.assert_array_equal(read_tensor(source, key), read_tensor(expected, key))
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+def told(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(find_checkpoint(folder))
+    return str(error.value)
+
+
+def test_adapters_that_nobody_merged_are_named_and_not_left_out(tmp_path):
+    name = "backbone.blocks.0.attention.dense1.mindpet_delta_lora_a"
+    tensors = {**published("gpt2"), name: np.zeros((2, 64), np.float32)}
+    assert f"1 tensors of no known place:\n  '{name}'" in told(make(tmp_path / "m", "gpt2", tensors))
+
+
+def test_missing_weights_are_an_error_that_names_them_and_never_first_values(tmp_path):
+    tensors = published("gpt2")
+    del tensors["backbone.blocks.2.output.mapping.weight"]
+    found = told(make(tmp_path / "m", "gpt2", tensors))
+    assert str(tmp_path / "m") in found and "backbone.blocks.2.output.mapping.weight is in no file" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 10**9}, "says 1000000000 layers"),
+        ({"num_heads": 3}, "hidden_size=64 is not a multiple of num_heads=3"),
+        ({"hidden_size": 10**12, "num_heads": 10**12}, "the longest stored dim is 320"),
+        ({"vocab_size": 300}, "word_embedding.embedding_table has shape [320, 64] instead of [300, 64]"),
+        ({"hidden_size": [1]}, "hidden_size=[1]: give a whole number above zero"),
+    ],
+)
+def test_a_yaml_of_another_model_is_refused_before_anything_is_laid_out(tmp_path, changes, said):
+    assert said in told(make(tmp_path / "m", "gpt2", published("gpt2"), **changes))
+
+
+def test_two_descriptions_are_named(tmp_path):
+    folder = make(tmp_path / "m", "gpt2", published("gpt2"))
+    (folder / "other.yaml").write_text((folder / "run.yaml").read_text())
+    assert "other.yaml, run.yaml each say what model it is" in told(folder)
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path("trapped").write_text, ("it ran",))
+
+
+def test_nothing_of_a_file_is_executed_neither_of_the_weights_nor_of_the_yaml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make(tmp_path / "m", "gpt2")
+    (folder / "model.ckpt").write_bytes(pickle.dumps(Trap()))
+    assert "is no MindSpore .ckpt file" in told(folder)
+    (folder / "run.yaml").write_text("model: {model_config: {type: !!python/object/apply:os.system [touch trapped]}}")
+    told(folder)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_what_mindformers_has_no_keyword_for_is_not_written(tmp_path, capsys):
+    config = json.loads((GOLDEN / "configs" / "gpt2.json").read_text())
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
+    (folder / "model.safetensors").write_bytes((GOLDEN / "weights" / "gpt2.safetensors").read_bytes())
+    assert main(["--to", "mindspore", "--load", str(folder), "--save", str(tmp_path / "mf"), "--quiet"]) == 2
+    assert "scale_attn_by_inverse_layer_idx=True, False in GPT2Config" in capsys.readouterr().err
+    assert not (tmp_path / "mf").exists()
+
+
+def test_texts_are_continued_with_the_tokenizer_beside_the_weights(tmp_path):
+    folder = make(tmp_path / "m", "gpt2", published("gpt2"))
+    described = describe(str(folder), None)
+    assert described.tokenizer is None and "knows of no tokenizer" in described.why_no_tokenizer
+    assert described.longest == 256
