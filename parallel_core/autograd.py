@@ -26,10 +26,17 @@ __all__ = [
     "needs_gradient",
     "no_grad",
     "on_gradient",
+    "records_gradients",
 ]
 
 no_grad = ms._no_grad
 """Context manager: operations inside are not recorded."""
+
+
+def records_gradients() -> bool:
+    """Return whether operations are recorded here, so that a tensor made now can have a hook for its gradient."""
+    return bool(_pynative_executor.enable_grad())
+
 
 class _OfThread(threading.local):
     forward_only = False

@@ -39,6 +39,15 @@ class ConfigError(ParallelCoreError, ValueError):
     """The user's configuration is wrong. Raised before any communicator exists, the same on every rank."""
 
 
+class ResultError(ParallelCoreError, ArithmeticError):
+    """A loss or a gradient that cannot be right: it is not finite, or another when it is computed again. Raised on
+    every rank alike, before the update.
+    """
+
+    exit_status = 1
+    """What the process ends with."""
+
+
 class CommError(ParallelCoreError, RuntimeError):
     """A transfer failed or timed out. The message names the group, its ranks, the operation, shape and dtype."""
 

@@ -71,6 +71,7 @@ def checked_common(common: Any, where: str) -> dict[str, Any]:
         scaler.number(key)
     _check_generators(record.record("rng", {}))
     record.record("data_order", {})
+    record.record("rerun", {})
     return dict(record.values)
 
 

@@ -106,6 +106,7 @@ def find_checkpoint(
     root: str | Path,
     step: int | None = None,
     *,
+    before: int | None = None,
     check: bool = True,
     report: Callable[[str], None] = _log.warning,
     allow_inert: Iterable[str] = (),
@@ -118,6 +119,7 @@ def find_checkpoint(
     Args:
         root: what `--load` names: a directory of checkpoints, or one checkpoint's own directory.
         step: `--ckpt-step`: exactly this iteration, with no other in its place.
+        before: the newest intact one of an iteration below this, whatever the tracker says.
         check: compare every file with its checksum (`resume_crc_check`).
         report: told, in one sentence, whenever the result is not simply what the tracker says.
         allow_inert: further class names that a Megatron pickle may mention.
@@ -128,11 +130,15 @@ def find_checkpoint(
     """
     with os_errors_named(Path(root)):
         problems = partial(_problems, check=check, allow_inert=tuple(allow_inert))
-        return _find(Path(root), step, problems, report)
+        return _find(Path(root), step, problems, report, before)
 
 
 def _find(
-    root: Path, step: int | None, problems_of: Callable[[Path], list[str]], report: Callable[[str], None]
+    root: Path,
+    step: int | None,
+    problems_of: Callable[[Path], list[str]],
+    report: Callable[[str], None],
+    before: int | None = None,
 ) -> Path:
     if not root.is_dir():
         raise CheckpointError(f"--load {root}: there is no such directory")
@@ -146,7 +152,11 @@ def _find(
             raise CheckpointError(f"--load {root} --ckpt-step {step}: no {name}; {_have(iterations)}")
         _require_intact(iterations[step], problems_of)
         return iterations[step]
-    tracked, note = _read_tracker(root, iterations)
+    if before is None:
+        tracked, note = _read_tracker(root, iterations)
+    else:
+        iterations = {iteration: path for iteration, path in iterations.items() if iteration < before}
+        tracked, note = None, ""
     if tracked == "release":
         _require_intact(root / "release", problems_of)
         return root / "release"

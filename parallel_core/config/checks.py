@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from parallel_core.config.conversation_checks import CONVERSATION_CHECKS
+from parallel_core.config.diagnosis_checks import DIAGNOSIS_CHECKS
 from parallel_core.config.expert_checks import EXPERT_CHECKS
 from parallel_core.config.interleave_checks import INTERLEAVE_CHECKS
 from parallel_core.config.lora_checks import LORA_CHECKS
@@ -21,7 +22,7 @@ from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
 CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **CONVERSATION_CHECKS,
-                           **WATCHING_CHECKS, **INTERLEAVE_CHECKS}  # fmt: skip
+                           **WATCHING_CHECKS, **INTERLEAVE_CHECKS, **DIAGNOSIS_CHECKS}  # fmt: skip
 
 
 def _rule(function: Rule) -> Rule:

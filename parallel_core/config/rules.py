@@ -10,6 +10,7 @@ from parallel_core.config.argument import IGNORED, REFUSED
 from parallel_core.config.bert import BertConfig
 from parallel_core.config.checks import CHECKS
 from parallel_core.config.derivations import DERIVATIONS
+from parallel_core.config.diagnosis import DiagnosisConfig
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.lora import LoraConfig
@@ -88,6 +89,7 @@ _SECTION_TYPES: dict[str, Any] = {
 }
 _NESTED_TYPES: dict[str, Any] = {
     "bert": BertConfig,
+    "diagnosis": DiagnosisConfig,
     "fa_config": FlashAttentionConfig,
     "lora": LoraConfig,
     "mla": MLAConfig,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parallel_core.config.bert import BertConfig
+from parallel_core.config.diagnosis import DiagnosisConfig
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import TRAINED_LENGTH, MLAConfig
 from parallel_core.config.lora import LoraConfig
@@ -591,6 +592,7 @@ class TrainingConfig:
     """What MindSpore takes of an NPU's memory at most, such as 58GB; empty: all of it."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:

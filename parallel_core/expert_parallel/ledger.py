@@ -81,6 +81,16 @@ class RoutingLedger:
         self._records.append(record)
         return record
 
+    def biases(self) -> list[np.ndarray | None]:
+        """Return copies of the experts' biases of all routers, which each iteration moves."""
+        return [None if one.bias is None else one.bias.asnumpy().copy() for one in self._records]
+
+    def set_biases(self, values: list[np.ndarray | None]) -> None:
+        """Give the experts' biases back what `biases` has returned."""
+        for record, bias in zip(self._records, values):
+            if record.bias is not None and bias is not None:
+                record.bias.set_data(Tensor(bias))
+
     def start_iteration(self, loss_scale: float, num_microbatches: int) -> None:
         """Forget the last iteration.
 

@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parallel_core.environment import LOG_DIR_VARIABLE
-from parallel_core.errors import CommError, ConfigError, ParallelCoreError, printable, printable_lines
+from parallel_core.errors import (
+    CommError,
+    ConfigError,
+    ParallelCoreError,
+    ResultError,
+    printable,
+    printable_lines,
+)
 from parallel_core.files import create_file, read_regular
 from parallel_core.records import Record, parse_json
 
@@ -121,4 +128,6 @@ def report_failure(exc: BaseException) -> int:
 def _exit_status(exc: BaseException) -> int:
     if isinstance(exc, SystemExit):
         return exc.code if isinstance(exc.code, int) else 1
+    if isinstance(exc, ResultError):
+        return exc.exit_status
     return CONFIG_ERROR_STATUS if isinstance(exc, ConfigError) else 1

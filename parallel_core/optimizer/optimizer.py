@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindspore import Parameter
 
-from parallel_core.errors import ConfigError, ParallelCoreError, bullet_list
+from parallel_core.errors import ConfigError, ResultError, bullet_list
 from parallel_core.layout.shard import TensorShard, shard_of
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
@@ -155,7 +155,7 @@ class Optimizer:
             gradient_factor: factor of all gradients (1 / number of tokens for per-token losses).
 
         Raises:
-            ParallelCoreError: if a gradient is not finite, that is checked and no dynamic loss scale is there to react;
+            ResultError: if a gradient is not finite, that is checked and no dynamic loss scale is there to react;
                 the parameters are named.
         """
         unscale = gradient_factor / self.scaler.scale
@@ -227,7 +227,7 @@ class Optimizer:
             if not math.isfinite(self.ddp.buffers[s.buffer].grads.part(s.start, s.end).sum_of_squares())
         ]
         where = bullet_list(dict.fromkeys(names)) if names else "  (on another rank)"
-        raise ParallelCoreError(
+        raise ResultError(
             f"the gradient norm is {norm} after {self.step_count} updates; parameters whose gradient is not finite on "
             f"this rank:\n{where}\nLower --lr, or use --no-check-for-nan-in-loss-and-grad to skip such updates."
         )

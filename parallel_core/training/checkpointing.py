@@ -56,6 +56,7 @@ class Progress:
         data_order: what determined the order of the samples.
         earlier_samples: training samples of data before the present one (`--new-dataset`).
         skipped_iterations: iterations without an update.
+        rerun: of a run that ended by a result to be computed elsewhere, what it found (`training.results`).
     """
 
     iteration: int = 0
@@ -64,6 +65,7 @@ class Progress:
     data_order: dict[str, Any] | None = None
     skipped_iterations: int = 0
     earlier_samples: int = 0
+    rerun: dict[str, Any] | None = None
 
     @property
     def trained_samples(self) -> int:
@@ -319,7 +321,8 @@ class Checkpointer:
         needed = self._lora or any(getattr(training, name) for name in NEEDS_CHECKPOINT)
         if not needed and not holds_checkpoint(training.load_checkpoint):
             return ""
-        return str(find_checkpoint(training.load_checkpoint, step, check=training.crc_check, report=self._warn))
+        root, before = training.load_checkpoint, training.diagnosis.replay or None
+        return str(find_checkpoint(root, step, before=before, check=training.crc_check, report=self._warn))
 
     def check_model(self, common: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of another model."""
@@ -339,7 +342,9 @@ class Checkpointer:
             return Progress()
         samples = ("consumed_train_samples", "consumed_valid_samples", "earlier_samples")
         counted = {name: int(common.get(name, 0)) for name in (*samples, "skipped_iterations")}
-        progress = Progress(int(common["iteration"]), data_order=common.get("data_order"), **counted)
+        progress = Progress(
+            int(common["iteration"]), data_order=common.get("data_order"), rerun=common.get("rerun"), **counted
+        )
         if not weights_only:
             step.optimizer.step_count = int(common.get("adam_step", common["iteration"]))
             optimizer = self.config.optimizer_config

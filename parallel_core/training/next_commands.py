@@ -59,6 +59,22 @@ class Invocation:
         return words
 
 
+def command_again(invocation: Invocation, more: Sequence[str], world_size: int, log_dir: str) -> str | None:
+    """Return the command that a run was started by with further arguments, or None where it is not known.
+
+    Args:
+        invocation: how it was started.
+        more: the arguments.
+        world_size: its number of ranks.
+        log_dir: where the ranks of the job then log, so that the logs of the run stay.
+    """
+    starter = _starter(invocation.script)
+    if starter is None:
+        return None
+    words = [*invocation.arguments, *more]
+    return f"{_environment(words, world_size, invocation, log_dir)}{shlex.join([*starter, *words])}"
+
+
 def next_commands(config: AllConfig, iteration: int, world_size: int, invocation: Invocation | None) -> list[str]:
     """Return what to try after a run that saved checkpoints.
 
@@ -134,14 +150,17 @@ def _starter(script: str) -> list[str] | None:
     return None if "MS_ROLE" in os.environ else ["python", script]
 
 
-def _environment(words: list[str], ranks: int, invocation: Invocation) -> str:
-    """Return the variables that the launcher needs in front of the command: NPROC where the layout says otherwise."""
+def _environment(words: list[str], ranks: int, invocation: Invocation, log_dir: str = "") -> str:
+    """Return the variables that the launcher needs in front of the command: NPROC where the layout says otherwise.
+
+    The directory of logs is the one in LOG_DIR, or `log_dir`.
+    """
     if LOG_DIR_VARIABLE not in os.environ:
         return ""
     variables = []
     plain = HANDOVER_VARIABLE not in os.environ
     if plain or "NPROC" in os.environ or load_config(words, **invocation.options).world_size != ranks:
         variables.append(f"NPROC={ranks} ")
-    if os.environ.get("LOG_DIR"):
-        variables.append(f"LOG_DIR={shlex.quote(os.environ['LOG_DIR'])} ")
+    if log_dir := log_dir or os.environ.get("LOG_DIR", ""):
+        variables.append(f"LOG_DIR={shlex.quote(log_dir)} ")
     return "".join(variables)

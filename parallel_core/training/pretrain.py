@@ -17,7 +17,7 @@ from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data import data_order_fingerprint, describe_data_order, explain_data_order_change
 from parallel_core.data import train_valid_test_num_samples as count_samples
-from parallel_core.errors import ConfigError, bullet_list
+from parallel_core.errors import ConfigError, ResultError, bullet_list
 from parallel_core.ops.selection import PLAIN
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.figures import format_steps
@@ -33,6 +33,8 @@ from parallel_core.training.log import RunLog, Stopwatch
 from parallel_core.training.model import ModelProvider, get_model
 from parallel_core.training.names import check_parameter_names
 from parallel_core.training.next_commands import Invocation, next_commands
+from parallel_core.training.replay import explained, replay, until_replay
+from parallel_core.training.results import make_attempts
 from parallel_core.training.runtime import (
     limit_device_memory,
     select_kernels,
@@ -105,6 +107,7 @@ def pretrain(
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
     require_packages(all_config.training_config.tracking)
     startup.note("configuration")
+    all_config = until_replay(all_config)
     with own_directories(all_config, resolved or sections_yaml(all_config), rank):
         if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
             ms.set_deterministic(True)  # MindSpore takes it once
@@ -169,7 +172,10 @@ class TrainingRun:
         self.progress = Progress()
         if config.training_config.load_checkpoint:
             self.progress = self.checkpointer.load()
-        self.log.begin(self.progress.iteration, evaluates_only=config.training_config.skip_train)
+        self.step.attempts = make_attempts(config, context, self.step, self.log, self.progress.rerun)
+        self.progress = _replace(self.progress, rerun=None)
+        if not config.training_config.diagnosis.replay:
+            self.log.begin(self.progress.iteration, evaluates_only=config.training_config.skip_train)
         startup.note("optimizer and checkpoint")
         self._saved_at = -1
         self.train_data: BatchSource | None = None
@@ -247,6 +253,9 @@ class TrainingRun:
         """Run the iterations that are left, evaluations and checkpoints among them."""
         with self.stops:
             try:
+                if self.config.training_config.diagnosis.replay:
+                    replay(self)
+                    return
                 stopped = not self.config.training_config.skip_train and self._train_iterations()
                 self._finish(stopped)
             except Exception:
@@ -258,7 +267,7 @@ class TrainingRun:
         training, watch, before = self.config.training_config, Stopwatch(), self.progress
         leave = False
         while self.progress.iteration < self.iterations:
-            told = self._iteration(watch).stop
+            told = self.run_iteration(watch).stop
             iteration = self.progress.iteration
             if training.eval_interval and iteration % training.eval_interval == 0 and iteration < self.iterations:
                 told = told or not self.evaluator.run("validation", self.valid_data, iteration)
@@ -284,15 +293,23 @@ class TrainingRun:
                 "token of the batch counts (see --initial-loss-scale, --loss-scale and the loss mask)"
             )
 
-    def _iteration(self, watch: Stopwatch) -> StepReport:
+    def run_iteration(self, watch: Stopwatch) -> StepReport:
+        """Run the next iteration, and tell of it.
+
+        Raises:
+            ResultError: a result that cannot be right; with what shows where it comes from.
+        """
         done = self.progress
         samples = self.sizes.current(done.trained_samples)
         microbatches = self.sizes.num_microbatches(done.trained_samples)
         iteration = done.iteration + 1
         if self.train_data is None:
             raise ConfigError("there is no training data: call load_data before train")
-        with self.watch.iteration(iteration):
-            report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
+        try:
+            with self.watch.iteration(iteration):
+                report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
+        except ResultError as error:
+            raise explained(self, error) from None
         self._tell_startup()
         self.progress = _replace(
             done,
@@ -333,15 +350,19 @@ class TrainingRun:
             self._save()  # first, so that nothing that happens in the evaluation costs the training
             ends = (("validation", self.valid_data), ("test", self.test_data))
             stopped = not all(self.evaluator.run(split, data, iteration) for split, data in ends)
+        self.close()
+        if stopped:
+            self.log.info(f"Stopped after iteration {iteration} of {self.iterations}")
+        for line in next_commands(self.config, iteration, self.context.mesh.world_size, self.invocation):
+            self.log.info(line)
+
+    def close(self) -> None:
+        """End what goes on beside the loop: profiles, saves, readers, metrics."""
         self.watch.stop()
         self.checkpointer.finish()
         for source in (self.train_data, self.valid_data, self.test_data):
             if source is not None:
                 source.close()
-        if stopped:
-            self.log.info(f"Stopped after iteration {iteration} of {self.iterations}")
-        for line in next_commands(self.config, iteration, self.context.mesh.world_size, self.invocation):
-            self.log.info(line)
         self.log.close()
 
     def _save(self) -> None:

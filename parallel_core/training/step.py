@@ -11,7 +11,7 @@ import mindspore as ms
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
-from parallel_core.errors import ParallelCoreError
+from parallel_core.errors import ResultError
 from parallel_core.expert_parallel.ledger import Numbers
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
 from parallel_core.optimizer.finalize import finalize_model_grads
@@ -27,6 +27,10 @@ from parallel_core.spans import span
 from parallel_core.training.batches import BatchSource
 from parallel_core.training.model import RankModel
 from parallel_core.training.scalars import LossTotals, ScalarReducer, Scalars
+
+Attempts = Callable[[int, BatchSource, Callable[[BatchSource], Scalars]], Scalars]
+"""`attempts(iteration, data, compute) -> compute(data)`: how often an iteration is computed before its update, and of
+what; see `training.results`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class TrainingStep:
         self._schedules: dict[tuple[int, bool], list[Step]] = {}
         self._scalars = ScalarReducer(context.world)
         self._iteration = 0
+        self.attempts: Attempts = lambda iteration, data, compute: compute(data)
 
     def _make_stage(self, chunk: int, forward_step_func: ForwardStep) -> PipelineStage:
         context, layout = self.context, self.model.layout
@@ -148,21 +153,14 @@ class TrainingStep:
             stop: asked, when the iteration is nearly done, whether this rank wants the run to end.
 
         Raises:
-            ParallelCoreError: if a loss or a gradient is not finite, and check_for_nan_in_loss_and_grad asks for that;
-                if overflows have brought training to a halt.
+            ResultError: if a loss or a gradient is not finite, and check_for_nan_in_loss_and_grad asks for that.
+            ParallelCoreError: if overflows have brought training to a halt.
 
         Communication: the schedule's transfers, the gradients' reductions, and one all-reduce of scalars.
         """
         self._iteration = iteration
         self.model.streams.training = True
-        self.ddp.start_iteration()
-        self.model.ledger.start_iteration(self.scaler.scale, num_microbatches)
-        with span("forward-backward", 1):
-            self._run(data, num_microbatches, forward_only=False)
-        with span("all-grads-sync", 1):
-            finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
-        numbers = self.model.ledger.finish_iteration(self.context.tp.rank == 0 and self.context.dp_cp.rank == 0)
-        found = self._reduce_scalars(self.optimizer.local_squares(), stop, numbers)
+        found = self.attempts(iteration, data, lambda source: self._compute(source, num_microbatches, stop))
         losses, scale = found.losses.means(), self.scaler.scale
         lr, weight_decay = self.scheduler.get_lr(), self.scheduler.get_wd()
         if found.tokens == 0 and found.squares == 0:
@@ -176,6 +174,22 @@ class TrainingStep:
         if result.success:
             self.scheduler.step(samples)
         return StepReport(losses, result.grad_norm, lr, weight_decay, scale, not result.success, found.stop)
+
+    def _compute(self, data: BatchSource, num_microbatches: int, stop: Callable[[], bool]) -> Scalars:
+        """Complete the gradients of one batch, and return the numbers of all ranks."""
+        self.ddp.start_iteration()
+        self.model.ledger.start_iteration(self.scaler.scale, num_microbatches)
+        with span("forward-backward", 1):
+            self._run(data, num_microbatches, forward_only=False)
+        with span("all-grads-sync", 1):
+            finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
+        numbers = self.model.ledger.finish_iteration(self.context.tp.rank == 0 and self.context.dp_cp.rank == 0)
+        return self._reduce_scalars(self.optimizer.local_squares(), stop, numbers)
+
+    @property
+    def reports(self) -> list[Any]:
+        """What the last stage's microbatches reported on this rank; see `PipelineStage.reports`."""
+        return list(self._stages[-1].reports) if self.context.is_last_stage else []
 
     def evaluate(
         self,
@@ -259,7 +273,7 @@ class TrainingStep:
         """
         context = self.context
         speaks = context.is_last_stage and context.tp.rank == 0
-        reports = list(self._stages[-1].reports) if speaks else []
+        reports = self.reports if speaks else []
         return self._scalars.reduce([*reports, (0.0, numbers)] if numbers else reports, squares, stop)
 
 
@@ -267,11 +281,11 @@ def require_finite(losses: Mapping[str, float | None], iteration: int) -> None:
     """Refuse losses that are not finite.
 
     Raises:
-        ParallelCoreError: for the first one, by name.
+        ResultError: for the first one, by name.
     """
     for name, value in losses.items():
         if value is not None and not math.isfinite(value):
-            raise ParallelCoreError(
+            raise ResultError(
                 f"iteration {iteration}: the reported {name!r} is {value}, though every gradient is finite; no update "
                 "was made. Look at what loss_func reports, or use --no-check-for-nan-in-loss-and-grad to go on."
             )

@@ -6,7 +6,11 @@ import json
 
 import numpy as np
 
+from parallel_core.diagnose.finite import Found
+from parallel_core.errors import ResultError
+from parallel_core.layout.shard import shard_of
 from parallel_core.pipeline.schedule import Op
+from parallel_core.training.replay import watch_of
 from parallel_core.training.statistics import model_statistics
 from parallel_core.training.timeline import LANES, Timeline
 from parallel_core.training.timers import Timers, times_text
@@ -92,3 +96,27 @@ def test_the_timeline_holds_the_schedule(ctx: CaseContext, layout: str) -> None:
     for lane in ("communication", "waiting"):
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["tid"] == LANES[lane])
         assert spans and all(before[1] <= after[0] + 0.01 for before, after in zip(spans, spans[1:])), lane
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("pp2 vpp2", "tp2 sp", "dp2 distopt")])
+def test_ranks_agree_which_layer_was_the_first_that_is_not_finite(ctx: CaseContext, layout: str) -> None:
+    """Layer 2 overflows; the ranks and stages behind it follow, and say of it what the first one does."""
+    tiny = settings(layout)
+    run = TinyRun(tiny, context_of(ctx, tiny))
+    run.train(1)
+    for parameter, storage in run.step.ddp.parameters():
+        if shard_of(parameter).name == "decoder.layers.2.mlp.linear_fc2.weight":
+            storage.load(np.full(storage.numpy().size, 3e38, np.float32))
+    failed = False
+    with watch_of(run.step, run.context) as looked:
+        try:
+            run.train(1)
+        except ResultError:
+            failed = True
+    record = None if looked.first is None else looked.first.to_record()
+    found = [Found.of_record(one) for one in run.context.world.all_gather_object(record) if one is not None]
+    first = min(found, key=lambda one: one.order)
+    assert failed and "of decoder.layers.2.mlp.linear_fc2 (RowParallelLinear)" in first.what, first
+    assert first.what.startswith("output ") and "forward pass of microbatch 0" in first.when, first
+    assert any("linear_fc2.weight" in line and "3e+38" in line for line in first.beside), first
+    assert len(found) == 2

@@ -7,8 +7,8 @@ from importlib.resources import files
 from parallel_core.config.argument import Argument, parse_rows
 
 _TABLES = (
-    "model", "latent_attention", "experts", "multi_token", "bert", "parallel", "training", "lora", "watching", "data",
-    "other", "ignored", "refused_models", "refused_runs",
+    "model", "latent_attention", "experts", "multi_token", "bert", "parallel", "training", "lora", "watching",
+    "diagnosis", "data", "other", "ignored", "refused_models", "refused_runs",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ KINDS: dict[str, Any] = {
     "optimizer_config": schema.OptimizerConfig,
 }
 NESTED: dict[str, Any] = {"profile": schema.ProfileConfig, "tracking": schema.TrackingConfig,
+                          "diagnosis": schema.DiagnosisConfig,
                           "fa_config": schema.FlashAttentionConfig, "mla": schema.MLAConfig, "moe": schema.MoEConfig,
                           "mtp": schema.MTPConfig, "bert": schema.BertConfig, "lora": schema.LoraConfig}
 # What a flag says that Python says in the model's own section.

@@ -322,6 +322,15 @@ WORDS = {
 
 # Arguments whose effect needs several processes, or is what other tests are about: the tests that show it.
 ELSEWHERE = {
+    "replay": "tests/unit/training/test_replay.py::test_a_run_that_stops_is_replayed_from_the_checkpoint_before",
+    "check_for_spiky_loss": "tests/unit/training/test_replay.py::test_a_spike_is_told_and_training_goes_on",
+    "check_for_large_grads": "tests/unit/training/test_replay.py::test_a_spike_is_told_and_training_goes_on",
+    "rerun_mode":
+        "tests/unit/training/test_replay.py::test_a_result_that_is_another_the_second_time_ends_the_run_with_17",
+    "error_injection_rate": "tests/unit/training/test_replay.py::test_injected_errors_end_as_their_kind_does",
+    "error_injection_type": "tests/unit/training/test_replay.py::test_injected_errors_end_as_their_kind_does",
+    "result_rejected_tracker_filename":
+        "tests/unit/training/test_replay.py::test_injected_errors_end_as_their_kind_does",
     "sft": "tests/unit/data/test_conversations.py::test_a_resumed_run_goes_on_with_the_next_sample",
     "sft_tokenizer_prompt_format":
         "tests/unit/data/test_conversations.py::test_answers_are_what_the_assistant_has_written",

@@ -56,7 +56,7 @@ def test_the_tables_are_packaged():
     package = ROOT / "parallel_core"
     packaged = {file for pattern in ast.literal_eval(patterns) for file in package.glob(pattern)}
     beside = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
-    assert len(list((package / "config" / "arguments").glob("*.txt"))) == 14
+    assert len(list((package / "config" / "arguments").glob("*.txt"))) == 15
     assert beside <= packaged
 
 
