@@ -18,6 +18,7 @@ from pathlib import Path
 from parallel_core.doctor.ascend_versions import versions_fit
 from parallel_core.doctor.finding import BAD, GOOD, NOTE, Finding
 from parallel_core.errors import ConfigError, printable
+from parallel_core.launch.host_memory import RANK_BYTES, host_memory
 from parallel_core.launch.plan import device_target, is_listening, master_port
 
 _PYTHONS = ((3, 10), (3, 12))
@@ -108,27 +109,15 @@ def _cpu_quota() -> float | None:
 
 def memory() -> Iterator[Finding]:
     """There is memory for a rank, whatever the container allows."""
-    known = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M))
-    free, total = int(known["MemAvailable"]) << 10, int(known["MemTotal"]) << 10
-    limit, where = _memory_limit(), ""
+    host = host_memory()
+    free, total, limit, where = host.free, host.total, host.limit, ""
     if limit is not None and limit[0] - limit[1] < free:
         free, total, where = limit[0] - limit[1], limit[0], " (the container's)"
     found = f"{_size(free)} of {_size(total)} free{where}"
     if free < _LEAST_MEMORY:
-        yield Finding("memory", BAD, found, "end other programs: a rank takes 0.5 GB before its model")
+        yield Finding("memory", BAD, found, f"end other programs: a rank takes {_size(RANK_BYTES)} before its model")
     else:
         yield Finding("memory", GOOD, found)
-
-
-def _memory_limit() -> tuple[int, int] | None:
-    """Return (limit, use) of the container in bytes, None without a limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = (folder / "memory.current").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return None if limit == "max" else (int(limit), int(used))
 
 
 _OPEN_ANOTHERS = "import os, sys; os.close(os.open(f'/proc/{sys.argv[1]}/fd/{sys.argv[2]}', os.O_RDWR))"

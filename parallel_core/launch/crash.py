@@ -12,6 +12,7 @@ from parallel_core.errors import printable
 from parallel_core.files import create_file
 from parallel_core.launch.activity import STACK_SIGNAL, Doing, read_activity, stack_path
 from parallel_core.launch.console import last_lines
+from parallel_core.launch.host_memory import host_memory
 from parallel_core.launch.outcome import RankFailure, first_failure
 from parallel_core.launch.processes import send
 from parallel_core.versions import describe_versions
@@ -106,7 +107,8 @@ def write_crash_report(
 
 def _available_memory() -> str:
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-        return ", ".join(f"{key} {int(fields[key].split()[0]) >> 10} MiB" for key in ("MemTotal", "MemAvailable"))
+        host = host_memory()
     except (OSError, KeyError, ValueError):
         return "memory unknown"
+    container = "" if host.limit is None else f", the container's limit {host.limit[0] >> 20} MiB"
+    return f"memory {host.total >> 20} MiB, {host.free >> 20} MiB free{container}"

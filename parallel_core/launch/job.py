@@ -20,6 +20,8 @@ from parallel_core.launch.activity import Doing, forget
 from parallel_core.launch.console import LogFollower
 from parallel_core.launch.crash import ask_ranks, describe_wait, write_crash_report
 from parallel_core.launch.fork import fork_environment
+from parallel_core.launch.host_memory import killed_for_memory
+from parallel_core.launch.memory import explain_memory
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
 from parallel_core.launch.progress import ProgressLine
@@ -138,6 +140,9 @@ class Job:
         self._doings: list[Doing] = []
         """What ranks that had not failed were doing when the first one had."""
         self._failed_at = 0.0
+        self._most: dict[int, int] = {}
+        """Bytes that ranks which have ended had resident at most."""
+        self._killed_before = killed_for_memory()
 
     @property
     def was_stopped(self) -> bool:
@@ -227,8 +232,10 @@ class Job:
                 if status != 0:
                     self._note_failure(RankFailure("msrun", time.time(), status))
                 continue
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            role = self._role_of.get(pid)
+            _, encoded, usage = os.wait4(pid, 0)
+            status, role = os.waitstatus_to_exitcode(encoded), self._role_of.get(pid)
+            if isinstance(role, int):
+                self._most[role] = usage.ru_maxrss << 10
             if role is not None:
                 self._note_end(role, status)
 
@@ -353,7 +360,9 @@ class Job:
         if self._failures:
             failures = list(self._failures.values())
             text = describe_failures(spec.log_dir, spec.num_ranks, failures, self._ended_well)
-            text = "\n".join([text, *describe_wait(failures, self._doings, self._failed_at)])
+            wanting = explain_memory(spec.log_dir, spec.command, spec.environment, (spec.num_ranks, spec.local_ranks),
+                                     failures, self._most, killed_for_memory() - self._killed_before)  # fmt: skip
+            text = "\n".join([text, *wanting, *describe_wait(failures, self._doings, self._failed_at)])
             facts = spec.command, spec.local_ranks, text, failures, self._doings, self._failed_at
             report = write_crash_report(spec.log_dir, *facts)
             print(text + (f"\n  All that is known: {report}" if report else ""), file=self._err, flush=True)

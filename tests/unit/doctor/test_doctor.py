@@ -19,6 +19,7 @@ from parallel_core.doctor import machine
 from parallel_core.doctor import nodes as between
 from parallel_core.doctor.ascend_versions import cann_versions, versions_fit
 from parallel_core.doctor.finding import BAD, GOOD, NOTE, Finding
+from parallel_core.launch.host_memory import HostMemory
 from tests.helpers.launching import REPO
 
 
@@ -52,7 +53,7 @@ def test_cores_memory_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_cpu_quota", lambda: 0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     assert states(machine.cores()) == {"cores": NOTE, "OMP_NUM_THREADS": NOTE}
-    monkeypatch.setattr(machine, "_memory_limit", lambda: (3 << 30, 2 << 30))
+    monkeypatch.setattr(machine, "host_memory", lambda: HostMemory(64 << 30, 64 << 30, (3 << 30, 2 << 30)))
     (finding,) = machine.memory()
     assert finding.state == BAD and "1.0 GB of 3.0 GB free (the container's)" in finding.found
     usage = namedtuple("usage", "free")
