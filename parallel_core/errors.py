@@ -40,9 +40,7 @@ class ConfigError(ParallelCoreError, ValueError):
 
 
 class ResultError(ParallelCoreError, ArithmeticError):
-    """A loss or a gradient that cannot be right: it is not finite, or another when it is computed again. Raised on
-    every rank alike, before the update.
-    """
+    """A loss or a gradient that cannot be right, such as one that is not finite; raised on every rank, no update is made."""
 
     exit_status = 1
     """What the process ends with."""

@@ -294,11 +294,7 @@ class TrainingRun:
             )
 
     def run_iteration(self, watch: Stopwatch) -> StepReport:
-        """Run the next iteration, and tell of it.
-
-        Raises:
-            ResultError: a result that cannot be right; with what shows where it comes from.
-        """
+        """Run the next iteration, and tell of it; a `ResultError` says what shows where it comes from."""
         done = self.progress
         samples = self.sizes.current(done.trained_samples)
         microbatches = self.sizes.num_microbatches(done.trained_samples)
