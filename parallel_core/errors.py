@@ -40,7 +40,7 @@ class ConfigError(ParallelCoreError, ValueError):
 
 
 class ResultError(ParallelCoreError, ArithmeticError):
-    """A loss or a gradient that cannot be right, such as one that is not finite. Every rank raises it; no update is made."""
+    """A loss or a gradient that cannot be right, as one that is not finite. Every rank raises it before the update."""
 
     exit_status = 1
     """What the process ends with."""
