@@ -182,6 +182,14 @@ class RunLog:
             )
         self._board.evaluation(split, iteration, self._samples, losses, perplexities)
 
+    def learned(self, iterations: int, skipped: int) -> None:
+        """Say so when every one of the iterations was skipped."""
+        if iterations and iterations == skipped:
+            self.warn(
+                f"the model is as it was: all {iterations} iterations were skipped, because the gradients overflowed "
+                "or no token of the batch counts (see --initial-loss-scale, --loss-scale and the loss mask)"
+            )
+
     def close(self) -> None:
         """Flush and close the metrics and what else is told."""
         self._board.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,8 @@ from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
-from parallel_core.data import data_order_fingerprint, describe_data_order, explain_data_order_change
 from parallel_core.data import train_valid_test_num_samples as count_samples
-from parallel_core.errors import ConfigError, ResultError, bullet_list
+from parallel_core.errors import ConfigError, ResultError
 from parallel_core.ops.selection import PLAIN
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.figures import format_steps
@@ -25,6 +25,7 @@ from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.tracking.writers import require_packages
 from parallel_core.training.batches import BatchSource, make_batch_source
 from parallel_core.training.checkpointing import Checkpointer, Progress
+from parallel_core.training.data_order import check_data_order
 from parallel_core.training.datasets import default_datasets_provider
 from parallel_core.training.directories import own_directories
 from parallel_core.training.evaluation import Evaluator, NonLossDataFunction
@@ -173,7 +174,7 @@ class TrainingRun:
         if config.training_config.load_checkpoint:
             self.progress = self.checkpointer.load()
         self.step.attempts = make_attempts(config, context, self.step, self.log, self.progress.rerun)
-        self.progress = _replace(self.progress, rerun=None)
+        self.progress = replace(self.progress, rerun=None)
         if not config.training_config.diagnosis.replay:
             self.log.begin(self.progress.iteration, evaluates_only=config.training_config.skip_train)
         startup.note("optimizer and checkpoint")
@@ -200,7 +201,8 @@ class TrainingRun:
         external = train_data_loader is not None
         self._train_dataset = train
         if not evaluates_only:
-            self._check_data_order(None if external else train)
+            order_of = None if external else train
+            self.progress = check_data_order(order_of, self.progress, self.config, self.context, self.log)
             self.train_data = self._source(train, self.progress.consumed_train_samples, external)
         if training.eval_iters:
             # Without training every checkpoint is judged by the same samples, the first ones.
@@ -223,30 +225,6 @@ class TrainingRun:
     def _source(self, dataset: Any, consumed: int, external: bool = False, wraps: bool = False) -> BatchSource:
         chunks = len(self.step.model.chunks)
         return make_batch_source(dataset, consumed, self.config, self.context, chunks, external, wraps)
-
-    def _check_data_order(self, dataset: Any) -> None:
-        """Say so when the samples come in another order than in the run that was loaded."""
-        data = self.config.dataset_config
-        order = describe_data_order(
-            dataset,
-            dataloader_type=data.dataloader_type,
-            micro_batch_size=data.batch_size,
-            data_parallel_size=self.context.dp.size,
-        )
-        before = self.progress.data_order
-        if before is not None and data_order_fingerprint(before) != data_order_fingerprint(order):
-            changes = bullet_list(explain_data_order_change(before, order))
-            if self.config.training_config.new_dataset:
-                self.log.info("Training goes on with new data (--new-dataset), from its first sample")
-            else:
-                self.log.warn(
-                    "the samples come in another order than in the run this checkpoint is from, so some are seen twice "
-                    "and some not at all (--new-dataset starts the data afresh):\n" + changes
-                )
-        if self.config.training_config.new_dataset:
-            earlier = self.progress.trained_samples
-            self.progress = _replace(self.progress, earlier_samples=earlier, consumed_train_samples=0)
-        self.progress = _replace(self.progress, data_order=order)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def train(self) -> None:
@@ -282,16 +260,9 @@ class TrainingRun:
                 watch.lap()
             if leave:
                 break
-        self._warn_if_nothing_was_learned(before)
+        skipped = self.progress.skipped_iterations - before.skipped_iterations
+        self.log.learned(self.progress.iteration - before.iteration, skipped)
         return leave
-
-    def _warn_if_nothing_was_learned(self, before: Progress) -> None:
-        done = self.progress.iteration - before.iteration
-        if done and self.progress.skipped_iterations - before.skipped_iterations == done:
-            self.log.warn(
-                f"the model is as it was: all {done} iterations were skipped, because the gradients overflowed or no "
-                "token of the batch counts (see --initial-loss-scale, --loss-scale and the loss mask)"
-            )
 
     def run_iteration(self, watch: Stopwatch) -> StepReport:
         """Run the next iteration, and tell of it; a `ResultError` says what shows where it comes from."""
@@ -307,7 +278,7 @@ class TrainingRun:
         except ResultError as error:
             raise explained(self, error) from None
         self._tell_startup()
-        self.progress = _replace(
+        self.progress = replace(
             done,
             iteration=iteration,
             consumed_train_samples=done.consumed_train_samples + samples,
@@ -338,7 +309,7 @@ class TrainingRun:
         """Count an evaluation's samples, also of one that was broken off, so that a resumed run goes on as if not."""
         if self.valid_data is not None:
             seen = self.progress.consumed_valid_samples + self.evaluator.samples
-            self.progress = _replace(self.progress, consumed_valid_samples=seen)
+            self.progress = replace(self.progress, consumed_valid_samples=seen)
 
     def _finish(self, stopped: bool) -> None:
         iteration = self.progress.iteration
@@ -377,7 +348,3 @@ class TrainingRun:
     def _epoch(self) -> int:
         per_epoch = getattr(self._train_dataset, "samples_per_epoch", 0)
         return (self.progress.consumed_train_samples - 1) // per_epoch if per_epoch else 0
-
-
-def _replace(progress: Progress, **changes: Any) -> Progress:
-    return Progress(**{**vars(progress), **changes})

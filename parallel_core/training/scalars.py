@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from parallel_core.comm.interface import Group
+from parallel_core.errors import ResultError
 
 Report = tuple[Any, Mapping[str, tuple[Any, Any]]]
 """Of one microbatch: number of tokens, and {name: (sum, number)}; see `pipeline.stage`."""
@@ -114,3 +116,17 @@ def _on_host(squares: Any, reports: Sequence[Report]) -> tuple[float, list[Repor
     return next(floats), [
         (next(floats), {name: (next(floats), next(floats)) for name in report}) for _, report in reports
     ]
+
+
+def require_finite(losses: Mapping[str, float | None], iteration: int) -> None:
+    """Refuse losses that are not finite.
+
+    Raises:
+        ResultError: for the first one, by name.
+    """
+    for name, value in losses.items():
+        if value is not None and not math.isfinite(value):
+            raise ResultError(
+                f"iteration {iteration}: the reported {name!r} is {value}, though every gradient is finite; no update "
+                "was made. Look at what loss_func reports, or use --no-check-for-nan-in-loss-and-grad to go on."
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import mindspore as ms
 
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
-from parallel_core.errors import ResultError
 from parallel_core.expert_parallel.ledger import Numbers
 from parallel_core.optimizer.data_parallel import DistributedDataParallel
 from parallel_core.optimizer.finalize import finalize_model_grads
@@ -26,11 +25,10 @@ from parallel_core.pipeline.stage import ForwardStep, PipelineStage
 from parallel_core.spans import span
 from parallel_core.training.batches import BatchSource
 from parallel_core.training.model import RankModel
-from parallel_core.training.scalars import LossTotals, ScalarReducer, Scalars
+from parallel_core.training.scalars import LossTotals, ScalarReducer, Scalars, require_finite
 
 Attempts = Callable[[int, BatchSource, Callable[[BatchSource], Scalars]], Scalars]
-"""`attempts(iteration, data, compute) -> compute(data)`: how often an iteration is computed before its update, and of
-what; see `training.results`."""
+"""`attempts(iteration, data, compute) -> compute(data)`, computed once or again before the update (`results`)."""
 
 
 @dataclass(frozen=True)
@@ -275,17 +273,3 @@ class TrainingStep:
         speaks = context.is_last_stage and context.tp.rank == 0
         reports = self.reports if speaks else []
         return self._scalars.reduce([*reports, (0.0, numbers)] if numbers else reports, squares, stop)
-
-
-def require_finite(losses: Mapping[str, float | None], iteration: int) -> None:
-    """Refuse losses that are not finite.
-
-    Raises:
-        ResultError: for the first one, by name.
-    """
-    for name, value in losses.items():
-        if value is not None and not math.isfinite(value):
-            raise ResultError(
-                f"iteration {iteration}: the reported {name!r} is {value}, though every gradient is finite; no update "
-                "was made. Look at what loss_func reports, or use --no-check-for-nan-in-loss-and-grad to go on."
-            )
