@@ -12,16 +12,17 @@ Source: Hu et al. 2021 (arXiv:2106.09685).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
+from parallel_core.adapt.experts import ExpertAdapter
 from parallel_core.checkpoint.lora import LORA_A, LORA_B
 from parallel_core.comm.interface import Group, SoloGroup
-from parallel_core.config.lora import LORA_MODULES, LoraConfig
+from parallel_core.config.lora import LORA_MODULES, LoraConfig, TargetRank, is_target
 from parallel_core.config.schema import TrainingConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard, shard_of
@@ -29,6 +30,8 @@ from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.parameter import constant, make_parameter, named_xavier_uniform
 from parallel_core.tensor_parallel.random import RandomStreams
+from parallel_core.transformer.moe.experts import GroupedMLP
+from parallel_core.transformer.moe.router import TopKRouter
 
 Linear = ColumnParallelLinear | RowParallelLinear
 
@@ -41,7 +44,7 @@ class LoraLinear(nn.Cell):
 
     Args:
         base: the layer.
-        config: rank, scale, dropout.
+        config: rank and scale of each layer, dropout.
         streams: where dropout draws.
         seed: initial values depend on this and on the name.
     """
@@ -54,9 +57,9 @@ class LoraLinear(nn.Cell):
         self.base, self.group = base, base.tp_group
         self.sequence_parallel = base.sequence_parallel and base.tp_group.size > 1
         self.by_rows = isinstance(base, ColumnParallelLinear)
-        self.scale, self.rate, self.streams = config.alpha / config.rank, config.dropout, streams
-        shard = shard_of(weight)
-        self.name = shard.name.removesuffix(".weight")
+        shard, self.name = shard_of(weight), _name_of(weight)
+        rows, alpha = config.of(self.name)
+        self.scale, self.rate, self.streams = alpha / rows, config.dropout, streams
         out_features, in_features = shard.global_shape
         rank, size = self.group.rank, self.group.size
         stride = shard.cuts[0].parts if self.by_rows and shard.cuts else 1
@@ -64,12 +67,12 @@ class LoraLinear(nn.Cell):
         b_cuts = (Cut("tp", 0, rank, size, stride),) if self.by_rows else ()
         # With sequence parallelism the whole factor of a layer sees this rank's part of the sequence alone.
         a_shard = TensorShard.cut(
-            self.name + LORA_A, (config.rank, in_features), *a_cuts,
-            partial_gradient=self.by_rows and self.sequence_parallel,
+            self.name + LORA_A, (rows, in_features), *a_cuts,
+            partial_gradient=shard.partial_gradient or (self.by_rows and self.sequence_parallel),
         )  # fmt: skip
         b_shard = TensorShard.cut(
-            self.name + LORA_B, (out_features, config.rank), *b_cuts,
-            partial_gradient=not self.by_rows and self.sequence_parallel,
+            self.name + LORA_B, (out_features, rows), *b_cuts,
+            partial_gradient=shard.partial_gradient or (not self.by_rows and self.sequence_parallel),
         )  # fmt: skip
         self.lora_A = make_parameter(a_shard, named_xavier_uniform(seed, a_shard.name), "float32")
         self.lora_B = make_parameter(b_shard, constant(0.0), "float32")
@@ -121,16 +124,33 @@ def add_adapters(model: nn.Cell, config: LoraConfig, streams: RandomStreams, see
     found: list[str] = []
     for parent in [cell for _, cell in model.cells_and_names()]:
         for attribute, child in list(parent.name_cells().items()):
+            if isinstance(child, GroupedMLP):
+                found += _adapt_experts(child, config, seed)
             if not isinstance(child, (ColumnParallelLinear, RowParallelLinear)) or child.weight is None:
                 continue
-            name = shard_of(child.weight).name.removesuffix(".weight")
-            if not any(is_target(name, target) for target in config.target_modules):
+            name = _name_of(child.weight)
+            if isinstance(parent, TopKRouter) or not config.means(name):
                 continue
             if isinstance(child, ColumnParallelLinear) and child.gather_output:
                 raise ConfigError(f"lora_target_modules: {name} gathers its output; leave it out")
             setattr(parent, attribute, LoraLinear(child, config, streams, seed))
             found.append(name)
     return found
+
+
+def _adapt_experts(experts: GroupedMLP, config: LoraConfig, seed: int) -> list[str]:
+    """Put adapters on the experts of a layer; return the names of the products that have one."""
+    found = []
+    for product in ("fc1", "fc2"):
+        weight = getattr(experts, f"{product}_weight")
+        if config.means(_name_of(weight)):
+            setattr(experts, f"{product}_adapter", ExpertAdapter(weight, experts.groups, config, seed))
+            found.append(_name_of(weight))
+    return found
+
+
+def _name_of(weight: Parameter) -> str:
+    return shard_of(weight).name.removesuffix(".weight")
 
 
 def adapt(chunks: Sequence[nn.Cell], training: TrainingConfig, streams: RandomStreams, world: Group) -> None:
@@ -148,20 +168,19 @@ def adapt(chunks: Sequence[nn.Cell], training: TrainingConfig, streams: RandomSt
     config = training.lora
     found = [name for chunk in chunks for name in add_adapters(chunk, config, streams, training.seed)]
     names = {name for part in world.all_gather_object(found) for name in part}
-    strange = [target for target in config.target_modules if not any(is_target(name, target) for name in names)]
+    no_layer = partial(filter, lambda target: not any(is_target(name, target) for name in names))
+    strange = [] if names and config.target_modules == LORA_MODULES else list(no_layer(config.target_modules))
     if strange:
         raise ConfigError(
             f"lora_target_modules {', '.join(strange)}: no layer of the model is meant; adapters stand at "
             f"{', '.join(LORA_MODULES)}, or where a regular expression of a whole name such as "
             r"decoder\.layers\.1\.mlp\.linear_fc1 says"
         )
-
-
-def is_target(name: str, target: str) -> bool:
-    """Tell whether a layer's global name is meant: by its last part, or by a regular expression of all of it."""
-    return name.rpartition(".")[2] == target or re.fullmatch(target, name) is not None
+    if others := list(no_layer(TargetRank.read(entry).target for entry in config.target_ranks)):
+        raise ConfigError(f"lora_target_ranks {', '.join(others)}: no layer with an adapter is meant")
 
 
 def adapter_settings(config: LoraConfig) -> dict[str, Any]:
     """Return what an adapter's checkpoint says of it."""
-    return {"rank": config.rank, "alpha": config.alpha, "target_modules": list(config.target_modules)}
+    return {"rank": config.rank, "alpha": config.alpha, "target_modules": list(config.target_modules),
+            "target_ranks": list(config.target_ranks)}  # fmt: skip

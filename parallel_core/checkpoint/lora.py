@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import numpy as np
 
 from parallel_core.checkpoint.dtypes import convert, storage_dtype
 from parallel_core.checkpoint.source import TensorInfo, TensorSource, read_tensor
-from parallel_core.errors import CheckpointError
+from parallel_core.errors import CheckpointError, bullet_list
 from parallel_core.layout.shard import Range
 from parallel_core.records import Record
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """What a layer's name is followed by in its adapter's: A [rank, in], B [out, rank]."""
 KEY = "lora"
-"""Under this `common` says that a checkpoint is an adapter: rank, alpha, target_modules, base, fingerprint."""
+"""Under this `common` says that a checkpoint is an adapter: rank, alpha, target_modules, target_ranks, alphas of
+layers with their own, base, fingerprint."""
 _SAMPLED = 64
 
 
@@ -84,30 +85,56 @@ def check_same_adapter(adapter: TensorSource, asked: Mapping[str, Any]) -> None:
         CheckpointError: they have another rank, scale or other targets.
     """
     told = adapter.common[KEY]
-    wrong = [name for name in ("rank", "alpha", "target_modules") if told.get(name, asked[name]) != asked[name]]
+    names = "rank", "alpha", "target_modules", "target_ranks"
+    wrong = [name for name in names if told.get(name, asked[name]) != asked[name]]
     if wrong:
         lines = "; ".join(f"lora_{name}: saved {told.get(name)}, asked {asked[name]}" for name in wrong)
         raise CheckpointError(f"{adapter.path} holds another adapter: {lines}")
 
 
-def check_same_layers(adapter: TensorSource, factors: Collection[str]) -> None:
+def layer_settings(adapter: TensorSource) -> dict[str, tuple[int, float]]:
+    """Return rank and alpha of each layer that an adapter is on, by the layer's global name.
+
+    Raises:
+        CheckpointError: it does not say them.
+    """
+    told = Record(adapter.common[KEY], f"{adapter.path}: {KEY}", CheckpointError)
+    alpha, alphas = told.number("alpha", minimum=0.0), told.record("alphas", {})
+    found = {}
+    for key in adapter.keys():  # noqa: SIM118 - a method of TensorSource
+        if key.endswith(LORA_A):
+            name, shape = key.removesuffix(LORA_A), adapter.info(key).shape
+            if len(shape) not in (2, 3) or not shape[-2]:
+                raise CheckpointError(f"{adapter.path}: {key} of shape {list(shape)} is no adapter's factor")
+            found[name] = int(shape[-2]), float(alphas.number(name, alpha, minimum=0.0))
+    return found
+
+
+def check_same_layers(adapter: TensorSource, asked: Mapping[str, tuple[int, float]]) -> None:
     """Compare the layers that an adapter has with those of a run, which need not be told by the same words.
 
     Args:
         adapter: the adapter's checkpoint.
-        factors: names of the run's factors, of all ranks.
+        asked: rank and alpha of the run's adapters by layer, of all ranks.
 
     Raises:
-        CheckpointError: one has layers that the other has not.
+        CheckpointError: one has layers that the other has not, or of another rank or alpha.
     """
-    held, wanted = (
-        {key.removesuffix(LORA_A) for key in keys if key.endswith(LORA_A)} for keys in (adapter.keys(), factors)
-    )
-    if held != wanted:
-        more, fewer = (", ".join(sorted(names)[:4]) or "none" for names in (held - wanted, wanted - held))
+    held = layer_settings(adapter)
+    if held.keys() != asked.keys():
+        more, fewer = (
+            ", ".join(sorted(names)[:4]) or "none" for names in (held.keys() - asked.keys(), asked.keys() - held.keys())
+        )
         raise CheckpointError(
             f"{adapter.path} holds adapters on other layers than lora_target_modules names: there alone {more}; here "
             f"alone {fewer}"
+        )
+    other = [name for name in sorted(held) if held[name] != asked[name]]
+    if other:
+        lines = (f"{name}: saved {held[name][0]}:{held[name][1]:g}, asked {asked[name][0]}:{asked[name][1]:g}"
+                 for name in other)  # fmt: skip
+        raise CheckpointError(
+            f"{adapter.path} holds adapters of other RANK:ALPHA (lora_target_ranks):\n{bullet_list(lines)}"
         )
 
 
@@ -121,25 +148,27 @@ class MergedAdapter:
             CheckpointError: they do not belong together.
         """
         check_base(adapter, base)
-        told = Record(adapter.common[KEY], f"{adapter.path}: {KEY}", CheckpointError)
-        alpha, rank = told.number("alpha", minimum=0.0), told.integer("rank", minimum=1)
-        self._scale = float(alpha or 0.0) / int(rank or 1)
         self.base, self.adapter = base, adapter
         self.path, self.format = adapter.path, adapter.format
         self.common = {**base.common, **{key: value for key, value in adapter.common.items() if key != KEY}}
-        self._adapted = {
-            key.removesuffix(LORA_A): (key, key.removesuffix(LORA_A) + LORA_B)
-            for key in adapter.keys()  # noqa: SIM118 - a method of TensorSource
-            if key.endswith(LORA_A)
-        }
-        known = set(base.keys())
-        for name in self._adapted:
+        self.layers = layer_settings(adapter)
+        """Rank and alpha by layer."""
+        known, factors = set(base.keys()), set(adapter.keys())
+        for name, (rank, _) in self.layers.items():
             if f"{name}.weight" not in known:
                 raise CheckpointError(f"{adapter.path} adapts {name}, which {base.path} does not have")
+            *more, rows, columns = base.info(f"{name}.weight").shape
+            wanted = (*more, rank, columns), (*more, rows, rank)
+            found = [adapter.info(name + end).shape for end in (LORA_A, LORA_B) if name + end in factors]
+            if [*map(tuple, found)] != [*wanted]:
+                raise CheckpointError(
+                    f"{adapter.path}: the factors on {name} are {', '.join(map(str, map(list, found)))}, where "
+                    f"{' and '.join(map(str, map(list, wanted)))} belong"
+                )
 
     def adapted(self) -> list[str]:
         """Return the weights that have an adapter, in the base's order."""
-        return [key for key in self.keys() if key.endswith(".weight") and key.removesuffix(".weight") in self._adapted]
+        return [key for key in self.keys() if key.endswith(".weight") and key.removesuffix(".weight") in self.layers]
 
     def keys(self) -> list[str]:
         """Return the base's parameters; its optimizer state is of other weights."""
@@ -151,13 +180,16 @@ class MergedAdapter:
 
     def read_into(self, key: str, ranges: Sequence[Range], out: np.ndarray) -> int:
         """Fill `out` with one rectangle of `key`: summed in float32, rounded to the base's type."""
-        count = self.base.read_into(key, ranges, out)
-        pair = self._adapted.get(key.removesuffix(".weight"))
-        if pair is None or not key.endswith(".weight"):
+        count, name = self.base.read_into(key, ranges, out), key.removesuffix(".weight")
+        if name not in self.layers or not key.endswith(".weight"):
             return count
-        dtype = self.base.info(key).dtype
-        a, b = (convert(read_tensor(self.adapter, k), self.adapter.info(k).dtype, "float32") for k in pair)
-        (rows, columns) = (slice(*bounds) for bounds in ranges)
-        merged = convert(out, dtype, "float32") + np.float32(self._scale) * (b[rows] @ a[:, columns])
+        dtype, (rank, alpha) = self.base.info(key).dtype, self.layers[name]
+        a, b = (
+            convert(read_tensor(self.adapter, k), self.adapter.info(k).dtype, "float32")
+            for k in (name + LORA_A, name + LORA_B)
+        )
+        *experts, rows, columns = (slice(*bounds) for bounds in ranges)
+        of_b, of_a = (*experts, rows), (*experts, slice(None), columns)
+        merged = convert(out, dtype, "float32") + np.float32(alpha / rank) * (b[of_b] @ a[of_a])
         np.copyto(out, convert(merged.astype(np.float32), "float32", dtype))
         return count

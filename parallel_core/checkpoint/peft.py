@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,16 +74,25 @@ def read_peft(path: Path, open_base: Callable[[str], TensorSource], chosen_base:
     layers.refuse_left_over()
     if not factors:
         raise CheckpointError(f"{path}: there are no adapters in it")
-    rank = max(A.shape[0] for A, _, _ in factors.values())
-    scale = next(iter(factors.values()))[2]
-    tensors = {}
-    for name, (A, B, own) in factors.items():
-        more = rank - A.shape[0]  # of one rank, with zeros for what a layer does not have
-        module = name.removesuffix(".weight")
-        tensors[module + LORA_A] = np.pad(A, ((0, more), (0, 0)))
-        tensors[module + LORA_B] = np.pad(B if own == scale else B * np.float32(own / scale), ((0, 0), (0, more)))
-    told = {"rank": rank, "alpha": scale * rank, "base": str(base.path), "fingerprint": fingerprint(base)}
+    tensors, alphas = {}, {name.removesuffix(".weight"): scale * A.shape[0] for name, (A, _, scale) in factors.items()}
+    if found.get("rank_pattern") or found.get("alpha_pattern"):  # layers are told apart
+        rank, alpha = (Counter(values).most_common(1)[0][0]
+                       for values in ([A.shape[0] for A, _, _ in factors.values()], alphas.values()))  # fmt: skip
+    else:  # of one rank, with zeros for what a layer does not have, and one scale
+        rank, scale = max(A.shape[0] for A, _, _ in factors.values()), next(iter(factors.values()))[2]
+        alpha, alphas = scale * rank, {}
+        factors = {name: _widened(*factor, rank, scale) for name, factor in factors.items()}
+    for name, (A, B, _) in factors.items():
+        tensors[name.removesuffix(".weight") + LORA_A] = A
+        tensors[name.removesuffix(".weight") + LORA_B] = B
+    told = {"rank": rank, "alpha": alpha, "alphas": alphas, "base": str(base.path), "fingerprint": fingerprint(base)}
     return MergedAdapter(base, _Renamed(path, tensors, {"iteration": 0, KEY: told}))
+
+
+def _widened(A: np.ndarray, B: np.ndarray, own: float, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray, float]:  # noqa: N803
+    """Return factors of `rank` and `scale` with the product that A and B have at a scale of their own."""
+    more = rank - A.shape[0]
+    return np.pad(A, ((0, more), (0, 0))), np.pad(B * np.float32(own / scale), ((0, 0), (0, more))), scale
 
 
 class _Renamed:
@@ -216,7 +226,15 @@ def write_peft(source: MergedAdapter, path: Path, base_path: str = "") -> None:
     table = architecture.tensors
     tensors: dict[str, StreamTensor] = {}
     adapter = Record(source.adapter.common[KEY], f"{source.adapter.path}: {KEY}", CheckpointError)
+    rank, alpha = adapter.integer("rank", minimum=1), _number(adapter.number("alpha"))
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for name in source.adapted():
+        own_rank, own_alpha = source.layers[name.removesuffix(".weight")]
+        if len(source.info(name).shape) > 2:
+            raise CheckpointError(
+                f"{source.path}: {name} is of experts, whose adapters PEFT has no form for; merge them (--to hf)"
+            )
         A, B = (  # noqa: N806
             convert(read_tensor(source.adapter, key), source.adapter.info(key).dtype, "float32")
             for key in (name.removesuffix(".weight") + LORA_A, name.removesuffix(".weight") + LORA_B)
@@ -231,15 +249,18 @@ def write_peft(source: MergedAdapter, path: Path, base_path: str = "") -> None:
             module = _PREFIX + theirs.removesuffix(".weight")
             tensors[module + LORA_A] = StreamTensor.of(A, "float32")
             tensors[module + LORA_B] = StreamTensor.of(rows, "float32")
+            if own_rank != rank:
+                ranks[module.removeprefix(_PREFIX)] = own_rank
+            if own_alpha != alpha:
+                alphas[module.removeprefix(_PREFIX)] = _number(own_alpha)
     write_safetensors(path / WEIGHTS_NAME, tensors, {"format": "pt"})
     names = {key.removeprefix(_PREFIX).removesuffix(LORA_A) for key in tensors if key.endswith(LORA_A)}
-    alpha = float(adapter.number("alpha"))
     config: Mapping[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path or str(source.base.path),
-        "r": adapter.integer("rank", minimum=1),
-        "lora_alpha": int(alpha) if alpha % 1 == 0 else alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "target_modules": _targets(names, table, model.num_layers),
         "bias": "none",
@@ -247,12 +268,16 @@ def write_peft(source: MergedAdapter, path: Path, base_path: str = "") -> None:
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "modules_to_save": None,
         "init_lora_weights": True,
     }
     write_durably(path / CONFIG_NAME, json.dumps(config, indent=2))
+
+
+def _number(value: float) -> float:
+    return int(value) if value % 1 == 0 else float(value)
 
 
 def _targets(names: set[str], table: TensorTable, num_layers: int) -> list[str]:

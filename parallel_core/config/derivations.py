@@ -55,9 +55,9 @@ def positions(r: Resolution) -> None:
 
 @_rule
 def adapters(r: Resolution) -> None:
-    """`use_lora` asks for adapters of rank 8 where nothing says another."""
-    if r["use_lora"] and not r.is_given("lora_rank"):
-        r.derive("lora_rank", 8, "adapters")
+    """`use_lora` asks for adapters of rank 8 where nothing says another, its opposite for none."""
+    if r.is_given("use_lora") and not (r["use_lora"] and r.is_given("lora_rank")):
+        r.derive("lora_rank", 8 if r["use_lora"] else 0, "adapters")
     r.fill("lora_rank", 0, "adapters")
 
 

@@ -66,7 +66,34 @@ def _fused(on: bool) -> _Reader:
     return read
 
 
+def _target_cells(value: object) -> _Values:
+    """Read MindSpeed-Core-MS's list: {target_cells: [expressions]}, and {cell, rank, alpha} for some of them."""
+    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+        return {"lora_target_modules": value}
+    modules: list[object] = []
+    own: list[str] = []
+    for entry in value:
+        if not isinstance(entry, dict):
+            return {f"{shortened(str(entry))} (among target_cells that are mappings)": entry}
+        if set(entry) == {"target_cells"}:
+            named = entry["target_cells"]
+            modules += named if isinstance(named, list) else [named]
+        elif "cell" in entry and set(entry) <= {"cell", "rank", "alpha"}:
+            rank, alpha = entry.get("rank"), entry.get("alpha")
+            own.append(f"{entry['cell']}={'' if rank is None else rank}{'' if alpha is None else f':{alpha}'}")
+        else:
+            return {f"{shortened(str(entry))} (among target_cells: give target_cells, or cell, rank and alpha)": entry}
+    return ({"lora_target_modules": modules} if modules else {}) | ({"lora_target_ranks": own} if own else {})
+
+
+_LORA_SECTIONS = ("lora_config", "training_config.lora_config", "model_config.lora_config")
+_LORA_KEYS: dict[str, _Reader] = {
+    **{name: _as(name) for name in ("use_lora", "lora_rank", "lora_alpha", "lora_dropout")},
+    "target_cells": _target_cells,
+}
+
 NESTED: dict[str, _Reader] = {
+    **{f"{section}.{key}": reader for section in _LORA_SECTIONS for key, reader in _LORA_KEYS.items()},
     "accelerate_config.parallelization.tensor_parallel": _as("tensor_model_parallel_size"),
     "accelerate_config.parallelization.use_sequence_parallel": _as("sequence_parallel"),
     "accelerate_config.parallelization.pipeline.num_stages": _as("pipeline_model_parallel_size"),

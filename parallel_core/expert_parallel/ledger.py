@@ -91,6 +91,11 @@ class RoutingLedger:
             if record.bias is not None and bias is not None:
                 record.bias.set_data(Tensor(bias))
 
+    def freeze(self) -> None:
+        """Leave the experts' biases as they are, in runs that train none of the model."""
+        for record in self._records:
+            record.bias = None
+
     def start_iteration(self, loss_scale: float, num_microbatches: int) -> None:
         """Forget the last iteration.
 

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.generate.cache import KeyValueCache, Step
+from parallel_core.generate.layer import join_layers
 from parallel_core.tensor_parallel.parameter import InitMethod
 from parallel_core.transformer import GPTModel
 from parallel_core.transformer.attention import CoreAttention
@@ -170,6 +171,7 @@ def build_cached_model(stage: ModelStage, cache: KeyValueCache) -> GPTModel:
     shared = CachedRotary(stage.config, cache) if turning else None
     for cell in turning:
         cell.rotary = shared
+    join_layers(model, stage, cache)
     model.set_train(False)
     return model
 

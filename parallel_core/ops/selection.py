@@ -16,6 +16,7 @@ from parallel_core.ops import (  # noqa: F401 - they register kernels
     experts,
     fused,
     fused_attention,
+    fused_layer,
     library,
     raw,
 )

@@ -12,7 +12,7 @@ from mindspore import Parameter
 
 from parallel_core.adapt.lora import adapter_settings
 from parallel_core.checkpoint import load_shards
-from parallel_core.checkpoint.lora import KEY, check_same_adapter, check_same_layers, fingerprint
+from parallel_core.checkpoint.lora import KEY, LORA_A, check_same_adapter, check_same_layers, fingerprint
 from parallel_core.checkpoint.opening import open_adapter
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.schema import AllConfig
@@ -57,13 +57,14 @@ def load_base(run: Loading, path: Path) -> tuple[TensorSource | None, dict[str, 
     adapter, base = run.everywhere(lambda: open_adapter(path, lora.base))
     run.everywhere(lambda: run.check_model(base.common, base.path))
     same = fingerprint(base) if adapter is None else adapter.common[KEY]["fingerprint"]  # which opening has compared
-    told = {**adapter_settings(lora), "base": str(base.path.resolve()), "fingerprint": same}
     parameters = run.parameters()
+    own = [shard_of(p).name.removesuffix(LORA_A) for p in parameters if shard_of(p).name.endswith(LORA_A)]
+    layers = {name: lora.of(name) for names in world.all_gather_object(own) for name in names}
+    alphas = {name: alpha for name, (_, alpha) in layers.items() if alpha != lora.alpha}
+    told = {**adapter_settings(lora), "alphas": alphas, "base": str(base.path.resolve()), "fingerprint": same}
     if adapter is not None:
-        own = [shard_of(p).name for p in parameters if p.requires_grad]
-        factors = {key for keys in world.all_gather_object(own) for key in keys}
         run.everywhere(lambda: check_same_adapter(adapter, told))
-        run.everywhere(lambda: check_same_layers(adapter, factors))
+        run.everywhere(lambda: check_same_layers(adapter, layers))
     frozen = {shard_of(p).name: shard_of(p) for p in parameters if not p.requires_grad}
     known = {key for keys in world.all_gather_object(list(frozen)) for key in keys}
     known.update(filter(lambda key: "@" in key, base.keys()))

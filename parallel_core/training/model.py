@@ -72,4 +72,5 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
         chunks.append(model_provider_func(pre_process=stage.pre_process, post_process=stage.post_process, **taken))
     if config.training_config.lora.rank:
         adapt(chunks, config.training_config, streams, context.world)
+        ledger.freeze()
     return RankModel(tuple(chunks), layout, streams, ledger)

@@ -39,7 +39,7 @@ LAYERS: dict[str, float] = {
     "pipeline": 6,
     "optimizer": 6,
     "context_parallel": 7,
-    "adapt": 7,
+    "adapt": 8.5,
     "expert_parallel": 7,
     "transformer": 8,
     "tracking": 8,

@@ -63,7 +63,10 @@ void few_tile(const float* x, const float* w, const float* bias, float* y, i64 I
   i64 i = 0;
   for (; i + kLanes <= I; i += kLanes) {
     Vec b[kO];
-    for (int o = 0; o < kO; ++o) b[o] = *reinterpret_cast<const Vec*>(w + o * I + i);
+    for (int o = 0; o < kO; ++o) {
+      b[o] = *reinterpret_cast<const Vec*>(w + o * I + i);
+      __builtin_prefetch(w + (kO + o) * I + i, 0, 2);  // of the next tile: memory is read while other rows are computed
+    }
     for (int r = 0; r < kR; ++r) {
       const Vec a = *reinterpret_cast<const Vec*>(x + r * I + i);
       for (int o = 0; o < kO; ++o) sum[r][o] += a * b[o];

@@ -44,6 +44,9 @@ class GroupedMLP(nn.Cell):
             "linear_fc1", (E, parts * F, H), Cut(etp_axis, 1, etp.rank, etp.size, parts), is_output=False
         )
         self.fc2_weight = weight("linear_fc2", (E, H, F), Cut(etp_axis, 2, etp.rank, etp.size), is_output=True)
+        self.groups = groups
+        self.fc1_adapter: nn.Cell | None = None
+        self.fc2_adapter: nn.Cell | None = None
         self.fc1_bias: Parameter | None = None
         self.fc2_bias: Parameter | None = None
         if config.add_bias_linear:
@@ -64,13 +67,18 @@ class GroupedMLP(nn.Cell):
         if self.probs_on_input:
             rows_NH, scale = rows_NH * ops.cast(weights_N, rows_NH.dtype).reshape(-1, 1), None
         wide = grouped_linear(rows_NH, self.fc1_weight, counts)
+        if self.fc1_adapter is not None:
+            wide = wide + self.fc1_adapter(rows_NH, counts)
         if self.fc1_bias is not None:
             wide = add_expert_bias(wide, self.fc1_bias, None, counts)
         factor = mint.ones((wide.shape[0],)) if scale is None else scale
         if self.recomputed_act:
             narrow = activated_grouped_linear(wide, factor, self.fc2_weight, counts, self.hidden_act)
         else:
-            narrow = grouped_linear(ops.scaled_activation(wide, factor, self.hidden_act), self.fc2_weight, counts)
+            activated = ops.scaled_activation(wide, factor, self.hidden_act)
+            narrow = grouped_linear(activated, self.fc2_weight, counts)
+            if self.fc2_adapter is not None:
+                narrow = narrow + self.fc2_adapter(activated, counts)
         if self.fc2_bias is not None:
             narrow = add_expert_bias(narrow, self.fc2_bias, scale, counts)
         return narrow

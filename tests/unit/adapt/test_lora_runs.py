@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
 from parallel_core.checkpoint.native import NativeCheckpoint
@@ -114,6 +115,33 @@ def test_some_modules_alone_by_name_and_by_expression(place):
         go(place, "none_run", f"{words} linear_query")
 
 
+def test_some_layers_have_another_rank_and_alpha(place):
+    """As MindSpeed-Core-MS's `lora_config` says it, by expressions for the names that layers have there."""
+    cells = {"cell": r".*layers\.1\.attention\.qkv_proj", "rank": 2, "alpha": 3}
+    expressions = {"target_cells": [r".*attention\..*_proj", r".*\.mapping"]}
+    told = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "target_cells": [expressions, cells]}
+    (place / "lora.yaml").write_text(yaml.safe_dump({"lora_config": told}))
+    words = "--load {place}/base --num-layers 2 --save {place}/own --config {place}/lora.yaml --lr 5e-2"
+    whole = go(place, "own_run", words)
+    held, merged = NativeCheckpoint(find_checkpoint(place / "own")), open_checkpoint(find_checkpoint(place / "own"))
+    assert held.info("decoder.layers.1.self_attention.linear_qkv.lora_A.weight").shape[0] == 2
+    assert held.info("decoder.layers.0.self_attention.linear_qkv.lora_A.weight").shape[0] == 4
+    base = open_checkpoint(find_checkpoint(place / "base"))
+    for layer, scale in ((0, 2.0), (1, 1.5)):
+        name = f"decoder.layers.{layer}.self_attention.linear_qkv"
+        product = read_tensor(held, f"{name}.lora_B.weight") @ read_tensor(held, f"{name}.lora_A.weight")
+        want = read_tensor(base, f"{name}.weight") + np.float32(scale) * product
+        np.testing.assert_allclose(read_tensor(merged, f"{name}.weight"), want, rtol=0, atol=1e-6)
+    go(place, "own_half", words.replace("{place}/own", "{place}/own_half") + " --exit-interval 2")
+    rest = go(place, "own_rest", words.replace("{place}/own", "{place}/own_half").replace("/base", "/own_half"))
+    assert losses(rest) == losses(whole)[2:]
+    with pytest.raises(CheckpointError, match="lora_target_ranks: saved .*qkv_proj=2:3.*, asked .*=5"):
+        own = "--lora-target-ranks linear_qkv=5"
+        go(place, "own_other", words.replace("/base", "/own_half") + f" --train-iters 6 {own}")
+    with pytest.raises(ConfigError, match="lora_target_ranks linear_fc2: no layer with an adapter is meant"):
+        go(place, "own_none", f"{words} --lora-target-ranks linear_fc2=5")
+
+
 def test_another_base_or_none_or_another_adapter_is_refused(place, adapted, tmp_path):
     words = f"{LORA} --load {{place}}/ad"
     with pytest.raises(CheckpointError, match="holds another adapter: lora_rank: saved 4, asked 5"):
@@ -149,6 +177,10 @@ def test_another_base_or_none_or_another_adapter_is_refused(place, adapted, tmp_
         ("--lora-rank 4 --load x --lora-dropout 1", "must be at least 0 and below 1"),
         ("--lora-rank 4 --load x --lora-target-modules query_key_value", "is called linear_qkv here"),
         ("--lora-rank 4 --load x --lora-target-modules (", "is no regular expression"),
+        ("--lora-rank 4 --load x --lora-target-ranks (=2", "is no regular expression"),
+        ("--lora-rank 4 --load x --lora-target-ranks linear_qkv", "is no TARGET=RANK"),
+        ("--lora-rank 4 --load x --lora-target-ranks linear_qkv=0", "must be above zero"),
+        ("--lora-rank 4 --load x --num-experts 4 --lora-dropout 0.1", "where the layout puts them"),
     ],
 )
 def test_what_adapters_need_is_said_before_anything_starts(words, said):
@@ -162,3 +194,5 @@ def test_the_seeds_words_ask_for_the_same():
     lora = load_config(f"{base} --load x --use-lora".split()).config.training_config.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (8, 32.0, 0.0)
     assert load_config(f"{base} --load x --lora-r 3".split()).config.training_config.lora.rank == 3
+    none = load_config(f"{base} --no-use-lora --lora-rank 8 --lora-alpha 4".split())
+    assert none.config.training_config.lora.rank == 0

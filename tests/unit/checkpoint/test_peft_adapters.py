@@ -34,9 +34,12 @@ def _plain_operators():
 
 
 def made(
-    root: Path, words: str = LLAMA, targets: str = ".*linear_.*", dtype: str = "float32"
+    root: Path, words: str = LLAMA, targets: str = ".*linear_.*", dtype: str = "float32", own: bool = False
 ) -> tuple[Path, Path]:
-    """Write a model, and adapters on those of its linear layers that `targets` matches; return both."""
+    """Write a model, and adapters on those of its linear layers that `targets` matches; return both.
+
+    With `own` some have another rank and alpha than the others.
+    """
     config = config_of(words)
     base = save(root / "base", config, model_of(config))
     if dtype != "float32":
@@ -46,12 +49,15 @@ def made(
     for key in source.keys():  # noqa: SIM118 - a method of the protocol
         name, shape = key.removesuffix(".weight"), source.info(key).shape
         if key.endswith(".weight") and re.fullmatch(rf"decoder.layers.{targets}", name):
-            arrays[f"{name}.lora_A.weight"] = rng.normal(size=(RANK, shape[1])).astype(np.float32)
-            arrays[f"{name}.lora_B.weight"] = (0.1 * rng.normal(size=(shape[0], RANK))).astype(np.float32)
+            rank = 2 if own and name.endswith("1.mlp.linear_fc1") else RANK
+            arrays[f"{name}.lora_A.weight"] = rng.normal(size=(rank, shape[1])).astype(np.float32)
+            arrays[f"{name}.lora_B.weight"] = (0.1 * rng.normal(size=(shape[0], rank))).astype(np.float32)
     writer = CheckpointWriter(root / "adapter", 5, 0, 1)
     writer.begin()
     shards = {name: (TensorShard.full(name, value.shape, "float32"), value) for name, value in arrays.items()}
     told = {"rank": RANK, "alpha": ALPHA, "base": str(base), "fingerprint": fingerprint(source)}
+    if own:
+        told["alphas"] = {"decoder.layers.1.mlp.linear_fc1": 5.0, "decoder.layers.0.self_attention.linear_qkv": 1.5}
     common = {"iteration": 5, "model_config": source.common["model_config"], KEY: told}
     return base, writer.commit([writer.write_rank_file(shards)], common)
 
@@ -118,12 +124,12 @@ def test_merging_on_export_gives_the_model_with_adapters(tmp_path, to):
 
 
 @pytest.mark.parametrize("words", [LLAMA, "", LLAMA + " --add-qkv-bias"])
-@pytest.mark.parametrize("targets", [".*linear_.*", ".*linear_qkv", "1.*linear_fc[12]"])
+@pytest.mark.parametrize("targets", [".*linear_.*", ".*linear_.* own", ".*linear_qkv", "1.*linear_fc[12]"])
 def test_a_peft_directory_read_again_is_the_same_adapters(tmp_path, words, targets):
-    base, adapter = made(tmp_path, words, targets)
+    base, adapter = made(tmp_path, words, targets.removesuffix(" own"), own=targets.endswith(" own"))
     assert main(["--to", "peft", "--load", str(adapter), "--save", str(tmp_path / "peft")]) == 0
     there, again = adapted(adapter), adapted(tmp_path / "peft")
-    assert again.adapted() == there.adapted()
+    assert again.adapted() == there.adapted() and again.layers == there.layers
     assert [again.adapter.common[KEY][name] for name in ("rank", "alpha")] == [RANK, ALPHA]
     assert sorted(again.adapter.keys()) == sorted(there.adapter.keys())
     for key in there.adapter.keys():  # noqa: SIM118 - a method of the protocol
@@ -206,8 +212,9 @@ with torch.no_grad():
 @pytest.mark.slow
 @pytest.mark.skipif(not PEER, reason="PARALLEL_CORE_PEER_PYTHON names no python with torch, transformers and peft")
 @pytest.mark.parametrize("words", [LLAMA, ""])
-def test_peft_itself_loads_what_is_written_and_has_the_same_logits(tmp_path, words):
-    base, adapter = made(tmp_path, words)
+@pytest.mark.parametrize("own", [False, True])
+def test_peft_itself_loads_what_is_written_and_has_the_same_logits(tmp_path, words, own):
+    base, adapter = made(tmp_path, words, own=own)
     assert main(["--to", "hf", "--load", str(base), "--save", str(tmp_path / "hf"), "--quiet"]) == 0
     assert main(["--to", "peft", "--load", str(adapter), "--save", str(tmp_path / "peft")]) == 0
     np.save(tmp_path / "tokens.npy", TOKENS)

@@ -107,7 +107,8 @@ SIGMOID = MOE + " --moe-router-score-function sigmoid"
 SHARED = MOE + " --disable-bias-linear"
 SPECIAL |= {
     "lora_rank": ("--load x", "7"), "lora_alpha": (LORA, "16"), "lora_dropout": (LORA, "0.25"),
-    "lora_target_modules": (LORA, "linear_proj"), "lora_base": (LORA, "base"), "use_lora": ("--load x", ""),
+    "lora_target_modules": (LORA, "linear_proj"), "lora_target_ranks": (LORA, "linear_proj=2"),
+    "lora_base": (LORA, "base"), "use_lora": ("--load x", ""),
     "sft": (f"{TALKS} --sft-tokenizer-prompt-format plain", ""), "chat_template": (f"{TALKS} --sft", __file__),
     "sft_tokenizer_prompt_format": (f"{SFT} plain", "identity"),
     "num_experts": ("", "4"), "moe_layer_freq": (MOE, "[1,0]*2"), "moe_ffn_hidden_size": (MOE, "32"),

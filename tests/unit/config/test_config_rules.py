@@ -46,6 +46,7 @@ DERIVED = [
     ("conversations", f"--sft --data-path x {TALKS}", {
         "dataset_config.reset_attention_mask": True, "dataset_config.reset_position_ids": True}),
     ("adapters", "--use-lora --load x", {"training_config.lora.rank": 8}),
+    ("adapters", "--no-use-lora --lora-rank 8 --lora-alpha 4", {"training_config.lora.rank": 0}),
     ("query_layer", "", {M + "top_query_layer": "none"}),
     ("query_layer", "--top-query-layer norm_after", {M + "top_query_layer": "norm_after"}),
     ("encoder", "", {M + "bert.bert_head": "none"}),
@@ -226,6 +227,7 @@ REFUSED = [
     ("conversations", "--sft --mock-data", "conversations are read from files"),
     ("conversations", "--chat-template x", "is how conversations are written; give sft"),
     ("conversations", "--sft --legacy-tokenizer", "a legacy class may put tokens around texts"),
+    ("expert_adapters", "--lora-rank 4 --load x --num-experts 4 --lora-dropout 0.1", "where the layout puts them"),
     ("adapter_targets", "--lora-rank 4 --load x --lora-target-modules o_proj", "is called linear_proj here"),
     ("query_layer", "--top-query-layer norm_before --position-embedding-type rope", "asks by learned positions"),
     ("residuals", "--parallel-residual --apply-residual-connection-post-layernorm", "place the residual twice"),

@@ -339,6 +339,7 @@ ELSEWHERE = {
     "lora_alpha": "tests/unit/adapt/test_lora_runs.py::test_merged_is_the_adapter",
     "lora_dropout": "tests/ranks/cases_lora.py::test_dropout_of_an_adapters_input_does_not_depend_on_the_layout",
     "lora_target_modules": "tests/unit/adapt/test_lora_runs.py::test_some_modules_alone_by_name_and_by_expression",
+    "lora_target_ranks": "tests/unit/adapt/test_lora_runs.py::test_some_layers_have_another_rank_and_alpha",
     "lora_base": "tests/unit/adapt/test_lora_runs.py::test_another_base_or_none_or_another_adapter_is_refused",
     "bert_head": "tests/unit/checkpoint/test_bert_checkpoints.py::test_logits_loss_and_gradient",
     "num_tokentypes": "tests/ranks/cases_bert.py::test_two_ranks_train_an_encoder_like_one",

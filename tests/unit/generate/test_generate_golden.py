@@ -18,8 +18,9 @@ from parallel_core import ops
 from parallel_core.checkpoint import TensorShard, load_shards, open_checkpoint
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.convert.cli import main as convert
-from parallel_core.generate import engine
+from parallel_core.generate import engine, stage
 from parallel_core.generate.generator import Generator
+from parallel_core.generate.layer import CachedLayer
 from parallel_core.generate.requests import SamplingParams
 from parallel_core.layout.shard import shard_of
 from parallel_core.ops import reference
@@ -137,6 +138,18 @@ def test_a_batch_is_each_alone(model) -> None:
         assert (alone.tokens, alone.logprobs) == (answer.tokens, answer.logprobs)
     again = it.generate(asked[::-1], each[::-1])[::-1]
     assert [a.tokens for a in again] == [a.tokens for a in together]
+
+
+def test_layers_in_one_call_are_their_cells_to_the_bit(model) -> None:
+    name, it = model
+    joined = [cell for _, cell in it.engine._runner._model.cells_and_names() if isinstance(cell, CachedLayer)]
+    assert bool(joined) == (name != "qwen3"), "normed queries are the Cells'"
+    with mock.patch.object(stage, "join_layers"):
+        plain = Generator(it.described.path, max_batch_size=4)
+    asked = prompts(name, 3, 40, 17)
+    assert [(a.tokens, a.logprobs) for a in plain.generate(asked, SAMPLED)] == [
+        (a.tokens, a.logprobs) for a in it.generate(asked, SAMPLED)
+    ]
 
 
 def test_plain_operators_give_the_same(tmp_path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor, mint
 
 from parallel_core import ops
-from parallel_core.ops import build, library, reference, reference_experts, registry
+from parallel_core.ops import build, library, reference, reference_experts, reference_layer, registry
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -736,6 +736,40 @@ def test_cached_attention(case):
         for got, want, before in zip(results[0][1:], results[1][1:], caches):
             np.testing.assert_array_equal(got, want)
             assert (got != before).sum() == S * B * G * D
+
+
+LAYERS = [
+    (1, 3, 8, 4, 2, 6, 12, "LayerNorm", "gelu_tanh", 0), (5, 2, 16, 4, 4, 4, 9, "LayerNorm", "relu", 2),
+    (1, 1, 12, 6, 1, 4, 20, "RMSNorm", "swiglu", 4), (3, 2, 12, 2, 2, 8, 20, "RMSNorm", "swiglu", 6),
+]  # fmt: skip
+"""New tokens S, sequences B, hidden H, heads N, groups G, head size D, feed-forward F, norm, activation, turned R."""
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("case", LAYERS)
+@compares("cached_layer")
+def test_cached_layer(case, biases):
+    S, B, H, N, G, D, F, norm, activation, turned = case
+    rng, T = np.random.default_rng(S * H), 24
+    rows, firsts = rng.permutation(B + 1)[:B].astype(np.int32), rng.integers(0, T - S, B).astype(np.int32)
+    wide, caches = F * (2 if activation == "swiglu" else 1), [array(rng, B + 1, G, T, D) for _ in range(2)]
+    shapes = [(H,), (H,), ((N + 2 * G) * D, H), ((N + 2 * G) * D,), (H, N * D), (H,), (H,), (H,),
+              (wide, H), (wide,), (H, F), (H,)]  # fmt: skip
+    given = [Tensor(array(rng, *shape)) for shape in shapes]
+    if norm == "RMSNorm":
+        given[1] = given[7] = None
+    if not biases:
+        given[3::2] = [None, None, given[7], None, None]
+    tables = [Tensor(array(rng, S, B, 1, turned)) if turned else None for _ in range(2)]
+    hidden, options = Tensor(array(rng, S, B, H)), {"eps": 1e-5, "interleaved": turned == 6, "scale": 0.3, "window": 7}
+    results = []
+    for module in (ops, reference_layer):
+        keys, values = (cache.copy() for cache in caches)
+        out = module.cached_layer(hidden, *given, *tables, keys, values, rows, firsts, **options, activation=activation)
+        results.append((out, keys, values))
+    close(results[0][0], results[1][0], 1e-5)
+    for got, want in zip(results[0][1:], results[1][1:]):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_sequence_sees_the_same_beside_any_other():
