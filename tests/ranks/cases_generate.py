@@ -77,6 +77,10 @@ def test_every_layout_gives_the_tokens_of_one_rank(ctx: CaseContext, name: str) 
         greedy = SamplingParams(max_new_tokens=24, temperature=0, ignore_eos=True)
         for one, tokens in zip(answers(ctx, name, tp, pp, greedy, 12, 12), computed(name)["greedy"]):
             assert one["tokens"] == tokens.tolist()
+        if name == "gpt2" and (tp, pp) == (1, 1):
+            unseeded = SamplingParams(max_new_tokens=8, temperature=1.0, ignore_eos=True)
+            drawn = [one["tokens"] for one in answers(ctx, name, tp, pp, unseeded, *[12] * 6)]
+            assert ctx.rank or len({tuple(tokens) for tokens in drawn}) == 6, "models that share requests draw alike"
 
 
 @case(world_size=(2, 4))

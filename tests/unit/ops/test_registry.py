@@ -14,7 +14,7 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core import ops
-from parallel_core.ops import build, library, reference, reference_experts, registry
+from parallel_core.ops import build, library, reference, reference_experts, reference_layer, registry
 from parallel_core.ops.registry import KERNELS, compiled, doors, kernel, on_ascend
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
@@ -175,13 +175,13 @@ def test_every_public_function_of_the_reference_is_in_ops():
     """A function that `@kernel` was forgotten on would have a type, but not exist."""
     public = {
         name
-        for module in (reference, reference_experts)
+        for module in (reference, reference_experts, reference_layer)
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     assert public == KERNELS.keys() ^ SHARED and public <= set(ops.__all__)
     for name in KERNELS:
-        module = reference if hasattr(reference, name) else reference_experts
+        module = next(m for m in (reference, reference_experts, reference_layer) if hasattr(m, name))
         assert getattr(ops, name) is KERNELS[name].door and getattr(module, name) is KERNELS[name].reference
         assert getattr(ops, name).__doc__ == getattr(module, name).__doc__
 

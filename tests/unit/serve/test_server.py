@@ -289,6 +289,13 @@ def settled(port: int) -> dict[str, float]:
     raise AssertionError(f"answers are held that nobody waits for: {found}")
 
 
+RUBBISH = [
+    b"{", b"\xff\xfe", b'{"prompt": "\xc3', {"prompt": None}, {"prompt": "a", "max_tokens": "many"},
+    {"prompt": {"a": 1}}, {"prompt": "truth " * 200, "max_tokens": 4}, [1, 2],
+]  # fmt: skip
+"""Not JSON, not UTF-8, wrong types, and a prompt that is too long."""
+
+
 def load(port: int, local, clients: int, rounds: int, prompts: list[str]) -> None:
     """Many clients at once: some ask, some go away, some send rubbish; each answer is what it would be alone."""
     want = {prompt: greedy(local, prompt, 10).text for prompt in prompts}
@@ -311,7 +318,7 @@ def load(port: int, local, clients: int, rounds: int, prompts: list[str]) -> Non
                         connection.recv(100)
                 continue
             if kind < 0.3:
-                assert ask(port, "POST", "/v1/completions", rng.choice([b"{", b"\xff\xfe", {"prompt": None}]))[0] == 400
+                assert ask(port, "POST", "/v1/completions", rng.choice(RUBBISH))[0] == 400
                 continue
             if kind < 0.32:
                 assert ask(port, "POST", "/v1/completions", b"x" * 10_000_000)[0] == 413
