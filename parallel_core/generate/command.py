@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     group.add_argument("--prompts-file", metavar="F.jsonl", help="prompts, a JSON object a line")
     group.add_argument("--output", metavar="O.jsonl", help="write answers there, a JSON object a line")
+    group.add_argument(
+        "--total-length", type=int, metavar="N", help="tokens of a prompt with its answer, instead of --max-new-tokens"
+    )
     group.add_argument("--stream", action="store_true", help="print text as it comes (one prompt, one answer)")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
@@ -79,6 +82,8 @@ def read_prompts(args: argparse.Namespace) -> list[Asked]:
         ConfigError: there is nothing, or something of it cannot be.
     """
     common = sampling_values(args)
+    if args.total_length is not None and (args.total_length < 1 or "max_new_tokens" in common):
+        raise ConfigError(f"--total-length {args.total_length}: give 1 or more, and no --max-new-tokens")
     if (args.prompt is None) == (args.prompts_file is None):
         raise ConfigError("give --prompt TEXT or --prompts-file FILE, one of them")
     if args.prompt is not None:
@@ -146,7 +151,10 @@ def run(args: argparse.Namespace) -> None:
     requests = []
     for i, one in enumerate(asked):
         try:
-            requests.append(it.requests(one.prompt, one.params, str(i)))
+            params = one.params
+            if args.total_length is not None:
+                params = replace(params, max_new_tokens=max(0, args.total_length - len(it.tokens_of(one.prompt))))
+            requests.append(it.requests(one.prompt, params, str(i)))
         except ConfigError as error:
             it.close()
             raise ConfigError(f"prompt {one.id}: {error}") from None

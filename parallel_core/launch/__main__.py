@@ -4,7 +4,8 @@ The arguments after the script are a training configuration (`--config FILE --me
 checked here, before any process exists. With `--plain` they are passed on unread, and `NPROC` must be set. With
 `--bundled`, FILE is the configuration where no argument of the model, the layout or the data is given.
 
-`python -m parallel_core.launch rank-table FILE...` and `hostfile FILE` print the launch line of each node.
+`python -m parallel_core.launch rank-table FILE...` and `hostfile FILE` print the launch line of each node,
+`run-distribute` that of one node for the arguments of MindFormers' script.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from parallel_core.launch import rank_table
 
         return rank_table.main(words[1:])
+    if words[:1] == ["run-distribute"]:
+        from parallel_core.launch import run_distribute
+
+        return run_distribute.main(words[1:])
     if words[:1] == ["hostfile"]:
         from parallel_core.launch import cluster
 

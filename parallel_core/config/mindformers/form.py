@@ -349,10 +349,15 @@ class _Form:
     def global_batch(self) -> int | None:
         """Return the samples of a step; None where the number of ranks decides."""
         copies = self._copies()
-        return None if copies is None else self._batch() * self._per_step() * copies
+        return None if copies is None else self._microbatch() * self._per_step() * copies
 
-    def _batch(self) -> int:
-        return int(self.number("runner_config.batch_size", 1))
+    def _parts(self) -> int:
+        """Return the parts of a microbatch, one computed beside the communication of another."""
+        cut = self.switch("use_parallel") and self.mode() > 0
+        return int(self.number("micro_batch_interleave_num", 1)) if cut else 1
+
+    def _microbatch(self) -> int:
+        return int(self.number("runner_config.batch_size", 1)) * self._parts()
 
     def _copies(self) -> int | None:
         if not self.switch("use_parallel"):
@@ -363,8 +368,7 @@ class _Form:
         """Return the microbatches of a copy of the model in a step."""
         piped = self.switch("use_parallel") and self.mode() and self.number("parallel_config.pipeline_stage", 1) > 1
         number = self.number("parallel_config.micro_batch_num", 1) if piped else 1
-        parts = self.number("micro_batch_interleave_num", 1) if self.mode() else 1
-        return int(number * parts * self.number("runner_config.gradient_accumulation_steps", 1))
+        return int(number * self.number("runner_config.gradient_accumulation_steps", 1))
 
     def _batches(self) -> None:
         sizes = {"model_parallel": "tensor_model_parallel_size", "pipeline_stage": "pipeline_model_parallel_size",
@@ -390,8 +394,10 @@ class _Form:
                       if key in self.leaves), None)  # fmt: skip
         if shard is not None and self.switch(shard) and self.switch("use_parallel"):
             self.give("use_distributed_optimizer", True, shard)
-        self.give("micro_batch_size", self._batch(), "runner_config.batch_size")
-        self.give("micro_batch_num", self._per_step(), "parallel_config.micro_batch_num", "micro_batch_interleave_num",
+        self.give("micro_batch_size", self._microbatch(), "runner_config.batch_size")
+        if self._parts() > 1:
+            self.give("micro_batch_interleave_num", self._parts(), "micro_batch_interleave_num")
+        self.give("micro_batch_num", self._per_step(), "parallel_config.micro_batch_num",
                   "runner_config.gradient_accumulation_steps")  # fmt: skip
         if self.global_batch() is not None:
             self.give("global_batch_size", self.global_batch(), "runner_config.batch_size",

@@ -9,10 +9,8 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-import yaml
 from hf_models import continued, loaded, logits_of, loss_and_norm, parameters
 from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
-from safetensors.numpy import load_file
 
 from parallel_core import ops
 from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tensor
@@ -20,104 +18,17 @@ from parallel_core.checkpoint.mindspore.files import read_ckpt
 from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
 from parallel_core.generate.loading import describe
+from tests.helpers.mindformers_models import MODELS, make, published, write
 from tests.unit.checkpoint.test_bert_checkpoints import VALUES as BERT_VALUES
-from tests.unit.checkpoint.test_bert_checkpoints import Loss, inputs, tensors_of
-from tests.unit.checkpoint.test_pangu_checkpoints import write
+from tests.unit.checkpoint.test_bert_checkpoints import Loss, inputs
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
-SIZES = {"seq_length": 256, "vocab_size": 320, "hidden_size": 64, "num_layers": 3, "num_heads": 4}
-MODELS = {
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SIZES, "expand_ratio": 4, "hidden_act": "gelu"}),
-    "llama": ("LlamaConfig", "LlamaForCausalLM",
-              {**SIZES, "n_kv_heads": 2, "intermediate_size": 176, "rms_norm_eps": "1e-6", "multiple_of": 256}),
-    "bert": ("BertConfig", "BertForQuestionAnswering",
-             {**SIZES, "seq_length": 48, "max_position_embeddings": 64, "type_vocab_size": 2, "embedding_size": 64,
-              "use_relative_positions": False, "expand_ratio": 2, "hidden_dropout_prob": 0.0}),
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
     ops.use_kernels("auto")
-
-
-def gpt2_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hugging Face's GPT-2 under MindFormers' names: c_attn in three, each transposed, other matrices as they are."""
-    found = {
-        "backbone.embedding.word_embedding.embedding_table": hf["transformer.wte.weight"],
-        "backbone.embedding.position_embedding.embedding_table": hf["transformer.wpe.weight"],
-        "backbone.layernorm.gamma": hf["transformer.ln_f.weight"],
-        "backbone.layernorm.beta": hf["transformer.ln_f.bias"],
-    }  # fmt: skip
-    for i in range(3):
-        there, here = f"transformer.h.{i}.", f"backbone.blocks.{i}."
-        for n in "12":
-            found[f"{here}layernorm{n}.gamma"] = hf[f"{there}ln_{n}.weight"]
-            found[f"{here}layernorm{n}.beta"] = hf[f"{there}ln_{n}.bias"]
-        for kind in ("weight", "bias"):
-            parts = np.split(hf[f"{there}attn.c_attn.{kind}"], 3, axis=-1)
-            found.update({f"{here}attention.dense{n}.{kind}": part.T for n, part in enumerate(parts, 1)})
-            for mine, theirs in (("attention.projection", "attn.c_proj"), ("output.mapping", "mlp.c_fc"),
-                                 ("output.projection", "mlp.c_proj")):  # fmt: skip
-                found[f"{here}{mine}.{kind}"] = hf[f"{there}{theirs}.{kind}"]
-    return found
-
-
-def llama_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hugging Face's LLaMA under MindFormers' names."""
-    words = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
-             "post_attention_layernorm": "ffn_norm", "embed_tokens.weight": "tok_embeddings.embedding_weight",
-             "model.norm.": "model.norm_out."}  # fmt: skip
-    found = {}
-    for name, array in hf.items():
-        for theirs, mine in words.items():
-            name = name.replace(theirs, mine)
-        found[name] = array
-    return found
-
-
-def bert_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hugging Face's BERT under MindFormers' names: its first norm behind the MLP, matrices of outputs [in, out]."""
-    e, p = "bert.embeddings.", "bert.embedding_postprocessor."
-    found = {
-        "bert.word_embedding.embedding_table": hf[f"{e}word_embeddings.weight"],
-        f"{p}full_position_embedding.embedding_table": hf[f"{e}position_embeddings.weight"],
-        f"{p}token_type_embedding.embedding_table": hf[f"{e}token_type_embeddings.weight"],
-        f"{p}layernorm.gamma": hf[f"{e}LayerNorm.weight"], f"{p}layernorm.beta": hf[f"{e}LayerNorm.bias"],
-        "qa_outputs.weight": hf["qa_outputs.weight"], "qa_outputs.bias": hf["qa_outputs.bias"],
-    }  # fmt: skip
-    linear = {"attention.self.query": "attention.dense1", "attention.self.key": "attention.dense2",
-              "attention.self.value": "attention.dense3", "attention.output.dense": "attention.projection",
-              "intermediate.dense": "output.mapping", "output.dense": "output.projection"}  # fmt: skip
-    for i in range(3):
-        there, here = f"bert.encoder.layer.{i}.", f"bert.bert_encoder.encoder.blocks.{i}."
-        for theirs, mine in linear.items():
-            weight = hf[f"{there}{theirs}.weight"]
-            found[f"{here}{mine}.weight"] = weight if "self" in theirs else weight.T
-            found[f"{here}{mine}.bias"] = hf[f"{there}{theirs}.bias"]
-        for theirs, mine in (("attention.output.LayerNorm", "layernorm2"), ("output.LayerNorm", "layernorm1")):
-            found[f"{here}{mine}.gamma"] = hf[f"{there}{theirs}.weight"]
-            found[f"{here}{mine}.beta"] = hf[f"{there}{theirs}.bias"]
-    return found
-
-
-def published(name: str) -> dict[str, np.ndarray]:
-    if name == "bert":
-        return bert_names(tensors_of("question_answering"))
-    return {"gpt2": gpt2_names, "llama": llama_names}[name](load_file(GOLDEN / "weights" / f"{name}.safetensors"))
-
-
-def make(folder: Path, name: str, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
-    folder.mkdir(parents=True)
-    kind, architecture, values = MODELS[name]
-    model = {"model_config": {"type": kind, **values, **changes}, "arch": {"type": architecture}}
-    (folder / "run.yaml").write_text(yaml.safe_dump({"model": model, "seed": 0}), encoding="utf-8")
-    if tensors is not None:
-        write(folder / "model.ckpt", {key: np.ascontiguousarray(value) for key, value in tensors.items()})
-    return folder
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

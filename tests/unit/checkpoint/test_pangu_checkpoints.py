@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-import zlib
 from pathlib import Path
 
 import mindspore
@@ -25,6 +24,7 @@ from parallel_core.errors import CheckpointError
 from parallel_core.layout.shard import shard_of
 from parallel_core.transformer import ModelStage
 from parallel_core.transformer.models import PanguAlphaModel
+from tests.helpers.mindformers_models import write
 from tests.unit.transformer.test_pangu_alpha import det, golden_values
 
 H, LAYERS, S, V, F = 8, 3, 6, 11, 32
@@ -51,23 +51,6 @@ def published() -> dict[str, np.ndarray]:
         p[f"{layer}.output.projection.weight"] = det(f"{pre}p", (F, H), 0.3)
         p[f"{layer}.output.projection.bias"] = det(f"{pre}pb", (H,), 0.05)
     return {f"backbone.{name}": value.astype(np.float32) for name, value in p.items()}
-
-
-def write(path: Path, tensors: dict[str, np.ndarray], parts: int = 1, checksum: bool = False) -> None:
-    """Write a `.ckpt` as MindSpore does; tensors in several parts as it writes those above 512 MiB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    message = Checkpoint()
-    for name, array in tensors.items():
-        for part in np.array_split(array.reshape(-1), parts):
-            value = message.value.add()
-            value.tag = name
-            value.tensor.dims.extend(array.shape)
-            value.tensor.tensor_type = {"float32": "Float32", "float16": "Float16", "int32": "Int32"}[array.dtype.name]
-            value.tensor.tensor_content = part.tobytes()
-    data = message.SerializeToString()
-    if checksum:
-        data += b"crc_num" + zlib.crc32(data).to_bytes(10, "big")
-    path.write_bytes(data)
 
 
 def settings(folder: Path, **more: object) -> None:

@@ -119,6 +119,18 @@ def test_without_use_parallel_one_rank_runs_whatever_parallel_config_says(tmp_pa
     assert any("parallel_config.model_parallel: 8: not used, use_parallel is False" in note for note in found.notes)
 
 
+def test_interleaved_microbatches_are_one_batch_whose_mean_is_the_mean_of_all_samples(tmp_path):
+    """There the parts' losses are added, and the log divides them in one place and not in another."""
+    cut = {"use_parallel": True, "parallel": {"parallel_mode": 1}, "micro_batch_interleave_num": 2}
+    layout = {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 4}
+    config = loaded(tmp_path, {**cut, "parallel_config": layout, "runner_config": {"batch_size": 3}}).config
+    data = config.dataset_config
+    assert (data.batch_size, data.micro_batch_num, data.global_batch_size) == (3 * 2, 4, 3 * 2 * 4 * 2)
+    assert config.parallel_config.micro_batch_interleave_num == 2
+    one = loaded(tmp_path, {**cut, "parallel_config": {"data_parallel": 2, "micro_batch_num": 4}}).config
+    assert one.dataset_config.micro_batch_num == 1  # micro_batch_num counts with a pipeline alone
+
+
 def test_yaml_with_chinese_comments_is_read_as_utf8_whatever_the_locale(tmp_path, monkeypatch):
     monkeypatch.setenv("LC_ALL", "C")
     file = tmp_path / "run.yaml"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_core.comm.interface import SoloGroup
+from parallel_core.config.mindformers.sampling import mindformers_before_0_8
 from parallel_core.errors import ConfigError
 from parallel_core.generate.requests import Request, SamplingParams
 from parallel_core.generate.sampling import Row, Sampler, order_keys, uniform, values_of
@@ -159,3 +160,47 @@ def test_requests_travel_as_json() -> None:
 
     request = Request("a", (1, 2), SamplingParams(stop="x", stop_token_ids=[3], logprobs=1, seed=4), 4, 1)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
+
+
+# ---- MindFormers before 0.8 -----------------------------------------------------------------------------------------
+def counted(logits, us, chosen, *, do_sample=True, top_k=5, top_p=1.0, repetition_penalty=1.0):
+    """MindFormers' rule of releases 0.3 to 0.7, written down as it stands there; the token at each number."""
+    logp = logits - logits.max()
+    logp = logp - np.log(np.exp(logp).sum())
+    times = np.bincount(np.array(chosen, np.int64), minlength=len(logits))
+    if repetition_penalty != 1:
+        logp = logp - times * repetition_penalty - (times > 0) * repetition_penalty
+    q = np.exp(logp)
+    order = np.argsort(-q, kind="stable")
+    kept = 1 if not do_sample else int((np.cumsum(q[order][:5000]) < top_p).sum()) + 1 if top_p < 1 else top_k
+    share = np.zeros(len(q))
+    share[order[:kept]] = q[order[:kept]]
+    running = np.cumsum(share / share.sum())
+    return [int(np.searchsorted(running, u * running[-1], "right")) for u in us]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"top_k": 3, "repetition_penalty": 1.5}, {"top_p": 0.8}, {"top_p": 0.65, "repetition_penalty": 1.2},
+     {"do_sample": False, "repetition_penalty": 1.1}, {"do_sample": False}],
+)  # fmt: skip
+def test_mindformers_older_rule_counts_what_was_generated_and_gives_it_to_nobody(how):
+    logits = np.random.default_rng(3).normal(0, 2, 40).astype(np.float32)
+    chosen = [int(np.argmax(logits)), 3, 3, 7]
+    params = SamplingParams(**mindformers_before_0_8(**how))
+    us = [uniform(seed, 0, len(chosen)) for seed in range(300)]
+    assert drawn(logits, params, 300, chosen=chosen).tolist() == counted(logits.astype(np.float64), us, chosen, **how)
+
+
+def test_mindformers_older_rule_keeps_more_where_a_penalty_took_mass():
+    logits = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
+    half = SamplingParams(**{**mindformers_before_0_8(top_p=0.65), "frequency_penalty": 1.5, "presence_penalty": 0.3})
+    assert set(drawn(logits, half, 600, chosen=[0])) == {0, 1, 2, 3, 4}
+    assert set(drawn(logits, SamplingParams(**mindformers_before_0_8(top_p=0.65)), 600)) == {0, 1}
+
+
+def test_each_sequence_of_a_batch_has_its_own_counts():
+    logits = np.log(np.array([[0.5, 0.45, 0.05]] * 2, np.float32))
+    params = SamplingParams(**mindformers_before_0_8(do_sample=False, repetition_penalty=1.5))
+    rows = [Row(params, 0, 0, np.array([], np.int64), chosen) for chosen in ([0], [])]
+    assert [one.token for one in Sampler(SoloGroup(), 3, 3).choose(logits, rows)] == [1, 0]

@@ -132,3 +132,43 @@ def test_tables_are_read_without_mindspore(tmp_path):
         f"sys.exit(main(['rank-table', {str(file)!r}]))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# ---- the arguments of run_distribute.sh ------------------------------------------------------------------------------
+SEED = "run_gpt2_13b.yaml"
+RUN = f"python run_mindformer.py --config {SEED} --use_parallel True --run_mode"
+
+
+@pytest.mark.parametrize(("ranks", "node"), [("[0,8]", 0), ("[8,16)", 1), ("[ 16, 24 )", 2), ("24,32", 3)])
+def test_each_of_four_servers_has_its_line_for_the_arguments_of_run_distribute(ranks, node, tmp_path, capsys):
+    file = written(tmp_path, table(*(entry(address, 8 * i) for i, address in enumerate(ADDRESSES))))
+    assert main(["run-distribute", str(file), SEED, ranks, "train", "32"]) == 0
+    assert capsys.readouterr().out == (
+        f"NPROC=32 NNODES=4 NODE_RANK={node} MASTER_ADDR=10.155.111.140 MASTER_PORT=8848 "
+        f"ASCEND_RT_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 {RUN} train\n"
+    )
+
+
+@pytest.mark.parametrize(("devices", "shown"), [("[4,8]", "4,5,6,7"), ("[0,16)", ",".join(map(str, range(16))))])
+def test_on_one_machine_the_range_is_of_devices_of_two_digits_too(devices, shown, tmp_path, capsys):
+    file = written(tmp_path, table(entry(ADDRESSES[0], 0, 16)))
+    assert main(["run-distribute", str(file), SEED, devices, "finetune"]) == 0
+    number = shown.count(",") + 1
+    assert capsys.readouterr().out == f"NPROC={number} ASCEND_RT_VISIBLE_DEVICES={shown} {RUN} finetune\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["[0,8]", "train", "16"], "has 32 ranks and RANK_SIZE is 16"),
+        (["[4,12]", "train", "32"], "[4,12] are the ranks of no server"),
+        (["[0,8]", "train"], "the table has 4 servers; give RANK_SIZE"),
+        (["[8,0]", "train", "32"], "is no range of devices"),
+        (["[0,8]", "export", "32"], "export is no mode"),
+        (["[0,8]", "predict", "32"], "predict needs a text"),
+    ],
+)
+def test_arguments_of_run_distribute_that_cannot_be_are_named(words, said, tmp_path, capsys):
+    file = written(tmp_path, table(*(entry(address, 8 * i) for i, address in enumerate(ADDRESSES))))
+    assert main(["run-distribute", str(file), SEED, *words]) == 2
+    assert said in capsys.readouterr().err

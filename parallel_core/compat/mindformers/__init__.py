@@ -1,0 +1,1 @@
+"""MindFormers' `run_mindformer.py`, for those who start runs by it."""
