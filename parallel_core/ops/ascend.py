@@ -180,6 +180,41 @@ def causal_attention_packed(
     )  # fmt: skip
 
 
+def _not_by_bidirectional(
+    query_SBND: Tensor, key_SBND: Tensor, value_SBND: Tensor, seen_BS: Tensor | None, **options: Any  # noqa: ARG001
+) -> str:
+    return _not_by_flash_attention(query_SBND, key_SBND, value_SBND, dropout_rate=options.get("dropout_rate", 0.0))
+
+
+@on_ascend(
+    reference.bidirectional_attention,
+    dtypes=(ms.float16, ms.bfloat16),
+    integers=["seen_BS"],
+    refuses=_not_by_bidirectional,
+)
+def bidirectional_attention(
+    query_SBND: Tensor,
+    key_SBND: Tensor,
+    value_SBND: Tensor,
+    seen_BS: Tensor | None,
+    *,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_seed: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Return `reference.bidirectional_attention` by `flash_attention_score`. Not verified: never run on an NPU."""
+    S, B, N, _ = query_SBND.shape
+    options: dict[str, Any] = {"attn_mask": None, "sparse_mode": 0}
+    if seen_BS is not None:
+        hidden = (seen_BS == 0).reshape(B, 1, 1, S).broadcast_to((B, 1, S, S))
+        options = {"attn_mask": hidden, "sparse_mode": _FULL_MASK}
+    if dropout_rate:
+        kept = drop_bits(B * N * S * S, dropout_rate, dropout_seed).reshape(B, N, S, S // 8)
+        options |= {"keep_prob": 1.0 - dropout_rate, "drop_mask": kept}
+    inputs = map(_rows, (query_SBND, key_SBND, value_SBND))
+    return ops.flash_attention_score(*inputs, N, scalar_value=scale, input_layout="SBH", **options)
+
+
 @functools.cache
 def _corner() -> Tensor:
     return Tensor(np.triu(np.ones((_CORNER, _CORNER), bool), 1))

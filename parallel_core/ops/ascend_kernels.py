@@ -79,14 +79,23 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _not_by_activation(x: Tensor, bias: Tensor | None, name: str) -> str:  # noqa: ARG001
+def not_by_activation(x: Tensor, bias: Tensor | None, name: str) -> str:  # noqa: ARG001
+    """Return why `activation` does not take these, or ""."""
     return "" if name in _ACTIVATIONS else f"the activation is {name}"
 
 
-@on_ascend(reference.activation, dtypes=_FLOATS, refuses=_not_by_activation)
+@on_ascend(reference.activation, dtypes=_FLOATS, refuses=not_by_activation)
 def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     """Return `reference.activation` by one operator. Not verified: never run on an NPU."""
     return _ACTIVATIONS[name](x if bias is None else x + reference.cast(bias, x.dtype))
+
+
+@on_ascend(reference.embedding, dtypes=_FLOATS, integers=["ids_T"])
+def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
+    """Return `reference.embedding` by a gather in the table's type. Not verified: never run on an NPU."""
+    rows, inside = local_rows(ids_T, first_row, table_VH.shape[0])
+    out = ops.gather(table_VH, rows, 0)
+    return out * inside.astype(out.dtype).reshape(-1, 1)
 
 
 @on_ascend(reference.embedding_grad_table_, dtypes=(ms.float32,), integers=["ids_T"])
@@ -160,3 +169,18 @@ def rotary_packed(mixed_SBGX: Tensor, head_size: int, cos: Tensor, sin: Tensor, 
     turning, value = reference.split_last_dim(mixed_SBGX, (X - head_size, head_size))
     turned = rotary(turning.reshape(S, B, -1, head_size), cos, sin, interleaved)
     return mint.cat((turned.reshape(S, B, G, X - head_size), value), -1)
+
+
+def _not_by_latent_rotary(
+    query_SBNX: Tensor, latent_SBNY: Tensor, k_pos_SBR: Tensor, cos: Tensor, sin: Tensor  # noqa: ARG001
+) -> str:
+    return _not_by_rotary(query_SBNX.shape, cos, True)
+
+
+@on_ascend(reference.latent_heads, dtypes=_FLOATS, refuses=_not_by_latent_rotary)
+def latent_heads(
+    query_SBNX: Tensor, latent_SBNY: Tensor, k_pos_SBR: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.latent_heads` by `rotary_position_embedding`. Not verified: never run on an NPU."""
+    turn = lambda x: rotary(x.contiguous(), cos, sin, True)  # noqa: E731
+    return reference._latent_heads(turn, query_SBNX, latent_SBNY, k_pos_SBR)

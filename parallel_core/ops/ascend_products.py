@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops.auto_generate import grouped_matmul_add_, grouped_matmul_v4
 
-from parallel_core.ops import reference, reference_experts
+from parallel_core.ops import ascend_kernels, reference, reference_experts
 from parallel_core.ops.registry import on_ascend
 from parallel_core.ops.shared import put
 
@@ -60,7 +60,7 @@ def _summed(dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray) -> Tensor:
     return dw
 
 
-def _not_into(into: Any, dy: Tensor, x: Tensor, *_: Any) -> str:
+def _not_into(into: Any, dy: Tensor, x: Tensor, *_: Any, **__: Any) -> str:  # noqa: ARG001
     if dy.dtype != x.dtype:
         return f"dy is {dy.dtype} and x {x.dtype}"
     return _without_rows(dy)
@@ -109,10 +109,10 @@ def _groups(counts: np.ndarray) -> tuple[np.ndarray, Tensor]:
 
 
 # ---- rows by number (no autograd) -----------------------------------------------------------------------------------
-def _has_empty(x: Tensor, index: np.ndarray) -> str:
-    if not index.size or not x.shape[0]:
+def _has_empty(x_TH: Tensor, index_N: np.ndarray) -> str:
+    if not index_N.size or not x_TH.shape[0]:
         return "there are no rows"
-    return "some rows are empty or dropped" if int(index.min()) < 0 else ""
+    return "some rows are empty or dropped" if int(index_N.min()) < 0 else ""
 
 
 @on_ascend(reference_experts.gather_rows, dtypes=_FLOATS, integers=["index_N"], refuses=_has_empty)
@@ -137,3 +137,15 @@ def sum_rows(x_NH: Tensor, index_TK: np.ndarray) -> Tensor:
     The operator takes the number of rows of a token from the weights that it is given, so it is given ones.
     """
     return ops.moe_token_unpermute(x_NH, Tensor(index_TK.reshape(-1)), ops.ones(index_TK.shape, x_NH.dtype))
+
+
+# ---- activation of weighted rows ------------------------------------------------------------------------------------
+def _not_by_activation(x_NF: Tensor, scale_N: Tensor, name: str) -> str:  # noqa: ARG001
+    return _without_rows(x_NF) or ascend_kernels.not_by_activation(x_NF, None, name)
+
+
+@on_ascend(reference_experts.scaled_activation, dtypes=_FLOATS, refuses=_not_by_activation)
+def scaled_activation(x_NF: Tensor, scale_N: Tensor, name: str) -> Tensor:
+    """Return `reference_experts.scaled_activation`, the activation by one operator. Not verified: never run."""
+    y = ascend_kernels.activation(x_NF, None, name)
+    return reference.cast(reference.cast(y, ms.float32) * scale_N.reshape(-1, 1), x_NF.dtype)

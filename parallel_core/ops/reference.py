@@ -279,12 +279,18 @@ def latent_heads(
         cos: float32 [S, 1 or B, 1, R] cosines, each angle standing twice, side by side.
         sin: the sines, likewise.
     """
+    return _latent_heads(lambda x: rotary(x, cos, sin, True), query_SBNX, latent_SBNY, k_pos_SBR)
+
+
+def _latent_heads(
+    turn: Callable[[Tensor], Tensor], query_SBNX: Tensor, latent_SBNY: Tensor, k_pos_SBR: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     S, B, N, X = query_SBNX.shape
     R = k_pos_SBR.shape[-1]
     q_plain, q_pos = split_last_dim(query_SBNX, (X - R, R))
     k_plain, value = split_last_dim(latent_SBNY, (X - R, latent_SBNY.shape[-1] - X + R))
-    k_pos = rotary(k_pos_SBR.reshape(S, B, 1, R), cos, sin, True)
-    query = mint.cat((q_plain, rotary(q_pos, cos, sin, True)), -1)
+    k_pos = turn(k_pos_SBR.reshape(S, B, 1, R))
+    query = mint.cat((q_plain, turn(q_pos)), -1)
     return query, mint.cat((k_plain, ops.tile(k_pos, (1, 1, N, 1))), -1), value
 
 

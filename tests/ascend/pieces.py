@@ -12,9 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,76 +100,36 @@ def memory() -> None:
 def kernels() -> None:
     """Every kernel that is selected here against its reference, forward and backward, with the time of both."""
     import mindspore as ms
-    from mindspore import Tensor
 
-    from parallel_core import ops
-    from parallel_core.ops import ascend, reference
-    from parallel_core.ops.registry import KERNELS
     from parallel_core.training.runtime import start_runtime
+    from tests.ascend.kernels import Sizes
 
     start_runtime()
+    if on_cpu():
+        compare_kernels(ms.float32, 1e-4, Sizes(128, 2, 4, 2, 16))
+    else:
+        compare_kernels(ms.bfloat16, 2e-2, Sizes(2048, 2, 16, 4, 128))
+
+
+def compare_kernels(dtype: Any, tolerance: float, sizes: Any) -> None:
+    """Compare the kernels with inputs of a type and of these sizes, a `Sizes`."""
+    from parallel_core import ops
+    from tests.ascend import kernels
+
     print(ops.use_kernels())
-    dtype = ms.float32 if on_cpu() else ms.bfloat16
-    tolerance = 1e-4 if on_cpu() else 2e-2
-    S, B, N, G, D = (128, 2, 4, 2, 16) if on_cpu() else (2048, 2, 16, 4, 128)
-
-    def tensor(*shape: int, seed: int = 0, kind: Any = None) -> Tensor:
-        return Tensor(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(kind or dtype)
-
-    def wide(x: Tensor) -> np.ndarray:
-        return x.astype(ms.float32).asnumpy()
-
-    angles = np.random.default_rng(1).uniform(0, 6, (S, 1, 1, D // 2)).astype(np.float32)
-    tables = [Tensor(f(np.concatenate((angles, angles), -1))) for f in (np.cos, np.sin)]
-    starts = np.minimum(np.sort(np.random.default_rng(3).integers(0, S, (B, S)), 1), np.arange(S)).astype(np.int32)
-    qkv = [tensor(S, B, N, D), tensor(S, B, G, D, seed=1), tensor(S, B, G, D, seed=2)]
-    attend = KERNELS["causal_attention"].selected
-    cases: list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
-        ("rms_norm", partial(ops.rms_norm, eps=1e-5), partial(reference.rms_norm, eps=1e-5),
-         [tensor(S, B, N * D), tensor(N * D, seed=1)]),
-        ("rotary", *(partial(f, cos=tables[0], sin=tables[1], interleaved=False)
-                     for f in (ops.rotary, reference.rotary)), qkv[:1]),
-        *((f"activation {name}", partial(ops.activation, bias=None, name=name),
-           partial(reference.activation, bias=None, name=name), [tensor(S, B, 4 * D * N)])
-          for name in ("swiglu", "gelu", "gelu_tanh")),
-        ("causal_attention", *(partial(f, scale=D**-0.5) for f in (attend, reference.causal_attention)), qkv),
-        ("causal_attention of documents", *(partial(f, scale=D**-0.5, document_start_BS=Tensor(starts))
-                                            for f in (attend, reference.causal_attention)), qkv),
-    ]  # fmt: skip
-    if not on_cpu():
-        bnsd = partial(ascend.flash_attention, scale=D**-0.5, input_layout="BNSD")
-        cases.append(("causal_attention BNSD", bnsd, partial(reference.causal_attention, scale=D**-0.5), qkv))
-    for name, kernel, want, inputs in cases:
+    make = kernels.Maker(dtype)
+    for case in (*kernels.differentiable(sizes, make), *kernels.raw(sizes, make)):
         try:
-            errors, seconds = [], []
-            weights = tensor(*kernel(*inputs).shape, seed=9)
-            positions = tuple(range(len(inputs)))
-            results = []
-            for function in (kernel, want):
-                # The plain operators tell what is right in float32, and what they cost in the kernel's type.
-                exact = inputs if function is kernel else [x.astype(ms.float32) for x in inputs]
-                gradient = ms.grad(lambda *x, f=function, w=weights: (f(*x) * w.astype(x[0].dtype)).sum(), positions)
-                found = gradient(*exact)
-                found = found if isinstance(found, tuple) else (found,)
-                results.append([wide(function(*exact)), *map(wide, found)])
-                gradient(*inputs)
-                begun = time.perf_counter()
-                for _ in range(5):
-                    last = gradient(*inputs)
-                wide(last[0] if isinstance(last, tuple) else last)
-                seconds.append((time.perf_counter() - begun) / 5)
-            errors = [float(np.abs(a - b).max() / (np.abs(b).max() + 1e-9)) for a, b in zip(*results)]
-            check(name, max(errors) < tolerance,
-                  f"largest errors {', '.join(f'{e:.1e}' for e in errors)} (value, gradients); forward and backward "
+            errors, seconds = kernels.compare(case)
+            what = "value, gradients" if case.differentiable else "results"
+            check(case.name, max(errors) < tolerance,
+                  f"largest errors {', '.join(f'{e:.1e}' for e in errors)} ({what}); "
                   f"{1e3 * seconds[0]:.2f} ms, plain operators {1e3 * seconds[1]:.2f} ms")  # fmt: skip
         except Exception as error:  # noqa: BLE001 - the next kernel is asked all the same
-            check(name, False, f"{type(error).__name__}: {error}")
-    for name, draw in (
-        ("dropout", lambda seed: reference.dropout(tensor(S, B, N * D), 0.25, seed)),
-        ("dropped attention weights", lambda seed: attend(*qkv, scale=1.0, dropout_rate=0.25, dropout_seed=seed)),
-    ):
+            check(case.name, False, f"{type(error).__name__}: {error}")
+    for name, draw in kernels.draws(sizes, make):
         try:
-            one, again, other = (wide(draw(seed)) for seed in ((3, 5), (3, 5), (5, 3)))
+            one, again, other = (kernels._wide(draw(seed)) for seed in ((3, 5), (3, 5), (5, 3)))
             same, differs = np.array_equal(one, again), not np.array_equal(one, other)
             share = f"; zeros {np.mean(one == 0):.3f} of 0.25" if name == "dropout" else ""
             right = not share or abs(np.mean(one == 0) - 0.25) < 0.02

@@ -85,7 +85,7 @@ class DropoutGenMaskExt:
 
 
 def flash_attention_score(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, *, attn_mask: Tensor, scalar_value: float,
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, *, attn_mask: Tensor | None, scalar_value: float,
     input_layout: str, sparse_mode: int, keep_prob: float = 1.0, drop_mask: Tensor | None = None,
     pre_tokens: int = 2**31 - 1, next_tokens: int = 2**31 - 1, actual_seq_qlen: Any = None,
     actual_seq_kvlen: Any = None,
@@ -109,8 +109,11 @@ def flash_attention_score(
     B, N, S, D = apart[0].shape
     G = apart[1].shape[1]
     assert head_num == N and N % G == 0 and D % 16 == 0 and D <= 512
-    assert attn_mask.dtype == ms.bool_ and isinstance(scalar_value, float)
-    if sparse_mode == 1:
+    assert (attn_mask is None or attn_mask.dtype == ms.bool_) and isinstance(scalar_value, float)
+    if attn_mask is None:
+        assert sparse_mode == 0
+        hidden = np.zeros((1, 1, S, S), bool)
+    elif sparse_mode == 1:
         assert attn_mask.shape in ((B, 1, S, S), (S, S))
         hidden = attn_mask.asnumpy().reshape(-1, 1, S, S)
     else:

@@ -15,6 +15,8 @@ from mindspore import Tensor
 from parallel_core import ops
 from parallel_core.ops import ascend, reference
 from parallel_core.ops.documents import ends_of, remember
+from tests.ascend import pieces
+from tests.ascend.kernels import Sizes
 from tests.helpers import ascend_double
 from tests.helpers.ascend_double import on_ascend_double
 
@@ -196,3 +198,15 @@ def test_a_weight_of_more_bits_than_x_goes_to_the_reference(caplog):
     x, weight = tensor(4, 2, 32), tensor(32, dtype=np.float32)
     assert np.array_equal(ops.rms_norm(x, weight, 1e-5).asnumpy(), reference.rms_norm(x, weight, 1e-5).asnumpy())
     assert "x is Float16 and the weight Float32" in caplog.text
+
+
+@pytest.mark.parametrize("piece", [
+    pytest.param(lambda: pieces.compare_kernels(ms.float16, 2e-2, Sizes(16, B, N, G, D, 2)), marks=pytest.mark.slow),
+    lambda: pieces.memory(),
+], ids=["kernels", "memory"])  # fmt: skip
+def test_the_pieces_for_an_npu_pass_here(piece, monkeypatch, capsys):
+    """What an NPU is asked runs to its end on the double, so that what fails there is not the question."""
+    monkeypatch.setattr(pieces, "_FAILURES", [])
+    piece()
+    told = capsys.readouterr().out
+    assert pieces._FAILURES == [] and "BAD" not in told and told.count("ok  ") >= 7, told

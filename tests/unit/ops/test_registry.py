@@ -114,10 +114,11 @@ def test_an_implementation_for_ascend_is_selected_there_and_may_have_options_of_
 
     with mock.patch.object(ms, "get_context", lambda name: "Ascend"):
         sentence = ops.use_kernels()
-    named = ("activation, add_rms_norm, attention_block, attention_block_grad, causal_attention, "
-             "causal_attention_packed, embedding_grad_table_, gather_rows, grouped_linear, grouped_linear_grad_input, "
-             "grouped_linear_grad_weight, grouped_linear_grad_weight_, join_blocks, linear_grad_weight_, rms_norm, "
-             "rotary, rotary_packed, scaled, sum_rows, vocab_grad_logits")
+    named = ("activation, add_rms_norm, attention_block, attention_block_grad, bidirectional_attention, "
+             "causal_attention, causal_attention_packed, embedding, embedding_grad_table_, gather_rows, "
+             "grouped_linear, grouped_linear_grad_input, grouped_linear_grad_weight, grouped_linear_grad_weight_, "
+             "join_blocks, latent_heads, linear_grad_weight_, rms_norm, rotary, rotary_packed, scaled, "
+             "scaled_activation, sum_rows, vocab_grad_logits")
     assert sentence == f"Ascend operators for {named}; plain MindSpore operators for the others"
     doors()["scaled"](X.astype(ms.float16), None, INTO)
     scaled(X.astype(ms.float16), None, INTO, layout="BNSD")
