@@ -7,7 +7,7 @@ prints one line for each call that does not fit, and ends with status 1 if there
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -19,6 +19,18 @@ _ON_DEVICE_MEMORY = (
     "asnumpy"
 ).split()
 """Methods of tensors that code for Ascend calls; which object is one, the text does not say."""
+
+
+PROFILE = (
+    "activities", "start_profile", "with_stack", "profile_memory", "data_process", "parallel_strategy", "hbm_ddr",
+    "pcie", "on_trace_ready", "experimental_config",
+)  # fmt: skip
+"""What `mindspore.profiler.profile` is given as a dictionary, which the text of a call does not tell."""
+MSRUN = (
+    "worker_num", "local_worker_num", "master_addr", "master_port", "node_rank", "log_dir", "join", "cluster_time_out",
+    "bind_core",
+)  # fmt: skip
+"""What msrun is started with."""
 
 
 class Call(NamedTuple):
@@ -133,6 +145,11 @@ def misfits(package: Path) -> list[str]:
     import mindspore
 
     found = [f"Tensor.{name} does not exist" for name in _ON_DEVICE_MEMORY if not hasattr(mindspore.Tensor, name)]
+    profile = Call("", 0, "mindspore.profiler.profile", False, 0, PROFILE, False)
+    found += [f"mindspore.profiler.profile {why}" for why in [misfit(profile)] if why]
+    msrun = importlib.util.find_spec("mindspore.parallel.cluster.run")
+    text = Path(msrun.origin).read_text(encoding="utf-8") if msrun is not None and msrun.origin else ""
+    found += [f"msrun has no --{name}" for name in MSRUN if f'"--{name}"' not in text]
     for file in sorted(package.rglob("*.py")):
         for call in calls_in(file):
             why = misfit(call)

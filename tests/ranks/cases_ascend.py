@@ -18,12 +18,16 @@ from tests.ranks.support import LLAMA, Tiny, TinyRun, assert_close, context_of, 
 
 SCALARS = {"training/scalars.py: _on_host": 1, "training/scalars.py: _sum": 1}
 """Where a step reads what a device has computed."""
-ROUTED = {
+ROUTED = frozenset({
+    "transformer/moe/router.py: __init__",
     "transformer/moe/router.py: forward",
     "transformer/moe/router.py: backward",
     "expert_parallel/dispatch.py: dispatch",
-}
-"""Where experts are chosen, which is the host's: scores and their gradients, and how many rows are exchanged."""
+    "expert_parallel/ledger.py: looking_back",
+    "expert_parallel/ledger.py: finish_iteration",
+    "expert_parallel/ledger.py: _sum",
+})  # fmt: skip
+"""Where experts are chosen, which is the host's: biases, scores and their gradients, rows to exchange, and loads."""
 HALF = Tiny(
     model={"params_dtype": "float16", "compute_dtype": "float16", "kv_channels": 16, "num_layers": 4},
     training={"fp16": True, "loss_scale_value": 64.0},
@@ -70,7 +74,8 @@ def check(ctx: CaseContext, tiny: Tiny, rtol: float, also_read: frozenset[str] =
     np.testing.assert_allclose(got.loss, want.loss, rtol=rtol)
     assert_close(got.parameters, want.parameters, 20 * rtol)
     read = {name: times for name, times in got.read.items() if name not in also_read}
-    assert read == SCALARS, read
+    # A rank without a gradient that counts and without a loss has nothing of its own to read.
+    assert read in (SCALARS, {"training/scalars.py: _sum": 1}), read
     return hccl.calls
 
 
@@ -105,10 +110,10 @@ def test_every_layout_of_four_ranks_of_ascend(ctx: CaseContext, layout: str) -> 
 @case(
     world_size=2,
     variants=[{"model": model, "layout": layout} for model, layout in (
-        ("softmax", "ep2 alltoall"), ("softmax", "tp2 sp ep2 alltoall"), ("sigmoid", "ep2 allgather"),
+        ("softmax", "ep2 alltoall"), ("softmax", "tp2 sp ep2 etp1 alltoall"), ("sigmoid", "ep2 allgather"),
         ("capacity", "ep2 alltoall"), ("padded", "ep2 alltoall"), ("softmax", "ep2 alltoall full"))],
     slow=True,
 )  # fmt: skip
 def test_experts_of_ascend(ctx: CaseContext, model: str, layout: str) -> None:
     """Their choice is the host's; nothing else goes there."""
-    check(ctx, run_of(model, layout), 2e-5, frozenset(ROUTED))
+    check(ctx, run_of(model, layout), 2e-5, ROUTED)

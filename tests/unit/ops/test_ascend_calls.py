@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from parallel_core.config.schema import ProfileConfig
+from parallel_core.launch.job import JobSpec
+from parallel_core.training import profiler
 from tests.helpers import mindspore_calls
 
 PACKAGE = Path(__file__).resolve().parents[3] / "parallel_core"
@@ -20,6 +23,14 @@ def test_every_call_fits_the_installed_mindspore():
     names = {call.name for file in PACKAGE.rglob("*.py") for call in mindspore_calls.calls_in(file)}
     assert {"mindspore.mint.distributed.isend", "mindspore.ops.rms_norm", "mindspore.mint.rand",
             "mindspore.ops.auto_generate.AdamW", "mindspore.communication.create_group"} <= names  # fmt: skip
+
+
+def test_what_is_given_as_a_dictionary_or_to_msrun_is_known(monkeypatch):
+    monkeypatch.setattr(profiler.profiler, "tensorboard_trace_handler", dict)
+    assert tuple(profiler.profile_options(ProfileConfig(), PACKAGE)) == mindspore_calls.PROFILE
+    job = JobSpec(("x.py",), 4, PACKAGE, 9000, num_nodes=2, bind_core="True")
+    flags = [word[2:].split("=")[0] for word in job.msrun_command() if word.startswith("--")]
+    assert set(flags) == set(mindspore_calls.MSRUN)
 
 
 def test_what_does_not_fit_is_told(tmp_path):
