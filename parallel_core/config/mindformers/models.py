@@ -141,13 +141,13 @@ _SIZES = {
     "param_init_type": Setting("float32", ("params_dtype",), _dtype),
     "compute_dtype": Setting("float32", ("compute_dtype",), _dtype),
 }
+_SOFTMAX = Setting(
+    "float32", ("attention_softmax_in_fp32",), lambda value: _dtype(value) == "float32",
+    lambda value: "float32" if value else "float16",
+)  # fmt: skip
 _DROPOUT = {
     "hidden_dropout_rate": Setting(0.1, ("hidden_dropout_rate",)),
-    "attention_dropout_rate": Setting(0.1, ("attention_dropout_rate",)),
-    "softmax_compute_type": Setting(
-        "float32", ("attention_softmax_in_fp32",), lambda value: _dtype(value) == "float32",
-        lambda value: "float32" if value else "float16",
-    ),
+    "attention_dropout_rate": Setting(0.1, ("attention_dropout_rate",)), "softmax_compute_type": _SOFTMAX,
 }  # fmt: skip
 
 
@@ -204,7 +204,7 @@ LLAMA = Family(
         "num_heads": Setting(32, ("num_attention_heads",)), "vocab_size": Setting(32000, ("vocab_size",)),
         "n_kv_heads": Setting(None, ("num_query_groups",)), "rms_norm_eps": Setting(1e-5, ("norm_epsilon",)),
         "multiple_of": Setting(256), "ffn_dim_multiplier": Setting(None), "theta": Setting(10000.0, ("rotary_base",)),
-        "intermediate_size": Setting(None, ("ffn_hidden_size",)),
+        "intermediate_size": Setting(None, ("ffn_hidden_size",)), "softmax_compute_type": _SOFTMAX,
     },
     {
         "normalization": "RMSNorm", "position_embedding_type": "rope", "hidden_act": "swiglu", "add_bias_linear": False,

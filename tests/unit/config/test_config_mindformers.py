@@ -62,6 +62,29 @@ def test_the_published_example_of_32_devices_is_this_layout():
     assert (config.training_config.save_interval, config.training_config.prefix) == (100, "gpt")
 
 
+def test_llama_of_later_releases_is_read_with_its_names_of_schedule_and_accumulation(tmp_path):
+    model = {"type": "LlamaConfig", "seq_length": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
+             "vocab_size": 320, "multiple_of": 16, "n_kv_heads": 2, "rms_norm_eps": "1.0e-5", "pad_token_id": 0,
+             "softmax_compute_type": "float16", "rotary_dtype": "float16", "scaling_factor": 2.0,
+             "extend_method": "PI", "use_flash_attention": True, "compute_dtype": "bfloat16"}  # fmt: skip
+    changes = {
+        "model": {"model_config": model, "arch": {"type": "LlamaForCausalLM"}}, "use_parallel": True,
+        "parallel": {"parallel_mode": "SEMI_AUTO_PARALLEL"}, "parallel_config": {"data_parallel": 2},
+        "runner_config": {"batch_size": 1, "gradient_accumulation_steps": 8}, "context": {"max_device_memory": "58GB"},
+        "lr_schedule": {"type": "CosineWithWarmUpLR", "learning_rate": 5e-5, "lr_end": 0.0, "warmup_ratio": 0.03},
+        "optimizer": {"type": "FP32StateAdamWeightDecay"}, "callbacks": [{"type": "CheckpointMonitor"}],
+    }  # fmt: skip
+    found = loaded(tmp_path, changes, base="base.yaml")
+    model, data = found.config.model_config, found.config.dataset_config
+    assert (model.ffn_hidden_size, model.num_query_groups, model.hidden_act) == (176, 2, "swiglu")
+    assert (model.rotary_seq_len_interpolation_factor, model.compute_dtype) == (2.0, "bfloat16")
+    assert model.untie_embeddings_and_output_weights and not model.add_bias_linear
+    assert (found.world_size, data.global_batch_size, data.micro_batch_num, data.pad_token_id) == (2, 16, 8, 0)
+    optimizer = found.config.optimizer_config
+    assert (optimizer.lr_decay_style, optimizer.lr_warmup_fraction, optimizer.min_lr) == ("cosine", 0.03, 0.0)
+    assert found.config.training_config.max_device_memory == "58GB"
+
+
 def test_adapters_are_those_of_the_packed_queries_keys_and_values():
     lora = load_config(["--config", str(FILES / "run_gpt2_lora.yaml")]).config.training_config.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (64, 128.0, 0.1, ("linear_qkv",))
