@@ -55,7 +55,13 @@ def _linear(ours: str, theirs: str) -> dict[str, str]:
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
 
 
-_ATTENTION = ("attention.dense1", "attention.dense2", "attention.dense3")
+_MATRICES = {
+    "self_attention.linear_qkv": ("attention.dense1", "attention.dense2", "attention.dense3"),
+    "self_attention.linear_proj": ("attention.projection",),
+    "mlp.linear_fc1": ("output.mapping",),
+    "mlp.linear_fc2": ("output.projection",),
+}
+"""Of the layers that GPT-2 and BERT share there."""
 _TURNED = frozenset({"self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"})
 
 
@@ -109,8 +115,7 @@ DIALECTS = {
                 "blocks.{}",
                 {
                     "input_layernorm": ("layernorm1",), "pre_mlp_layernorm": ("layernorm2",),
-                    "self_attention.linear_qkv": _ATTENTION, "self_attention.linear_proj": ("attention.projection",),
-                    "mlp.linear_fc1": ("output.mapping",), "mlp.linear_fc2": ("output.projection",),
+                    **_MATRICES,
                 },
             ),
             {"none": "GPT2LMHeadModel"},
@@ -149,8 +154,7 @@ DIALECTS = {
                 {
                     # Their first norm stands behind the MLP, the second behind attention.
                     "post_attention_layernorm": ("layernorm2",), "post_mlp_layernorm": ("layernorm1",),
-                    "self_attention.linear_qkv": _ATTENTION, "self_attention.linear_proj": ("attention.projection",),
-                    "mlp.linear_fc1": ("output.mapping",), "mlp.linear_fc2": ("output.projection",),
+                    **_MATRICES,
                 },
             ),
             {"question_answering": "BertForQuestionAnswering", "encoder": "BertModel"},
@@ -255,18 +259,7 @@ def _check_sizes(file: Path, model: TransformerConfig, found: Mapping[str, Whole
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 def write_mindformers(source: TensorSource, path: Path, progress: Callable[[int], None]) -> list[str]:
-    """Write a model's parameters as one `.ckpt` file with MindFormers' names and a `.yaml`.
-
-    Padding rows of the vocabulary are left out when its true size is known. Tokenizer files go along where the
-    checkpoint knows of some.
-
-    Args:
-        source: the opened checkpoint.
-        path: an existing empty directory.
-        progress: told after each tensor how many bytes it had.
-
-    Returns:
-        What the reader of the directory should know, a sentence each.
+    """Write a model's parameters as one `.ckpt` file with MindFormers' names and a `.yaml`, as `write_pangu` does.
 
     Raises:
         CheckpointError: MindFormers has no such model; the settings are named.
