@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 
 import mindspore as ms
@@ -11,11 +10,9 @@ import mindspore as ms
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.comm.meeting import Meeting, meeting
 from parallel_core.comm.mindspore_comm import WORLD, HcclGroup, McclGroup, start_communication
-from parallel_core.comm.shm import world_over_shared_memory
+from parallel_core.comm.shm import share_memory
 from parallel_core.comm.watchdog import Watchdog
 from parallel_core.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 128
 
@@ -23,8 +20,9 @@ _LONGEST_NAME = 128
 def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) -> Callable[[str, list[int]], Group]:
     """Return a function (label, ranks) -> Group for `backend`; collective over the world.
 
-    `auto` is HCCL on Ascend; on CPU shared memory when all ranks are on one host and the C++ part can be built, else
-    MCCL. MindSpore's own communication is joined where it is needed: ranks that meet in memory do without.
+    `auto` is HCCL on Ascend; on CPU shared memory for groups of ranks of one host, where the C++ part can be built, and
+    MCCL for all others. MindSpore's own communication is joined where it is needed: ranks of one host that meet in
+    memory do without.
 
     Raises:
         ConfigError: if the backend does not exist here.
@@ -41,15 +39,13 @@ def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) ->
             return SoloGroup(label, rank)
         return kind(WORLD if len(ranks) == world_size else group_name(label, ranks), ranks, rank, watchdog)
 
+    if target == "Ascend" or backend == "mccl":
+        start_communication()
+        return make
     gathered = meeting()
-    if target != "Ascend" and backend != "mccl":
-        if gathered is None:
-            start_communication()
-        over_memory = _shared_memory_factory(backend, gathered or make("world", list(range(world_size))), timeout_s)
-        if over_memory is not None:
-            return over_memory
-    start_communication()
-    return make
+    if gathered is None:
+        start_communication()
+    return _with_shared_memory(backend, make, gathered or make("world", list(range(world_size))), timeout_s)
 
 
 def group_name(label: str, ranks: list[int]) -> str:
@@ -63,21 +59,27 @@ def group_name(label: str, ranks: list[int]) -> str:
     return f"{label}-{len(ranks)}-ranks-{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
-def _shared_memory_factory(
-    backend: str, all_ranks: Group | Meeting, timeout_s: float
-) -> Callable[[str, list[int]], Group] | None:
-    """Return the factory of groups over shared memory, or None where that does not work and is not insisted on."""
-    world, reason = world_over_shared_memory(all_ranks, timeout_s)
-    if world is None:
-        if backend == "shm":
-            raise ConfigError(f"distributed_backend=shm cannot work here: {reason}; use mccl")
-        logger.info("communication: MCCL (%s)", reason)
-        return None
-    logger.info("communication: shared memory")
+def _with_shared_memory(
+    backend: str, between: Callable[[str, list[int]], Group], world: Group | Meeting, timeout_s: float
+) -> Callable[[str, list[int]], Group]:
+    """Return a factory that joins ranks of one host over shared memory, where that works, and all others by `between`.
+
+    Every rank sees the same hosts and the same problems, so all members of a group choose alike.
+    """
+    memory = share_memory(world, timeout_s)
+    inside, several = memory.group, len(memory.sizes) > 1
+    if backend == "shm" and (several or memory.problem):
+        reason = memory.problem or "the ranks are on several hosts (or in several containers)"
+        raise ConfigError(f"distributed_backend=shm cannot work here: {reason}; use auto")
+    if memory.problem and world.rank == 0:
+        print(f"WARNING - MCCL also joins ranks of one host, several times slower: {memory.problem}", flush=True)
+
+    if inside is None or several:
+        start_communication()
 
     def make(label: str, ranks: list[int]) -> Group:
-        if len(ranks) == 1:
-            return SoloGroup(label, all_ranks.ranks[all_ranks.rank])
-        return world if label == "world" else world.subgroup(label, ranks)
+        if inside is None or len(ranks) == 1 or not set(ranks) <= set(inside.ranks):
+            return between(label, ranks)
+        return inside if label == "world" else inside.subgroup(label, ranks)
 
     return make

@@ -52,6 +52,9 @@ class _Shift(Handle):
 class Group(abc.ABC):
     """Ranks that communicate with one another."""
 
+    carrier = ""
+    """What carries it, for people; empty for a group of one."""
+
     def __init__(self, name: str, ranks: Sequence[int], global_rank: int) -> None:
         self.name = name
         self.ranks = tuple(ranks)

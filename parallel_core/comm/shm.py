@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def library() -> ctypes.CDLL:
 
 
 class ShmGroup(Group):
-    """A group of ranks of one host. Creating one (`world_over_shared_memory`, `subgroup`) is collective over it."""
+    """A group of ranks of one host. Creating one (`share_memory`, `subgroup`) is collective over it."""
+
+    carrier = "shared memory"
 
     def __init__(
         self,
@@ -407,34 +410,53 @@ def open_segment(pid: int, descriptor: int) -> int:
     return os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def world_over_shared_memory(world: Group | Meeting, timeout_s: float) -> tuple[ShmGroup | None, str]:
-    """Return the world as a group over shared memory, or None and why it cannot be; the same on every rank.
+@dataclass(frozen=True)
+class SharedMemory:
+    """Where ranks share memory; all but `group` is the same on every rank.
+
+    Attributes:
+        group: the ranks of this host, where there are several and it works.
+        sizes: ranks of each host, or of each container on one.
+        problem: why it does not work on some host; empty.
+    """
+
+    group: ShmGroup | None
+    sizes: tuple[int, ...]
+    problem: str
+
+
+def share_memory(world: Group | Meeting, timeout_s: float) -> SharedMemory:
+    """Find out which ranks share a host, and join those of this one over shared memory.
 
     Args:
         world: all ranks, over a backend that works already, or as they meet; collective over it.
         timeout_s: time limit of every operation.
     """
     facts = world.all_gather_object(_facts())
-    problem = next((fact["problem"] for fact in facts if fact["problem"]), "")
-    if problem:
-        return None, problem
-    if len({fact["host"] for fact in facts}) > 1:
-        return None, "the ranks are on several hosts (or in several containers)"
-    descriptor = new_segment(world.size) if world.rank == 0 else -1
-    first = world.all_gather_object(descriptor)[0]
-    group, problem = None, ""
-    try:
-        if world.rank:
-            descriptor = open_segment(facts[0]["pid"], first)
-        pids = [fact["pid"] for fact in facts]
-        own = world.ranks[world.rank]
-        group = ShmGroup("world", world.ranks, own, descriptor=descriptor, pids=pids, timeout_s=timeout_s)
-    except (OSError, CommError) as error:
-        problem = f"rank {world.rank} cannot map the memory of rank 0: {error}"
-    problem = next(filter(None, world.all_gather_object(problem)), "")
+    hosts: dict[str, list[int]] = {}
+    for place, fact in enumerate(facts):
+        hosts.setdefault(fact["host"], []).append(place)
+    places = hosts[facts[world.rank]["host"]]
+    leader, problem = places[0], next(filter(None, (facts[place]["problem"] for place in places)), "")
+    works, group = not problem and len(places) > 1, None
+    descriptor = new_segment(len(places)) if works and world.rank == leader else -1
+    descriptors = world.all_gather_object(descriptor)
+    if works:
+        try:
+            if world.rank != leader:
+                descriptor = open_segment(facts[leader]["pid"], descriptors[leader])
+            name, pids = "world" if len(hosts) == 1 else "host", [facts[place]["pid"] for place in places]
+            ranks, own = [world.ranks[place] for place in places], world.ranks[world.rank]
+            group = ShmGroup(name, ranks, own, descriptor=descriptor, pids=pids, timeout_s=timeout_s)
+        except (OSError, CommError) as error:
+            problem = f"rank {world.ranks[world.rank]} cannot map the memory of rank {world.ranks[leader]}: {error}"
+    problems = world.all_gather_object(problem)
     if descriptor >= 0:
         os.close(descriptor)
-    return (None, problem) if problem else (group, "")
+    if group is not None and any(problems[place] for place in places):
+        group.close()
+        group = None
+    return SharedMemory(group, tuple(map(len, hosts.values())), next(filter(None, problems), ""))
 
 
 def _facts() -> dict[str, Any]:

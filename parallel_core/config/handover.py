@@ -66,9 +66,12 @@ def load_run_config(
         found = _read_handover(Path(file), argv, world_size)
         if found is not None:
             return found
-    return load_config(
+    loaded = load_config(
         argv, world_size=world_size, extra_args_provider=extra_args_provider, args_defaults=args_defaults
     )
+    if loaded.config.training_config.elastic:
+        raise ConfigError("--elastic: only the launcher starts a run again; use it, or leave --elastic out")
+    return loaded
 
 
 def _read_handover(path: Path, argv: Sequence[str], world_size: int | None) -> LoadedConfig | None:

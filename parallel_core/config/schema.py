@@ -534,6 +534,8 @@ class TrainingConfig:
     save_interval: int = 0
     """Iterations between checkpoints; 0: only at the end, when there is an output_dir."""
     exit_interval: int = 0
+    elastic: bool = False
+    """The launcher starts a job again with fewer nodes, in a layout that fits."""
     exit_duration_in_mins: float = 0.0
     skip_train: bool = False
     bf16: bool = False

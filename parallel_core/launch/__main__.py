@@ -14,6 +14,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _NEEDED = {"mindspore": "mindspore", "numpy": "numpy", "yaml": "pyyaml", "sentencepiece": "sentencepiece"}
 
@@ -37,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from parallel_core.launch import cli
 
-    return cli.main(words)
+    return cli.main(words, _find_layouts)
+
+
+def _find_layouts(*about: Any) -> Sequence[Any]:
+    from parallel_core.planner.fewer_ranks import find_layouts  # only after a node is lost
+
+    return find_layouts(*about)
 
 
 def lacks_packages() -> bool:

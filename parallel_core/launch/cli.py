@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,11 @@ from parallel_core.environment import HANDOVER_VARIABLE
 from parallel_core.errors import ConfigError
 from parallel_core.launch.job import Job, JobSpec
 from parallel_core.launch.layout import check_configuration, describe_layout
+from parallel_core.launch.nodes import Wanted
 from parallel_core.launch.plan import DEFAULT_LOG_DIR, integer, plan_job, prepare_log_dir
 from parallel_core.launch.report import CONFIG_ERROR_STATUS
-from parallel_core.launch.restart import check_restart, run_with_restarts
+from parallel_core.launch.restart import Progress, check_restart, run_with_restarts
+from parallel_core.launch.together import Course, Layout, run_together
 
 _USAGE = (
     "usage: python -m parallel_core.launch [--plain | --bundled FILE] SCRIPT [--config FILE] "
@@ -31,11 +33,20 @@ _USAGE = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the launcher and return its exit status: 0, 2 for a wrong configuration, or that of the job."""
+FindLayouts = Callable[[list[str], LoadedConfig, int, str], Sequence[Layout]]
+"""(arguments, configuration of all nodes, ranks, device target) -> layouts that fit on so many, the best first."""
+
+
+def main(argv: list[str] | None = None, find_layouts: FindLayouts | None = None) -> int:
+    """Run the launcher and return its exit status: 0, 2 for a wrong configuration, or that of the job.
+
+    Args:
+        argv: the words of the command; None: those of the process.
+        find_layouts: what a job goes on in with fewer nodes.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _launch(arguments)
+        return _launch(arguments, find_layouts)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return CONFIG_ERROR_STATUS
@@ -45,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _launch(arguments: list[str]) -> int:
+def _launch(arguments: list[str], find_layouts: FindLayouts | None) -> int:
     plain, bundled = arguments[:1] == ["--plain"], arguments[1] if arguments[:1] == ["--bundled"] else ""
     command = tuple(arguments[2 if bundled else int(plain):])
     if not command or command[0].startswith("-"):
@@ -54,14 +65,14 @@ def _launch(arguments: list[str]) -> int:
         print(f"INFO - no argument of the model, the layout or the data: --config {bundled} is used", flush=True)
         command = (command[0], "--config", bundled, *command[1:])
     num_ranks = integer(os.environ, "NPROC", 0)
-    loaded, layout, log_dir, options = None, "", DEFAULT_LOG_DIR, dict[str, Any]()
+    loaded, log_dir, options = None, DEFAULT_LOG_DIR, dict[str, Any]()
     if not plain:
         try:
             loaded = check_configuration(list(command[1:]), num_ranks)
         except ConfigError as error:
             raise ConfigError(f"{error}{_hint(command, str(error), bundled)}") from None
         num_ranks, config = loaded.world_size, loaded.config
-        layout, log_dir = describe_layout(config, num_ranks), config.training_config.log_dir
+        log_dir = config.training_config.log_dir
         options = {
             "comm_timeout_s": 60 * config.parallel_config.distributed_timeout_minutes,
             "deterministic": config.training_config.deterministic_mode,
@@ -77,23 +88,37 @@ def _launch(arguments: list[str]) -> int:
 
     def ready(spec: JobSpec) -> JobSpec:
         prepare_log_dir(spec.log_dir, spec.local_ranks if spec.num_nodes > 1 else None)
+        layout = ""
         if loaded is not None:
-            spec = _handed_over(spec, loaded)
-        ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{layout and f' ({layout})'}"
+            same = (spec.command, spec.num_ranks) == (command, num_ranks)
+            own = loaded if same else check_configuration(list(spec.command[1:]), spec.num_ranks)
+            spec = _handed_over(spec, own)
+            layout = describe_layout(own.config, spec.num_ranks)
+        ranks = f"{spec.num_ranks} rank{'s' if spec.num_ranks > 1 else ''}{layout and f' ({layout})'}"
         target = spec.environment["DEVICE_TARGET"]
         print(f"INFO - starting {ranks} on {target}; logs: {spec.log_dir}/worker_*.log", flush=True)
         return spec
 
+    def layouts(ranks: int) -> Sequence[Layout]:
+        if loaded is None or find_layouts is None:
+            return ()
+        return find_layouts(list(command[1:]), loaded, ranks, spec.environment["DEVICE_TARGET"])
+
     spec = plan()
     check_restart(restarts, loaded, spec.num_nodes)
     with _log_dir_claimed(spec.log_dir):
+        if spec.num_nodes > 1:
+            elastic = loaded is not None and loaded.config.training_config.elastic
+            wanted = Wanted(spec.num_nodes, num_ranks, restarts, elastic)
+            progress = Progress(restarts, loaded)
+            return run_together(Course(spec, wanted, spec.cluster_timeout_s, ready, layouts, progress, _say))
         if restarts and loaded is not None:
-            return run_with_restarts(restarts, loaded, lambda: ready(plan()), _warn)
+            return run_with_restarts(restarts, loaded, lambda: ready(plan()), _say)
         return Job(ready(spec)).run()
 
 
-def _warn(text: str) -> None:
-    print(f"WARNING - {text}", flush=True)
+def _say(text: str, level: str) -> None:
+    print(f"{level} - {text}", flush=True)
 
 
 def _handed_over(spec: JobSpec, loaded: LoadedConfig) -> JobSpec:

@@ -21,7 +21,7 @@ _MOST_HOSTS = 1 << 16
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,254}")
 _LINE = re.compile(r"(?P<host>\S+)(?:\s+slots=(?P<slots>\d{1,6}))?")
 _ENTRY = re.compile(r"(?P<before>[^\[\],\s]*)(?:\[(?P<ranges>[\d,-]+)\])?(?P<after>[^\[\],\s]*)")
-_FIRST_PORT, _PORTS = 10_000, 20_000
+_FIRST_PORT, _PAIRS = 10_000, 10_000
 
 
 def with_slurm(environment: Mapping[str, str]) -> dict[str, str]:
@@ -45,8 +45,8 @@ def with_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "NNODES": str(nodes),
         "NODE_RANK": str(_count(environment, "SLURM_NODEID")),
         "MASTER_ADDR": next(expand(environment.get("SLURM_STEP_NODELIST", ""))),
-        # The same on every node without asking, and another for another job.
-        "MASTER_PORT": str(_FIRST_PORT + _count(environment, "SLURM_JOB_ID") % _PORTS),
+        # The same on every node without asking, and for another job others: it and the one after it are used.
+        "MASTER_PORT": str(_FIRST_PORT + 2 * (_count(environment, "SLURM_JOB_ID") % _PAIRS)),
     }
     return {**found, **environment}
 

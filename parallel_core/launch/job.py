@@ -22,6 +22,7 @@ from parallel_core.launch.crash import ask_ranks, describe_wait, write_crash_rep
 from parallel_core.launch.fork import fork_environment
 from parallel_core.launch.host_memory import killed_for_memory
 from parallel_core.launch.memory import explain_memory
+from parallel_core.launch.nodes import SILENCE_S, News, Nodes
 from parallel_core.launch.outcome import RankFailure, describe_failures, first_failure
 from parallel_core.launch.processes import adopt_orphans, children, descendants, die_with_parent, environment_of, send
 from parallel_core.launch.progress import ProgressLine
@@ -39,11 +40,15 @@ _TICK_S = 0.1
 _FAILURE_GRACE_S = 3.0
 """The same after a failure: no checkpoint can be whole without the rank that is gone, so it is only for clearing up."""
 _KILL_PATIENCE_S = 10.0
+_STANDSTILL_S = 30.0
+"""How long a rank or the scheduler may be stopped (SIGSTOP) before that is a failure: nothing else ends such a wait."""
+_NEWS_S = SILENCE_S + 5.0
+"""How long a node whose ranks have lost others waits for news of which node is gone."""
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Everything needed to start one job on this node (several nodes: unverified)."""
+    """Everything needed to start one job on this node (several nodes of NPUs: unverified)."""
 
     command: tuple[str, ...]
     """The training script and its arguments."""
@@ -123,8 +128,11 @@ class Job:
     handler.
     """
 
-    def __init__(self, spec: JobSpec, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    def __init__(
+        self, spec: JobSpec, nodes: Nodes | None = None, out: TextIO | None = None, err: TextIO | None = None
+    ) -> None:
         self.spec = spec
+        self._nodes = nodes
         self._out = out or sys.stdout
         self._err = err or sys.stderr
         logs = [spec.worker_log(rank) for rank in spec.local_ranks]
@@ -134,7 +142,11 @@ class Job:
         self._role_of: dict[int, int | str] = {}
         self._statuses: dict[int | str, int] = {}
         self._failures: dict[int | str, RankFailure] = {}
+        self._standing_since: dict[int | str, float] = {}
+        """What is stopped, and since when."""
         self._stop_signal: int | None = None
+        self._stopped_by = ""
+        """The node that was asked to stop, where it is another one."""
         self._stopping = False
         self._ended_well: list[int] = []
         self._doings: list[Doing] = []
@@ -143,6 +155,8 @@ class Job:
         self._most: dict[int, int] = {}
         """Bytes that ranks which have ended had resident at most."""
         self._killed_before = killed_for_memory()
+        self.status = 1
+        """The exit status, once the job has run."""
 
     @property
     def was_stopped(self) -> bool:
@@ -156,14 +170,19 @@ class Job:
             try:
                 self._start()
                 self._follow(signals)
+                if self._nodes is not None and not self._failures and self._stop_signal is None:
+                    self._await_nodes(self._nodes, signals)
                 if self._failures or self._stop_signal is not None:
+                    self._tell_nodes()
                     self._end_ranks(signals)
-                elif self.spec.num_nodes > 1:
-                    self._await_scheduler(signals)
+                    self._await_news(signals)
             finally:
                 self._kill_everything()
+                if self._nodes is not None:
+                    self._nodes.leave_start()
             self._console.end()
-        return self._conclude()
+        self.status = self._conclude()
+        return self.status
 
     def _start(self) -> None:
         spec = self.spec
@@ -206,6 +225,9 @@ class Job:
         if taken is not None and taken.si_signo != signal.SIGCHLD:
             self._stop_signal = taken.si_signo
         self._reap()
+        self._look_for_stopped()
+        for news in self._nodes.take_news() if self._nodes is not None else ():
+            self._note_news(news)
         for rank in self.spec.local_ranks:
             if rank not in self._failures and rank not in self._statuses:
                 self._read_report(rank)
@@ -238,6 +260,24 @@ class Job:
                 self._most[role] = usage.ru_maxrss << 10
             if role is not None:
                 self._note_end(role, status)
+
+    def _look_for_stopped(self) -> None:
+        """Take note of ranks that are stopped or go on, and of those that have stood still for too long."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+            except ChildProcessError:
+                break
+            if found is None:
+                break
+            role = self._role_of.get(found.si_pid)
+            if role is not None and found.si_code == os.CLD_CONTINUED:
+                self._standing_since.pop(role, None)
+            elif role is not None:
+                self._standing_since.setdefault(role, time.monotonic())
+        for role, since in self._standing_since.items():
+            if time.monotonic() - since > _STANDSTILL_S and role not in self._statuses:
+                self._note_failure(RankFailure(role, time.time(), -signal.SIGSTOP))
 
     def _identify_ranks(self) -> None:
         """Learn which child is which rank: by its environment, or for one that has ended, by its place in line."""
@@ -276,11 +316,32 @@ class Job:
         if not self._stopping:
             self._failures.setdefault(failure.role, failure)
 
+    def _note_news(self, news: News) -> None:
+        """Keep what became of another node, also while this one's ranks are ending: it may be what they follow from."""
+        if not news.stop:
+            failure = RankFailure(news.node, time.time(), 1, said=news.said, follows=news.consequence)
+            self._failures.setdefault(news.node, failure)
+        elif not self._stopping and self._stop_signal is None:
+            self._stop_signal, self._stopped_by = news.stop, news.node
+
+    def _tell_nodes(self) -> None:
+        """Tell the other nodes why this one's part ends, unless it is one of them that told."""
+        if self._nodes is None:
+            return
+        if self._failures:
+            first = first_failure(list(self._failures.values()))
+            if not first.said:
+                self._nodes.tell(f"has failed: {first.name}: {first.summary(None)}", consequence=first.is_consequence)
+        elif not self._stopped_by and self._stop_signal is not None:
+            name = signal.Signals(self._stop_signal).name
+            self._nodes.tell(f"was asked to stop ({name})", stop=self._stop_signal)
+
     def _end_ranks(self, signals: set[signal.Signals]) -> None:
         """Ask the ranks to end, and wait for them as long as the grace allows; a second signal ends the wait."""
         if self._stop_signal is not None:
             name = signal.Signals(self._stop_signal).name
-            self._say(f"{name}: stopping the ranks; press again to end them at once")
+            source = f" on {self._stopped_by}" if self._stopped_by else ""
+            self._say(f"{name}{source}: stopping the ranks; press again to end them at once")
         stop_signal = self._stop_signal
         if self._failures:
             self._failed_at = time.time()
@@ -310,7 +371,7 @@ class Job:
         while self._role_of and not self._all_ranks_ended():
             left = [rank for rank in self.spec.local_ranks if rank not in self._statuses]
             ended_badly = any(self._statuses.get(rank) for rank in self.spec.local_ranks)
-            if patient and not ended_badly and self._will_stop():
+            if patient and not ended_badly and not self._failures and self._will_stop():
                 begun = time.monotonic()
             elif time.monotonic() - begun > grace:
                 if not self._failures:
@@ -326,11 +387,22 @@ class Job:
         ranks = [rank for rank in self.spec.local_ranks if rank not in self._statuses]
         return any(promise_path(self.spec.log_dir, rank).exists() for rank in ranks)
 
-    def _await_scheduler(self, signals: set[signal.Signals]) -> None:
-        """Keep the scheduler for the ranks of other nodes; it ends by itself some seconds after the last of them."""
-        while SCHEDULER in self._role_of.values() and SCHEDULER not in self._statuses and self._stop_signal is None:
+    def _await_nodes(self, nodes: Nodes, signals: set[signal.Signals]) -> None:
+        """Keep the scheduler, and this node's place, until the ranks of all nodes have ended well, or one has not."""
+        nodes.tell_done()
+        while not nodes.everyone_is_done and not self._failures and self._stop_signal is None:
             self._tick(signals)
-        self._failures.pop(SCHEDULER, None)
+            self._failures.pop(SCHEDULER, None)  # it ends some seconds after the last rank
+
+    def _await_news(self, signals: set[signal.Signals]) -> None:
+        """Wait until it is known what the failure of this node's ranks follows from, where that is on another node."""
+        deadline = time.monotonic() + _NEWS_S
+        while self._nodes is not None and self._failures and self._stop_signal is None:
+            failures = list(self._failures.values())
+            everyone_has_told = len([one for one in failures if one.said]) >= self.spec.num_nodes - 1
+            if not first_failure(failures).is_consequence or everyone_has_told or time.monotonic() > deadline:
+                return
+            self._tick(signals)
 
     def _kill_everything(self) -> None:
         """Kill and reap every descendant, also those a dying one leaves behind."""
@@ -355,7 +427,8 @@ class Job:
     def _tell_end(self) -> int:
         spec = self.spec
         if self._stop_signal is not None:
-            self._say(f"stopped by {signal.Signals(self._stop_signal).name}; logs: {spec.log_dir}/worker_*.log")
+            source = f" on {self._stopped_by}" if self._stopped_by else ""
+            self._say(f"stopped by {signal.Signals(self._stop_signal).name}{source}; logs: {spec.log_dir}/worker_*.log")
             return 128 + self._stop_signal
         if self._failures:
             failures = list(self._failures.values())

@@ -15,6 +15,7 @@ _CONSEQUENCE_WINDOW_S = 1.0
 _MESSAGE_LIMIT = 160
 _HINTS = {
     int(signal.SIGKILL): "; if nobody sent it, look for the out-of-memory killer in dmesg",
+    int(signal.SIGSTOP): "; it did not go on, which SIGCONT would have made it do",
     int(signal.SIGBUS): "; memory that it had mapped was gone: a file cut while it was read, a full disk or /dev/shm",
     int(signal.SIGTERM): "; if nobody sent it, MindSpore did, because another rank had gone",
 }
@@ -32,10 +33,14 @@ class RankFailure:
     status: int
     """Exit status; negative for the signal that ended the process."""
     report: FailureReport | None = None
+    said: str = ""
+    """Of another node: what became of it, after its name in a sentence."""
+    follows: bool = False
+    """Of another node: whether that follows from something else."""
 
     @property
     def name(self) -> str:
-        """`rank 3`, `scheduler` or `msrun`."""
+        """`rank 3`, `scheduler`, `msrun`, or `node 1 (10.0.0.2, its host)`."""
         return f"rank {self.role}" if isinstance(self.role, int) else self.role
 
     @property
@@ -44,6 +49,8 @@ class RankFailure:
 
         Besides an error that says so: MindSpore sends SIGTERM to the ranks that are left when one has gone.
         """
+        if self.said:
+            return self.follows
         if self.report is not None:
             return self.report.peer_loss
         return self.status in (-signal.SIGTERM, PEER_TIMEOUT_STATUS)
@@ -54,6 +61,8 @@ class RankFailure:
 
     def summary(self, limit: int | None = _MESSAGE_LIMIT) -> str:
         """Return how it ended, on one line; of an error's first line `limit` characters (None: all)."""
+        if self.said:
+            return printable(self.said[:limit])
         if self.report is not None:
             message = self.report.message.strip().splitlines() or [""]
             return printable(f"{self.report.kind}: {message[0][:limit]}")
@@ -61,7 +70,8 @@ class RankFailure:
             number = -self.status
             known = number in set(signal.Signals)
             name = f" ({signal.Signals(number).name})" if known else ""
-            return f"killed by signal {number}{name}{_HINTS.get(number, '')}"
+            verb = "stopped" if number == signal.SIGSTOP else "killed"
+            return f"{verb} by signal {number}{name}{_HINTS.get(number, '')}"
         if self.status == PEER_TIMEOUT_STATUS:
             return "gave up waiting for another rank"
         return f"ended with status {self.status}, without an error of its own"
@@ -71,13 +81,14 @@ def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
     """Return the failure the others follow from: the earliest.
 
     An error that reads like the loss of a peer gives way to another kind of failure noticed shortly after it, because
-    a rank can see its peer vanish before the launcher learns that the peer was killed.
+    a rank can see its peer vanish before the launcher learns that the peer was killed, and to what another node says,
+    whenever that comes.
     """
     in_order = sorted(failures, key=lambda failure: failure.time)
     first = in_order[0]
     if first.is_consequence:
         for other in in_order[1:]:
-            if not other.is_consequence and other.time - first.time < _CONSEQUENCE_WINDOW_S:
+            if not other.is_consequence and (other.said or other.time - first.time < _CONSEQUENCE_WINDOW_S):
                 return other
     return first
 
@@ -93,7 +104,9 @@ def describe_failures(log_dir: Path, num_ranks: int, failures: Sequence[RankFail
     """
     first = first_failure(failures)
     lines = [f"ERROR - {first.name} failed first, of {num_ranks} ranks: {first.summary(limit=None)}"]
-    if first.report is not None and (first.report.traceback or "\n" in first.report.message):
+    if first.said:
+        lines = [f"ERROR - {first.name} {first.summary(limit=None)}"]
+    elif first.report is not None and (first.report.traceback or "\n" in first.report.message):
         lines += _indented(first.report.text().splitlines())
     elif first.report is None:
         log = log_dir / (f"worker_{first.role}.log" if isinstance(first.role, int) else f"{first.role}.log")

@@ -17,8 +17,10 @@ Environment, all optional:
   Ascend:        HCCL_BUFFSIZE (200 MB), HCCL_EXEC_TIMEOUT (s; default: --distributed-timeout-minutes),
                  ASCEND_RT_VISIBLE_DEVICES (the first NPROC)
   BIND_CORE      True or JSON: what msrun's --bind_core binds ranks to cores by (default: nothing)
-  Several nodes (unverified): NNODES, NODE_RANK, and on all of them the same MASTER_ADDR and MASTER_PORT;
-                 `srun --ntasks-per-node=1` sets them, `parallel-core launch hostfile FILE` prints them
+  Several nodes: NNODES, NODE_RANK, and on all of them the same NPROC, AUTO_RESTART, MASTER_ADDR (of node 0) and
+                 MASTER_PORT (it and the port after it are used); `srun --ntasks-per-node=1` sets them,
+                 `parallel-core launch hostfile FILE` prints them
+  CLUSTER_TIME_OUT  seconds that nodes and ranks wait for each other at a start (default: 300)
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ def describe_run(
         f"{mesh.world_size} process{'es' if mesh.world_size > 1 else ''}",
         f"Layout: tensor {mesh.size('tp')}{' + sequence' if parallel.sequence_parallel else ''} x pipeline "
         f"{mesh.size('pp')} x data {mesh.size('dp')}{_context(config, mesh)}; layers of each pipeline rank: {layers}",
+        *_communication(context),
         f"Model: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"sequence {model.seq_length}, vocabulary {model.vocab_size}, {total:,} parameters, "
         f"{model.params_dtype} parameters, {model.compute_dtype} computation",
@@ -36,6 +37,16 @@ def describe_run(
         f"Memory of rank 0: parameters {memory['parameters'] / 1e6:.1f} MB, gradients "
         f"{memory['gradients'] / 1e6:.1f} MB, optimizer {step.optimizer.memory_bytes() / 1e6:.1f} MB",
     ]
+
+
+def _communication(context: ParallelContext) -> list[str]:
+    """Say what carries this rank's groups; nothing where there are none."""
+    groups = {**context.groups, "world": context.world}
+    carriers = dict.fromkeys(group.carrier for group in groups.values() if group.carrier)
+    named = [(one, [name for name, group in groups.items() if group.carrier == one]) for one in carriers]
+    if len(named) > 1:
+        return ["Communication: " + "; ".join(f"{', '.join(names)} over {one}" for one, names in named)]
+    return [f"Communication: {one}" for one in carriers]
 
 
 def _context(config: AllConfig, mesh: Mesh) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from parallel_core.comm import shm
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.context import ParallelContext
-from parallel_core.errors import CommError
+from parallel_core.errors import CommError, ConfigError
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.support import gather_values
 
@@ -296,3 +297,24 @@ def test_a_forgotten_group_is_closed_too(ctx: CaseContext) -> None:
         group_factory("shm", 60.0, ctx.rank, 2)("world", [0, 1]).barrier()
         counts.append(held())
     assert counts[0] == counts[1] == counts[2], counts
+
+
+@case(world_size=3)
+def test_groups_of_one_host_share_memory_and_those_that_cross_hosts_do_not(ctx: CaseContext) -> None:
+    facts = shm._facts
+    shm._facts = lambda: {**facts(), "host": "here" if ctx.rank < 2 else "there"}
+    try:
+        make = group_factory("auto", 60.0, ctx.rank, 3)
+        with pytest.raises(ConfigError, match="several hosts"):
+            group_factory("shm", 60.0, ctx.rank, 3)
+    finally:
+        shm._facts = facts
+    groups = {"pair": ([0, 1], "shared memory"), "ends": ([0, 2], "MCCL"), "all": ([0, 1, 2], "MCCL")}
+    for label, (ranks, carrier) in groups.items():
+        if ctx.rank in ranks:
+            g = make(label, ranks)
+            assert g.carrier == carrier
+            assert g.all_reduce(Tensor(np.full(3, ctx.rank + 1.0, np.float32))).asnumpy().tolist() == [
+                sum(ranks) + len(ranks)
+            ] * 3
+            g.close()

@@ -51,6 +51,7 @@ LAYERS: dict[str, float] = {
     "convert": 10,
     "planner": 11,
     "config.__main__": 12,
+    "launch.__main__": 12,
     "doctor": 11,
     "prepare": 10,
     "versions": 9,
@@ -70,7 +71,7 @@ SIDES = ("tensor_parallel", "pipeline", "optimizer")
 
 WINGS = (
     "launch", "report", "compat", "convert", "prepare", "doctor", "generate", "evaluate", "serve",
-    "question_answering", "api", "planner", "config.__main__",
+    "question_answering", "api", "planner", "config.__main__", "launch.__main__",
     "parallel_state", "mindspeed_compat",
 )  # fmt: skip
 """What stands on the core; the core never imports one, and no wing another except as listed in `SHARED_BY_WINGS`."""
@@ -79,6 +80,7 @@ SHARED_BY_WINGS = {
     ("parallel_state", "compat"), ("mindspeed_compat", "compat"), ("generate", "launch"), ("doctor", "launch"),
     ("evaluate", "generate"), ("evaluate", "launch"), ("serve", "generate"), ("serve", "launch"),
     ("planner", "report"), ("planner", "launch"), ("config.__main__", "planner"),
+    ("launch.__main__", "launch"), ("launch.__main__", "planner"), ("launch", "launch.__main__"),
     ("api", "generate"), ("api", "question_answering"),
 }  # fmt: skip
 

@@ -331,6 +331,7 @@ ELSEWHERE = {
     "error_injection_type": "tests/unit/training/test_replay.py::test_injected_errors_end_as_their_kind_does",
     "result_rejected_tracker_filename":
         "tests/unit/training/test_replay.py::test_injected_errors_end_as_their_kind_does",
+    "elastic": "tests/e2e/test_hosts.py::test_a_job_goes_on_with_the_hosts_that_are_left",
     "sft": "tests/unit/data/test_conversations.py::test_a_resumed_run_goes_on_with_the_next_sample",
     "sft_tokenizer_prompt_format":
         "tests/unit/data/test_conversations.py::test_answers_are_what_the_assistant_has_written",
