@@ -50,10 +50,9 @@ class _Shift(Handle):
 
 
 class Group(abc.ABC):
-    """Ranks that communicate with one another."""
+    """Ranks that communicate with one another; `carrier` says over what, and is empty for a group of one."""
 
     carrier = ""
-    """What carries it, for people; empty for a group of one."""
 
     def __init__(self, name: str, ranks: Sequence[int], global_rank: int) -> None:
         self.name = name

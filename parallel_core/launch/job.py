@@ -276,7 +276,8 @@ class Job:
             elif role is not None:
                 self._standing_since.setdefault(role, time.monotonic())
         for role, since in self._standing_since.items():
-            if time.monotonic() - since > _STANDSTILL_S and role not in self._statuses:
+            matters = role != SCHEDULER or self.spec.num_ranks > 1  # one rank may train without ever calling on it
+            if matters and time.monotonic() - since > _STANDSTILL_S and role not in self._statuses:
                 self._note_failure(RankFailure(role, time.time(), -signal.SIGSTOP))
 
     def _identify_ranks(self) -> None:

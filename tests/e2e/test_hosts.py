@@ -70,6 +70,10 @@ class HostsJob:
     def iteration(self) -> int:
         return max((row["iteration"] for row in self.rows), default=0)
 
+    def below(self, node: int) -> list[int]:
+        """Return the processes on a host, without those that hold it."""
+        return [*descendants(self.processes[node].pid), *descendants(self.hosts[node].first)]
+
     def launchers(self, node: int) -> list[int]:
         """Return the process of a node's launcher, if there is one."""
         below = descendants(self.processes[node].pid)
@@ -177,8 +181,7 @@ class Disturbance:
             self.due.update(dict.fromkeys([*pids, self.job.processes[node].pid], then))
 
     def _processes(self, target: str, node: int) -> list[int]:
-        holder = self.job.hosts[node].first
-        below = descendants(holder)
+        below = self.job.below(node)
         roles = {pid: environment_of(pid).get("MS_ROLE") for pid in below}
         if target == "host":
             return below
@@ -227,7 +230,8 @@ def test_fifty_kills_of_anything_cost_no_number_and_leave_nothing(network, tmp_p
     print(f"{len(disturbance.kills)} kills in {time.monotonic() - begun:.0f} s:", Counter(disturbance.kills))
     assert len(disturbance.kills) == KILLS
     assert job.rows == without_times(calm.rows)
-    wait_until(lambda: not descendants(job.hosts[0].first) and not descendants(job.hosts[1].first), "no process")
+    wait_until(lambda: not job.below(0) and not job.below(1), "no process is left")
+    assert processes_of(job.logs(0)) == processes_of(job.logs(1)) == []
     for host in job.hosts:
         table = Path(f"/proc/{host.first}/net/tcp").read_text().splitlines()[1:]
         assert [line for line in table if line.split()[3] == "0A"] == []  # nobody listens
