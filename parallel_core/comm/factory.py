@@ -10,11 +10,12 @@ import mindspore as ms
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.comm.meeting import Meeting, meeting
 from parallel_core.comm.mindspore_comm import WORLD, HcclGroup, McclGroup, start_communication
-from parallel_core.comm.shm import share_memory
+from parallel_core.comm.shm import ShmGroup, share_memory
 from parallel_core.comm.watchdog import Watchdog
 from parallel_core.errors import ConfigError
 
 _LONGEST_NAME = 128
+_CARRIERS: dict[type[Group], str] = {ShmGroup: "shared memory", McclGroup: "MCCL", HcclGroup: "HCCL"}
 
 
 def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) -> Callable[[str, list[int]], Group]:
@@ -46,6 +47,11 @@ def group_factory(backend: str, timeout_s: float, rank: int, world_size: int) ->
     if gathered is None:
         start_communication()
     return _with_shared_memory(backend, make, gathered or make("world", list(range(world_size))), timeout_s)
+
+
+def carrier_of(group: Group) -> str:
+    """Return what carries a group, for people; empty for a group of one."""
+    return _CARRIERS.get(type(group), "")
 
 
 def group_name(label: str, ranks: list[int]) -> str:

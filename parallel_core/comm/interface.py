@@ -50,9 +50,7 @@ class _Shift(Handle):
 
 
 class Group(abc.ABC):
-    """Ranks that communicate with one another; `carrier` says over what, and is empty for a group of one."""
-
-    carrier = ""
+    """Ranks that communicate with one another."""
 
     def __init__(self, name: str, ranks: Sequence[int], global_rank: int) -> None:
         self.name = name

@@ -126,8 +126,6 @@ class _Deferred(Handle):
 class McclGroup(MindSporeGroup):
     """A group of CPU ranks."""
 
-    carrier = "MCCL"
-
     def __init__(self, name: str, ranks: Sequence[int], global_rank: int, watchdog: Watchdog) -> None:
         super().__init__(name, ranks, global_rank, watchdog)
         self._inboxes: dict[int, deque[_Deferred]] = defaultdict(deque)
@@ -187,8 +185,6 @@ class _Running(Handle):
 
 class HcclGroup(MindSporeGroup):
     """A group of Ascend ranks. Not verified: written against the MindSpore 2.10 documentation, never run."""
-
-    carrier = "HCCL"
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
         """Reduce-scatter along `dim`, moved to the front for the collective."""

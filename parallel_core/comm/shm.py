@@ -99,8 +99,6 @@ def library() -> ctypes.CDLL:
 class ShmGroup(Group):
     """A group of ranks of one host. Creating one (`share_memory`, `subgroup`) is collective over it."""
 
-    carrier = "shared memory"
-
     def __init__(
         self,
         name: str,

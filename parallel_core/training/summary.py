@@ -5,6 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 
 import parallel_core
+from parallel_core.comm.factory import carrier_of
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.layout.derived import BatchSizes
@@ -41,12 +42,13 @@ def describe_run(
 
 def _communication(context: ParallelContext) -> list[str]:
     """Say what carries this rank's groups; nothing where there are none."""
-    groups = {**context.groups, "world": context.world}
-    carriers = dict.fromkeys(group.carrier for group in groups.values() if group.carrier)
-    named = [(one, [name for name, group in groups.items() if group.carrier == one]) for one in carriers]
-    if len(named) > 1:
-        return ["Communication: " + "; ".join(f"{', '.join(names)} over {one}" for one, names in named)]
-    return [f"Communication: {one}" for one in carriers]
+    carried: dict[str, list[str]] = {}
+    for name, group in {**context.groups, "world": context.world}.items():
+        if carrier := carrier_of(group):
+            carried.setdefault(carrier, []).append(name)
+    if len(carried) > 1:
+        return ["Communication: " + "; ".join(f"{', '.join(names)} over {one}" for one, names in carried.items())]
+    return [f"Communication: {one}" for one in carried]
 
 
 def _context(config: AllConfig, mesh: Mesh) -> str:
