@@ -43,7 +43,9 @@ def describe_run(
 def _communication(context: ParallelContext) -> list[str]:
     """Say what carries this rank's groups; nothing where there are none."""
     carried: dict[str, list[str]] = {}
-    for name, group in {**context.groups, "world": context.world}.items():
+    named = [*context.groups.items(), ("world", context.world)]
+    once = {id(group): (name, group) for name, group in reversed(named)}  # several names of one group: its first
+    for name, group in reversed(once.values()):
         if carrier := carrier_of(group):
             carried.setdefault(carrier, []).append(name)
     if len(carried) > 1:

@@ -97,7 +97,7 @@ def test_two_hosts_train_as_one(network, tmp_path):
     for row, expected in zip(job.rows, want, strict=True):
         assert {key: row[key] for key in keys} == pytest.approx(expected, rel=1e-12)
     said = next(line for line in job.console(0).splitlines() if "Communication: " in line)
-    assert said == "INFO - Communication: tp over shared memory; dp, dp_cp, world over MCCL"
+    assert said == "INFO - Communication: tp over shared memory; dp, world over MCCL"
 
 
 @pytest.mark.parametrize("how", ["launcher killed", "host killed", "host unplugged"])
