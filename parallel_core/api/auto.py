@@ -49,11 +49,18 @@ class AutoModel:
         settings = AutoConfig.from_pretrained(config)
         arch = (yaml.safe_load(read_text(str(config))).get("model") or {}).get("arch") or {}
         name = str(arch.get("type", ""))
+        return AutoModel.of_class(name, settings) if name else model_class_of(settings)(settings)
+
+    @staticmethod
+    def of_class(name: str, config: PretrainedConfig) -> PreTrainedModel:
+        """Return a model of a class by its name: this interface's, or a registered one.
+
+        Raises:
+            ConfigError: nothing of that name is registered.
+        """
         kinds = {kind.__name__: kind for kind in PreTrainedModel.models}
-        if not name:
-            return model_class_of(settings)(settings)
         kind: type[PreTrainedModel] = kinds.get(name) or MindFormerRegister.get_cls("models", name)
-        return kind(settings)
+        return kind(config)
 
 
 class AutoTokenizer:

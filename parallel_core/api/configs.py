@@ -59,7 +59,7 @@ class PretrainedConfig:
         known = {name: setting.default for name, setting in self.settings.items()}
         known.update({**GENERATION, "checkpoint_name_or_path": ""})
         unknown = sorted(set(settings) - known.keys() - IGNORED - self.family.ignored)
-        if unknown:
+        if unknown and self.settings:  # a class of one's own without a table has what it says
             raise ConfigError(f"{type(self).__name__}: {', '.join(unknown)}: no such setting; there are "
                               f"{', '.join(known)}")  # fmt: skip
         self.__dict__.update({**known, **settings})
@@ -100,15 +100,27 @@ class PretrainedConfig:
         tree = yaml.safe_load(read_text(str(path)))
         try:
             found = dict(tree["model"]["model_config"])
-            name = str(found.pop("type"))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: has no model.model_config with a type ({error})") from None
+        return cls.of_settings(found, str(path))
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], where: str) -> PretrainedConfig:
+        """Return the settings of a YAML entry with `type`.
+
+        Raises:
+            ConfigError: the type is missing, unknown or of another model.
+        """
+        found = {name: value for name, value in settings.items() if name != "type"}
+        if "type" not in settings:
+            raise ConfigError(f"{where}: has no model.model_config with a type ('type')")
+        name = str(settings["type"])
         kind = PretrainedConfig.families.get(name)
         if kind is None:
             own: PretrainedConfig = MindFormerRegister.get_instance("config", name, **found)
             return own
         if not issubclass(kind, cls):
-            raise ConfigError(f"{path}: type {kind.__name__}, not {cls.__name__}")
+            raise ConfigError(f"{where}: type {kind.__name__}, not {cls.__name__}")
         return kind(**found)
 
     @classmethod
@@ -129,6 +141,8 @@ class PretrainedConfig:
         Raises:
             ConfigError: a value cannot be, or sizes do not fit one another.
         """
+        if not self.settings:
+            return self._sizes()
         if self._base is None:
             return self.family.model({name: getattr(self, name) for name in self.settings})
         values: dict[str, Any] = {}
@@ -138,22 +152,42 @@ class PretrainedConfig:
                 values.update(dict.fromkeys(setting.fields, setting.read(value)))
         return dataclasses.replace(self._base, **values)
 
+    def _sizes(self) -> TransformerConfig:
+        """Return what a run has to know of a model of one's own: its ids, its positions, and how large it is."""
+        values: dict[str, Any] = {"num_layers": 1, "hidden_size": 1, **vars(self)}
+        missing = [name for name in ("vocab_size", "seq_length") if name not in values]
+        if missing:
+            raise ConfigError(f"{type(self).__name__}: {', '.join(missing)}: not said; a run has to know")
+        return TransformerConfig(
+            num_layers=values["num_layers"], hidden_size=values["hidden_size"], num_attention_heads=1,
+            vocab_size=values["vocab_size"], seq_length=values["seq_length"],
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in self.settings}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 class GPT2Config(PretrainedConfig):
-    """GPT-2; their dropout after the embedding is that of the residual stream."""
+    """GPT-2; their dropout after the embedding is that of the residual stream. `num_labels` is of a head for texts."""
 
     family = GPT2
     presets = {
-        "gpt2": {},
+        "gpt2": {}, "gpt2_txtcls": {},
         "gpt2_xl": {"hidden_size": 1600, "num_layers": 48, "num_heads": 25},
         "gpt2_13b": {"hidden_size": 5120, "num_layers": 40, "num_heads": 40, "seq_length": 2048},
         "gpt2_52b": {"hidden_size": 8192, "num_layers": 64, "num_heads": 32, "seq_length": 2048,
                      "hidden_act": "fast_gelu"},
     }  # fmt: skip
+
+    @classmethod
+    def of_model(cls, model: TransformerConfig) -> PretrainedConfig:
+        """Return the settings of a model here."""
+        made = super().of_model(model)
+        labels = {"num_labels": model.num_labels} if model.num_labels else {}
+        made.__dict__.update(labels)
+        made._read.update(labels)
+        return made
 
 
 class PanguAlphaConfig(PretrainedConfig):

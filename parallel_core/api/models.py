@@ -17,12 +17,13 @@ from parallel_core.checkpoint import TensorShard, find_checkpoint, load_shards, 
 from parallel_core.checkpoint.huggingface.writer import write_hugging_face
 from parallel_core.checkpoint.source import TensorInfo
 from parallel_core.config.model_keys import model_settings
-from parallel_core.config.schema import AllConfig
+from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.generate.generator import Generator
 from parallel_core.generate.loading import Described
 from parallel_core.generate.requests import SamplingParams
 from parallel_core.layout.shard import Range, shard_of
+from parallel_core.training.classification import class_losses
 from parallel_core.training.runtime import start_runtime, supported_precision
 from parallel_core.transformer import ModelStage
 from parallel_core.transformer.models import make_model
@@ -56,9 +57,9 @@ class LiveWeights:
     def __init__(self, model: PreTrainedModel) -> None:
         self.path = Path(type(model).__name__)
         self._parameters = {shard_of(p).name: p for p in model.network.get_parameters()}
-        settings = model_settings(model.network.config)
+        described = model.network.config
         self.common: dict[str, Any] = {
-            "iteration": 0, "model_config": {**settings, "vocab_size": model.network.config.vocab_size},
+            "iteration": 0, "model_config": {**model_settings(described), "vocab_size": described.vocab_size},
         }  # fmt: skip
 
     def keys(self) -> list[str]:
@@ -77,18 +78,24 @@ class LiveWeights:
 
 
 class PreTrainedModel(nn.Cell):
-    """A model on one process, with first values; `from_pretrained` makes one with a directory's weights.
+    """A model, with first values; `from_pretrained` makes one with a directory's weights.
+
+    It is whole on a process. In a job of several ranks a `Trainer` cuts it over them, so it is made on a rank only when
+    that is asked for it. A class of one's own has this project's model if its `config_class` has `settings`, else the
+    cells that it makes, and a `construct` that returns the loss of ids [B, S + 1] in training and logits otherwise.
 
     Args:
         config: its settings; None: the class's defaults. With `checkpoint_name_or_path` the weights come from there.
+        auto_prefix: how MindSpore names the parameters of cells of one's own.
 
     Raises:
-        ConfigError: the settings are of another model, or several ranks run.
+        ConfigError: the settings are of another model.
         CheckpointError: the weights are not where the configuration says.
     """
 
     config_class: ClassVar[type[PretrainedConfig]] = PretrainedConfig
     heads: ClassVar[tuple[str, ...]] = ("none",)
+    labels: ClassVar[bool] = False
     models: ClassVar[list[type[PreTrainedModel]]] = []
     _support_list: ClassVar[list[str]] = []
 
@@ -96,23 +103,54 @@ class PreTrainedModel(nn.Cell):
         PreTrainedModel.models.append(cls)
         cls._support_list = cls.config_class.get_support_list()
 
-    def __init__(self, config: PretrainedConfig | None = None) -> None:
-        super().__init__(auto_prefix=False)
+    def __init__(self, config: PretrainedConfig | None = None, auto_prefix: bool = False) -> None:
+        super().__init__(auto_prefix=auto_prefix)
         self.config = self.config_class() if config is None else config
         if not isinstance(self.config, self.config_class):
             raise ConfigError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(self.config).__name__}"
             )
-        model = self.config.model_config()
+        self._net: nn.Cell | None = None
+        self.weights: Path | None = None
+        if self.config.checkpoint_name_or_path:
+            self.weights = weights_folder(self.config.checkpoint_name_or_path)
+        if self.is_built_in:
+            self._check(self.described())
+        if start_runtime()[1] == 1 and self.is_built_in:
+            self._build()
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the model is one of this project's; else its cells are its class's own."""
+        return bool(self.config.settings)
+
+    def described(self) -> TransformerConfig:
+        """Return what the model is here."""
+        return self.config.model_config()
+
+    def _check(self, model: TransformerConfig) -> None:
         if model.bert.bert_head not in self.heads:
             raise ConfigError(f"{type(self).__name__} has head {' or '.join(self.heads)}, not {model.bert.bert_head}")
-        if start_runtime()[1] > 1:
-            raise ConfigError(f"{type(self).__name__}: models of this interface are whole on one process; start one")
+
+    def _build(self) -> nn.Cell:
         ops.use_kernels("auto")
-        still = dataclasses.replace(model, attention_dropout_rate=0.0, hidden_dropout_rate=0.0)
-        self.network = make_model(ModelStage(supported_precision(AllConfig(model_config=still))[0].model_config))
-        if self.config.checkpoint_name_or_path:
-            self.load(self.config.checkpoint_name_or_path)
+        still = dataclasses.replace(self.described(), attention_dropout_rate=0.0, hidden_dropout_rate=0.0)
+        self._net = make_model(ModelStage(supported_precision(AllConfig(model_config=still))[0].model_config))
+        if self.weights is not None:
+            self.load(self.weights)
+        return self._net
+
+    @property
+    def network(self) -> Any:
+        """The model itself, whole on this process; in a job of several ranks it is made when somebody asks for it."""
+        if not self.is_built_in:
+            return self
+        return self._build() if self._net is None else self._net
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody has made the model's parameters yet: they are what `weights` and the configuration say."""
+        return self.is_built_in and self._net is None
 
     @classmethod
     def get_support_list(cls) -> list[str]:
@@ -139,6 +177,9 @@ class PreTrainedModel(nn.Cell):
             CheckpointError: as `from_pretrained`.
         """
         source = open_checkpoint(find_checkpoint(str(weights_folder(folder)), check=False))
+        if self.is_untouched and start_runtime()[1] > 1:
+            self.weights = weights_folder(folder)
+            return
         parameters = {shard_of(p).name: p for p in self.network.get_parameters()}
         wanted = {name: TensorShard.full(name, p.shape, "float32") for name, p in parameters.items()}
         known = [*wanted, *(key for key in source.keys() if "@" in key)]  # noqa: SIM118 - a method of TensorSource
@@ -152,6 +193,9 @@ class PreTrainedModel(nn.Cell):
         Raises:
             CheckpointError: no architecture of Hugging Face has the model, or the folder is not empty.
         """
+        if not self.is_built_in:
+            raise CheckpointError(f"{type(self).__name__} has cells of its own, which no architecture there has; a "
+                                  "Trainer's checkpoint holds them")  # fmt: skip
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -250,6 +294,8 @@ class PreTrainedModel(nn.Cell):
 
     def _fresh_generator(self) -> Generator:
         """Return the engine over this model's weights as they are now."""
+        if not self.is_built_in:
+            raise ConfigError(f"{type(self).__name__} has cells of its own, of which generation knows nothing")
         source = LiveWeights(self)
         model = self.network.config
         if model.bert.is_encoder:
@@ -284,6 +330,37 @@ class GPT2LMHeadModel(PreTrainedModel):
     """GPT-2."""
 
     config_class = GPT2Config
+
+
+class GPT2ForSequenceClassification(PreTrainedModel):
+    """GPT-2 with scores of `num_labels` classes at a text's last token."""
+
+    config_class = GPT2Config
+    labels = True
+
+    def described(self) -> TransformerConfig:
+        """Return what the model is here."""
+        return dataclasses.replace(self.config.model_config(), num_labels=vars(self.config)["num_labels"])
+
+    def construct(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return float32 scores [B, num_labels], or with labels their mean cross entropy.
+
+        Args:
+            input_ids: int32 [B, S].
+            attention_mask: int32 [B, S], 0 where there is padding, on the right; None: no padding.
+            labels: int32 [B].
+
+        Raises:
+            ConfigError: padding is on the left, or a text has no token.
+        """
+        seen = np.ones(input_ids.shape, np.int32) if attention_mask is None else attention_mask.asnumpy() != 0
+        if (np.diff(seen.astype(np.int8), axis=1) > 0).any() or not seen[:, 0].all():
+            raise ConfigError("attention_mask: padding must be on the right, after one token at least")
+        lengths = Tensor(seen.sum(1).astype(np.int32))
+        scores = self.network(ops.cast(input_ids, ms.int32), lengths)
+        return scores if labels is None else class_losses(scores, ops.cast(labels, ms.int32)).mean()
 
 
 class LlamaForCausalLM(PreTrainedModel):
@@ -329,13 +406,25 @@ class BertModel(BertForQuestionAnswering):
     heads = ("encoder",)
 
 
-def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of a configuration's model."""
-    head = config.model_config().bert.bert_head
-    return next(kind for kind in PreTrainedModel.models if type(config) is kind.config_class and head in kind.heads)
+def model_class_of(config: PretrainedConfig, labels: bool | None = None) -> type[PreTrainedModel]:
+    """Return the class of a configuration's model.
+
+    Args:
+        config: the settings.
+        labels: whether the model classifies texts; None: as the checkpoint does that the settings are of.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    model = config.model_config()
+    labels = bool(model.num_labels) if labels is None else labels
+    for kind in PreTrainedModel.models:
+        if type(config) is kind.config_class and model.bert.bert_head in kind.heads and kind.labels == labels:
+            return kind
+    raise ConfigError(f"{type(config).__name__} has no model {'with a head for texts' if labels else 'here'}")
 
 
 __all__ = [
-    "BertForPreTraining", "BertForQuestionAnswering", "BertModel", "GPT2LMHeadModel",
+    "BertForPreTraining", "BertForQuestionAnswering", "BertModel", "GPT2ForSequenceClassification", "GPT2LMHeadModel",
     "LlamaForCausalLM", "PanguAlphaHeadModel", "PreTrainedModel", "model_class_of", "weights_folder",
 ]  # fmt: skip

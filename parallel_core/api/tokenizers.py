@@ -22,18 +22,31 @@ Text = str | Sequence[str]
 class PreTrainedTokenizer:
     """Turns texts into ids: `tokenizer(text)` gives input_ids, token_type_ids and attention_mask.
 
+    A class of one's own has `vocab_size`, `_tokenize`, `_convert_token_to_id`, `_convert_id_to_token` and
+    `convert_tokens_to_string`, and names its files in `vocab_files_names`: argument -> name in a directory.
+
     Args:
-        tokenizer: what it is over.
+        tokenizer: what it is over; None: the class's own words.
         begins: ids before a text; None: BERT's `[CLS]`, else none.
         ends: ids after a text; None: BERT's `[SEP]`, else none.
+        tokens: eos_token, pad_token and others of a class of one's own.
     """
 
     files: ClassVar[tuple[str, ...]] = ()
     type_of_files: ClassVar[str] = ""
 
+    vocab_files_names: ClassVar[Mapping[str, str]] = {}
+
     def __init__(
-        self, tokenizer: MegatronTokenizer, begins: Sequence[int] | None = None, ends: Sequence[int] | None = None
+        self,
+        tokenizer: MegatronTokenizer | None = None,
+        begins: Sequence[int] | None = None,
+        ends: Sequence[int] | None = None,
+        **tokens: Any,
     ) -> None:
+        self._tokens = {name: str(value) for name, value in tokens.items() if name.endswith("_token")}
+        self._pad: int | None = None
+        tokenizer = _OwnWords(self) if tokenizer is None else tokenizer
         self.tokenizer = tokenizer
         bert = isinstance(tokenizer, BertWordPieceTokenizer)
         self._begins = list(begins if begins is not None else [tokenizer.cls] if bert else [])  # type: ignore[attr-defined]
@@ -47,9 +60,13 @@ class PreTrainedTokenizer:
             CheckpointError: there is no such directory, or it has not the files; they are named.
         """
         folder = weights_folder(pretrained_model_name_or_dir)
-        missing = [name for name in cls.files if not (folder / name).is_file()]
+        files = cls.files or tuple(cls.vocab_files_names.values())
+        missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder} has no {' and no '.join(missing)}, which {cls.__name__} reads")
+        if not cls.files:
+            own: dict[str, Any] = {argument: str(folder / name) for argument, name in cls.vocab_files_names.items()}
+            return cls(**own)
         return cls(cls._spec(folder).build())
 
     @classmethod
@@ -72,8 +89,71 @@ class PreTrainedTokenizer:
     @property
     def pad_token_id(self) -> int:
         """The id that fills a short text: the one that ends a text where there is no other."""
-        pad = self.tokenizer.pad
+        pad = self.tokenizer.pad if self._pad is None else self._pad
         return self.eos_token_id if pad is None else pad
+
+    @property
+    def eos_token(self) -> str:
+        """The word that ends a text."""
+        return self._tokens.get("eos_token") or self.tokenizer.detokenize([self.eos_token_id])
+
+    @property
+    def pad_token(self) -> str:
+        """The word that fills a short text."""
+        return self._tokens.get("pad_token") or self.tokenizer.detokenize([self.pad_token_id])
+
+    @pad_token.setter
+    def pad_token(self, word: str) -> None:
+        ids = [self.eos_token_id] if word == self.eos_token else self.tokenizer.tokenize(word)
+        if len(ids) != 1:
+            raise ConfigError(f"pad_token={word!r} is {len(ids)} ids of this vocabulary; give a word of one")
+        self._pad, self._tokens["pad_token"] = ids[0], word
+
+    def add_tokens(self, new_tokens: Sequence[str]) -> int:
+        """Return 0: a checkpoint's vocabulary is what it is.
+
+        Raises:
+            ConfigError: there are words to add.
+        """
+        if new_tokens:
+            raise ConfigError(f"{len(new_tokens)} words cannot be added: no row of a trained table is theirs")
+        return 0
+
+    def prepare_for_model(
+        self,
+        ids: Sequence[int],
+        pair_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
+        max_length: int | None = None,
+        padding: bool | str = False,
+        truncate_direction: str = "RIGHT",
+        return_overflowing_tokens: bool = False,
+        return_attention_mask: bool = True,
+    ) -> dict[str, list[int]]:
+        """Return `input_ids`, `token_type_ids` and `attention_mask` of ids.
+
+        Args:
+            ids: of a text, without what stands around it.
+            pair_ids: of a second one.
+            add_special_tokens: put the tokenizer's own ids around.
+            max_length: ids at most; more are cut off.
+            padding: `max_length`: fill on the right up to it.
+            truncate_direction: RIGHT or LEFT: where is cut.
+            return_overflowing_tokens: give `overflowing_tokens`, what was cut off.
+            return_attention_mask: give that too.
+        """
+        first = [*self._begins, *ids, *self._ends] if add_special_tokens else list(ids)
+        second = [*(pair_ids or ()), *(self._ends if pair_ids is not None and add_special_tokens else ())]
+        row, kinds = [*first, *second], [0] * len(first) + [1] * len(second)
+        over = max(0, len(row) - max_length) if max_length is not None else 0
+        left = truncate_direction.upper() == "LEFT"
+        cut = row[:over] if left else row[len(row) - over :]
+        row, kinds = (row[over:], kinds[over:]) if left else (row[: len(row) - over], kinds[: len(kinds) - over])
+        more = max(0, max_length - len(row)) if padding == "max_length" and max_length is not None else 0
+        found = {"input_ids": row + [self.pad_token_id] * more, "token_type_ids": kinds + [0] * more}
+        if return_attention_mask:
+            found["attention_mask"] = [1] * len(row) + [0] * more
+        return {**found, "overflowing_tokens": cut} if return_overflowing_tokens else found
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -150,6 +230,45 @@ class PreTrainedTokenizer:
             raise ConfigError("texts of several lengths make no array; give padding=True")
         arrays = {name: np.array(values, np.int32) for name, values in found.items()}
         return {name: Tensor(array) for name, array in arrays.items()} if return_tensors == "ms" else arrays
+
+
+PreTrainedTokenizerBase = PreTrainedTokenizer
+
+
+class AddedToken(str):
+    """A word of a vocabulary's own; how white space beside it is taken has no effect."""
+
+    def __new__(cls, content: str, lstrip: bool = False, rstrip: bool = False) -> AddedToken:  # noqa: ARG004
+        """Return the word."""
+        return super().__new__(cls, content)
+
+
+class _OwnWords(MegatronTokenizer):
+    """The words of a tokenizer class of one's own."""
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(type(owner).__name__)
+        self._owner = owner
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._owner.vocab_size)
+
+    @property
+    def eod(self) -> int:
+        return int(self._owner._convert_token_to_id(self._owner._tokens["eos_token"]))
+
+    @property
+    def pad(self) -> int | None:
+        word = self._owner._tokens.get("pad_token")
+        return None if word is None else int(self._owner._convert_token_to_id(word))
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(self._owner._convert_token_to_id(word)) for word in self._owner._tokenize(text)]
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        words = [self._owner._convert_id_to_token(int(token)) for token in token_ids]
+        return str(self._owner.convert_tokens_to_string(words))
 
 
 class GPT2Tokenizer(PreTrainedTokenizer):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, mint, nn
 
 from parallel_core.api.auto import AutoModel, AutoTokenizer
 from parallel_core.api.configs import PretrainedConfig
+from parallel_core.api.data import RowDataset, Rows, same_rows
+from parallel_core.api.job import on_rank_0, rows_of_rank_0, shared_out, tell, world
 from parallel_core.api.models import PreTrainedModel, model_class_of, weights_folder
-from parallel_core.api.pipelines import QuestionAnsweringPipeline, TextGenerationPipeline, pipeline
+from parallel_core.api.pipelines import pipeline
+from parallel_core.api.run_file import RunFile
 from parallel_core.api.tokenizers import PreTrainedTokenizer
 from parallel_core.config.dump import sections_yaml
+from parallel_core.config.experts import MoEConfig
 from parallel_core.config.load import load_config
 from parallel_core.config.schema import (
     AllConfig,
@@ -25,19 +29,20 @@ from parallel_core.config.schema import (
     ModelParallelConfig,
     OptimizerConfig,
     TrainingConfig,
+    TransformerConfig,
 )
+from parallel_core.data.classified import ClassifiedDataset, label_names, read_classified
 from parallel_core.data.squad import DEV, SpanDataset, features_of, read_squad
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
-from parallel_core.errors import ConfigError
+from parallel_core.errors import CheckpointError, ConfigError
 from parallel_core.question_answering.answers import score
 from parallel_core.training import pretrain
-from parallel_core.training.encoder_steps import encoder_forward_step
-from parallel_core.training.forward_step import forward_step
+from parallel_core.training.classification import model_forward_step
 from parallel_core.training.runtime import start_runtime
 from parallel_core.transformer import ModelStage
 from parallel_core.transformer.models import make_model
 
-TASKS = ("text_generation", "question_answering")
+TASKS = ("text_generation", "question_answering", "text_classification")
 _SCHEDULES = {"linear": "linear", "polynomial": "linear", "cosine": "cosine", "constant": "constant"}
 
 
@@ -97,50 +102,21 @@ class TrainingArguments:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
 
 
-class RowDataset:
-    """Rows of S + 1 ids as samples of S, in their order, as often as samples are asked for.
-
-    Args:
-        rows: int [S + 1] each; of one length.
-        num_samples: samples to give.
-        seq_length: S.
-    """
-
-    def __init__(self, rows: Sequence[np.ndarray], num_samples: int, seq_length: int) -> None:
-        wrong = sorted({len(row) for row in rows} - {seq_length + 1})
-        if wrong or not rows:
-            raise ConfigError(f"rows of {wrong or 'no'} ids: a model of {seq_length} positions takes {seq_length + 1}")
-        self.rows, self.num_samples, self.seq_length = rows, num_samples, seq_length
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Number of rows."""
-        return len(self.rows)
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Return sample `index`: tokens, labels, position_ids int32 [S], loss_mask float32 [S]."""
-        row = self.rows[index % len(self.rows)].astype(np.int32)
-        places = np.arange(self.seq_length, dtype=np.int32)
-        mask = np.ones(self.seq_length, np.float32)
-        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "position_ids": places}
-
-
 class Trainer:
     """Trains, evaluates and uses a model for a task.
 
     Args:
-        task: text_generation or question_answering.
+        args: how it trains: arguments, a dictionary of them, or a MindFormers `.yaml`, which may say all the rest too.
+        task: text_generation, question_answering or text_classification; "general": what `args` says.
         model: a directory, a preset's name (first values), a configuration (first values), or a model, which keeps its
-            weights and has the trained ones afterwards (on one process).
-        args: how it trains.
-        train_dataset: for texts a MindSpore dataset or anything that can be iterated, whose `input_ids` are rows of
-            seq_length + 1 ids or batches of them; for answers a SQuAD file or the folder with train-v1.1.json.
-        eval_dataset: the same; a folder's dev-v1.1.json.
+            weights and has the trained ones afterwards.
+        model_name: a preset's name, where `model` is not given.
+        train_dataset: for texts a MindSpore dataset, a folder of MindRecord files, or anything that can be iterated,
+            whose `input_ids` are rows of seq_length + 1 ids or batches of them; for answers a SQuAD file or the folder
+            with train-v1.1.json; for classes a file or folder of texts (`data.classified`).
+        eval_dataset: the same; a folder's dev-v1.1.json; rows may be shorter.
         tokenizer: of texts; None: that of the model's directory. Rows of ids need none.
-        window: for answers: seq_length, doc_stride, max_query_length.
+        window: for answers: seq_length, doc_stride, max_query_length; for classes: seq_length.
 
     Raises:
         ConfigError: the task is another, or a setting cannot be.
@@ -148,70 +124,110 @@ class Trainer:
 
     def __init__(
         self,
-        *,
-        task: str,
-        model: str | Path | PreTrainedModel | PretrainedConfig,
-        args: TrainingArguments | None = None,
+        args: TrainingArguments | Mapping[str, Any] | str | Path | None = None,
+        task: str = "general",
+        model: str | Path | PreTrainedModel | PretrainedConfig | None = None,
+        model_name: str | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         tokenizer: PreTrainedTokenizer | None = None,
+        *,
         window: dict[str, int] | None = None,
     ) -> None:
+        told = RunFile() if args is None or isinstance(args, TrainingArguments) else RunFile.of(args)
+        task = told.task if task == "general" and told.task else task
         if task not in TASKS:
             raise ConfigError(f"task={task!r}: give one of {', '.join(TASKS)}")
-        self.task, self.args = task, args or TrainingArguments()
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.task, self.args = task, args if isinstance(args, TrainingArguments) else TrainingArguments(**told.args)
+        self.train_dataset = told.train_dataset() if train_dataset is None else train_dataset
+        self.eval_dataset = told.eval_dataset() if eval_dataset is None else eval_dataset
         self.window = window or {}
         self._parallel = ModelParallelConfig()
         self._micro_batch_num, self._data_parallel, self._distributed = 1, 0, False
         self._recompute: dict[str, Any] = {}
+        self._experts: MoEConfig | None = None
         self._folder: Path | None = None
+        model = told.model() if model is None and model_name is None else model_name if model is None else model
+        if model is None:
+            raise ConfigError("there is no model; give model or model_name")
         self._model = model if isinstance(model, PreTrainedModel) else None
         if isinstance(model, PretrainedConfig):
             self.config = model
         elif isinstance(model, PreTrainedModel):
-            self.config = model.config
+            self.config, self._folder = model.config, model.weights if model.is_untouched else None
         else:
-            self._folder = Path(model) if Path(model).is_dir() else None
-            self.config = PretrainedConfig.from_pretrained(model)
-        if self.config.checkpoint_name_or_path:
+            self._folder = folder_of(model)
+            self.config = PretrainedConfig.from_pretrained(self._folder or model)
+        if self._model is None and self.config.checkpoint_name_or_path:
             self._folder = weights_folder(self.config.checkpoint_name_or_path)
-        self.tokenizer = tokenizer
-        if tokenizer is None and self._folder is not None and self.task == "question_answering":
+        self.tokenizer, self._first_folder = tokenizer, self._folder
+        if tokenizer is None and self._folder is not None and self.task != "text_generation":
             self.tokenizer = AutoTokenizer.from_pretrained(self._folder)
         if task == "question_answering":
             self._words()
+        if task == "text_classification" and self.tokenizer is None:
+            raise ConfigError("text_classification reads texts; give tokenizer")
+        for set_up, given in ((self.set_parallel_config, told.parallel), (self.set_recompute_config, told.recompute),
+                              (self.set_moe_config, told.experts)):  # fmt: skip
+            if given:
+                set_up(**given)
 
     # ---- how -------------------------------------------------------------------------------------------------------
     def set_parallel_config(
         self,
         data_parallel: int = 1,
         model_parallel: int = 1,
+        expert_parallel: int = 1,
         pipeline_stage: int = 1,
+        micro_batch_interleave_num: int = 1,
         micro_batch_num: int = 1,
         use_seq_parallel: bool = False,
         optimizer_shard: bool = False,
+        gradient_aggregation_group: int = 4,  # noqa: ARG002
+        vocab_emb_dp: bool = True,  # noqa: ARG002
     ) -> None:
-        """Say how the model is cut over the ranks, whose number is the product of the first three.
+        """Say how the model is cut over the ranks, whose number is data_parallel x model_parallel x pipeline_stage.
 
         Args:
             data_parallel: copies of the model.
             model_parallel: ranks that share each layer.
+            expert_parallel: ranks of `data_parallel` that share a layer's experts.
             pipeline_stage: ranks that share the layers.
+            micro_batch_interleave_num: parts of a microbatch, each of `batch_size` samples; one is computed beside the
+                communication of another.
             micro_batch_num: microbatches of a copy in one iteration.
             use_seq_parallel: activations between layers are cut along the sequence.
             optimizer_shard: copies share the optimizer's state.
+            gradient_aggregation_group: has no effect: gradients are reduced in buckets.
+            vocab_emb_dp: has no effect: the word embedding is cut over `model_parallel`, which gives the same numbers.
         """
         self._parallel = ModelParallelConfig(
             tensor_model_parallel_size=model_parallel,
             pipeline_model_parallel_size=pipeline_stage,
+            expert_model_parallel_size=expert_parallel,
+            expert_tensor_parallel_size=1 if expert_parallel > 1 else 0,
+            micro_batch_interleave_num=micro_batch_interleave_num,
             sequence_parallel=use_seq_parallel,
         )
         self._data_parallel, self._micro_batch_num = data_parallel, micro_batch_num
         self._distributed = optimizer_shard
 
-    def set_recompute_config(self, recompute: bool = False, select_recompute: bool = False) -> None:
+    def set_recompute_config(
+        self,
+        recompute: bool = False,
+        select_recompute: bool = False,
+        parallel_optimizer_comm_recompute: bool = False,  # noqa: ARG002
+        mp_comm_recompute: bool = True,  # noqa: ARG002
+        recompute_slice_activation: bool = False,  # noqa: ARG002
+    ) -> None:
         """Say what is computed again in backward: whole layers, or attention.
+
+        Args:
+            recompute: whole layers.
+            select_recompute: attention alone.
+            parallel_optimizer_comm_recompute: has no effect: weights are whole in forward and backward.
+            mp_comm_recompute: has no effect: what is computed again communicates again.
+            recompute_slice_activation: has no effect: `use_seq_parallel` cuts what is kept.
 
         Raises:
             ConfigError: both are asked for.
@@ -223,41 +239,110 @@ class Trainer:
             whole = {"recompute_method": "uniform", "recompute_num_layers": 1}
             self._recompute = {"recompute_granularity": "full", **whole}
 
+    def set_moe_config(
+        self,
+        expert_num: int = 1,
+        capacity_factor: float = 1.1,
+        aux_loss_factor: float = 0.05,
+        num_experts_chosen: int = 1,
+        expert_group_size: int | None = None,
+        group_wise_a2a: bool = False,  # noqa: ARG002
+        comp_comm_parallel: bool = False,  # noqa: ARG002
+        comp_comm_parallel_degree: int = 2,  # noqa: ARG002
+    ) -> None:
+        """Put experts in place of the MLP, chosen in rounds as MindFormers does it; one expert: the MLP.
+
+        Args:
+            expert_num: experts of a layer.
+            capacity_factor: tokens that an expert takes, in shares of an even load.
+            aux_loss_factor: of the loss that keeps loads even.
+            num_experts_chosen: experts of a token.
+            expert_group_size: tokens among which an expert's places are counted; None: a microbatch, which is all that
+                is built.
+            group_wise_a2a: has no effect on what is computed.
+            comp_comm_parallel: has no effect on what is computed.
+            comp_comm_parallel_degree: has no effect on what is computed.
+
+        Raises:
+            ConfigError: groups of tokens are asked for, or a model that is given has no experts.
+        """
+        if expert_group_size is not None:
+            raise ConfigError(f"expert_group_size={expert_group_size}: a microbatch is the group; leave it out")
+        if expert_num < 1 or not 1 <= num_experts_chosen <= expert_num:
+            raise ConfigError(f"expert_num={expert_num}, num_experts_chosen={num_experts_chosen}: from 1 to the first")
+        if expert_num > 1 and (self._model is not None or self._folder is not None):
+            raise ConfigError("expert_num: the model that is given has its layers; give a configuration or a preset")
+        self._experts = None if expert_num == 1 else MoEConfig(
+            num_experts=expert_num, moe_router_topk=num_experts_chosen, moe_router_rounds=True,
+            moe_expert_capacity_factor=capacity_factor, moe_aux_loss_coeff=(aux_loss_factor,),
+            moe_router_pre_softmax=True, moe_token_drop_policy="position",
+        )  # fmt: skip
+
     # ---- what ------------------------------------------------------------------------------------------------------
-    def train(self, train_checkpoint: str | Path | None = None) -> None:
+    def train(
+        self,
+        train_checkpoint: bool | str | Path | None = None,
+        resume_training: bool | None = None,
+        do_eval: bool = False,
+        *,
+        resume_or_finetune_from_checkpoint: bool | str | Path | None = None,
+        do_finetune: bool = False,
+    ) -> None:
         """Train on `train_dataset`; checkpoints go to `output_dir/checkpoint`, the last one into the model.
 
         Args:
-            train_checkpoint: a directory of checkpoints of such a run, which goes on; None: a new run.
+            train_checkpoint: a directory of checkpoints of such a run, which goes on; True: this trainer's own; None:
+                a new run.
+            resume_training: False: take the checkpoint's weights alone.
+            do_eval: evaluate afterwards.
+            resume_or_finetune_from_checkpoint: the older name of `train_checkpoint`.
+            do_finetune: the older name of `resume_training=False`.
 
         Raises:
             ConfigError: a setting cannot be, or as many ranks run as the layout has not.
+            CheckpointError: the checkpoint is not there; the folder is named.
         """
+        given = resume_or_finetune_from_checkpoint if train_checkpoint is None else train_checkpoint
+        folder = self._checkpoint_of(given)
+        if do_finetune or resume_training is False:
+            self._start_from(folder)
+            folder = None
         if self.train_dataset is None:
             raise ConfigError("there is nothing to train on; give train_dataset")
-        loaded = {"load_checkpoint": str(train_checkpoint)} if train_checkpoint is not None else self._initial()
-        rank, world = start_runtime()
-        per_copy = self._parallel.tensor_model_parallel_size * self._parallel.pipeline_model_parallel_size
-        copies = self._data_parallel or world // per_copy
-        if copies * per_copy != world:
+        self._run(folder)
+        if do_eval:
+            self.evaluate()
+
+    def _run(self, folder: Path | None) -> None:
+        loaded = {"load_checkpoint": str(folder)} if folder is not None else self._initial()
+        rank, world_size = start_runtime()
+        args, parallel = self.args, self._parallel
+        per_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        copies = self._data_parallel or world_size // per_copy
+        if copies * per_copy != world_size:
             raise ConfigError(
-                f"data_parallel={copies} x model_parallel={self._parallel.tensor_model_parallel_size} x pipeline_stage="
-                f"{self._parallel.pipeline_model_parallel_size} is not the number of ranks, {world}"
+                f"data_parallel={copies} x model_parallel={parallel.tensor_model_parallel_size} x pipeline_stage="
+                f"{parallel.pipeline_model_parallel_size} is not the number of ranks, {world_size}"
             )
-        args, batch = self.args, self.args.batch_size * copies * self._micro_batch_num
-        model = dataclasses.replace(self.config.model_config(), **self._recompute, **self._length())
+        own = self._model if self._model is not None and not self._model.is_built_in else None
+        if own is not None and per_copy > 1:
+            raise ConfigError(f"{type(own).__name__} has cells of its own, which are not cut; give data_parallel alone")
+        micro = args.batch_size * parallel.micro_batch_interleave_num
+        batch = micro * copies * self._micro_batch_num
+        model = dataclasses.replace(self._described(), **self._recompute, **self._length())
         if model.bert.is_encoder:  # the default is a kernel of decoders', which a run's file would ask for
             model = dataclasses.replace(model, use_flash_attention=False)
+        if self._experts is not None:
+            model = dataclasses.replace(model, moe=self._experts)
         data = self._training_data(model.seq_length)
         iterations = args.num_train_epochs * data.samples_per_epoch // batch
         if not iterations:
             raise ConfigError(f"{data.samples_per_epoch} samples make no batch of {batch}; give more data or epochs")
         config = AllConfig(
             model_config=model,
-            parallel_config=self._parallel,
+            parallel_config=parallel,
             dataset_config=DatasetConfig(
-                batch_size=args.batch_size, micro_batch_num=self._micro_batch_num, global_batch_size=batch,
-                **self._sources(),
+                batch_size=micro, micro_batch_num=self._micro_batch_num, global_batch_size=batch, **self._sources(),
             ),
             training_config=TrainingConfig(
                 seed=args.seed, training_iters=iterations, eval_iters=0, log_interval=args.logging_steps,
@@ -269,75 +354,100 @@ class Trainer:
                 learning_rate=args.learning_rate, min_lr=args.lr_end, weight_decay=args.weight_decay,
                 betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, clip_grad=args.max_grad_norm,
                 lr_decay_style=_SCHEDULES[args.lr_scheduler_type], lr_warmup_iters=args.warmup_steps,
-                override_opt_param_scheduler=train_checkpoint is not None,
+                lr_decay_iters=max(iterations, args.warmup_steps + 1),  # a warm-up may be longer than the run
+                override_opt_param_scheduler=folder is not None,
             ),
         )  # fmt: skip
         written = Path(args.output_dir) / f"trainer_{rank}.yaml"  # the rules of a run are those of its file
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(sections_yaml(config), encoding="utf-8")
-        checked = load_config(["--config", str(written)], world_size=world).config
+        checked = load_config(["--config", str(written)], world_size=world_size).config
         data.num_samples = iterations * batch
-        answers = self.task == "question_answering"
         pretrain(
             lambda _: (data, None, None),
-            _provider,
-            forward_step_func=encoder_forward_step if answers else forward_step,
+            (lambda pre_process, post_process: own) if own is not None else _provider,
+            forward_step_func=own_forward_step if own is not None else model_forward_step,
             all_config=checked,
         )
         self._folder = self.checkpoint
-        if self._model is not None:
+        if self._model is not None and own is None:
             self._model.load(self.checkpoint)
 
-    def finetune(self, finetune_checkpoint: str | Path | None = None) -> None:
-        """Train from the weights of a directory, or of the model.
+    def finetune(self, finetune_checkpoint: bool | str | Path | None = None) -> None:
+        """Train from the weights of a directory (True: this trainer's checkpoint), or of the model.
 
         Raises:
             ConfigError: there are neither.
         """
-        if finetune_checkpoint is not None:
-            self._folder = weights_folder(finetune_checkpoint)
+        if finetune_checkpoint:
+            self._start_from(self._checkpoint_of(finetune_checkpoint))
         elif self._model is None and self._folder is None:
             raise ConfigError("there are no weights to train from; give finetune_checkpoint, or a directory as model")
         self.train()
 
-    def evaluate(self, eval_checkpoint: str | Path | None = None) -> dict[str, Any]:
-        """Return and print the scores of the model, or of a checkpoint, on `eval_dataset`, on one process.
+    def evaluate(self, eval_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
+        """Return and print the scores of the model, or of a checkpoint, on `eval_dataset`; each rank does its part.
+
+        Args:
+            eval_checkpoint: a directory; True: this trainer's newest checkpoint; None: the model as it is.
 
         Returns:
-            For texts {"loss", "PPL"} over all tokens, for answers {"exact_match", "f1"}.
+            For texts {"loss", "PPL", "batch_loss", "batch_PPL"}: over all tokens, and the mean over batches of
+            `batch_size` rows, each batch counting alike (MindFormers' PerplexityMetric). For answers {"exact_match",
+            "f1"}, for classes {"Acc"}.
 
         Raises:
             ConfigError: there is nothing to evaluate on, or there are no weights.
         """
         if self.eval_dataset is None:
             raise ConfigError("there is nothing to evaluate on; give eval_dataset")
-        model = self._with_weights(eval_checkpoint)
+        model = self._with_weights(self._checkpoint_of(eval_checkpoint))
         if self.task == "question_answering":
             questions = read_squad(self.eval_dataset, DEV)
             given: Any = [{"context": question.context, "question": question.text} for question in questions]
-            found = self._pipeline(model)(given)
+            found = shared_out(given, self._pipeline(model))
             scores = score(questions, {q.name: one[0]["text"] for q, one in zip(questions, found)})
-            print(f"QA Metric = {{'QA Metric': {scores}}}", flush=True)
+            tell(f"QA Metric = {{'QA Metric': {scores}}}")
             return dict(scores)
-        data = RowDataset(_rows(self.eval_dataset), 0, model.network.config.seq_length)
-        total, tokens = 0.0, 0
-        for row in data.rows:
-            inputs, labels = (Tensor(np.ascontiguousarray(part[None], np.int32)) for part in (row[:-1], row[1:]))
-            total += float(model.network(inputs, None, None, labels).sum().asnumpy())
-            tokens += len(row) - 1
-        result = {"loss": total / tokens, "PPL": math.exp(total / tokens)}
-        print(f"PerplexityMetric = {result}", flush=True)
+        if self.task == "text_classification":
+            samples = read_classified(self.eval_dataset)
+            names = {label: number for number, label in enumerate(self._label_names(model))}
+            chosen = shared_out([sample.text for sample in samples], self._pipeline(model).labels)
+            right = sum(label == _number(sample.label, names) for label, sample in zip(chosen, samples))
+            result: dict[str, Any] = {"Acc": right / len(samples)}
+            tell(f"Accuracy = {result}")
+            return result
+        rows = same_rows(self.eval_dataset, rows_of_rank_0)
+        longest = self._described().seq_length + 1
+        if not rows.ids or max(map(len, rows.ids)) > longest or min(map(len, rows.ids)) < 2:
+            sizes = sorted(set(map(len, rows.ids)))
+            raise ConfigError(f"rows of {sizes or 'no'} ids: a model of {longest - 1} positions takes 2 to {longest}")
+        sums = shared_out(range(len(rows.ids)), lambda part: [_row_loss(model, rows, number) for number in part])
+        result = perplexities(sums, self.args.batch_size)
+        tell(f"PerplexityMetric = {result}")
         return result
 
-    def predict(self, predict_checkpoint: str | Path | None = None, *, input_data: Any, **settings: Any) -> Any:
-        """Return what `pipeline` of the task gives for `input_data`, on one process.
+    def predict(
+        self,
+        predict_checkpoint: bool | str | Path | None = None,
+        input_data: Any = None,
+        batch_size: int | None = None,  # noqa: ARG002 - texts have the batches that fit
+        **settings: Any,
+    ) -> Any:
+        """Return what `pipeline` of the task gives for `input_data`; every rank does it, and has it.
 
         Args:
-            predict_checkpoint: a directory; None: the model as it is.
+            predict_checkpoint: a directory; True: this trainer's newest checkpoint; None: the model as it is.
             input_data: a text or several.
+            batch_size: has no effect.
             settings: of the pipeline's call.
+
+        Raises:
+            ConfigError: there is no input, or there are no weights.
         """
-        return self._pipeline(self._with_weights(predict_checkpoint))(input_data, **settings)
+        if input_data is None:
+            raise ConfigError("there is nothing to predict on; give input_data")
+        return self._pipeline(self._with_weights(self._checkpoint_of(predict_checkpoint)))(input_data, **settings)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
     @property
@@ -345,28 +455,65 @@ class Trainer:
         """The directory of this run's checkpoints."""
         return Path(self.args.output_dir) / "checkpoint"
 
+    def _checkpoint_of(self, given: bool | str | Path | None) -> Path | None:
+        """Return the directory that an argument means.
+
+        Raises:
+            ConfigError: True, and this trainer has none yet.
+            CheckpointError: there is no such directory; it is named.
+        """
+        if given is None or given is False:
+            return None
+        if given is True:
+            if not self.checkpoint.is_dir():
+                raise ConfigError(f"True means the newest checkpoint in {self.checkpoint.resolve()}, and there is none")
+            return self.checkpoint
+        return weights_folder(given)
+
+    def _start_from(self, folder: Path | None) -> None:
+        """Let training begin from a directory's weights; a model that is given has them."""
+        if folder is None:
+            if self._model is None and self._folder is None:
+                raise ConfigError("there are no weights to train from; give a directory")
+            return
+        self._folder = folder
+        if self._model is not None:
+            self._model.load(folder)
+
     def _initial(self) -> dict[str, Any]:
         """Return what loads the weights that training begins with; nothing for first values."""
-        folder = self._folder
-        if self._model is not None and folder is None:
+        folder, model = self._folder, self._model
+        if model is not None and not model.is_built_in:
+            return {}  # its own parameters are trained
+        if model is not None and not model.is_untouched:
             folder = Path(self.args.output_dir) / "initial"
             number = 0
             while folder.exists():
                 number += 1
                 folder = folder.with_name(f"initial_{number}")
-            self._model.save_pretrained(folder)
+            world().barrier()  # all have looked
+            on_rank_0(lambda: model.save_pretrained(folder))
         if folder is None:
             return {}
         return {"load_checkpoint": str(folder), "finetune": True, "resume_training": False}
 
-    def _length(self) -> dict[str, int]:
+    def _described(self) -> TransformerConfig:
+        """Return the model of the task."""
+        if self._model is not None:
+            return self._model.described()
+        if self.task != "text_classification":
+            return self.config.model_config()
+        model = self.config.model_config()
+        return dataclasses.replace(model, num_labels=model.num_labels or vars(self.config)["num_labels"])
+
+    def _length(self) -> dict[str, Any]:
         length = self.window.get("seq_length")
         return {} if length is None else {"seq_length": length}
 
     def _sources(self) -> dict[str, Any]:
         """Return what a run's rules and its checkpoints say of the data."""
-        if self.task == "text_generation":
-            rows = self.config.model_config().vocab_size
+        if self.task != "question_answering":
+            rows = self._described().vocab_size
             return {"mock_data": True, "tokenizer_type": "NullTokenizer", "unpadded_vocab_size": rows - 1}
         words = self._words()
         return {
@@ -381,28 +528,43 @@ class Trainer:
             raise ConfigError("question_answering needs a WordPiece tokenizer; give tokenizer")
         return words
 
-    def _training_data(self, seq_length: int) -> RowDataset | SpanDataset:
+    def _training_data(self, seq_length: int) -> RowDataset | SpanDataset | ClassifiedDataset:
         if self.task == "text_generation":
-            return RowDataset(_rows(self.train_dataset), 0, seq_length)
-        words, sizes = self._words(), {**self.window, "seq_length": seq_length}
-        features = features_of(read_squad(self.train_dataset), words, **sizes, training=True)
-        return SpanDataset(features, 0, seq_length, int(words.pad or 0), self.args.seed)
+            return RowDataset(same_rows(self.train_dataset, rows_of_rank_0), 0, seq_length)
+        if self.task == "text_classification":
+            words: Any = self.tokenizer
+            samples = read_classified(self.train_dataset)
+            names = {label: number for number, label in enumerate(label_names(samples))}
+            if self._described().num_labels < len(names):
+                raise ConfigError(f"num_labels={self._described().num_labels}: the data has {len(names)} classes")
+            rows = [(words.encode(sample.text), _number(sample.label, names)) for sample in samples]
+            return ClassifiedDataset(rows, 0, seq_length, int(words.pad_token_id), self.args.seed)
+        pieces, sizes = self._words(), {**self.window, "seq_length": seq_length}
+        features = features_of(read_squad(self.train_dataset), pieces, **sizes, training=True)
+        return SpanDataset(features, 0, seq_length, int(pieces.pad or 0), self.args.seed)
 
-    def _with_weights(self, folder: str | Path | None) -> PreTrainedModel:
+    def _label_names(self, model: PreTrainedModel) -> list[str]:
+        """Return the classes by number: those of the training data, else of the evaluation's."""
+        source = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        return label_names(read_classified(source))
+
+    def _with_weights(self, folder: Path | None) -> PreTrainedModel:
         if folder is not None:
+            if self._model is not None and not self._model.is_built_in:
+                raise ConfigError(f"{type(self._model).__name__} has cells of its own: load a checkpoint into it first")
             return AutoModel.from_pretrained(folder)
         if self._model is not None:
             return self._model
         if self._folder is None:
             raise ConfigError("there are no weights; train first, or give a directory")
-        model = model_class_of(self.config)(self.config)
+        model = model_class_of(self.config, labels=self.task == "text_classification")(self.config)
         model.load(self._folder)
         return model
 
-    def _pipeline(self, model: PreTrainedModel) -> TextGenerationPipeline | QuestionAnsweringPipeline:
-        if self.tokenizer is None and self._folder is None:
+    def _pipeline(self, model: PreTrainedModel) -> Any:
+        if self.tokenizer is None and (self._first_folder or self._folder) is None:
             raise ConfigError("texts need a tokenizer; give tokenizer")
-        words = self.tokenizer or AutoTokenizer.from_pretrained(self._folder or "")
+        words = self.tokenizer or AutoTokenizer.from_pretrained(self._first_folder or self._folder or "")
         return pipeline(self.task, model, words, **(self.window if self.task == "question_answering" else {}))
 
 
@@ -411,37 +573,59 @@ def _provider(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Ce
     return make_model(stage)
 
 
-def _rows(dataset: Any) -> list[np.ndarray]:
-    """Return the rows of ids of a MindSpore dataset, or of anything that gives arrays or {"input_ids": array}.
-
-    Raises:
-        ConfigError: it gives something else.
-    """
-    rows: list[np.ndarray] = []
-    with _alone(dataset):
-        found: Iterable[Any] = dataset
-        if hasattr(dataset, "create_dict_iterator"):
-            found = dataset.create_dict_iterator(num_epochs=1, output_numpy=True)
-        for one in found:
-            ids = np.asarray(one["input_ids"] if isinstance(one, dict) else one)
-            if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
-                raise ConfigError(f"input_ids of shape {ids.shape}, {ids.dtype}: give rows of ids, or batches of them")
-            rows += list(np.atleast_2d(ids))
-    return rows
-
-
-@contextmanager
-def _alone(dataset: Any) -> Iterator[None]:
-    """Let a MindSpore dataset be read though another one is made of the same source, which MindSpore refuses."""
-    parents: list[tuple[Any, list[Any]]] = []
-    nodes = [dataset]
-    for node in nodes:
-        for child in getattr(node, "children", ()):
-            parents.append((child, child.parent))
-            child.parent = [node]
-            nodes.append(child)
+def folder_of(name: str | Path) -> Path | None:
+    """Return the directory that a name means, None where it is a preset's and there is none."""
     try:
-        yield
-    finally:
-        for child, before in parents:
-            child.parent = before
+        return weights_folder(name)
+    except CheckpointError:
+        return None
+
+
+def own_forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    """Return the loss that a model of one's own gives for the next microbatch's ids [B, S + 1]."""
+    batch = next(data_iterator)
+    ids = mint.cat((batch["tokens"][:, :1], batch["labels"]), 1)
+    model.set_train(model.training)  # its phase too, which is not its cells' business
+    loss = model(ids)
+
+    def told(output: Any) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        return output, {"lm loss": (output, Tensor(1.0, ms.float32))}
+
+    return loss, told
+
+
+def _row_loss(model: PreTrainedModel, rows: Rows, number: int) -> list[float]:
+    """Return the summed loss of a row's tokens, and how many count."""
+    row, counted = rows.ids[number], rows.counted(number)
+    if model.is_built_in:
+        inputs, labels = (Tensor(np.ascontiguousarray(part[None], np.int32)) for part in (row[:-1], row[1:]))
+        losses = model.network(inputs, None, None, labels).asnumpy()[0].astype(np.float64)
+    else:
+        model.set_train(False)
+        logits = model(Tensor(row[None]))
+        logits = (logits[0] if isinstance(logits, tuple) else logits).asnumpy().astype(np.float64)
+        logits = logits.reshape(-1, logits.shape[-1])[: len(row) - 1]
+        shifted = logits - logits.max(-1, keepdims=True)
+        losses = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, row[1:, None], -1)[:, 0]
+    return [float((losses * counted).sum()), float(counted.sum())]
+
+
+def perplexities(sums: Sequence[Sequence[float]], batch_size: int) -> dict[str, float]:
+    """Return the loss and perplexity over all tokens, and those of the mean over batches.
+
+    Args:
+        sums: of each row the summed loss, and how many tokens count.
+        batch_size: rows of a batch; a last one of fewer counts like the others.
+    """
+    table = np.array(sums, np.float64).reshape(-1, 2)
+    begins = range(0, len(table), batch_size)
+    of_batches = [table[i : i + batch_size].sum(0) for i in begins]
+    loss = float(table[:, 0].sum() / max(table[:, 1].sum(), 1.0))
+    mean = float(np.mean([total / max(count, 1.0) for total, count in of_batches]))
+    return {"loss": loss, "PPL": math.exp(loss), "batch_loss": mean, "batch_PPL": math.exp(mean)}
+
+
+def _number(label: str, names: Mapping[str, int]) -> int:
+    if label not in names:
+        raise ConfigError(f"the class {label!r} is not one of {', '.join(names)}")
+    return names[label]

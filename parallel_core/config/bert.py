@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 BERT_HEADS = ("none", "encoder", "masked_lm", "pretraining", "question_answering")
 """What stands on the layers of an encoder; none: the model is no encoder."""
-HEADS = ("lm_head.", "output_layer.", "pooler.", "binary_head.", "qa_outputs.")
+HEADS = ("lm_head.", "output_layer.", "pooler.", "binary_head.", "qa_outputs.", "score.")
 """How the names of a head's tensors begin."""
 WORD_HEADS = ("masked_lm", "pretraining")
 """Those that predict words, by the word embedding."""

@@ -68,6 +68,8 @@ def checkpoint_values(given: Mapping[str, Given]) -> list[Given]:
         found.pop("padded_vocab_size", None)
     if "bert_head" in given and given["bert_head"].source != "args_defaults":  # --finetune puts it on the encoder
         found.pop("bert_head", None)
+    if "num_labels" in given:
+        found.pop("num_labels", None)
     return [Given(name, value, f"checkpoint {root}", name, value) for name, value in found.items() if value is not None]
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from parallel_core.config.classifier_checks import CLASSIFIER_CHECKS
 from parallel_core.config.conversation_checks import CONVERSATION_CHECKS
 from parallel_core.config.diagnosis_checks import DIAGNOSIS_CHECKS
 from parallel_core.config.expert_checks import EXPERT_CHECKS
@@ -22,7 +23,7 @@ from parallel_core.layout.stages import stage_layout
 
 Rule = Callable[[Resolution], None]
 CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **CONVERSATION_CHECKS,
-                           **WATCHING_CHECKS, **INTERLEAVE_CHECKS, **DIAGNOSIS_CHECKS}  # fmt: skip
+                           **WATCHING_CHECKS, **INTERLEAVE_CHECKS, **DIAGNOSIS_CHECKS, **CLASSIFIER_CHECKS}  # fmt: skip
 
 
 def _rule(function: Rule) -> Rule:

@@ -44,6 +44,7 @@ _MEGATRON_HAS_ONLY: dict[str, Any] = {
     "moe.moe_router_rounds": False,
     "bert.num_tokentypes": 2,
     "bert.bert_head": "none",
+    "num_labels": 0,
     "softmax_scale": 0.0,
     "scale_attn_by_inverse_layer_idx": False,
 }

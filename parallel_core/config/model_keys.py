@@ -35,7 +35,7 @@ DEFINING: tuple[str, ...] = tuple(
     moe.moe_router_topk_scaling_factor
     moe.moe_router_num_groups moe.moe_router_group_topk moe.moe_router_enable_expert_bias moe.moe_apply_probs_on_input
     moe.moe_shared_expert_intermediate_size moe.moe_shared_expert_gate
-    mtp.mtp_num_layers bert.bert_head bert.num_tokentypes
+    mtp.mtp_num_layers bert.bert_head bert.num_tokentypes num_labels
     """.split()
 )
 """Fields that decide what a model computes from given weights, or what its weights are."""

@@ -106,7 +106,7 @@ def _head_parameters(model: TransformerConfig, tp: int = 1) -> int:
     """Return the parameters of what stands on the layers, without matrices of the vocabulary's size."""
     h, bert = model.hidden_size, model.bert
     if not bert.is_encoder:
-        return h * _norm_weights(model)
+        return h * _norm_weights(model) + model.num_labels * h
     dense = h * h + h
     count = dense + h * _norm_weights(model) + model.vocab_size // tp if bert.predicts_words else 0
     count += dense if bert.has_pooler else 0

@@ -128,6 +128,8 @@ class TransformerConfig:
     """Attention and MLP both read the layer's input, and both are added to it."""
     embedding_multiplier: float = 1.0
     """Word embeddings are multiplied by this before the first layer."""
+    num_labels: int = 0
+    """Classes of a head for whole texts, which stands in place of the output layer; 0: words are predicted."""
     top_query_layer: str = "none"
     """PanGu-alpha's query layer as the last of num_layers: none, or with the final norm before it (norm_before) or
     after it (norm_after)."""
@@ -268,7 +270,7 @@ class TransformerConfig:
     @property
     def predicts_words(self) -> bool:
         """Whether there is an output layer over the vocabulary."""
-        return not self.bert.is_encoder or self.bert.predicts_words
+        return not self.num_labels and (not self.bert.is_encoder or self.bert.predicts_words)
 
     def layer_name(self, layer_number: int) -> str:
         """Return the global name of a layer; those that follow the model's last one predict further tokens."""

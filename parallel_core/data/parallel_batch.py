@@ -19,11 +19,15 @@ ENCODER_FIELDS = ("tokens", "attention_mask", "tokentype_ids", "labels", "loss_m
 """What samples of masked words have; the last is one number for each sample."""
 SPAN_FIELDS = ("tokens", "attention_mask", "tokentype_ids", "start_positions", "end_positions")
 """What samples of question answering have; the last two are one number for each sample."""
-_OF_A_SAMPLE = ("is_random", "start_positions", "end_positions")
+CLASS_FIELDS = ("tokens", "lengths", "label")
+"""What samples of texts with classes have; the last two are one number for each sample."""
+_OF_A_SAMPLE = ("is_random", "start_positions", "end_positions", "lengths", "label")
 
 
-def fields_of(bert_head: str) -> tuple[str, ...] | None:
-    """Return the arrays of an encoder's batch; None for a GPT's."""
+def fields_of(bert_head: str, num_labels: int = 0) -> tuple[str, ...] | None:
+    """Return the arrays of an encoder's batch, or of a batch of texts with classes; None for a GPT's."""
+    if num_labels:
+        return CLASS_FIELDS
     if bert_head == "none":
         return None
     return SPAN_FIELDS if bert_head == "question_answering" else ENCODER_FIELDS

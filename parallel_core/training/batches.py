@@ -60,7 +60,7 @@ class BatchSource:
         self._loader = loader
         self._queues: list[deque[TensorBatch]] = [deque() for _ in range(num_chunks)]
         self._batches: Iterator[dict[str, np.ndarray]] | None = loader
-        self._head = config.model_config.bert.bert_head
+        self._fields = fields_of(config.model_config.bert.bert_head, config.model_config.num_labels)
         if needs_data and context.tp.size > 1 and not reads_alone:
             self._batches = TensorParallelBatches(
                 loader,
@@ -68,7 +68,7 @@ class BatchSource:
                 micro_batch_size=data.batch_size,
                 sequence_length=config.model_config.seq_length,
                 has_document_start=data.reset_attention_mask,
-                fields=fields_of(self._head),
+                fields=self._fields,
             )
         self._needs_data = needs_data
 
@@ -89,7 +89,7 @@ class BatchSource:
 
     def _next(self) -> TensorBatch:
         usual = ("tokens", "labels", "loss_mask", "position_ids", "document_start")
-        empty: TensorBatch = dict.fromkeys(fields_of(self._head) or usual)
+        empty: TensorBatch = dict.fromkeys(self._fields or usual)
         if not self._needs_data:
             return empty
         if self._batches is None:
@@ -103,7 +103,7 @@ class BatchSource:
                 "can be iterated again (a list, a class with __iter__) in place of an iterator"
             ) from None
         self._check(arrays["tokens"])
-        if fields_of(self._head):
+        if self._fields:
             return {name: _tensor(array) for name, array in arrays.items()}
         return self._tensors(arrays, empty)
 

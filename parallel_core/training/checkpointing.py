@@ -308,11 +308,11 @@ class Checkpointer:
         return training.finetune or not training.resume_training
 
     def _replaced_head(self, common: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of what a new run does not take from an encoder with another head: both heads."""
-        saved = (common.get("model_config") or {}).get("bert_head", "none")
-        asked = self.config.model_config.bert.bert_head
-        other = self._starts_anew and "none" not in (saved, asked) and saved != asked
-        return HEADS if other else ()
+        """Return the names of what a new run does not take from a model with another head: both heads."""
+        stored, model = common.get("model_config") or {}, self.config.model_config
+        saved, asked = stored.get("bert_head", "none"), model.bert.bert_head
+        other = ("none" not in (saved, asked) and saved != asked) or stored.get("num_labels", 0) != model.num_labels
+        return HEADS if other and self._starts_anew else ()
 
     def _find(self) -> str:
         """Return the directory to load, empty if the run may begin without one."""
@@ -331,7 +331,7 @@ class Checkpointer:
             comparable(settings, length)
             for settings in (stored_settings(self.config), dict(common.get("model_config") or {}))
         )
-        both = asked.keys() & saved.keys() - ({"bert_head"} if self._replaced_head(common) else set())
+        both = asked.keys() & saved.keys() - ({"bert_head", "num_labels"} if self._replaced_head(common) else set())
         differences = compare_model_config({key: saved[key] for key in both}, {key: asked[key] for key in both})
         if differences:
             raise CheckpointError(f"{path} holds another model:\n{bullet_list(differences, 20)}")

@@ -19,6 +19,7 @@ from parallel_core.data import (
     prepare_bundled_corpus,
 )
 from parallel_core.data.chat import HOW_TO_NAME_ONE, ChatTemplate, chat_template, tokenizer_folders
+from parallel_core.data.classified import ClassifiedDataset, label_names, read_classified
 from parallel_core.data.squad import DEV, SpanDataset, features_of, read_squad
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 from parallel_core.errors import ConfigError, DataError
@@ -95,6 +96,8 @@ def default_datasets_provider(config: AllConfig) -> Callable[[tuple[int, int, in
     """Return a `train_valid_test_datasets_provider(num_samples)` that builds the datasets of GPTs and encoders."""
     if config.model_config.bert.bert_head == "question_answering":
         return lambda num_samples: question_answering_datasets(config, num_samples)
+    if config.model_config.num_labels:
+        return lambda num_samples: classified_datasets(config, num_samples)
 
     def provide(num_samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
         return build_train_valid_test_datasets(gpt_dataset_config(config), num_samples)
@@ -132,4 +135,39 @@ def question_answering_datasets(
         pad = int(tokenizer.pad or 0)
         seed = config.training_config.seed
         built.append(SpanDataset(features, samples, model.seq_length, pad, seed) if file else None)
+    return built[0], built[1], built[2]
+
+
+def classified_datasets(
+    config: AllConfig, num_samples: tuple[int, int, int]
+) -> tuple[ClassifiedDataset | None, ClassifiedDataset | None, ClassifiedDataset | None]:
+    """Return texts with classes of `train_data_path`, `valid_data_path` and `test_data_path`; `data_path` is the first.
+
+    Classes have the numbers that they have in the training data (`classified.label_names`).
+
+    Raises:
+        ConfigError: there are no files, or more classes than the head has.
+    """
+    data, model = config.dataset_config, config.model_config
+    first = data.train_data_path or data.data_path
+    if not first:
+        raise ConfigError("num_labels: texts with classes are read from files; give data_path or train_data_path")
+    tokenizer = build_tokenizer(
+        data.tokenizer_type, tokenizer_model=data.tokenizer_model or None, vocab_file=data.vocab_file or None,
+        merge_file=data.merge_file or None,
+    )  # fmt: skip
+    names = {name: number for number, name in enumerate(label_names(read_classified(first[0])))}
+    if len(names) > model.num_labels:
+        raise ConfigError(f"num_labels={model.num_labels}: {first[0]} has {len(names)} classes: {', '.join(names)}")
+    pad = tokenizer.eod if tokenizer.pad is None else tokenizer.pad
+    built: list[ClassifiedDataset | None] = []
+    for files, samples in zip((first, data.valid_data_path, data.test_data_path), num_samples):
+        found = read_classified(files[0]) if files else []
+        strange = sorted({sample.label for sample in found} - names.keys())
+        if strange:
+            raise ConfigError(f"{files[0]}: classes {', '.join(strange)} are not in {first[0]}")
+        rows = [(tokenizer.tokenize(sample.text), names[sample.label]) for sample in found]
+        built.append(
+            ClassifiedDataset(rows, samples, model.seq_length, pad, config.training_config.seed) if files else None
+        )
     return built[0], built[1], built[2]

@@ -26,6 +26,9 @@ from parallel_core.training.step import StepReport
 from parallel_core.training.timers import times_text
 from parallel_core.training.watch import Observed
 
+NOT_OF_WORDS = ("sop loss", "qa loss", "class loss", "accuracy")
+"""Losses that are no mean over words, so that a perplexity of them says nothing."""
+
 
 class RunLog:
     """Prints on rank 0, which has every number: so node 0 shows the run, wherever the last pipeline stage is.
@@ -166,20 +169,18 @@ class RunLog:
         """Write and print one evaluation: a row and a line for each loss, with its name if it is not `lm loss`."""
         if not (self._tells or self._tracks):
             return
-        perplexities = {}
+        perplexities: dict[str, float] = {}
         for name, loss in losses.items():
-            perplexity = None if loss is None else math.exp(min(loss, 20.0))  # in this order: a loss of NaN stays one
-            if perplexity is not None:
-                perplexities[name] = perplexity
             other = {} if name == "lm loss" else {"name": name}
-            self._write({"iteration": iteration, "split": split, "loss": loss, "ppl": perplexity, **other})
+            row, told = {"iteration": iteration, "split": split, "loss": loss}, f"Loss: {format_loss(loss)}"
+            if name not in NOT_OF_WORDS:
+                row["ppl"] = None if loss is None else math.exp(min(loss, 20.0))  # in this order: NaN stays NaN
+                told += f", PPL: {format_loss(row['ppl'], 4)}"
+                if row["ppl"] is not None:
+                    perplexities[name] = row["ppl"]
+            self._write({**row, **other})
             text = "".join(f"{value}, " for value in other.values())
-            self._print(
-                "INFO",
-                f"Evaluation: {text}{split}, Step: {iteration}, Loss: {format_loss(loss)}, "
-                f"PPL: {format_loss(perplexity, 4)}",
-                self._tells,
-            )
+            self._print("INFO", f"Evaluation: {text}{split}, Step: {iteration}, {told}", self._tells)
         self._board.evaluation(split, iteration, self._samples, losses, perplexities)
 
     def learned(self, iterations: int, skipped: int) -> None:

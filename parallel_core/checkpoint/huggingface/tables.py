@@ -22,6 +22,7 @@ from parallel_core.checkpoint.huggingface.tensors import (
     OUTPUT,
     POSITIONS,
     QUERIES,
+    SCORE,
     WORD_EMBEDDINGS,
     TensorTable,
 )
@@ -164,6 +165,7 @@ _GPT2_TENSORS = TensorTable(
         f"{FINAL_NORM}.weight": "transformer.ln_f.weight",
         f"{FINAL_NORM}.bias": "transformer.ln_f.bias",
         OUTPUT: "lm_head.weight",
+        SCORE: "score.weight",
     },
     "h.{}",
     {
@@ -276,6 +278,28 @@ def _gpt2_scale() -> Group:
     return Group(("scale_attn_weights",), ("softmax_scale",), read, write)
 
 
+def _classes() -> Group:
+    """Return the classes of a head for whole texts, whose number is that of their names."""
+
+    def read(found: Mapping[str, Any], _: Fields) -> Fields:
+        if found.get("architectures") != ["GPT2ForSequenceClassification"]:
+            return {"num_labels": 0}
+        names = found.get("id2label")
+        number = len(names) if isinstance(names, Mapping) else found.get("num_labels", 2)
+        if type(number) is not int or number < 1:
+            raise Wrong(f"num_labels={number!r} takes a whole number above zero")
+        return {"num_labels": number}
+
+    def write(model: TransformerConfig) -> dict[str, Any]:
+        if not model.num_labels:
+            return {}
+        names = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        numbers = {name: int(i) for i, name in names.items()}
+        return {"architectures": ["GPT2ForSequenceClassification"], "id2label": names, "label2id": numbers}
+
+    return Group(("architectures", "id2label", "label2id"), ("num_labels",), read, write)
+
+
 def _llama_like(
     model_type: str, class_name: str, keys: Mapping[str, Key], groups: tuple[Group, ...], fixed: Mapping[str, Any],
     only: Mapping[str, tuple[Any, ...]] | None = None, tensors: TensorTable = _LLAMA_TENSORS,
@@ -307,7 +331,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for architecture in (
         Architecture(
             "gpt2",
-            ("GPT2LMHeadModel", "GPT2Model"),
+            ("GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"),
             {
                 "vocab_size": _size("vocab_size"),
                 "n_embd": _size("hidden_size", aliases=("hidden_size",)),
@@ -320,7 +344,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "scale_attn_by_inverse_layer_idx": Key(("scale_attn_by_inverse_layer_idx",), flag, default=False),
                 "tie_word_embeddings": _untied(True),
             },
-            (_gpt2_head_size(), _gpt2_scale()),
+            (_gpt2_head_size(), _gpt2_scale(), _classes()),
             _GPT2_FIXED,
             _GPT2_TENSORS,
             _ONLY,

@@ -13,6 +13,7 @@ POSITIONS = "embedding.position_embeddings.weight"
 QUERIES = "decoder.query_embedding.weight"
 OUTPUT = "output_layer.weight"
 OUTPUT_BIAS = "output_layer.bias"
+SCORE = "score.weight"
 TOKENTYPES = "embedding.tokentype_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm"
 
@@ -181,7 +182,9 @@ def our_shapes(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
     if model.bert.is_encoder:
         return {**shapes, **_head_shapes(model)}
     shapes.update({f"{FINAL_NORM}.{kind}": (H,) for kind in norm})
-    if model.untie_embeddings_and_output_weights:
+    if model.num_labels:
+        shapes[SCORE] = (model.num_labels, H)
+    elif model.untie_embeddings_and_output_weights:
         shapes[OUTPUT] = (V, H)
     return shapes
 

@@ -165,7 +165,7 @@ GPT2 = Family(
     "GPT2Config",
     {
         **_SIZES, **_DROPOUT, "vocab_size": Setting(50257, ("vocab_size",)), "hidden_act": _act("gelu"),
-        "expand_ratio": Setting(4), "embedding_dropout_prob": Setting(0.1),
+        "expand_ratio": Setting(4), "embedding_dropout_prob": Setting(0.1), "num_labels": Setting(2),
     },
     {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute"},
     _gpt2_width,

@@ -28,7 +28,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "num_layers": ("", "6"), "hidden_size": ("", "128"), "num_attention_heads": ("", "8"), "seq_length": ("", "64"),
     "num_query_groups": ("--group-query-attention", "2"), "max_position_embeddings": ("", "99"),
     "padded_vocab_size": ("", "512"), "vocab_size": ("", "200"), "position_embedding_type": ("", "rope"),
-    "top_query_layer": ("", "norm_after"), "bert_head": ("", "masked_lm"),
+    "top_query_layer": ("", "norm_after"), "num_labels": ("", "3"), "bert_head": ("", "masked_lm"),
     "num_tokentypes": ("--bert-head masked_lm", "3"), "mask_prob": ("--bert-head masked_lm", "0.3"),
     "short_seq_prob": ("--bert-head masked_lm", "0.3"), "doc_stride": (QA, "9"),
     "max_query_length": (QA, "9"), "bert_binary_head": ("--bert-head pretraining", ""),

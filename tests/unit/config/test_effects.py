@@ -342,6 +342,7 @@ ELSEWHERE = {
     "lora_target_modules": "tests/unit/adapt/test_lora_runs.py::test_some_modules_alone_by_name_and_by_expression",
     "lora_target_ranks": "tests/unit/adapt/test_lora_runs.py::test_some_layers_have_another_rank_and_alpha",
     "lora_base": "tests/unit/adapt/test_lora_runs.py::test_another_base_or_none_or_another_adapter_is_refused",
+    "num_labels": "tests/unit/transformer/test_text_classifier.py::test_the_program_trains_classes_and_evaluates_them",
     "bert_head": "tests/unit/checkpoint/test_bert_checkpoints.py::test_logits_loss_and_gradient",
     "num_tokentypes": "tests/ranks/cases_bert.py::test_two_ranks_train_an_encoder_like_one",
     "mask_prob": "tests/unit/data/test_masked_words.py::test_shares_of_masked_words_and_of_short_samples",

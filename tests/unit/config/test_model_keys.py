@@ -81,6 +81,7 @@ CHANGES = {
     "top_query_layer": ("", "--top-query-layer norm_after"),
     "bert.bert_head": ("--hidden-act gelu --no-mock-data --data-path x", "--bert-head masked_lm"),
     "bert.num_tokentypes": ("--bert-head masked_lm --no-mock-data --data-path x", "--num-tokentypes 3"),
+    "num_labels": ("", "--num-labels 3"),
     "fa_config.pre_tokens": ("", WINDOW),
     "window_attn_skip_freq": (WINDOW, "--window-attn-skip-freq 2"),
     "mla.multi_latent_attention": (ROPE, LATENT.removeprefix(ROPE)),
@@ -117,7 +118,7 @@ NOT_IN_MEGATRON = {
     "rope_low_freq_factor", "rope_high_freq_factor", "rope_dynamic_factor", "rope_original_max_position_embeddings",
     "yarn_attention_factor", "use_sandwich_norm", "parallel_residual", "embedding_multiplier", "softmax_scale",
     "scale_attn_by_inverse_layer_idx", "top_query_layer", "qkv_has_bias", "out_proj_has_bias", "add_bias_linear",
-    "moe.moe_router_rounds",
+    "moe.moe_router_rounds", "num_labels",
     "bert.bert_head", "bert.num_tokentypes",
 }  # fmt: skip
 
@@ -221,6 +222,7 @@ def test_what_megatrons_arguments_do_not_speak_of_is_left_open():
         "add_dense_bias": False, "pre_tockens": schema.UNLIMITED, "use_sandwich_norm": False,
         "parallel_residual": False, "embedding_multiplier": 1.0, "softmax_scale": 0.0,
         "scale_attn_by_inverse_layer_idx": False, "top_query_layer": "none", "bert_head": "none",
+        "num_labels": 0,
     }  # fmt: skip
     with pytest.raises(ConfigError, match="position_embedding_type is 'mrope'"):
         settings_of_megatron({**told, "position_embedding_type": "mrope"})
