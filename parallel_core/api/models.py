@@ -245,6 +245,8 @@ class PreTrainedModel(nn.Cell):
         Raises:
             ConfigError: a setting is unknown or out of range, or a prompt leaves no room.
         """
+        if not self.is_built_in:
+            raise ConfigError(f"{type(self).__name__} has cells of its own, of which generation knows nothing")
         how = {name: changes.pop(name, getattr(self.config, name)) for name in GENERATED}
         if changes:
             raise ConfigError(f"{', '.join(changes)}: no such setting of generation; there are {', '.join(GENERATED)}")
@@ -294,8 +296,6 @@ class PreTrainedModel(nn.Cell):
 
     def _fresh_generator(self) -> Generator:
         """Return the engine over this model's weights as they are now."""
-        if not self.is_built_in:
-            raise ConfigError(f"{type(self).__name__} has cells of its own, of which generation knows nothing")
         source = LiveWeights(self)
         model = self.network.config
         if model.bert.is_encoder:

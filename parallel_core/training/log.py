@@ -172,7 +172,8 @@ class RunLog:
         perplexities: dict[str, float] = {}
         for name, loss in losses.items():
             other = {} if name == "lm loss" else {"name": name}
-            row, told = {"iteration": iteration, "split": split, "loss": loss}, f"Loss: {format_loss(loss)}"
+            row: dict[str, Any] = {"iteration": iteration, "split": split, "loss": loss}
+            told = f"Loss: {format_loss(loss)}"
             if name not in NOT_OF_WORDS:
                 row["ppl"] = None if loss is None else math.exp(min(loss, 20.0))  # in this order: NaN stays NaN
                 told += f", PPL: {format_loss(row['ppl'], 4)}"
