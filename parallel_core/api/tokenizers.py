@@ -104,6 +104,7 @@ class PreTrainedTokenizer:
 
     @pad_token.setter
     def pad_token(self, word: str) -> None:
+        """Fill short texts with another word of the vocabulary."""
         ids = [self.eos_token_id] if word == self.eos_token else self.tokenizer.tokenize(word)
         if len(ids) != 1:
             raise ConfigError(f"pad_token={word!r} is {len(ids)} ids of this vocabulary; give a word of one")
