@@ -1,4 +1,4 @@
-"""A trained encoder that answers questions, on one process."""
+"""A trained encoder that answers questions, on one process or on ranks that share the questions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import no_grad
-from parallel_core.checkpoint import TensorShard, TensorSource, find_checkpoint, load_shards, open_checkpoint
+from parallel_core.checkpoint import TensorSource, find_checkpoint, load_shards, open_checkpoint
 from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
 from parallel_core.checkpoint.huggingface.values import read_json
 from parallel_core.config.model_keys import model_of_settings
+from parallel_core.config.schema import ModelParallelConfig
+from parallel_core.context import ParallelContext
 from parallel_core.data.squad import Feature, Question, as_arrays, features_of
 from parallel_core.data.tokenizer import TokenizerSpec
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
@@ -37,6 +39,7 @@ class Answerer:
         doc_stride: pieces between the beginnings of two windows; None: a third of the positions.
         max_query_length: pieces of a question that are kept; None: a sixth of the positions.
         batch_size: windows that are computed at once.
+        context: the ranks: those of `dp` share the questions, those of `tp` the layers of `model`; None: this process.
 
     Raises:
         ConfigError: the model has not as many positions.
@@ -51,7 +54,9 @@ class Answerer:
         doc_stride: int | None = None,
         max_query_length: int | None = None,
         batch_size: int = 8,
+        context: ParallelContext | None = None,
     ) -> None:
+        self.context = context or ParallelContext.solo()
         positions = model.config.max_position_embeddings
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.seq_length = seq_length or min(384, positions)
@@ -61,12 +66,15 @@ class Answerer:
             raise ConfigError(f"seq_length={self.seq_length}: the model has {positions} positions")
 
     @classmethod
-    def load(cls, load: str | Path, step: int | None = None, **settings: Any) -> Answerer:
+    def load(
+        cls, load: str | Path, step: int | None = None, tensor_model_parallel_size: int = 1, **settings: Any
+    ) -> Answerer:
         """Return one with the model and the tokenizer of a checkpoint.
 
         Args:
             load: a run's directory of checkpoints, one checkpoint's own, or a Hugging Face directory.
             step: the iteration to take; None: the latest.
+            tensor_model_parallel_size: ranks of the job that share the layers; the others share the questions.
             settings: the class's further arguments.
 
         Raises:
@@ -80,22 +88,33 @@ class Answerer:
         if not isinstance(stored, Mapping) or head != "question_answering":
             raise ConfigError(f"{path}: bert_head={head}: only an encoder with a head for answers gives any")
         tokenizer = _tokenizer(source, path)
-        start_runtime()
+        layout = ModelParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+        context = ParallelContext.create(layout, *start_runtime())
         use_kernels("auto")
         rows = source.info("embedding.word_embeddings.weight").shape[0]
         model = model_of_settings({**stored, "padded_vocab_size": rows})
         still = {"attention_dropout_rate": 0.0, "hidden_dropout_rate": 0.0, "params_dtype": "float32"}
-        made = BertModel(ModelStage(replace(model, **still, compute_dtype="float32")))  # type: ignore[arg-type]
+        config = replace(model, **still, compute_dtype="float32")  # type: ignore[arg-type]
+        made = BertModel(ModelStage(config, context.tp))
         parameters = list(made.get_parameters())
-        wanted = {shard_of(p).name: TensorShard.full(shard_of(p).name, p.shape, "float32") for p in parameters}
+        wanted = {shard_of(p).name: shard_of(p) for p in parameters}
         known = [*wanted, *(key for key in source.keys() if "@" in key)]  # noqa: SIM118 - a method of TensorSource
         arrays, _ = load_shards(source, wanted, all_keys=known)
         for parameter in parameters:
             parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(arrays[shard_of(parameter).name])))
-        return cls(made, tokenizer, **settings)
+        return cls(made, tokenizer, context=context, **settings)
 
     def answer(self, questions: Sequence[Question], **options: Any) -> list[list[Answer]]:
-        """Return the likeliest answers of each question; see `best_answers` for the options."""
+        """Return the likeliest answers of each question, on every rank; see `best_answers` for the options."""
+        dp = self.context.dp
+        if dp.size == 1:
+            return self._answer(questions, **options)
+        mine = self._answer(questions[dp.rank :: dp.size], **options)
+        told = dp.all_gather_object([[[a.text, a.probability, a.start, a.end] for a in one] for one in mine])
+        of_all = (told[i % dp.size][i // dp.size] for i in range(len(questions)))
+        return [[Answer(*values) for values in one] for one in of_all]
+
+    def _answer(self, questions: Sequence[Question], **options: Any) -> list[list[Answer]]:
         features = features_of(
             questions,
             self.tokenizer,

@@ -3,7 +3,8 @@
 python -m parallel_core.question_answering evaluate --load DIR --data dev-v1.1.json [--output answers.json]
 python -m parallel_core.question_answering predict --load DIR "context - question" ...
 
-It runs on one process. Training: bash pretrain_bert.sh --bert-head question_answering (docs/bert.md).
+With `--data-parallel-size N` N ranks share the questions, with `--tensor-model-parallel-size N` the layers. Training:
+bash pretrain_bert.sh --bert-head question_answering (docs/bert.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from parallel_core.checkpoint import find_checkpoint, open_checkpoint
+from parallel_core.config.model_keys import model_of_settings
 from parallel_core.errors import ParallelCoreError
+from parallel_core.generate.layout import Layout, check_layout
+from parallel_core.generate.starting import is_rank, open_console, start_ranks
+
+_PROGRAM = Path(__file__).parent / "programs" / "answer_on_ranks.py"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,22 +48,56 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--n-best-size", type=int, default=20, help="answers that are kept (default: 20)")
         one.add_argument("--max-answer-length", type=int, default=30, help="most pieces of an answer (default: 30)")
         one.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+        one.add_argument("--data-parallel-size", type=int, default=1, metavar="N", help="ranks that share questions")
+        one.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="and layers")
+        one.add_argument("--distributed-timeout-minutes", type=float, default=10.0, help="a rank waits so long (10)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; 2 for what cannot be, said in a sentence."""
-    args = make_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse_args(words)
     try:
-        print(json.dumps(run(args), ensure_ascii=False))
+        layout = layout_of(args)
+        if layout.world_size > 1 and not is_rank():
+            return start_ranks(_PROGRAM, words, args, layout)
+        run_here(args)
     except (ParallelCoreError, OSError) as error:
         print(f"question_answering: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def layout_of(args: argparse.Namespace) -> Layout:
+    """Return the ranks that a command asks for.
+
+    Raises:
+        ConfigError: a number of ranks is none, or the checkpoint's model cannot be cut over as many.
+    """
+    layout = Layout(args.tensor_model_parallel_size, 1, args.data_parallel_size, args.distributed_timeout_minutes)
+    if layout.world_size > 1 and not is_rank():
+        source = open_checkpoint(find_checkpoint(args.load, args.ckpt_step, check=False))
+        check_layout(model_of_settings(source.common.get("model_config") or {}), layout)
+    return layout
+
+
+def run_here(args: argparse.Namespace) -> None:
+    """Run this rank's part of a command; the first rank writes the result for the user."""
+    result = run(args)
+    if result is not None:
+        with open_console() as console:
+            console.write(json.dumps(result, ensure_ascii=False) + "\n")
+            console.flush()
+
+
+def run_on_rank() -> None:
+    """Run a rank's part; what fails is raised."""
+    run_here(make_parser().parse_args(sys.argv[1:]))
+
+
 def run(args: argparse.Namespace) -> object:
-    """Return the scores, or the answers, of a parsed command line."""
+    """Return the scores, or the answers, of a parsed command line; on ranks but the first None."""
     from parallel_core.data.squad import DEV, read_squad
     from parallel_core.question_answering.answerer import Answerer, split_input
     from parallel_core.question_answering.answers import score
@@ -70,9 +111,14 @@ def run(args: argparse.Namespace) -> object:
         doc_stride=args.doc_stride,
         max_query_length=args.max_query_length,
         batch_size=args.batch_size,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
     )
     kept = {"n_best_size": args.n_best_size, "max_answer_length": args.max_answer_length}
     answers = it.answer(questions, **kept)
+    if it.context.rank:
+        it.context.destroy()
+        return None
+    it.context.destroy()
     if not evaluates:
         return [[answer.as_dict() for answer in of_one[: args.top_k]] for of_one in answers]
     texts = {question.name: of_one[0].text for question, of_one in zip(questions, answers)}

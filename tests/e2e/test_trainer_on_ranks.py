@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers.launching import launcher_environment, run_launcher
@@ -32,3 +33,19 @@ def test_two_ranks_train_like_one(tmp_path):
         status, console = run_launcher(tmp_path / f"logs_{name}", *words, NPROC="2")
         assert status == 0, console
         assert losses(tmp_path / f"logs_{name}") == pytest.approx(wanted, rel=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_the_guides_programs_train_a_given_model_on_all_ranks(tmp_path, layout):
+    """A model object, rows that every rank would draw otherwise, copies of batches, evaluation on all ranks."""
+    words = (str(Path(SCRIPT).with_name("guide_on_ranks.py")), layout, str(tmp_path / "out"))
+    status, console = run_launcher(tmp_path / "logs", *words, NPROC="2")
+    assert status == 0, console
+    text = (tmp_path / "logs" / "worker_0.log").read_text() + console
+    found = json.loads(next(line for line in text.splitlines() if line.startswith("{") and '"size"' in line))
+    assert found["size"] == 2 and found["untouched"] and found["again"] == pytest.approx(found["loss"], rel=1e-6)
+    trained = losses(tmp_path / "logs")
+    assert len(trained) == {"dp2": 8, "tp2": 8, "pp2": 8}[layout] and trained[-1] < trained[0]
+    if layout == "dp2":
+        assert trained[0] == pytest.approx(np.log(64), abs=0.02)  # the word embedding that was given is zero

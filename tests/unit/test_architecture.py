@@ -82,6 +82,7 @@ SHARED_BY_WINGS = {
     ("planner", "report"), ("planner", "launch"), ("config.__main__", "planner"),
     ("launch.__main__", "launch"), ("launch.__main__", "planner"), ("launch", "launch.__main__"),
     ("api", "generate"), ("api", "question_answering"),
+    ("question_answering", "generate"), ("question_answering", "launch"),
 }  # fmt: skip
 
 PURE = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -21,6 +22,7 @@ from parallel_core.launch.report import LOG_DIR_VARIABLE
 from parallel_core.question_answering.answerer import Answerer, split_input
 from parallel_core.question_answering.answers import best_answers, exact_match, f1, score
 from parallel_core.question_answering.command import main
+from tests.helpers.launching import launcher_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "squad"
@@ -169,6 +171,11 @@ def test_eight_made_up_paragraphs_are_learned_by_heart(tmp_path, monkeypatch, ca
     assert main(["evaluate", "--load", "ck", *data, *window]) == 0
     assert json.loads(capsys.readouterr().out) == {"exact_match": 100.0, "f1": 100.0}
     assert json.loads((tmp_path / "answers.json").read_text())["q01"] == "Ida Thorne"
+    for ranks in (["--data-parallel-size", "2"], ["--tensor-model-parallel-size", "2"]):
+        words = ["-m", "parallel_core.question_answering", "evaluate", "--load", "ck", *data[:2], *window, *ranks]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=launcher_environment(
+            tmp_path / "ranks", OMP_NUM_THREADS="1"))  # fmt: skip
+        assert json.loads(done.stdout) == {"exact_match": 100.0, "f1": 100.0}, done.stderr
     assert convert(["--to", "hf", "--load", "ck", "--save", "hf", "--quiet"]) == 0
     capsys.readouterr()
     asked = f"{QUESTIONS[13].context} - {QUESTIONS[13].text}"
