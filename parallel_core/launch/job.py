@@ -222,7 +222,8 @@ class Job:
 
     def _tick(self, signals: set[signal.Signals]) -> None:
         taken = signal.sigtimedwait(signals, _TICK_S)
-        if taken is not None and taken.si_signo != signal.SIGCHLD:
+        # Of a wait that SIGSTOP and SIGCONT interrupt when its time is over, Python returns memory that nobody filled.
+        if taken is not None and taken.si_signo in signals - {signal.SIGCHLD}:
             self._stop_signal = taken.si_signo
         self._reap()
         self._look_for_stopped()

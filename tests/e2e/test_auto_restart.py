@@ -80,7 +80,7 @@ def test_many_kills_of_anything_cost_no_number(undisturbed, tmp_path):
     while process.poll() is None and kills < 12:
         time.sleep(rng.uniform(1.0, 9.0))
         role = rng.choice(["rank 0", "rank 1", "scheduler"])
-        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGSTOP])
         if a_process(logs, role) is not None:
             kill(logs, role, number)
             kills += 1

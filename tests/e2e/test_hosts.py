@@ -202,19 +202,21 @@ class Disturbance:
 
     def run(self) -> None:
         """Disturb the job until it was done often enough, and then let it come to its end."""
-        following, last = time.monotonic() + 10.0, self.job.iteration()
+        following, iterations, last = 0.0, 5, self.job.iteration()
         while self.job.processes[0].poll() != 0:
             time.sleep(0.2)
             self.look_after()
             now, done = time.monotonic(), self.job.iteration()
-            # By time, and where the job gets on, by iterations: so it is not over before.
-            if len(self.kills) < KILLS and (now > following or done - last > 12):
+            # Most of them while it trains, by iterations, so that it is not over before; some while it starts.
+            if len(self.kills) < KILLS and (now > following or done - last > iterations):
                 self.disturb()
-                following, last = now + self.random.uniform(2.0, 25.0), done
+                starts = self.random.random() < 0.2
+                following = now + (self.random.uniform(1.0, 10.0) if starts else 60.0)
+                iterations, last = self.random.randrange(2, 40), done
 
 
 def test_fifty_kills_of_anything_cost_no_number_and_leave_nothing(network, tmp_path):
-    length = ["--train-iters", str(80 * KILLS), "--lr-warmup-iters", "5"]
+    length = ["--train-iters", str(40 * KILLS), "--lr-warmup-iters", "5"]
     arguments = ["--config", "empty.yaml", *SMALL, *length]
     calm = pretrain_gpt(tmp_path / "calm", arguments, cwd=working_directory(tmp_path / "calm_work"), NPROC="2")
     ckpt, temporary = tmp_path / "ckpt", tmp_path / "tmp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from parallel_core.comm.watchdog import EXIT_CODE
 from parallel_core.errors import CommError, ConfigError
 from parallel_core.launch.console import LogFollower, last_lines
 from parallel_core.launch.entry import run_as_rank
+from parallel_core.launch.job import Job, JobSpec
 from parallel_core.launch.outcome import PEER_TIMEOUT_STATUS, RankFailure, describe_failures, first_failure
 from parallel_core.launch.report import (
     LOG_DIR_VARIABLE,
@@ -30,6 +32,10 @@ def killed(rank: int, time: float, signum: int = signal.SIGKILL) -> RankFailure:
     return RankFailure(rank, time, -signum)
 
 
+def elsewhere(time: float, *, follows: bool = False) -> RankFailure:
+    return RankFailure("node 1 (10.0.0.2, b)", time, 1, said="is lost: its launcher has gone", follows=follows)
+
+
 @pytest.mark.parametrize(
     ("failures", "expected"),
     [
@@ -37,6 +43,10 @@ def killed(rank: int, time: float, signum: int = signal.SIGKILL) -> RankFailure:
         ([killed(0, 1.0), reported(1, 1.5)], 0),
         # Rank 1 saw its peer vanish before the launcher learnt that rank 0 was killed.
         ([killed(0, 1.1), reported(1, 1.0, "CommError", peer_loss=True)], 0),
+        # A node may be known to be lost long after ranks here have lost it; what failed here by itself is first.
+        ([reported(0, 1.0, "CommError", peer_loss=True), elsewhere(21.0)], "node 1 (10.0.0.2, b)"),
+        ([reported(0, 1.0), elsewhere(1.5)], 0),
+        ([killed(0, 1.1), elsewhere(1.0, follows=True)], 0),
         # What MindSpore does to the others, and what the watchdog does, are consequences too.
         ([reported(0, 1.1), killed(1, 1.0, signal.SIGTERM)], 0),
         ([reported(0, 1.1), RankFailure(1, 1.0, PEER_TIMEOUT_STATUS)], 0),
@@ -140,3 +150,20 @@ def test_last_lines(tmp_path):
     assert last_lines(path) == []
     path.write_text("".join(f"{number}\n" for number in range(10000)))
     assert last_lines(path, 2) == ["9998", "9999"]
+
+
+def test_another_node_that_is_lost_is_named_first(tmp_path):
+    failures = [reported(0, 1.0, "CommError", peer_loss=True), elsewhere(21.0)]
+    first, then, *_ = describe_failures(tmp_path, 2, failures, []).splitlines()
+    assert first == "ERROR - node 1 (10.0.0.2, b) is lost: its launcher has gone"
+    assert then.startswith("  rank 0 then: CommError")
+
+
+def test_a_wait_that_python_returns_nothing_of_is_no_request_to_stop(tmp_path, monkeypatch):
+    job = Job(JobSpec(("train.py",), 1, tmp_path, 8848))
+    monkeypatch.setattr(signal, "sigtimedwait", lambda *_: SimpleNamespace(si_signo=2143102800))
+    job._tick({signal.SIGCHLD, signal.SIGTERM})
+    assert not job.was_stopped
+    monkeypatch.setattr(signal, "sigtimedwait", lambda *_: SimpleNamespace(si_signo=int(signal.SIGTERM)))
+    job._tick({signal.SIGCHLD, signal.SIGTERM})
+    assert job.was_stopped
