@@ -12,6 +12,7 @@ from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.layout.sequence import chunk_ids, chunk_length
+from parallel_core.ops.documents import starts_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Blocks:
         """The first position that any row of each own chunk may see."""
         if self._start is None:
             return [0] * len(self.own)
-        starts = self._start.asnumpy()
+        starts = starts_of(self._start)
         return [int(starts[:, block.first : block.first + self.length].min()) for block in self.own]
 
     def pairs(self, rank: int) -> Iterator[tuple[int, Block, Block]]:

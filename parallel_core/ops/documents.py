@@ -11,21 +11,27 @@ _NAME = "seen_by_host"
 
 
 class Seen(NamedTuple):
-    """What positions see, in numbers; one of the two.
+    """What positions see, in numbers.
 
     Attributes:
-        starts: int32 [B, S], the array that the tensor was made of; None: a window.
+        starts: int32 [B, S], the array that the tensor was made of.
         window: how many positions before its own each sees, from the sequence's first on; None: documents.
     """
 
-    starts: np.ndarray | None
+    starts: np.ndarray
     window: int | None
 
 
-def remember(start_BS: Tensor, *, starts: np.ndarray | None = None, window: int | None = None) -> Tensor:
+def remember(start_BS: Tensor, starts: np.ndarray, window: int | None = None) -> Tensor:
     """Return `start_BS`, the first position that each position sees, with what it was made of."""
     setattr(start_BS, _NAME, Seen(starts, window))
     return start_BS
+
+
+def starts_of(start_BS: Tensor) -> np.ndarray:
+    """Return the numbers of a tensor, for which the device is asked where the host does not know them."""
+    seen: Seen | None = getattr(start_BS, _NAME, None)
+    return start_BS.asnumpy() if seen is None else seen.starts
 
 
 def window_of(start_BS: Tensor) -> int | None:
@@ -40,7 +46,7 @@ def ends_of(start_BS: Tensor) -> tuple[int, ...] | None:
     None where the host does not know, or where what is seen does not begin with a document's first position.
     """
     seen: Seen | None = getattr(start_BS, _NAME, None)
-    return None if seen is None or seen.starts is None else _ends(seen.starts)
+    return None if seen is None or seen.window is not None else _ends(seen.starts)
 
 
 _last: tuple[np.ndarray, tuple[int, ...] | None] | None = None

@@ -122,7 +122,7 @@ class BatchSource:
             batch["position_ids"] = _int32(part["position_ids"])
         if self._keep_mask:
             starts = arrays["document_start"]
-            batch["document_start"] = remember(_int32(starts), starts=starts)
+            batch["document_start"] = remember(_int32(starts), starts)
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:

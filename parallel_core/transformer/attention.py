@@ -86,8 +86,8 @@ class CoreAttention(nn.Cell):
         S, B = shape
         if self._window_start is None or self._window_start.shape != (B, S):
             start = np.maximum(np.arange(S, dtype=np.int32) - self.window, 0)
-            starts = Tensor(np.ascontiguousarray(np.broadcast_to(start, (B, S))), ms.int32)
-            self._window_start = remember(starts, window=self.window)
+            starts = np.ascontiguousarray(np.broadcast_to(start, (B, S)))
+            self._window_start = remember(Tensor(starts, ms.int32), starts, self.window)
         if document_start_BS is None:
             return self._window_start
         return mint.maximum(document_start_BS, self._window_start)

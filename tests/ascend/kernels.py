@@ -106,8 +106,8 @@ def seen_parts(S: int, B: int) -> dict[str, Tensor]:
     window = np.broadcast_to(np.maximum(at - S // 4, 0), (B, S)).astype(np.int32)
     return {
         "documents": Tensor(unknown),
-        "packed documents": remember(Tensor(packed), starts=packed),
-        "a window": remember(Tensor(window.copy()), window=S // 4),
+        "packed documents": remember(Tensor(packed), packed),
+        "a window": remember(Tensor(window.copy()), window, S // 4),
     }
 
 

@@ -97,6 +97,11 @@ def test_every_layout_of_two_ranks_of_ascend(ctx: CaseContext, layout: str) -> N
     check(ctx, settings(layout), 2e-5)
 
 
+@case(world_size=2, variants=[{"layout": "cp2 p2p"}, {"layout": "cp2 all_gather"}, {"layout": "tp2 sp"}], slow=True)
+def test_documents_of_cut_sequences_are_known_to_the_host(ctx: CaseContext, layout: str) -> None:
+    check(ctx, half(layout).with_(data={"reset_attention_mask": True, "reset_position_ids": True}), 5e-3)
+
+
 @case(
     world_size=4,
     variants=[{"layout": layout} for layout in ("tp2 sp pp2 vpp2", "tp2 sp distopt overlap", "cp2 p2p tp2 sp",

@@ -30,6 +30,7 @@ from parallel_core.context import GROUP_AXES, ParallelContext, hierarchy
 from parallel_core.layout.expert_mesh import expert_spans
 from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import Box, region, shard_of
+from parallel_core.ops.documents import remember
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import get_batch_on_this_cp_rank
@@ -203,7 +204,8 @@ class SampleSource:
             batch = {name: Tensor(array.copy()) for name, array in part.items()}
             if not config.dataset_config.reset_position_ids:
                 batch["position_ids"] = None
-            self._batches.append({**batch, "document_start": None if starts is None else Tensor(starts)})
+            known = None if starts is None else remember(Tensor(starts), starts)
+            self._batches.append({**batch, "document_start": known})
 
     def iterator(self, chunk: int) -> Iterator[dict[str, Tensor | None]]:
         """Return the microbatches, for one model chunk."""

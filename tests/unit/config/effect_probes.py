@@ -205,7 +205,7 @@ def operators(words: tuple[str, ...]) -> Any:
     rotary = layer.self_attention.rotary
     plain = rotary is not None and rotary._rotate is reference.rotary_packed
     plain_norm = getattr(layer.input_layernorm, "_norm", None) is reference.rms_norm
-    return plain, plain_norm, layer.mlp._activate is reference.activation
+    return plain, plain_norm, layer._norms_sum, layer.mlp._activate is reference.activation
 
 
 def flash(words: tuple[str, ...]) -> Any:

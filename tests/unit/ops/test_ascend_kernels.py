@@ -58,9 +58,9 @@ WINDOW = np.broadcast_to(np.maximum(np.arange(S, dtype=np.int32) - 3, 0), (B, S)
 SEEN = {
     "causal": (lambda: None, 2),
     "starts": (lambda: Tensor(STARTS), 1),
-    "starts that are no documents": (lambda: remember(Tensor(STARTS), starts=STARTS), 1),
-    "documents": (lambda: remember(Tensor(CUTS), starts=CUTS), 2),
-    "window": (lambda: remember(Tensor(WINDOW), window=3), 4),
+    "starts that are no documents": (lambda: remember(Tensor(STARTS), STARTS), 1),
+    "documents": (lambda: remember(Tensor(CUTS), CUTS), 2),
+    "window": (lambda: remember(Tensor(WINDOW), WINDOW, 3), 4),
 }
 
 
@@ -153,11 +153,11 @@ def test_rms_norm_of_a_sum(dtype):
 
 
 def test_documents_end_where_the_next_begin():
-    assert ends_of(Tensor(CUTS)) is None and ends_of(remember(Tensor(STARTS), starts=STARTS)) is None
+    assert ends_of(Tensor(CUTS)) is None and ends_of(remember(Tensor(STARTS), STARTS)) is None
     for _ in range(2):
-        assert ends_of(remember(Tensor(CUTS), starts=CUTS)) == (5, 8, 16, 28, 32)
+        assert ends_of(remember(Tensor(CUTS), CUTS)) == (5, 8, 16, 28, 32)
     whole = CUTS * 0
-    assert ends_of(remember(Tensor(whole), starts=whole)) == (16, 32)
+    assert ends_of(remember(Tensor(whole), whole)) == (16, 32)
 
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
