@@ -53,7 +53,7 @@ def start_runtime(device_target: str | None = None, max_device_memory: str = "")
 
 
 def limit_device_memory(size: str) -> str | None:
-    """Let MindSpore take no more of an NPU's memory than `size`, such as 58GB; empty: what it has.
+    """Let MindSpore take no more of an NPU's memory than `size`, such as 58GB; empty: what it has. Not verified.
 
     Returns:
         A sentence where nothing was limited.

@@ -14,6 +14,7 @@ from parallel_core.compat.mindspeed.stage import current_stage
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import mark
+from parallel_core.ops.documents import remember
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
 from parallel_core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from parallel_core.transformer.block import TransformerBlock
@@ -122,8 +123,8 @@ class TransformerLanguageModel(nn.Cell):
         if hidden is None:
             raise ConfigError("this pipeline stage has no embedding: call set_input_tensor(hidden) before each call")
         if attention_mask is not None and attention_mask.ndim > 2:
-            starts = document_starts_of_mask(attention_mask.asnumpy())
-            attention_mask = Tensor(starts.astype(np.int32), ms.int32)
+            starts = document_starts_of_mask(attention_mask.asnumpy()).astype(np.int32)
+            attention_mask = remember(Tensor(starts, ms.int32), starts)
         return self.encoder(hidden, attention_mask)
 
 
