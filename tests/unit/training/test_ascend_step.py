@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from types import SimpleNamespace
 from unittest import mock
@@ -9,13 +10,15 @@ from unittest import mock
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 
 from parallel_core import ops
 from parallel_core.context import ParallelContext
 from parallel_core.layout.shard import shard_of
 from parallel_core.ops import reference
+from parallel_core.ops.shared import put
 from parallel_core.optimizer import flat
+from parallel_core.optimizer.main_grad import MainGrad
 from tests.helpers.ascend_double import on_ascend_double, round_trips
 from tests.unit.config.effect_probes import Batches, config_of, make_step
 
@@ -105,6 +108,22 @@ def test_gradients_of_weights_are_summed_on_the_device():
     with mock.patch.object(reference, "linear_grad_weight", side_effect=lambda *x: made.append(x) or real(*x)):
         on_ascend.__wrapped__(HALF)
     assert not made
+
+
+@pytest.mark.parametrize("double", [on_ascend_double, contextlib.nullcontext], ids=["ascend", "cpu"])
+def test_what_autograd_adds_to_a_placeholder_counts(double):
+    """The placeholder of what is summed already is nothing; with another contribution it is that."""
+    with double():
+        buffer = flat.zeros(6, "float32")
+        weight = Parameter(Tensor(np.zeros((2, 3), np.float32)))
+        main_grad = MainGrad(buffer, weight)
+        ones = Tensor(np.ones((2, 3), np.float32))
+        given = main_grad.accumulate(lambda into, add: put(into, ones, add))
+        assert given.shape == (2, 3) and main_grad.accumulate(lambda into, add: put(into, ones, add)) is None
+        main_grad.receive(given)
+        assert buffer.numpy().tolist() == [2.0] * 6
+        main_grad.receive(main_grad.accumulate(lambda into, add: put(into, ones, add)) + ones)
+        assert buffer.numpy().tolist() == [4.0] * 6
 
 
 def test_dropout_is_the_same_where_layers_are_computed_again():
