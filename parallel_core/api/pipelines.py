@@ -113,20 +113,20 @@ class TextClassificationPipeline:
         """Return for each text its classes, the likeliest first."""
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         found = []
-        for scores in self.scores(texts):
+        for scores in self.scores([self.tokenizer.encode(text) for text in texts]):
             weights = np.exp(scores - scores.max())
             order = np.argsort(-scores, kind="stable")[: top_k or self.top_k or len(scores)]
             found.append([{"label": self.names[i], "score": float(weights[i] / weights.sum())} for i in order])
         return found
 
-    def labels(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of each text's likeliest class."""
+    def labels(self, texts: Sequence[Sequence[int]]) -> list[int]:
+        """Return the number of the likeliest class of each text, given by its ids."""
         return [int(scores.argmax()) for scores in self.scores(texts)]
 
-    def scores(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return float64 [num_labels] of each text."""
+    def scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return float64 [num_labels] of each text, given by its ids."""
         longest = self.model.network.config.max_position_embeddings
-        rows = [self.tokenizer.encode(text)[:longest] or [self.tokenizer.eos_token_id] for text in texts]
+        rows = [list(ids)[:longest] or [self.tokenizer.eos_token_id] for ids in texts]
         found: list[np.ndarray] = []
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin : begin + self.batch_size]

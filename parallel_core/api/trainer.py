@@ -31,7 +31,7 @@ from parallel_core.config.schema import (
     TrainingConfig,
     TransformerConfig,
 )
-from parallel_core.data.classified import ClassifiedDataset, label_names, read_classified
+from parallel_core.data.classified import ClassifiedDataset, classified_rows
 from parallel_core.data.squad import DEV, SpanDataset, features_of, read_squad
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 from parallel_core.errors import CheckpointError, ConfigError
@@ -146,6 +146,7 @@ class Trainer:
         self._micro_batch_num, self._data_parallel, self._distributed = 1, 0, False
         self._recompute: dict[str, Any] = {}
         self._experts: MoEConfig | None = None
+        self.labels: list[str] | None = None
         self._folder: Path | None = None
         model = told.model() if model is None and model_name is None else model_name if model is None else model
         if model is None:
@@ -275,7 +276,7 @@ class Trainer:
         self._experts = None if expert_num == 1 else MoEConfig(
             num_experts=expert_num, moe_router_topk=num_experts_chosen, moe_router_rounds=True,
             moe_expert_capacity_factor=capacity_factor, moe_aux_loss_coeff=(aux_loss_factor,),
-            moe_router_pre_softmax=True, moe_token_drop_policy="position",
+            moe_token_drop_policy="position",
         )  # fmt: skip
 
     # ---- what ------------------------------------------------------------------------------------------------------
@@ -410,19 +411,21 @@ class Trainer:
             tell(f"QA Metric = {{'QA Metric': {scores}}}")
             return dict(scores)
         if self.task == "text_classification":
-            samples = read_classified(self.eval_dataset)
-            names = {label: number for number, label in enumerate(self._label_names(model))}
-            chosen = shared_out([sample.text for sample in samples], self._pipeline(model).labels)
-            right = sum(label == _number(sample.label, names) for label, sample in zip(chosen, samples))
-            result: dict[str, Any] = {"Acc": right / len(samples)}
-            tell(f"Accuracy = {result}")
-            return result
-        rows = same_rows(self.eval_dataset, rows_of_rank_0)
+            it = self._pipeline(model)
+            if self.labels is None and self.train_dataset is not None:
+                self.labels = classified_rows(self.train_dataset, it.tokenizer.encode)[1]
+            rows, self.labels = classified_rows(self.eval_dataset, it.tokenizer.encode, self.labels)
+            chosen = shared_out([ids for ids, _ in rows], it.labels)
+            right = sum(found == label for found, (_, label) in zip(chosen, rows))
+            accuracy = {"Acc": right / len(rows)}
+            tell(f"Accuracy = {accuracy}")
+            return accuracy
+        texts = same_rows(self.eval_dataset, rows_of_rank_0)
         longest = self._described().seq_length + 1
-        if not rows.ids or max(map(len, rows.ids)) > longest or min(map(len, rows.ids)) < 2:
-            sizes = sorted(set(map(len, rows.ids)))
+        if not texts.ids or max(map(len, texts.ids)) > longest or min(map(len, texts.ids)) < 2:
+            sizes = sorted(set(map(len, texts.ids)))
             raise ConfigError(f"rows of {sizes or 'no'} ids: a model of {longest - 1} positions takes 2 to {longest}")
-        sums = shared_out(range(len(rows.ids)), lambda part: [_row_loss(model, rows, number) for number in part])
+        sums = shared_out(range(len(texts.ids)), lambda part: [_row_loss(model, texts, number) for number in part])
         result = perplexities(sums, self.args.batch_size)
         tell(f"PerplexityMetric = {result}")
         return result
@@ -533,20 +536,14 @@ class Trainer:
             return RowDataset(same_rows(self.train_dataset, rows_of_rank_0), 0, seq_length)
         if self.task == "text_classification":
             words: Any = self.tokenizer
-            samples = read_classified(self.train_dataset)
-            names = {label: number for number, label in enumerate(label_names(samples))}
+            rows, names = classified_rows(self.train_dataset, words.encode)
             if self._described().num_labels < len(names):
                 raise ConfigError(f"num_labels={self._described().num_labels}: the data has {len(names)} classes")
-            rows = [(words.encode(sample.text), _number(sample.label, names)) for sample in samples]
+            self.labels = names
             return ClassifiedDataset(rows, 0, seq_length, int(words.pad_token_id), self.args.seed)
         pieces, sizes = self._words(), {**self.window, "seq_length": seq_length}
         features = features_of(read_squad(self.train_dataset), pieces, **sizes, training=True)
         return SpanDataset(features, 0, seq_length, int(pieces.pad or 0), self.args.seed)
-
-    def _label_names(self, model: PreTrainedModel) -> list[str]:
-        """Return the classes by number: those of the training data, else of the evaluation's."""
-        source = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        return label_names(read_classified(source))
 
     def _with_weights(self, folder: Path | None) -> PreTrainedModel:
         if folder is not None:
@@ -623,9 +620,3 @@ def perplexities(sums: Sequence[Sequence[float]], batch_size: int) -> dict[str, 
     loss = float(table[:, 0].sum() / max(table[:, 1].sum(), 1.0))
     mean = float(np.mean([total / max(count, 1.0) for total, count in of_batches]))
     return {"loss": loss, "PPL": math.exp(loss), "batch_loss": mean, "batch_PPL": math.exp(mean)}
-
-
-def _number(label: str, names: Mapping[str, int]) -> int:
-    if label not in names:
-        raise ConfigError(f"the class {label!r} is not one of {', '.join(names)}")
-    return names[label]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from parallel_core.data.files import read_text
+from parallel_core.data.mindrecord_reader import read_mindrecord
+from parallel_core.data.record_dataset import mindrecord_files
 from parallel_core.errors import DataError
 
 _TEXTS, _CLASSES = ("sentence", "text", "content", "review"), ("label", "labels", "class", "sentiment")
+_COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,39 @@ def read_classified(path: str | Path) -> list[Classified]:
     if not found:
         raise DataError(f"{place}: has no texts with classes; give a .tsv, .csv, .jsonl or a folder of folders of .txt")
     return found
+
+
+def classified_rows(
+    path: str | Path, encode: Callable[[str], list[int]] | None, names: Sequence[str] | None = None
+) -> tuple[list[tuple[list[int], int]], list[str]]:
+    """Return (ids, class) of each text, and the classes' names by number.
+
+    Args:
+        path: see `read_classified`; or MindRecord files, or a folder of them, with the columns input_ids,
+            attention_mask (1 where there is no padding) and labels, as MindFormers' scripts write them.
+        encode: returns a text's ids; None where records have them.
+        names: the classes; None: those of the data.
+
+    Raises:
+        DataError: as `read_classified`, a class is not one of `names`, or texts are given without `encode`.
+    """
+    files = mindrecord_files(str(path))
+    if files:
+        found = [
+            (ids[: int(seen.sum())].tolist(), str(int(label.reshape(-1)[0])))
+            for ids, seen, label in zip(*(read_mindrecord(files, name) for name in _COLUMNS))
+        ]
+    elif encode is None:
+        raise DataError(f"{path}: holds texts, which need a tokenizer")
+    else:
+        found = [(encode(sample.text), sample.label) for sample in read_classified(path)]
+    known = label_names([Classified("", label) for _, label in found]) if names is None else list(names)
+    if names is None and files:  # classes of records are numbers already
+        known = [str(i) for i in range(int(known[-1]) + 1)]
+    strange = sorted({label for _, label in found} - set(known))
+    if strange:
+        raise DataError(f"{path}: classes {', '.join(strange)} are not of {', '.join(known)}")
+    return [(ids, known.index(label)) for ids, label in found], known
 
 
 def label_names(samples: Sequence[Classified]) -> list[str]:

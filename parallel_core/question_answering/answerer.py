@@ -92,7 +92,8 @@ class Answerer:
         context = ParallelContext.create(layout, *start_runtime())
         use_kernels("auto")
         rows = source.info("embedding.word_embeddings.weight").shape[0]
-        model = model_of_settings({**stored, "padded_vocab_size": rows})
+        padded = rows + -rows % context.tp.size  # each rank has as many rows of the word embedding
+        model = model_of_settings({**stored, "padded_vocab_size": padded})
         still = {"attention_dropout_rate": 0.0, "hidden_dropout_rate": 0.0, "params_dtype": "float32"}
         config = replace(model, **still, compute_dtype="float32")  # type: ignore[arg-type]
         made = BertModel(ModelStage(config, context.tp))

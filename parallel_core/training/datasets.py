@@ -19,7 +19,7 @@ from parallel_core.data import (
     prepare_bundled_corpus,
 )
 from parallel_core.data.chat import HOW_TO_NAME_ONE, ChatTemplate, chat_template, tokenizer_folders
-from parallel_core.data.classified import ClassifiedDataset, label_names, read_classified
+from parallel_core.data.classified import ClassifiedDataset, classified_rows
 from parallel_core.data.squad import DEV, SpanDataset, features_of, read_squad
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 from parallel_core.errors import ConfigError, DataError
@@ -147,6 +147,7 @@ def classified_datasets(
 
     Raises:
         ConfigError: there are no files, or more classes than the head has.
+        DataError: a file cannot be read, or has classes that the training data has not.
     """
     data, model = config.dataset_config, config.model_config
     first = data.train_data_path or data.data_path
@@ -154,19 +155,15 @@ def classified_datasets(
         raise ConfigError("num_labels: texts with classes are read from files; give data_path or train_data_path")
     tokenizer = build_tokenizer(
         data.tokenizer_type, tokenizer_model=data.tokenizer_model or None, vocab_file=data.vocab_file or None,
-        merge_file=data.merge_file or None,
+        merge_file=data.merge_file or None, vocab_size=data.unpadded_vocab_size or model.vocab_size - 1,
     )  # fmt: skip
-    names = {name: number for number, name in enumerate(label_names(read_classified(first[0])))}
-    if len(names) > model.num_labels:
-        raise ConfigError(f"num_labels={model.num_labels}: {first[0]} has {len(names)} classes: {', '.join(names)}")
     pad = tokenizer.eod if tokenizer.pad is None else tokenizer.pad
+    names: list[str] | None = None
     built: list[ClassifiedDataset | None] = []
     for files, samples in zip((first, data.valid_data_path, data.test_data_path), num_samples):
-        found = read_classified(files[0]) if files else []
-        strange = sorted({sample.label for sample in found} - names.keys())
-        if strange:
-            raise ConfigError(f"{files[0]}: classes {', '.join(strange)} are not in {first[0]}")
-        rows = [(tokenizer.tokenize(sample.text), names[sample.label]) for sample in found]
+        rows, names = classified_rows(files[0], tokenizer.tokenize, names) if files else ([], names)
+        if names is not None and len(names) > model.num_labels:
+            raise ConfigError(f"num_labels={model.num_labels}: {first[0]} has {len(names)} classes: {', '.join(names)}")
         built.append(
             ClassifiedDataset(rows, samples, model.seq_length, pad, config.training_config.seed) if files else None
         )

@@ -27,7 +27,8 @@ from parallel_core.errors import ConfigError
 _MARKS = ("runner_config", "runner_wrapper", "run_mode", "base_config")
 _MOST_FILES = 32
 _MODES = {"DATA_PARALLEL": 0, "SEMI_AUTO_PARALLEL": 1, "AUTO_PARALLEL": 2, "HYBRID_PARALLEL": 3, "STAND_ALONE": 0}
-_TRAINERS = ("CausalLanguageModelingTrainer", "MaskedLanguageModelingTrainer", "GeneralTaskTrainer")
+_TRAINERS = ("CausalLanguageModelingTrainer", "MaskedLanguageModelingTrainer", "GeneralTaskTrainer",
+             "TextClassificationTrainer")
 """GPT-2's first files call it masked."""
 _OPTIMIZERS = ("FusedAdamWeightDecay", "AdamWeightDecay", "FP32StateAdamWeightDecay", "FusedFP32StateAdamWeightDecay",
                "adamw", "AdamW", "FusedCastAdamWeightDecay")  # fmt: skip
@@ -260,6 +261,8 @@ class _Form:
                     values[name] = value
             elif not self._other_model_key(key, name, family):
                 self.problems.append(f"{self.leaves[key].source}: {key}: unknown key of {family.name}")
+        if head == "GPT2ForSequenceClassification":
+            self.give("num_labels", values.get("num_labels", family.settings["num_labels"].default), "model.arch.type")
         for path, (value, names) in family.fields_of(values).items():
             keys = [MODEL + name for name in names]
             if path == "vocab_size":

@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from mindspore.mindrecord import FileWriter
 from safetensors.numpy import load_file
 
 import pretrain_gpt
@@ -25,6 +26,7 @@ from parallel_core.api import (
     TrainingArguments,
     pipeline,
 )
+from parallel_core.config.load import load_config
 from parallel_core.convert.cli import main as convert
 from parallel_core.data.classified import Classified, ClassifiedDataset, label_names, read_classified
 from parallel_core.errors import CheckpointError, ConfigError, DataError
@@ -182,3 +184,48 @@ def test_the_program_trains_classes_and_evaluates_them(tmp_path, monkeypatch):
     with mock.patch.object(sys, "argv", ["pretrain_gpt.py", *more, "--finetune"]):  # another head begins anew
         pretrain_gpt.main()
     assert AutoModel.from_pretrained("ck3").network.config.num_labels == 3
+
+
+YAML = """
+# \u6587\u672c\u5206\u7c7b
+run_mode: train
+output_dir: ./out
+runner_config: {epochs: 4, batch_size: 8, sink_mode: True}
+trainer: {type: TextClassificationTrainer, model_name: gpt2_txtcls}
+train_dataset:
+  data_loader: {type: MindDataset, dataset_dir: ./records, shuffle: True}
+  input_columns: [input_ids, attention_mask, labels]
+model:
+  model_config: {type: GPT2Config, num_labels: 3, seq_length: 8, vocab_size: 32, hidden_size: 16, num_layers: 1,
+                 num_heads: 2, hidden_dropout_rate: 0.0, attention_dropout_rate: 0.0, embedding_dropout_prob: 0.0}
+  arch: {type: GPT2ForSequenceClassification}
+lr_schedule: {type: polynomial, learning_rate: 0.02, lr_end: 0.0, warmup_steps: 0}
+"""
+
+
+def test_a_txtcls_yaml_of_mindformers_has_the_head_of_its_arch():
+    Path("run_gpt2_txtcls.yaml").write_text(YAML, encoding="utf-8")
+    loaded = load_config(["--config", "run_gpt2_txtcls.yaml", "--train-iters", "3"])
+    assert loaded.config.model_config.num_labels == 3 and loaded.config.dataset_config.data_path == ("./records",)
+    Path("lm.yaml").write_text(YAML.replace("GPT2ForSequenceClassification", "GPT2LMHeadModel"), encoding="utf-8")
+    assert not load_config(["--config", "lm.yaml", "--train-iters", "3"]).config.model_config.num_labels
+
+
+@pytest.mark.slow
+def test_a_txtcls_yaml_trains_on_its_records(tmp_path, monkeypatch):
+    Path("run_gpt2_txtcls.yaml").write_text(YAML, encoding="utf-8")
+    (tmp_path / "records").mkdir()
+    writer = FileWriter(str(tmp_path / "records" / "train.mindrecord"), 1)
+    columns = ("input_ids", "attention_mask", "labels")
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in columns}, "classes")
+    for n in range(24):
+        ids = np.r_[np.full(3 + n % 4, 5 + n % 3), np.full(5 - n % 4, 31)]
+        seen, label = (np.arange(8) < 3 + n % 4), np.array([n % 3])
+        writer.write_raw_data([dict(zip(columns, (part.astype(np.int32) for part in (ids, seen, label))))])
+    writer.commit()
+    monkeypatch.setenv(LOG_DIR_VARIABLE, str(tmp_path / "log"))
+    words = ["pretrain_gpt.py", "--config", "run_gpt2_txtcls.yaml", "--log-interval", "1", "--num-workers", "0"]
+    with mock.patch.object(sys, "argv", words):
+        pretrain_gpt.main()
+    rows = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and rows[-1]["accuracy"] == 1.0
