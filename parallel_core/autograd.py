@@ -152,12 +152,12 @@ class MainGrad(Protocol):
     def takes(self, dtype: Any) -> bool:
         """Return whether `accumulate` sums gradients that are computed from tensors of a type."""
 
-    def accumulate(self, write: Callable[[Any, bool], None]) -> Tensor | None:
+    def accumulate(self, write: Callable[[Any, bool], None], *, lookup: bool = False) -> Tensor | None:
         """Call `write(memory, add)`, which overwrites float32 memory in the parameter's shape or adds to it.
 
         The memory is a NumPy array, or a tensor where it is a device's.
 
-        Inside `deferring` the call is left for later.
+        Inside `deferring` the call is left for later. `lookup`: an embedding's rows are added, see `in_order`.
 
         Returns:
             What the calling `Function.backward` returns as the parameter's gradient.

@@ -16,8 +16,15 @@ _runs: list[float] = []
 """Seconds of the first step of each run of this process."""
 
 
-def note(part: str) -> None:
-    """Say that a part of the start-up has just ended. Costs a microsecond."""
+def note(part: str, begins: bool = False) -> None:
+    """Say that a part of the start-up has just ended. Costs a microsecond.
+
+    Args:
+        part: what has ended.
+        begins: it is the first one of this process, or of a further run in it; others are noted after such a one only.
+    """
+    if not (_noted or begins):
+        return
     if not _noted:
         # A second run of the same process begins with its first part.
         _noted.extend([("", time.time())] if _runs else _earlier() or [("", _process_began())])
@@ -29,8 +36,8 @@ def handed_over() -> str:
     return json.dumps(_noted)
 
 
-def told() -> list[str]:
-    """Return the line of the log, when the first step has ended; later nothing."""
+def told(wanted: bool) -> list[str]:
+    """Return the line of the log, when the first step has ended and it is wanted; later nothing."""
     if not _noted:
         return []
     note("first step")
@@ -38,6 +45,8 @@ def told() -> list[str]:
     _noted.clear()
     _runs.append(seconds)
     total, parts = sum(took for _, took in before), ", ".join(f"{part} {took:.2f}" for part, took in before)
+    if not wanted:
+        return []
     return [f"Start-up: {total:.2f} s from the command to the first step ({parts}); that took {seconds:.2f} s"]
 
 

@@ -332,6 +332,15 @@ def _place(r: Resolution, pp: int, chunks: int) -> None:
 
 
 @_rule
+def deterministic_mode(r: Resolution) -> None:
+    """Gradients are added microbatch by microbatch, and a split backward pass mixes those of several."""
+    if r["deterministic_mode"] and r["pipeline_schedule"] == "zero-bubble":
+        r.fail("deterministic_mode pipeline_schedule",
+               "zero-bubble leaves gradients of weights for later, so they are not added in the order of microbatches; "
+               "use auto")
+
+
+@_rule
 def pipeline_schedule(r: Resolution) -> None:
     """A schedule fits the pipeline's ranks and the chunks on each."""
     pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]

@@ -58,7 +58,7 @@ def fork_ranks(script: Path) -> None:
     os.environ[MEETING_VARIABLE] = str(os.memfd_create("parallel_core-meeting", os.MFD_CLOEXEC))
     with suppress(Exception):  # a rank meets the same error, and reports it
         _import_once(script)
-    startup.note("imports")
+    startup.note("imports", begins=True)
     afresh = _has_threads()
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, every page

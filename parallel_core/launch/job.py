@@ -197,7 +197,7 @@ class Job:
         if spec.forks:
             place = spec.master_addr, spec.master_port
             environment |= fork_environment(spec.num_ranks, *place, spec.cluster_timeout_s)
-        startup.note("launcher")
+        startup.note("launcher", begins=True)
         environment[startup.STARTUP_VARIABLE] = startup.handed_over()
 
         def in_child() -> None:

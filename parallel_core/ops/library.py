@@ -44,6 +44,7 @@ declare("pc_init", "IP")
 declare("pc_keep_freed_memory", "L")
 declare("pc_open_onednn", "P", returns=c_int)
 declare("pc_use_bf16_products", "I", returns=c_int)
+declare("pc_fix_shares", "I")
 
 
 def load() -> None:
@@ -70,6 +71,15 @@ def start(num_threads: int) -> bool:
     lib.pc_init(num_threads, sgemm)
     lib.pc_keep_freed_memory(KEPT_MEMORY_BYTES)
     return bool(sgemm)
+
+
+def share_alike(alike: bool) -> None:
+    """Divide the kernels' work alike for every number of threads, or not: then the bits of results are the same too."""
+    lib.pc_fix_shares(_SHARES if alike else 0)
+
+
+_SHARES = 4
+"""Enough for the threads that a rank of a host with several ranks has; more would cut products into slivers."""
 
 
 def use_bf16_products(use: bool) -> bool:

@@ -32,7 +32,9 @@ PLAIN = "plain MindSpore operators"
 """How the sentence of `use_kernels` begins where no kernel is selected."""
 
 
-def use_kernels(mode: str = "auto", num_threads: int | None = None, bf16_products: bool = False) -> str:
+def use_kernels(
+    mode: str = "auto", num_threads: int | None = None, bf16_products: bool = False, for_any_threads: bool = False
+) -> str:
     """Select the kernels for the whole process and return a sentence that says which and why.
 
     Args:
@@ -40,6 +42,7 @@ def use_kernels(mode: str = "auto", num_threads: int | None = None, bf16_product
         bf16_products: let linear layers round the operands of their products to bfloat16, with sums in float32, where
             the fused kernels run and this CPU has instructions for it; else products are of float32.
         num_threads: threads of the fused kernels; None: OMP_NUM_THREADS, else this host's cores over its workers.
+        for_any_threads: the fused kernels give the same bits whatever `num_threads` is.
 
     Raises:
         ConfigError: if `mode` or the environment variable is neither `auto` nor `local`.
@@ -53,7 +56,7 @@ def use_kernels(mode: str = "auto", num_threads: int | None = None, bf16_product
     if mode == "local":
         sentence = _plain("local was asked for")
     elif ms.get_context("device_target") == "CPU":
-        sentence = _use_compiled(num_threads, bf16_products)
+        sentence = _use_compiled(num_threads, bf16_products, for_any_threads)
     else:
         sentence = _use_device(ms.get_context("device_target"))
     if bf16_products and sentence.startswith(PLAIN):
@@ -66,13 +69,14 @@ def _plain(reason: str) -> str:
     return f"{PLAIN} ({reason})"
 
 
-def _use_compiled(num_threads: int | None, bf16_products: bool) -> str:
+def _use_compiled(num_threads: int | None, bf16_products: bool, for_any_threads: bool) -> str:
     if not ms.get_context("pynative_synchronize"):
         return _plain("the fused C++ kernels need set_context(pynative_synchronize=True)")
     try:
         has_gemm = library.start(num_threads or library.default_threads())
     except build.BuildError as error:
         return _plain(str(error))
+    library.share_alike(for_any_threads)
     for entry in KERNELS.values():
         if has_gemm or not entry.needs_gemm:
             entry.selected = entry.implementations.get("CPU", entry.reference)

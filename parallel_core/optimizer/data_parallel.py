@@ -17,6 +17,7 @@ from parallel_core.layout.shard import shard_of
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
+from parallel_core.optimizer.in_order import order_of
 
 if TYPE_CHECKING:
     from parallel_core.config.schema import TrainingConfig
@@ -54,6 +55,7 @@ class DistributedDataParallel:
                 self._register_hooks(number, buffer)
             self._buffers_of_chunk.append(buffers)
             self.buffers.extend(buffers)
+        self.order = order_of(self._buffers_of_chunk, config, self.group)
         self.frozen = [_bound(p) for chunk in self.chunks for p in chunk.get_parameters() if not p.requires_grad]
         self.broadcast_parameters()
 
@@ -81,8 +83,9 @@ class DistributedDataParallel:
                     self.groups[replicas],
                     bucket_size=size,
                     sharded=self.config.use_distributed_optimizer,
+                    divisible=self.config.deterministic_mode,
                     alone=alone,
-                    average_after=self.config.average_in_collective,
+                    average_after=self.config.average_in_collective and not self.config.deterministic_mode,
                     gradient_scale=1.0 if self.config.calculate_per_token_loss else 1.0 / self.group.size,
                     memory_aligned=self.config.enable_mem_align,
                 )
@@ -105,7 +108,7 @@ class DistributedDataParallel:
 
     def _marker(self, chunk: int, buffer: ParamAndGradBuffer, index: int) -> Callable[[], None]:
         def mark() -> None:
-            if self._sync[chunk] and self._overlap and not self._delayed:
+            if self._sync[chunk] and self._overlap and self.order.overlaps and not self._delayed:
                 buffer.mark_ready(index)
 
         return mark
@@ -127,6 +130,7 @@ class DistributedDataParallel:
         self._sync = [False] * len(self.chunks)
         for buffer in self.buffers:
             buffer.start_iteration()
+        self.order.start_iteration()
 
     def finish_grad_sync(self) -> None:
         """Wait until all gradients are reduced over the data parallel group.

@@ -38,6 +38,7 @@ class ParamAndGradBuffer:
         average_after: sum first and divide then (Megatron's average_in_collective), not the other way round.
         gradient_scale: factor of the summed gradients (1 / dp, or 1 for per-token losses).
         memory_aligned: with `sharded`, parameters, gradients and shards start at 512-byte boundaries.
+        divisible: every bucket is a multiple of the group's size, as with `sharded`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ParamAndGradBuffer:
         average_after: bool,
         gradient_scale: float,
         memory_aligned: bool = False,
+        divisible: bool = False,
     ) -> None:
         self.parameters, self.names, self.dtype = list(parameters), list(names), dtype
         self.group, self.sharded = group, sharded
@@ -62,7 +64,7 @@ class ParamAndGradBuffer:
             [p.size for p in parameters],
             bucket_size=bucket_size,
             shards=group.size,
-            align=sharded,
+            align=sharded or divisible,
             alone=alone,
             memory_alignment=MEMORY_ALIGNMENT_BYTES // narrowest if memory_aligned else 0,
         )
@@ -73,7 +75,7 @@ class ParamAndGradBuffer:
         self.slots: dict[int, ParameterSlot] = {slot.index: slot for slot in self.layout.slots}
         for slot in self.layout.slots:
             self.params.part(slot.start, slot.end).bind(self.parameters[slot.index])
-        self._main_grads = {
+        self.main_grads = {
             i: MainGrad(self.grads.part(slot.start, slot.end), self.parameters[i]) for i, slot in self.slots.items()
         }
         self._members = [
@@ -81,12 +83,12 @@ class ParamAndGradBuffer:
         ]
         self._looked_for_zeros = False
         self._ready: set[int] = set()
-        self._running: dict[int, Handle] = {}
+        self.running: dict[int, Handle] = {}
         self._gathering: dict[int, Handle] = {}
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
         """Add to the gradient of parameter `index`; the first one of an iteration replaces what was there."""
-        self._main_grads[index].receive(gradient)
+        self.main_grads[index].receive(gradient)
 
     def mark_ready(self, index: int) -> None:
         """Say that the gradient of parameter `index` is complete; the bucket's last one starts its reduction."""
@@ -97,24 +99,24 @@ class ParamAndGradBuffer:
 
     def on_late_gradient(self, index: int, completed: Callable[[], None]) -> None:
         """Call `completed` whenever the gradient of parameter `index` has got all that was deferred."""
-        self._main_grads[index].completed = completed
+        self.main_grads[index].completed = completed
 
     def is_pending(self, index: int) -> bool:
         """Return whether contributions to the gradient of parameter `index` are deferred."""
-        return self._main_grads[index].pending > 0
+        return self.main_grads[index].pending > 0
 
     def start_reduction(self, bucket: int) -> None:
         """Start summing a bucket over the data parallel group."""
-        if bucket in self._running:
+        if bucket in self.running:
             raise ParallelCoreError(f"the gradients of bucket {bucket} were reduced twice in one iteration")
         where = self.layout.buckets[bucket]
         part = self.grads.part(where.start, where.end)
         part.scale_(self._scale_before)
         if self.sharded:
             own = self.grads.part(*where.shard(self.group.rank, self.group.size))
-            self._running[bucket] = self.group.reduce_scatter_start(part.tensor(), own.tensor())
+            self.running[bucket] = self.group.reduce_scatter_start(part.tensor(), own.tensor())
         else:
-            self._running[bucket] = self.group.all_reduce_start_(part.tensor())
+            self.running[bucket] = self.group.all_reduce_start_(part.tensor())
 
     def finish_reduction(self) -> None:
         """Wait until every bucket is reduced, starting those that were not.
@@ -122,16 +124,16 @@ class ParamAndGradBuffer:
         Raises:
             ParallelCoreError: if a parameter got no gradient in this iteration; it is named.
         """
-        missing = sorted(i for i, main_grad in self._main_grads.items() if not main_grad.begun)
+        missing = sorted(i for i, main_grad in self.main_grads.items() if not main_grad.begun)
         if missing:
             raise ParallelCoreError(
                 f"{len(missing)} parameters got no gradient in this iteration, so the model's output does not depend "
                 f"on them; set requires_grad=False or use them:\n" + bullet_list(self.names[i] for i in missing)
             )
         for bucket, where in enumerate(self.layout.buckets):
-            if bucket not in self._running:
+            if bucket not in self.running:
                 self.start_reduction(bucket)
-            result = self._running[bucket].wait()
+            result = self.running[bucket].wait()
             start, end = where.shard(self.group.rank, self.group.size) if self.sharded else (where.start, where.end)
             if self.sharded and self.group.size > 1 and result is not None:
                 self.grads.part(start, end).write_(result)
@@ -154,14 +156,14 @@ class ParamAndGradBuffer:
 
     def start_iteration(self) -> None:
         """Forget the gradients; nothing is written, the next accumulation overwrites."""
-        for main_grad in self._main_grads.values():
+        for main_grad in self.main_grads.values():
             main_grad.begun = False
         self._ready.clear()
-        self._running.clear()
+        self.running.clear()
 
     def main_grad(self, index: int) -> Flat:
         """Return the accumulated gradient of parameter `index`."""
-        return self._main_grads[index].flat
+        return self.main_grads[index].flat
 
     def owned(self, where: BucketRange) -> tuple[int, int]:
         """Return the part of a bucket whose optimizer state this rank keeps."""

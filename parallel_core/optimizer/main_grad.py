@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint
 
 from parallel_core.deferral import defer, is_deferring
+from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 
 
@@ -25,23 +26,27 @@ class MainGrad:
     the gradient is complete when nothing is pending any more.
 
     Args:
-        flat: where it is kept.
+        storage: where it is kept.
         parameter: its `late_grad` is set to this object, and its `main_grad`, if backward passes may write here.
     """
 
-    def __init__(self, flat: Flat, parameter: Parameter) -> None:
-        self.flat = flat
+    def __init__(self, storage: Flat, parameter: Parameter) -> None:
+        self.flat = storage
         self.begun = False
         """Whether this iteration has contributed."""
         self.pending = 0
         """Contributions that are left for later."""
         self.completed: Callable[[], None] = lambda: None
         """Called when the last pending contribution is in."""
+        self.apart: Flat | None = None
+        """What lookups have added, where it is kept apart."""
+        self.apart_begun = False
+        self.apart_numel = self._multiple = 0
         self._placeholder: Tensor | None = None
         self._lent = False
         self._shape, self._dtype = parameter.shape, parameter.dtype
         parameter.late_grad = self
-        memory = flat.memory(parameter.shape)
+        memory = storage.memory(parameter.shape)
         if memory is not None:
             self._memory, self._on_host = memory, isinstance(memory, np.ndarray)
             parameter.main_grad = self
@@ -50,12 +55,30 @@ class MainGrad:
         """See `autograd.MainGrad.takes`: kernels of the host write what they compute in float32."""
         return dtype == ms.float32 or not self._on_host
 
-    def accumulate(self, write: Callable[[Any, bool], None]) -> Tensor | None:
+    def keep_apart(self, multiple: int) -> None:
+        """Sum what an embedding adds to a weight that something else has used in the same backward pass by itself.
+
+        Args:
+            multiple: of which the length of `apart` is one; the elements beyond the parameter's are zeros.
+        """
+        self._multiple = multiple
+
+    def accumulate(self, write: Callable[[Any, bool], None], *, lookup: bool = False) -> Tensor | None:
         """See `autograd.MainGrad.accumulate`."""
+        if lookup and self._multiple and self.begun:
+            return self._contribute(lambda: self._write_apart(write))
         if not self._on_host or self._memory.dtype == np.float32:
             return self._contribute(lambda: write(self._memory, self.begun))
         # Products are summed in float32; sums of 16 bits take each as a whole, from room that all parameters share.
         return self._contribute(lambda: self._add(_written(self._shape, lambda room: write(room, False))))
+
+    def _write_apart(self, write: Callable[[Any, bool], None]) -> None:
+        size = math.prod(self._shape)
+        if self.apart is None:
+            self.apart_numel = -(-size // self._multiple) * self._multiple
+            self.apart = flat.zeros(self.apart_numel, "float32")
+        write(self.apart.part(0, size).memory(self._shape), self.apart_begun)
+        self.apart_begun = True
 
     def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
         """See `autograd.MainGrad.accumulate_later`."""

@@ -33,6 +33,7 @@ class PipelineStage:
         before_forward: called with the microbatch's number before each forward pass (random streams, parameters that
             are still being gathered).
         before_last_backward: called before the last backward pass of an iteration (gradient reduction).
+        after_backward: called after each backward pass.
         before_last_weight_grad: called in its place before the last one's part for the weights, if it is split.
     """
 
@@ -48,11 +49,12 @@ class PipelineStage:
         before_forward: Callable[[int], None] = lambda microbatch: None,
         before_last_backward: Callable[[], None] = lambda: None,
         before_last_weight_grad: Callable[[], None] = lambda: None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self._cell = StageCell(model, forward_step_func, is_first, is_last, per_token_loss, tokens_group)
         self._parameters: Sequence[Parameter] = list(model.trainable_params())
         self._before_forward, self._before_last_backward = before_forward, before_last_backward
-        self._before_last_weight_grad = before_last_weight_grad
+        self._before_last_weight_grad, self._after_backward = before_last_weight_grad, after_backward
         self._per_token_loss, self._is_first, self._is_last = per_token_loss, is_first, is_last
         self._in_flight: dict[int, Tensor] = {}
         self._late: dict[int, deque[Callable[[], None]]] = {}
@@ -131,6 +133,7 @@ class PipelineStage:
         entry = self._in_flight.pop(microbatch)
         gradient = self._loss_gradient if self._is_last else grad_output
         (grad_input, *_), _ = backward(self._cell, (entry,), self._parameters, gradient)
+        self._after_backward()
         return grad_input
 
     def input_grad(self, microbatch: int, grad_output: Tensor | None) -> Tensor:

@@ -100,6 +100,6 @@ class _LocalEmbedding(Function):
             )
             return None, dw, None
         dw = main_grad.accumulate(
-            lambda into_VH, add: ops.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add)
+            lambda into_VH, add: ops.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add), lookup=True
         )
         return None, dw, None

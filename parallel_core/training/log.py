@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel_core import startup
 from parallel_core.config.schema import AllConfig, TrackingConfig
 from parallel_core.context import ParallelContext
 from parallel_core.environment import LOG_DIR_VARIABLE
@@ -63,6 +64,7 @@ class RunLog:
         self._metrics: MetricsFile | None = None
         self._since_shown: list[float] = []
         self._samples = 0
+        self._times_startup = config is not None and config.training_config.time_startup
         tracking = config.training_config.tracking if config is not None else TrackingConfig()
         self._timing_option = tracking.timing_log_option
         writers = make_writers(tracking, config.to_dict()) if config is not None and self._tracks else []
@@ -83,6 +85,7 @@ class RunLog:
         Raises:
             ConfigError: if it cannot be written.
         """
+        startup.note("optimizer and checkpoint")
         if self._tells:
             keeps = up_to(iteration if iteration else -1)
             self._metrics = MetricsFile(self._path, (lambda row: True) if evaluates_only else keeps)
@@ -110,6 +113,8 @@ class RunLog:
         observed: Observed,
     ) -> None:
         """Write one iteration's metrics, and its line if it is to be shown."""
+        for line in startup.told(self._times_startup):
+            self.info(line)
         self._recent.append(elapsed_s)
         self._since_shown.append(elapsed_s)
         self._samples = consumed_samples

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mindspore import nn
 
+from parallel_core import startup
 from parallel_core.context import ParallelContext
 from parallel_core.errors import ConfigError, bullet_list
 from parallel_core.layout.shard import shard_of
@@ -23,6 +24,7 @@ def check_parameter_names(chunks: Sequence[nn.Cell], context: ParallelContext) -
     Raises:
         ConfigError: on every rank alike, with the names and where they are.
     """
+    startup.note("model")
     # One Parameter used by several layers is one tensor.
     unique = {id(p): shard_of(p) for chunk in chunks for p in chunk.get_parameters()}
     names = sorted(spec.name for spec in unique.values() if not spec.is_copy)

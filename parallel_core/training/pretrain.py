@@ -10,7 +10,6 @@ from typing import Any
 
 import mindspore as ms
 
-from parallel_core import startup
 from parallel_core.config.dump import resolved_yaml, sections_yaml
 from parallel_core.config.handover import load_run_config
 from parallel_core.config.plan import num_floating_point_operations
@@ -94,9 +93,7 @@ def pretrain(
         raise ConfigError(f"model_type={model_type!r}: only encoder_or_decoder (GPT) is built; leave it out")
     if forward_step_func is not None and get_batch_func is not None:
         raise ConfigError("give forward_step_func or get_batch_func: a forward step gets its batches itself")
-    startup.note("script")
-    rank, world_size = start_runtime()
-    startup.note("device")
+    rank, world_size = start_runtime(limit=False)
     notes: list[str] = []
     resolved, invocation = "", None
     if all_config is None:
@@ -107,7 +104,6 @@ def pretrain(
             invocation = Invocation(sys.argv[0], tuple(words), loaded.given, options)
         all_config, notes, resolved = loaded.config, loaded.notes, resolved_yaml(loaded)
     require_packages(all_config.training_config.tracking)
-    startup.note("configuration")
     all_config = until_replay(all_config)
     with own_directories(all_config, resolved or sections_yaml(all_config), rank):
         if all_config.training_config.deterministic_mode and ms.get_context("deterministic") != "ON":
@@ -115,7 +111,6 @@ def pretrain(
         unlimited = limit_device_memory(all_config.training_config.max_device_memory)
         config, changed = supported_precision(all_config)
         context = start_context(config, rank, world_size)
-        startup.note("groups")
         run = TrainingRun(
             config,
             context,
@@ -149,11 +144,9 @@ class TrainingRun:
         flops = partial(num_floating_point_operations, config) if config.training_config.log_throughput else None
         self.log = RunLog(context, config.training_config.log_dir, config.model_config.seq_length, flops, config)
         kernels = select_kernels(config)
-        startup.note("kernels")
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
         check_parameter_names(model.chunks, context)
-        startup.note("model")
         self.step = TrainingStep(config, context, model, forward_step_func, scheduler, loss_scaler(config))
         self.watch = StepWatch(config.training_config, context, self.step)
         self.stops = StopRequests(config.training_config.exit_duration_in_mins)
@@ -177,7 +170,6 @@ class TrainingRun:
         self.progress = replace(self.progress, rerun=None)
         if not config.training_config.diagnosis.replay:
             self.log.begin(self.progress.iteration, evaluates_only=config.training_config.skip_train)
-        startup.note("optimizer and checkpoint")
         self._saved_at = -1
         self.train_data: BatchSource | None = None
         self.valid_data: BatchSource | None = None
@@ -210,7 +202,6 @@ class TrainingRun:
             self.valid_data = self._source(valid, seen, wraps=True) if valid is not None else None
             self.test_data = self._source(test, 0, wraps=True) if test is not None else None
 
-        startup.note("data")
 
     def _samples_to_train(self) -> int | None:
         """Return the samples that training asks the dataset for; None: iterations times the global batch size."""
@@ -277,7 +268,6 @@ class TrainingRun:
                 report = self.step.train(self.train_data, iteration, microbatches, samples, self.stops.wanted)
         except ResultError as error:
             raise explained(self, error) from None
-        self._tell_startup()
         self.progress = replace(
             done,
             iteration=iteration,
@@ -300,11 +290,6 @@ class TrainingRun:
         )
         return report
 
-    def _tell_startup(self) -> None:
-        for line in startup.told():
-            if self.config.training_config.time_startup:
-                self.log.info(line)
-
     def _count_validation(self) -> None:
         """Count an evaluation's samples, also of one that was broken off, so that a resumed run goes on as if not."""
         if self.valid_data is not None:
@@ -326,6 +311,8 @@ class TrainingRun:
     def close(self) -> None:
         """End what goes on beside the loop: profiles, saves, readers, metrics."""
         self.watch.stop()
+        for line in self.step.ddp.order.told():
+            self.log.info(line)
         self.checkpointer.finish()
         for source in (self.train_data, self.valid_data, self.test_data):
             if source is not None:

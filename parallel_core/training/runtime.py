@@ -10,6 +10,7 @@ from dataclasses import replace
 import mindspore as ms
 import numpy as np
 
+from parallel_core import startup
 from parallel_core.comm.meeting import meeting
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
@@ -20,7 +21,9 @@ from parallel_core.ops.selection import PLAIN
 from parallel_core.ops.thread_pool import limit_threads
 
 
-def start_runtime(device_target: str | None = None, max_device_memory: str = "") -> tuple[int, int]:
+def start_runtime(
+    device_target: str | None = None, max_device_memory: str = "", limit: bool = True
+) -> tuple[int, int]:
     """Choose the device, set MindSpore up for it, join the job, and return (rank, world size).
 
     Ranks that meet in memory (`comm.meeting`) join MindSpore's own communication, which takes seconds, only when a
@@ -32,7 +35,9 @@ def start_runtime(device_target: str | None = None, max_device_memory: str = "")
     Args:
         device_target: CPU or Ascend; default: the environment's DEVICE_TARGET, else CPU.
         max_device_memory: see `limit_device_memory`; empty: what the environment says.
+        limit: on CPU, limit MindSpore's own threads; else `start_context` does it, when the configuration is known.
     """
+    startup.note("script", begins=True)
     target = device_target or os.environ.get("DEVICE_TARGET", "CPU")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     if ms.get_context("device_target") != target or target != "CPU":
@@ -43,7 +48,8 @@ def start_runtime(device_target: str | None = None, max_device_memory: str = "")
         _keep_freed_memory()
     size = int(os.environ.get("MS_WORKER_NUM", "1"))
     if target == "CPU" and (size == 1 or meeting() is not None):
-        limit_threads(default_threads())  # else joining does it
+        if limit:  # without a meeting, joining does it
+            limit_threads(default_threads())
         return (int(os.environ["RANK_ID"]), size) if size > 1 else (0, 1)
     if size == 1:
         return 0, 1
@@ -90,8 +96,13 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 def start_context(config: AllConfig, rank: int, world_size: int) -> ParallelContext:
     """Create the groups of this rank and seed NumPy for the user's own draws."""
+    startup.note("device and configuration")
+    if ms.get_context("device_target") == "CPU":
+        # MindSpore's sums depend on how many threads share them.
+        limit_threads(1 if config.training_config.deterministic_mode else default_threads())
     context = ParallelContext.create(config.parallel_config, rank, world_size)
     np.random.seed(config.training_config.seed)
+    startup.note("groups")
     return context
 
 
@@ -99,7 +110,9 @@ def select_kernels(config: AllConfig) -> str:
     """Select the kernels that a run asks for; return a sentence that says which and why."""
     model = config.model_config
     bf16 = config.training_config.bf16 or model.fp32_matmul_precision == "high"
-    sentence = use_kernels(model.kernels, bf16_products=bf16)
+    alike = config.training_config.deterministic_mode
+    sentence = use_kernels(model.kernels, bf16_products=bf16, for_any_threads=alike)
+    startup.note("kernels")
     cost = "; a step takes several times as long as with fused ones" if sentence.startswith(PLAIN) else ""
     return sentence + cost
 

@@ -13,6 +13,7 @@ from mindspore import Tensor, mint
 
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ResultError
+from parallel_core.optimizer.in_order import exact_sum
 
 Report = tuple[Any, Mapping[str, tuple[Any, Any]]]
 """Of one microbatch: number of tokens, and {name: (sum, number)}; see `pipeline.stage`."""
@@ -58,10 +59,11 @@ class ScalarReducer:
 
     Args:
         world: all ranks.
+        exactly: sums are rounded once, so that they do not depend on which rank has which number.
     """
 
-    def __init__(self, world: Group) -> None:
-        self._world = world
+    def __init__(self, world: Group, exactly: bool = False) -> None:
+        self._world, self._exactly = world, exactly
         self._own: list[str] | None = None
         self._names: list[str] = []
 
@@ -70,12 +72,14 @@ class ScalarReducer:
 
         Args:
             reports: of each microbatch, on the one rank that tells of it; empty elsewhere.
-            squares: this rank's share of the squared gradient norm, a number or a tensor of one.
+            squares: this rank's share of the squared gradient norm, a number or a tensor of one, or several numbers.
             stop: asked as late as possible whether this rank wants the run to end.
 
         Communication: one all-reduce of 4 + 2 * losses float32; a second one, after a gather of the names, at first
-        and whenever they change.
+        and whenever they change. `exactly`: one gather of objects.
         """
+        if self._exactly:
+            return self._sum_exactly(squares, reports, stop)
         squares, reports = _on_host(squares, reports)
         own = list(dict.fromkeys(name for _, report in reports for name in report))
         head = [squares, sum(float(count) for count, _ in reports), float(stop())]
@@ -89,6 +93,23 @@ class ScalarReducer:
         sums, counts = total[4 : 4 + count].tolist(), total[4 + count :].tolist()
         losses = LossTotals(dict(zip(self._names, sums)), dict(zip(self._names, counts)))
         return Scalars(losses, tokens=float(total[1]), squares=float(total[0]), stop=total[2] > 0)
+
+    def _sum_exactly(self, squares: Any, reports: Sequence[Report], stop: Callable[[], bool]) -> Scalars:
+        own = [[float(count), {name: [float(one) for one in pair] for name, pair in report.items()}]
+               for count, report in reports]  # fmt: skip
+        of_ranks = self._world.all_gather_object([np.atleast_1d(squares).tolist(), own, bool(stop())])
+        told = [report for _, reports_of_rank, _ in of_ranks for report in reports_of_rank]
+        sums: dict[str, list[list[float]]] = {}
+        for _, report in told:
+            for name, pair in report.items():
+                sums.setdefault(name, []).append(pair)
+        losses = LossTotals(
+            {name: exact_sum([value for value, _ in pairs]) for name, pairs in sums.items()},
+            {name: exact_sum([number for _, number in pairs]) for name, pairs in sums.items()},
+        )
+        all_squares = [one for of_rank, _, _ in of_ranks for one in of_rank]
+        tokens = exact_sum([count for count, _ in told])
+        return Scalars(losses, tokens, exact_sum(all_squares), stop=any(asks for _, _, asks in of_ranks))
 
     def _agree(self, own: list[str]) -> None:
         self._own = own

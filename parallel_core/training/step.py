@@ -105,7 +105,7 @@ class TrainingStep:
             model.layout.placement,
         )
         self._schedules: dict[tuple[int, bool], list[Step]] = {}
-        self._scalars = ScalarReducer(context.world)
+        self._scalars = ScalarReducer(context.world, exactly=training.deterministic_mode)
         self._iteration = 0
         self.attempts: Attempts = lambda iteration, data, compute: compute(data)
 
@@ -128,6 +128,7 @@ class TrainingStep:
             before_forward=before_forward,
             before_last_backward=lambda: self.ddp.enable_sync(chunk),
             before_last_weight_grad=lambda: self.ddp.enable_late_sync(chunk),
+            after_backward=lambda: self.ddp.order.end_microbatch(chunk),
         )
 
     def train(
@@ -176,13 +177,16 @@ class TrainingStep:
     def _compute(self, data: BatchSource, num_microbatches: int, stop: Callable[[], bool]) -> Scalars:
         """Complete the gradients of one batch, and return the numbers of all ranks."""
         self.ddp.start_iteration()
-        self.model.ledger.start_iteration(self.scaler.scale, num_microbatches)
+        loss_scale = self.ddp.order.loss_scale(self.scaler.scale, num_microbatches)
+        self.model.ledger.start_iteration(loss_scale, num_microbatches)
         with span("forward-backward", 1):
             self._run(data, num_microbatches, forward_only=False)
         with span("all-grads-sync", 1):
+            self.ddp.order.finish(num_microbatches)
             finalize_model_grads(self.ddp, self.context.tp, self.context.embedding)
         numbers = self.model.ledger.finish_iteration(self.context.tp.rank == 0 and self.context.dp_cp.rank == 0)
-        return self._reduce_scalars(self.optimizer.local_squares(), stop, numbers)
+        squares = self.ddp.order.squares(self.optimizer.local_squares, self.context.coordinates)
+        return self._reduce_scalars(squares, stop, numbers)
 
     @property
     def reports(self) -> list[Any]:
@@ -254,7 +258,7 @@ class TrainingStep:
             stage.start_iteration(
                 data.iterator(chunk),
                 num_microbatches,
-                loss_scale=self.scaler.scale,
+                loss_scale=self.ddp.order.loss_scale(self.scaler.scale, num_microbatches),
                 forward_only=forward_only,
                 non_loss_data=non_loss_data,
             )
@@ -263,7 +267,7 @@ class TrainingStep:
         )
         self._exchange.finish()
 
-    def _reduce_scalars(self, squares: float, stop: Callable[[], bool], numbers: Numbers | None = None) -> Scalars:
+    def _reduce_scalars(self, squares: Any, stop: Callable[[], bool], numbers: Numbers | None = None) -> Scalars:
         """Sum over the world; every number is contributed once.
 
         Losses and tokens come from the last stage's tensor parallel rank 0, squares are as `Optimizer.local_squares`

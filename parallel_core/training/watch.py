@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from parallel_core import startup
 from parallel_core.config.schema import TrainingConfig
 from parallel_core.context import ParallelContext
 from parallel_core.spans import span
@@ -49,6 +50,7 @@ class StepWatch:
     @contextmanager
     def iteration(self, iteration: int) -> Iterator[None]:
         """Observe the iteration that the block runs."""
+        startup.note("data")
         self._profiler.before_step(iteration)
         with self._timers, span("iteration", 0, iteration=iteration):
             yield

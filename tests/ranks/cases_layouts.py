@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel_core.config.experts import MoEConfig
 from parallel_core.config.schema import FlashAttentionConfig
 from parallel_core.layout.sequence import EXCHANGES
 from tests.helpers.cases import CaseContext, case
@@ -105,6 +106,40 @@ def settings(layout: str) -> Tiny:
 LAYOUTS_OF_2 = ["tp2", "tp2 sp", "pp2", "pp2 vpp2", "dp2", "dp2 distopt overlap"]
 LAYOUTS_OF_4 = ["tp2 pp2", "tp2 sp pp2 vpp2", "tp4 sp", "pp4", "tp2 sp distopt overlap", "pp2 vpp2 distopt overlap"]
 LAYOUTS_OF_8 = ["tp2 sp pp2 distopt overlap", "tp2 pp4"]
+
+
+# ---- the same bits --------------------------------------------------------------------------------------------------
+DETERMINISTIC = Tiny(
+    model={
+        "hidden_dropout_rate": 0.1,
+        "moe": MoEConfig(num_experts=4, moe_layer_freq=(0, 1, 0, 1), moe_aux_loss_coeff=(0.01,)),
+    },
+    training={"deterministic_mode": True},
+    data={"global_batch_size": 12},
+)
+"""Six microbatches of a model with a tied embedding, which a pipeline has on two stages, and with experts."""
+
+
+def check_bits(ctx: CaseContext, layout: str, **training: Any) -> None:
+    common = DETERMINISTIC.with_(training=training)
+    want = from_rank_0(ctx, lambda: reference(common))
+    tiny = settings(layout)
+    run = TinyRun(common.with_(**vars(tiny)), context_of(ctx, tiny))
+    reports = run.train(ITERATIONS)
+    assert [r.losses["lm loss"] for r in reports] == want["losses"]
+    assert [r.grad_norm for r in reports] == want["norms"]
+    assert_close(run.gradients(), want["gradients"], 0.0)
+    assert run.evaluate()["lm loss"] == want["evaluation"]
+
+
+@case(world_size=2, variants=[{"layout": name} for name in ("dp2", "dp2 distopt overlap", "pp2", "pp2 vpp2")])
+def test_two_ranks_sum_in_the_order_of_one(ctx: CaseContext, layout: str) -> None:
+    check_bits(ctx, layout)
+
+
+@case(world_size=3, variants=[{"per_token": False}, {"per_token": True}])
+def test_three_ranks_sum_in_the_order_of_one(ctx: CaseContext, per_token: bool) -> None:
+    check_bits(ctx, "dp3", calculate_per_token_loss=per_token)
 
 
 @case(world_size=2, variants=[{"layout": name} for name in LAYOUTS_OF_2])

@@ -193,11 +193,11 @@ def test_only_the_last_backward_pass_reduces(ctx: CaseContext) -> None:
     ddp.start_iteration()
     for receive, gradient in zip(receivers, ones):
         receive(gradient)
-    assert not buffer._running
+    assert not buffer.running
     ddp.enable_sync(0)
     for receive, gradient in zip(receivers, ones):
         receive(gradient)
-    assert len(buffer._running) == len(buffer.layout.buckets)
+    assert len(buffer.running) == len(buffer.layout.buckets)
     ddp.finish_grad_sync()
     for i in range(len(ones)):
         np.testing.assert_array_equal(buffer.main_grad(i).numpy(), 3.0)  # (2 x 1 + 2 x 2) / 2

@@ -139,7 +139,7 @@ std::vector<Part> state;
 
 void bf16_product(i64 M, i64 N, i64 K, const uint16_t* A, i64 a_row, i64 a_col, const uint16_t* B, i64 b_row, i64 b_col,
                   float* C, bool add) {
-  if (static_cast<int>(state.size()) < num_threads) state.resize(static_cast<size_t>(num_threads));
+  if (static_cast<int>(state.size()) < shares()) state.resize(static_cast<size_t>(shares()));
   parallel(M * N * K / 64, [&](int part, int parts) {
     const bool rows = M >= N;
     const Range r = share(rows ? M : N, part, parts);

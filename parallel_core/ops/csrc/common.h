@@ -1,5 +1,5 @@
 // Shared by all kernels: fixed work partition, vector-friendly exp and erf, a counter-based random generator.
-// Everything is float32 and row-major; sizes are int64. Results depend on the thread count, never on timing.
+// Everything is float32 and row-major; sizes are int64. Results depend on the number of shares (of threads, unless it is fixed), never on timing.
 #pragma once
 
 #include <cmath>
@@ -15,18 +15,21 @@ using u32 = uint32_t;
 using u64 = uint64_t;
 
 extern int num_threads;
+extern int fixed_shares;  // into so many shares work is divided, whatever the number of threads; 0: one for each thread
+
+inline int shares() { return fixed_shares > 0 ? fixed_shares : num_threads; }
 
 // Calls body(context, part, parts) once for every part, on this thread and on the pool's workers, and returns when all
 // are done. Parts are claimed one by one: a worker that is off its core holds nobody up but by the part it is on.
 void run_parts(void (*body)(const void* context, int part, int parts), const void* context, int parts);
 
-// Runs body(part, parts) for every part: `pieces` for each thread, or one part in all when there is too little work to
-// share. What a part covers depends on the number of threads only, never on who runs it.
+// Runs body(part, parts) for every part: `pieces` for each share, or one part in all when there is too little work to
+// share. What a part covers depends on the number of shares only, never on who runs it.
 template <class Body>
 void parallel(i64 elements, Body body, int pieces = 1) {
-  const int parts = elements < 65536 || num_threads == 1 ? 1 : num_threads * pieces;
-  if (parts == 1) {
-    body(0, 1);
+  const int parts = elements < 65536 || shares() == 1 ? 1 : shares() * pieces;
+  if (parts == 1 || num_threads == 1) {
+    for (int part = 0; part < parts; ++part) body(part, parts);
     return;
   }
   run_parts([](const void* context, int part, int all) { (*static_cast<const Body*>(context))(part, all); }, &body,

@@ -105,7 +105,7 @@ PC_API void pc_layer_norm(const float* x, const float* w, const float* b, float*
 
 PC_API void pc_layer_norm_grad(const float* dy, const float* x, const float* w, const float* mean, const float* rstd,
                                float* dx, float* dw, float* db, i64 T, i64 H) {
-  std::vector<std::vector<float>> totals(num_threads);
+  std::vector<std::vector<float>> totals(shares());
   parallel(T * H, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     ColumnSums sums(H, 2);
@@ -140,7 +140,7 @@ PC_API void pc_rms_norm(const float* x, const float* w, float* y, float* rstd, i
 
 PC_API void pc_rms_norm_grad(const float* dy, const float* x, const float* w, const float* rstd, float* dx, float* dw,
                              i64 T, i64 H) {
-  std::vector<std::vector<float>> totals(num_threads);
+  std::vector<std::vector<float>> totals(shares());
   parallel(T * H, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     ColumnSums sums(H, 1);

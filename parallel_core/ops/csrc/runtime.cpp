@@ -14,6 +14,7 @@
 
 namespace pc {
 int num_threads = 1;
+int fixed_shares = 0;
 Sgemm sgemm = nullptr;
 
 namespace {
@@ -112,6 +113,8 @@ PC_API void pc_init(int threads, void* sgemm) {
   pc::num_threads = threads > 0 ? threads : 1;
   pc::sgemm = reinterpret_cast<pc::Sgemm>(sgemm);
 }
+
+PC_API void pc_fix_shares(int shares) { pc::fixed_shares = shares; }
 
 // Freed buffers stay in the process up to `bytes`: a fresh mapping costs a page fault for every 4 KiB at first touch.
 PC_API void pc_keep_freed_memory(int64_t bytes) {

@@ -342,6 +342,7 @@ REFUSED = [
     ("layers", "--noop-layers 4", "layers are numbered from 0 to 3"),
     ("pipeline_schedule", " ".join([*VPP, GIVEN, "2", "--pipeline-schedule", "1f1b"]), "interleaved or zero-bubble"),
     ("pipeline_schedule", " ".join([*VPP, "--pipeline-schedule", "interleaved"]), "takes several chunks on each rank"),
+    ("deterministic_mode", " ".join([*VPP, "--deterministic-mode", "--enable-zero-bubble"]), "use auto"),
     ("pipeline_schedule", "--pipeline-schedule zero-bubble", "one rank has none; use auto"),
     ("pipeline_schedule", "--enable-zero-bubble --pipeline-schedule 1f1b", "name two schedules"),
     ("interleaving", " ".join([*VPP, GIVEN, "2", "--global-batch-size", "6"]), "3 do not fit"),
