@@ -299,6 +299,7 @@ class _Form:
 
     def _vocabulary(self, rows: int, keys: list[str]) -> None:
         """Say the vocabulary's size, and that records are read as ids."""
+        self.give("make_vocab_size_divisible_by", 1, *keys)  # rows that are there beside would be in the loss
         self.give("tokenizer_type", "NullTokenizer", *keys)
         self.give("vocab_size", rows - 1, *keys)  # its end of document comes after the vocabulary
 
@@ -488,14 +489,14 @@ class _Form:
     def _lengths(self, train: str, held: str, only_evaluates: bool) -> None:
         """Say how long the run is, how often it evaluates, and on how many batches."""
         batch, epochs = self.global_batch(), self.number("runner_config.epochs", 1)
-        each = _batches_of(train, batch)
+        each = self._batches_of("train_dataset", train, batch)
         steps = None if each is None else epochs * each
         if steps is not None and not only_evaluates:
             self.give("train_iters", steps, "runner_config.epochs")
         elif "runner_config.epochs" in self.leaves and not only_evaluates:
             self.notes.append(f"{self.terms('runner_config.epochs')}: the records are not here to be counted; "
                               "--train-iters says how long the run is")  # fmt: skip
-        held_batches = _batches_of(held, batch)
+        held_batches = self._batches_of("eval_dataset", held, batch)
         self.give("eval_iters", held_batches or (1 if held else 0), "eval_dataset.data_loader.dataset_dir")
         every = self.number("eval_step_interval", -1, -1)
         by_epoch = self.number("eval_epoch_interval", 1, -1)
@@ -504,6 +505,18 @@ class _Form:
         elif held and each and by_epoch > 0:
             self.give("eval_interval", by_epoch * each, "eval_epoch_interval")
         self._schedule(steps, each)
+
+    def _batches_of(self, part: str, place: str, batch: int | None) -> int | None:
+        """Return the whole batches that MindRecord files make; None where that cannot be told."""
+        if not place or batch is None:
+            return None
+        from parallel_core.data.record_dataset import count_records  # as in `config/vocabulary.py`
+
+        records = count_records(place)
+        if records is not None and records < batch:
+            self.fail(f"{part}.data_loader.dataset_dir", f"{records} records make no batch of {batch}; lower batch_size")
+            return None
+        return None if records is None else records // batch
 
     def _schedule(self, steps: int | None, each: int | None) -> None:
         key = "lr_schedule."
@@ -597,7 +610,7 @@ class _Form:
                 kind = one.get("type") if isinstance(one, dict) else None
                 if kind not in _CALLBACKS:
                     self.fail(key, f"{kind} is not built; there are {', '.join(_CALLBACKS)}")
-                elif kind in _SAVING:
+                elif kind in _SAVING and self.value("run_mode", "train") in ("train", "finetune"):
                     for word, name in _SAVING_KEYS.items():
                         if one.get(word) is not None:
                             self._of_callback(key, name, one[word])
@@ -607,20 +620,6 @@ class _Form:
     def _of_callback(self, key: str, name: str, value: object) -> None:
         leaf = self.leaves[key]
         self.given.append(Given(name, value, leaf.source, key, value))
-
-
-def _batches_of(folder: str, batch: int | None) -> int | None:
-    """Return the whole batches that a folder of MindRecord files makes; None where that cannot be told."""
-    if not folder or batch is None:
-        return None
-    from parallel_core.data.record_dataset import count_records  # as in `config/vocabulary.py`
-
-    records = count_records(folder)
-    if records is None:
-        return None
-    if records < batch:
-        raise ConfigError(f"{folder}: {records} records make no batch of {batch}; lower runner_config.batch_size")
-    return records // batch
 
 
 def _nearest(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from config_helpers import ROOT
 
+from parallel_core.checkpoint.huggingface.tensors import our_shapes
 from parallel_core.config import load_config
 from parallel_core.config.mindformers.form import key_rows
 from parallel_core.config.mindformers.schedule import schedule_arguments
@@ -47,6 +49,16 @@ def test_files_of_the_published_sizes_are_read_with_their_base_files_and_anchors
     assert (found.world_size, model.num_layers, model.hidden_size) == (ranks, layers, width)
     assert (data.global_batch_size, model.ffn_hidden_size) == (samples, 4 * width)
     assert data.global_batch_size == data.batch_size * data.micro_batch_num * (4 if ranks == 32 else ranks // 16 or 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("run_gpt2", 124_439_808), ("run_gpt2_13b", 12_853_386_240 + 5120), ("run_gpt2_52b", 51_966_533_632)],
+)
+def test_models_have_the_published_number_of_parameters_and_no_rows_beside_but_for_equal_parts(name, parameters):
+    """50257 tokens are not a multiple of two ranks: there is one row more."""
+    model = load_config(["--config", str(FILES / f"{name}.yaml")]).config.model_config
+    assert sum(math.prod(shape) for shape in our_shapes(model).values()) == parameters
 
 
 def test_the_published_example_of_32_devices_is_this_layout():
