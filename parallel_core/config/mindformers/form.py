@@ -22,13 +22,13 @@ from parallel_core.config.mindformers.models import FAMILIES, GENERATION, IGNORE
 from parallel_core.config.mindformers.schedule import schedule_arguments
 from parallel_core.config.values import Given
 from parallel_core.config.yaml_tree import Leaf, read_leaves
-from parallel_core.errors import ConfigError
+from parallel_core.errors import ConfigError, DataError
 
 _MARKS = ("runner_config", "runner_wrapper", "run_mode", "base_config")
 _MOST_FILES = 32
 _MODES = {"DATA_PARALLEL": 0, "SEMI_AUTO_PARALLEL": 1, "AUTO_PARALLEL": 2, "HYBRID_PARALLEL": 3, "STAND_ALONE": 0}
 _TRAINERS = ("CausalLanguageModelingTrainer", "MaskedLanguageModelingTrainer", "GeneralTaskTrainer",
-             "TextClassificationTrainer")
+             "TextClassificationTrainer")  # fmt: skip
 """GPT-2's first files call it masked."""
 _OPTIMIZERS = ("FusedAdamWeightDecay", "AdamWeightDecay", "FP32StateAdamWeightDecay", "FusedFP32StateAdamWeightDecay",
                "adamw", "AdamW", "FusedCastAdamWeightDecay")  # fmt: skip
@@ -261,8 +261,8 @@ class _Form:
                     values[name] = value
             elif not self._other_model_key(key, name, family):
                 self.problems.append(f"{self.leaves[key].source}: {key}: unknown key of {family.name}")
-        if head == "GPT2ForSequenceClassification":
-            self.give("num_labels", values.get("num_labels", family.settings["num_labels"].default), "model.arch.type")
+        if self.classes:
+            self.give("num_labels", self.number(MODEL + "num_labels", 2), MODEL + "num_labels", "model.arch.type")
         for path, (value, names) in family.fields_of(values).items():
             keys = [MODEL + name for name in names]
             if path == "vocab_size":
@@ -271,6 +271,12 @@ class _Form:
                 self.give(table.DIRECT[f"model_config.{path}"].name, value, *keys[:1])
         self._precision(family, values)
         self._adapters()
+
+    @property
+    def classes(self) -> bool:
+        """Whether the model has a head for whole texts."""
+        family = self.family()
+        return family is not None and family.architectures.get(str(self.value("model.arch.type"))) == "classes"
 
     def _other_model_key(self, key: str, name: str, family: Family) -> bool:
         """Read a key of the model that is none of its settings, and tell whether it is known."""
@@ -298,10 +304,26 @@ class _Form:
         return name in IGNORED or name in family.ignored or name in of_prediction
 
     def _vocabulary(self, rows: int, keys: list[str]) -> None:
-        """Say the vocabulary's size, and that records are read as ids."""
+        """Say the vocabulary's size, and that records are read as ids; texts of classes need their tokenizer."""
         self.give("make_vocab_size_divisible_by", 1, *keys)  # rows that are there beside would be in the loss
+        if self.classes:
+            self.give("vocab_size", rows, *keys)
+            self._words()
+            return
         self.give("tokenizer_type", "NullTokenizer", *keys)
         self.give("vocab_size", rows - 1, *keys)  # its end of document comes after the vocabulary
+
+    def _words(self) -> None:
+        """Read texts with GPT-2's two files, where they lie beside the weights."""
+        for key in ("load_checkpoint", MODEL + "checkpoint_name_or_path"):
+            folder = Path(str(self.value(key) or ""))
+            if self.value(key) and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                self.give("tokenizer_type", "GPT2BPETokenizer", key)
+                self.give("vocab_file", str(folder / "vocab.json"), key)
+                self.give("merge_file", str(folder / "merges.txt"), key)
+                return
+        self.notes.append("GPT2ForSequenceClassification: no vocab.json and merges.txt lie beside the weights; give "
+                          "--tokenizer-type GPT2BPETokenizer with --vocab-file and --merge-file")  # fmt: skip
 
     def _precision(self, family: Family, values: Mapping[str, Any]) -> None:
         compute = str(values.get("compute_dtype", family.settings["compute_dtype"].default)).replace("mindspore.", "")
@@ -467,7 +489,7 @@ class _Form:
             self.give("split", "1,0,0", train_key)
         if only_evaluates and not held:
             self.fail("run_mode", f"needs data: {held_key}, or --eval_dataset_dir")
-        if train and self.switch("train_dataset.data_loader.shuffle"):
+        if train and self.switch("train_dataset.data_loader.shuffle") and not self.classes:
             self.give("dataloader_type", "cyclic", "train_dataset.data_loader.shuffle")
         for key in ("train_dataset.eod_reset", "train_dataset.eos_reset"):
             if self.switch(key):
@@ -507,14 +529,19 @@ class _Form:
         self._schedule(steps, each)
 
     def _batches_of(self, part: str, place: str, batch: int | None) -> int | None:
-        """Return the whole batches that MindRecord files make; None where that cannot be told."""
+        """Return the whole batches of MindRecord files, or of texts with classes; None where that cannot be told."""
         if not place or batch is None:
             return None
-        from parallel_core.data.record_dataset import count_records  # as in `config/vocabulary.py`
+        from parallel_core.data.classified import read_classified  # as in `config/vocabulary.py`
+        from parallel_core.data.record_dataset import count_records
 
-        records = count_records(place)
+        try:
+            records = len(read_classified(place)) if self.classes else count_records(place)
+        except DataError:
+            return None  # the run says what is wrong with it
         if records is not None and records < batch:
-            self.fail(f"{part}.data_loader.dataset_dir", f"{records} records make no batch of {batch}; lower batch_size")
+            key = f"{part}.data_loader.dataset_dir"
+            self.fail(key, f"{records} records make no batch of {batch}; lower batch_size")
             return None
         return None if records is None else records // batch
 
