@@ -306,24 +306,30 @@ class _Form:
     def _vocabulary(self, rows: int, keys: list[str]) -> None:
         """Say the vocabulary's size, and that records are read as ids; texts of classes need their tokenizer."""
         self.give("make_vocab_size_divisible_by", 1, *keys)  # rows that are there beside would be in the loss
-        if self.classes:
+        if self.classes and self._words():
             self.give("vocab_size", rows, *keys)
-            self._words()
             return
         self.give("tokenizer_type", "NullTokenizer", *keys)
         self.give("vocab_size", rows - 1, *keys)  # its end of document comes after the vocabulary
 
-    def _words(self) -> None:
-        """Read texts with GPT-2's two files, where they lie beside the weights."""
+    def _words(self) -> bool:
+        """Read texts with GPT-2's two files beside the weights; tell whether the data are texts, not records of ids."""
+        from parallel_core.data.record_dataset import mindrecord_files  # as in `config/vocabulary.py`
+
+        place = self.value("train_dataset.data_loader.dataset_dir")
+        if place and mindrecord_files(str(place)):
+            return False
         for key in ("load_checkpoint", MODEL + "checkpoint_name_or_path"):
             folder = Path(str(self.value(key) or ""))
             if self.value(key) and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 self.give("tokenizer_type", "GPT2BPETokenizer", key)
                 self.give("vocab_file", str(folder / "vocab.json"), key)
                 self.give("merge_file", str(folder / "merges.txt"), key)
-                return
-        self.notes.append("GPT2ForSequenceClassification: no vocab.json and merges.txt lie beside the weights; give "
-                          "--tokenizer-type GPT2BPETokenizer with --vocab-file and --merge-file")  # fmt: skip
+                return True
+        if place:
+            self.notes.append("model.arch.type: no vocab.json and merges.txt lie beside the weights; give "
+                              "--tokenizer-type GPT2BPETokenizer with --vocab-file and --merge-file")  # fmt: skip
+        return bool(place)
 
     def _precision(self, family: Family, values: Mapping[str, Any]) -> None:
         compute = str(values.get("compute_dtype", family.settings["compute_dtype"].default)).replace("mindspore.", "")
@@ -535,10 +541,12 @@ class _Form:
         from parallel_core.data.classified import read_classified  # as in `config/vocabulary.py`
         from parallel_core.data.record_dataset import count_records
 
-        try:
-            records = len(read_classified(place)) if self.classes else count_records(place)
-        except DataError:
-            return None  # the run says what is wrong with it
+        records = count_records(place)
+        if records is None and self.classes:
+            try:
+                records = len(read_classified(place))
+            except DataError:
+                return None  # the run says what is wrong with it
         if records is not None and records < batch:
             key = f"{part}.data_loader.dataset_dir"
             self.fail(key, f"{records} records make no batch of {batch}; lower batch_size")
