@@ -244,6 +244,16 @@ def _is_megatron(path: Path) -> bool:
     return (path / ".metadata").exists() or any(path.glob("mp_rank_*"))
 
 
+def require_intact(path: Path, allow_inert: Iterable[str] = ()) -> None:
+    """Compare every file of a checkpoint with its checksum; formats without checksums have none to compare.
+
+    Raises:
+        CheckpointError: with what is damaged.
+    """
+    with os_errors_named(path):
+        _require_intact(path, partial(_problems, check=True, allow_inert=tuple(allow_inert)))
+
+
 def _require_intact(path: Path, problems_of: Callable[[Path], list[str]]) -> None:
     checked = is_native(path) or _is_megatron(path) or path.name.startswith("iter_")
     problems = problems_of(path) if checked else []

@@ -16,7 +16,7 @@ from parallel_core.checkpoint.mindspore import (
     is_mindformers_directory,
     is_pangu,
 )
-from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native
+from parallel_core.checkpoint.native import NativeCheckpoint, find_checkpoint, is_native, require_intact
 from parallel_core.checkpoint.peft import is_peft, read_peft
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.errors import CheckpointError
@@ -73,6 +73,17 @@ def _open(path: Path, allow_inert: Iterable[str], base: str = "") -> TensorSourc
     if is_pangu(path):
         return PanguCheckpoint(path)
     raise CheckpointError(f"{path} is no checkpoint of a known format")
+
+
+def require_intact_source(source: TensorSource) -> None:
+    """Compare every file of what was opened with its checksum, of adapters those of the base model, too.
+
+    Raises:
+        CheckpointError: with what is damaged.
+    """
+    parts = (source.adapter, source.base) if isinstance(source, MergedAdapter) else (source,)
+    for part in parts:
+        require_intact(Path(part.path))
 
 
 def open_adapter(path: Path, chosen_base: str = "") -> tuple[TensorSource | None, TensorSource]:

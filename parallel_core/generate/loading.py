@@ -14,6 +14,7 @@ from mindspore import Tensor
 from parallel_core.checkpoint import TensorSource, find_checkpoint, load_shards, open_checkpoint
 from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
 from parallel_core.checkpoint.loading import VOCABULARY_TENSORS
+from parallel_core.checkpoint.opening import require_intact_source
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.config.schema import AllConfig, ModelParallelConfig, TransformerConfig
 from parallel_core.context import ParallelContext
@@ -197,6 +198,8 @@ def load_model(described: Described, config: AllConfig, context: ParallelContext
     Raises:
         CheckpointError: if the checkpoint is damaged, or its tensors are not those of the model.
     """
+    if context.rank == 0:
+        require_intact_source(described.source)
     rank_model = get_model(lambda stage, **_: build_cached_model(stage, cache), config, context)
     model: Any = rank_model.chunks[0]
     parameters = list(model.get_parameters())

@@ -106,7 +106,8 @@ def progress_text(rows: list[dict[str, Any]], total: int, width: int) -> str:
         parts.append(f"{speed:.0f} tokens/s")
     parts.append(f"{seconds * 1e3:.0f} ms")
     if flops := _mean(recent, "tflops_per_device"):
-        parts.append(f"{flops:.3g} TFLOP/s per device")
+        share = _mean(recent, "share_of_peak")
+        parts.append(f"{flops:.3g} TFLOP/s per device{f', {100 * share:.0f}% of its best' if share else ''}")
     while len(parts) > 1 and len("  ".join(parts)) > width:
         parts.pop()
     return "  ".join(parts)[: max(width, 0)]

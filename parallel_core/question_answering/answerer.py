@@ -81,7 +81,7 @@ class Answerer:
             CheckpointError: there is no checkpoint, or it cannot be read; the folder is named.
             ConfigError: it holds no model that answers questions, or knows of no tokenizer.
         """
-        path = Path(find_checkpoint(str(load), step, check=False))
+        path = Path(find_checkpoint(str(load), step))
         source = open_checkpoint(path)
         stored = source.common.get("model_config")
         head = stored.get("bert_head", "none") if isinstance(stored, Mapping) else "none"

@@ -13,7 +13,7 @@ from mindspore import Parameter
 from parallel_core.adapt.lora import adapter_settings
 from parallel_core.checkpoint import load_shards
 from parallel_core.checkpoint.lora import KEY, LORA_A, check_same_adapter, check_same_layers, fingerprint
-from parallel_core.checkpoint.opening import open_adapter
+from parallel_core.checkpoint.opening import open_adapter, require_intact_source
 from parallel_core.checkpoint.source import TensorSource
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
@@ -56,6 +56,8 @@ def load_base(run: Loading, path: Path) -> tuple[TensorSource | None, dict[str, 
     lora, world = run.config.training_config.lora, run.context.world
     adapter, base = run.everywhere(lambda: open_adapter(path, lora.base))
     run.everywhere(lambda: run.check_model(base.common, base.path))
+    if run.config.training_config.crc_check:
+        run.everywhere(lambda: require_intact_source(base) if run.context.rank == 0 else None)
     same = fingerprint(base) if adapter is None else adapter.common[KEY]["fingerprint"]  # which opening has compared
     parameters = run.parameters()
     own = [shard_of(p).name.removesuffix(LORA_A) for p in parameters if shard_of(p).name.endswith(LORA_A)]

@@ -23,6 +23,7 @@ from parallel_core.errors import printable_lines
 from parallel_core.tracking.board import Board
 from parallel_core.tracking.writers import make_writers
 from parallel_core.training.metrics_file import MetricsFile, up_to
+from parallel_core.training.product_speed import product_speed
 from parallel_core.training.step import StepReport
 from parallel_core.training.timers import times_text
 from parallel_core.training.watch import Observed
@@ -59,6 +60,8 @@ class RunLog:
         self._tells = context.rank == 0
         self._tracks = context.is_last_stage and context.tp.rank == 0 and context.dp_cp.rank == 0
         self._seq_length, self._flops, self._devices = seq_length, flops, context.world.size
+        self._peak = 0.0
+        self._dtype = "float32" if config is None else config.model_config.compute_dtype
         self._recent: deque[float] = deque(maxlen=20)
         self._path = log_folder(log_dir) / "metrics.jsonl"
         self._metrics: MetricsFile | None = None
@@ -86,6 +89,8 @@ class RunLog:
             ConfigError: if it cannot be written.
         """
         startup.note("optimizer and checkpoint")
+        if self._tells and self._flops is not None:
+            self._peak = product_speed(self._dtype)
         if self._tells:
             keeps = up_to(iteration if iteration else -1)
             self._metrics = MetricsFile(self._path, (lambda row: True) if evaluates_only else keeps)
@@ -126,6 +131,9 @@ class RunLog:
         if self._flops is not None:
             rates["tflops_per_device"] = self._flops(samples) / elapsed_s / self._devices / 1e12
             rate_text += f", TFLOP/s per device: {rates['tflops_per_device']:.4g}"
+            if self._peak:
+                rates["share_of_peak"] = rates["tflops_per_device"] * 1e12 / self._peak
+                rate_text += f" ({100 * rates['share_of_peak']:.0f}% of a product's)"
         loss = report.losses.get("lm loss", next(iter(report.losses.values()), None))
         self._write(
             {

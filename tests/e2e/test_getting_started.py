@@ -15,7 +15,7 @@ from tests.unit.documents.test_documents import commands, is_whole
 
 FOLDERS = ("parallel_core", "configs", "data", "tools", "examples")
 PROGRAMS = ("pretrain_gpt.sh", "pretrain_gpt.py", "pyproject.toml")
-PAGES = ("getting_started.md", "from_megatron.md", "from_mindspeed.md", "parallelism.md")
+PAGES = ("getting_started.md", "from_megatron.md", "from_mindspeed.md", "parallelism.md", "walkthrough.md")
 
 
 @pytest.fixture
@@ -31,14 +31,15 @@ def checkout(tmp_path):
 def test_the_commands_of_a_page_run_in_order(page, checkout):
     environment = launcher_environment(checkout / "msrun_log", PYTHONPATH=str(checkout))
     environment.pop("LOG_DIR", None)
-    lines = [line for line in commands(REPO / "docs" / page) if is_whole(line)]
+    lines = [line for line in commands(REPO / "docs" / page) if is_whole(line) and "-m venv" not in line]
     if page == "getting_started.md":
         lines.insert(0, "bash pretrain_gpt.sh")
     for line in lines:
         line = re.sub(r"\bpython ", f"{sys.executable} ", line)
         options = {"cwd": checkout, "env": environment, "capture_output": True, "text": True}
         done = subprocess.run(line, shell=True, timeout=900, **options)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        fails = "--lr 1e30" in line  # the walk shows what is said then
+        assert done.returncode == int(fails), f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     if page == "getting_started.md":
         assert (checkout / "runs/a/report.html").stat().st_size > 10_000
         assert len((checkout / "runs/a/metrics.jsonl").read_text().splitlines()) >= 60

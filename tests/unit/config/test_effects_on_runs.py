@@ -59,7 +59,7 @@ def logging(folder):
     assert re.search(r" s from the command to the first step \(.*groups .*, data ", startup)
     assert seen.shown == [3, 4] and all("TFLOP/s per device: " in x for x in seen.lines if "Step: " in x)
     assert {"here/metrics.jsonl", "here/config.yaml"} <= seen.files
-    assert seen.metrics[0]["tflops_per_device"] > 0
+    assert seen.metrics[0]["tflops_per_device"] > 0 and seen.metrics[0]["share_of_peak"] > 0
     plain = run(folder, name="plain")
     assert not any("TFLOP" in line or "Start-up" in line for line in plain.lines)
     assert "tflops_per_device" not in plain.metrics[0]

@@ -33,7 +33,9 @@ def test_what_the_line_says():
     rising = progress_text([row(i, loss=float(i)) for i in range(1, 31)], 0, 100)
     level = progress_text([row(i, loss=3.0) for i in range(1, 31)], 0, 100)
     assert "(rising)" in rising and "(level)" in level
-    assert "0.5 TFLOP/s per device" in progress_text([row(1, tflops_per_device=0.5)], 0, 100)
+    assert progress_text([row(1, tflops_per_device=0.5)], 0, 100).endswith("0.5 TFLOP/s per device")
+    with_share = row(1, tflops_per_device=0.5, share_of_peak=0.25)
+    assert "0.5 TFLOP/s per device, 25% of its best" in progress_text([with_share], 0, 100)
     assert "loss" not in progress_text([{"iteration": 1, "loss": None}], 0, 100)
 
 
