@@ -17,6 +17,7 @@ from parallel_core.checkpoint import TensorShard, find_checkpoint, load_shards, 
 from parallel_core.checkpoint.huggingface.writer import write_hugging_face
 from parallel_core.checkpoint.opening import require_intact_source
 from parallel_core.checkpoint.source import TensorInfo
+from parallel_core.config.mindformers.sampling import mindformers_before_0_8, mindformers_since_0_8
 from parallel_core.config.model_keys import model_settings
 from parallel_core.config.schema import AllConfig, TransformerConfig
 from parallel_core.errors import CheckpointError, ConfigError
@@ -231,7 +232,7 @@ class PreTrainedModel(nn.Cell):
 
     def generate(
         self, input_ids: Any, *, streamer: Any = None, max_length: int | None = None,
-        max_new_tokens: int | None = None, seed: int | None = None, **changes: Any,
+        max_new_tokens: int | None = None, seed: int | None = None, counts: bool = False, **changes: Any,
     ) -> list[np.ndarray]:  # fmt: skip
         """Return int32 arrays of the prompts with their continuations.
 
@@ -241,6 +242,8 @@ class PreTrainedModel(nn.Cell):
             max_length: tokens of prompt and continuation; None: the configuration's, else the model's positions.
             max_new_tokens: tokens of the continuation, in place of `max_length`.
             seed: equal seeds give equal texts; None: 0, as in MindFormers.
+            counts: penalties count what was generated, and `top_p` stands over `top_k`: the rules of MindFormers before
+                0.8 (`config.mindformers.sampling`); else they are `transformers`', as since then.
             changes: do_sample, top_k, top_p, temperature, repetition_penalty, eos_token_id, pad_token_id; where
                 nothing is said, the configuration's.
 
@@ -257,6 +260,9 @@ class PreTrainedModel(nn.Cell):
             raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
         total = max_length or self.config.max_decode_length or self.network.config.max_position_embeddings
         total = min(total, self.network.config.max_position_embeddings)
+        rules = (mindformers_before_0_8 if counts else mindformers_since_0_8)(
+            **{name: how[name] for name in GENERATED if not name.endswith("_id")}
+        )
         params = []
         for prompt in prompts:
             room = max_new_tokens if max_new_tokens is not None else total - len(prompt)
@@ -265,12 +271,9 @@ class PreTrainedModel(nn.Cell):
             params.append(
                 SamplingParams(
                     max_new_tokens=room,
-                    temperature=float(how["temperature"]) if how["do_sample"] else 0.0,
-                    top_k=int(how["top_k"]) if how["do_sample"] else 0,
-                    top_p=float(how["top_p"]) if how["do_sample"] else 1.0,
-                    repetition_penalty=float(how["repetition_penalty"]),
                     stop_token_ids=() if how["eos_token_id"] is None else (int(how["eos_token_id"]),),
                     seed=seed or 0,
+                    **rules,
                 )
             )
         return self._continued(prompts, params, streamer)

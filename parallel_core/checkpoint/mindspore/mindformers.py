@@ -7,7 +7,7 @@ run: its `model.model_config` is read. What is no weight (optimizer state, count
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from parallel_core.checkpoint.huggingface.tensors import (
     FINAL_NORM,
     OUTPUT,
     POSITIONS,
+    SCORE,
     TOKENTYPES,
     WORD_EMBEDDINGS,
     Part,
@@ -40,6 +41,8 @@ from parallel_core.config.yaml_tree import read_leaves
 from parallel_core.errors import CheckpointError, ConfigError, bullet_list
 from parallel_core.records import show
 
+CLASSES = "classes"
+"""The head of `num_labels`, beside those that `bert_head` names."""
 NAME = "mindspore_model"
 """Of the two files, as `save_pretrained` calls them."""
 _TOLD = ("model", "model_config")
@@ -83,6 +86,15 @@ class Dialect:
     turned: frozenset[str] = frozenset()
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def model(self, values: Mapping[str, Any], head: str) -> TransformerConfig:
+        """Return the model of keywords and a head.
+
+        Raises:
+            ConfigError: a value cannot be.
+        """
+        model = self.family.model(values)
+        return replace(model, num_labels=values.get("num_labels", 2)) if head == CLASSES else model
+
     def sources(self, model: TransformerConfig) -> dict[str, list[Part]]:
         """Return which rows of theirs each of our tensors consists of."""
         found = {}
@@ -110,7 +122,7 @@ DIALECTS = {
                 {
                     WORD_EMBEDDINGS: "backbone.embedding.word_embedding.embedding_table",
                     POSITIONS: "backbone.embedding.position_embedding.embedding_table",
-                    **_norm(FINAL_NORM, "backbone.layernorm"),
+                    **_norm(FINAL_NORM, "backbone.layernorm"), SCORE: "score.weight",
                 },
                 "blocks.{}",
                 {
@@ -118,7 +130,7 @@ DIALECTS = {
                     **_MATRICES,
                 },
             ),
-            {"none": "GPT2LMHeadModel"},
+            {"none": "GPT2LMHeadModel", CLASSES: "GPT2ForSequenceClassification"},
             _TURNED,
         ),
         Dialect(
@@ -183,11 +195,11 @@ class MindFormersCheckpoint(PieceSource):
         path = Path(path)
         with os_errors_named(path):
             stored = whole_parameters(*stored_slices(path), str(path))
-            file, kind, values = _described(path)
+            file, kind, head, values = _described(path)
         dialect = DIALECTS[kind]
         found = {name: whole for name, whole in stored.items() if NO_WEIGHT.match(name) is None}
         try:
-            model = dialect.family.model(values)
+            model = dialect.model(values, head)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{file}: model.model_config: {error}") from None
         _check_sizes(file, model, found)
@@ -206,13 +218,13 @@ class MindFormersCheckpoint(PieceSource):
         super().__init__(path, "mindformers", placed(path, shapes, sources, found), common)
 
 
-def _described(path: Path) -> tuple[Path, str, dict[str, Any]]:
-    """Return the file that says what model it is, its family's name, and its keywords; no name where none says it.
+def _described(path: Path) -> tuple[Path, str, str, dict[str, Any]]:
+    """Return the file that says what model it is, its family, head and keywords; no family where none says it.
 
     Raises:
         CheckpointError: several files say it, or one cannot be read.
     """
-    found: list[tuple[Path, str, dict[str, Any]]] = []
+    found: list[tuple[Path, str, str, dict[str, Any]]] = []
     for file in sorted((*path.glob("*.yaml"), *path.glob("*.yml"))):
         try:
             leaves, _ = with_base_files(read_leaves(str(file), {})[0], str(file))
@@ -222,27 +234,29 @@ def _described(path: Path) -> tuple[Path, str, dict[str, Any]]:
         kind = str(told.pop("type", ""))
         if kind:
             head = next((leaf.value for leaf in leaves if leaf.path == ("model", "arch", "type")), None)
-            found.append((file, kind, _keywords(kind, told, head)))
+            found.append((file, kind, *_keywords(kind, told, head)))
     if len(found) > 1:
         names = ", ".join(file.name for file, *_ in found)
         raise CheckpointError(f"{path}: {names} each say what model it is; leave one")
-    return found[0] if found else (path, "", {})
+    return found[0] if found else (path, "", "", {})
 
 
-def _keywords(kind: str, told: Mapping[str, Any], head: object) -> dict[str, Any]:
-    """Return the keywords of a model's family with their values, numbers as numbers."""
+def _keywords(kind: str, told: Mapping[str, Any], named: object) -> tuple[str, dict[str, Any]]:
+    """Return the head of a model and its family's keywords with their values, numbers as numbers."""
     dialect = DIALECTS.get(kind)
     if dialect is None:
-        return {}
+        return "", {}
     family = dialect.family
-    named = {family.aliases.get(name, name): value for name, value in told.items()}
-    values = {name: number_or_word(value) for name, value in named.items() if name in family.settings}
+    spelled = {family.aliases.get(name, name): value for name, value in told.items()}
+    values = {name: number_or_word(value) for name, value in spelled.items() if name in family.settings}
     known = {theirs: ours for ours, theirs in dialect.architecture.items()}
-    if "head" in family.settings and head is not None:
-        if head not in known:
-            raise CheckpointError(f"model.arch.type {show(head)} is not read; {', '.join(known)} are")
-        values["head"] = known[str(head)]
-    return {name: value for name, value in values.items() if value is not None}
+    usual = str(values.get("head") or next(iter(dialect.architecture)))
+    if named is not None and named not in known:
+        raise CheckpointError(f"model.arch.type {show(named)} is not read; {', '.join(known)} are")
+    head = usual if named is None else known[str(named)]
+    if "head" in family.settings:
+        values["head"] = head
+    return head, {name: value for name, value in values.items() if value is not None}
 
 
 def _check_sizes(file: Path, model: TransformerConfig, found: Mapping[str, Whole]) -> None:
@@ -274,7 +288,7 @@ def write_mindformers(source: TensorSource, path: Path, progress: Callable[[int]
 
     write_ckpt_file(path / f"{NAME}.ckpt", source, shapes, dialect.sources(model), as_it_is, progress)
     told = {"model_config": {"type": dialect.family.name, **values},
-            "arch": {"type": dialect.architecture[model.bert.bert_head]}}  # fmt: skip
+            "arch": {"type": dialect.architecture[_head(model)]}}  # fmt: skip
     write_durably(path / f"{NAME}.yaml", yaml.safe_dump({"model": told}, sort_keys=False))
     return write_tokenizer(source, path)[1]
 
@@ -283,11 +297,11 @@ def _chosen(source: TensorSource, model: TransformerConfig) -> tuple[Dialect, di
     """Return the dialect that has a model, and the keywords that say what it is."""
     refusals: list[list[str]] = []
     for dialect in DIALECTS.values():
-        if model.bert.bert_head not in dialect.architecture:
+        if _head(model) not in dialect.architecture:
             continue
         values = _values(dialect.family, model)
         try:
-            seen = dialect.family.model(values)
+            seen = dialect.model(values, _head(model))
         except ConfigError as error:
             refusals.append([f"{error} ({dialect.family.name})"])
             continue
@@ -299,8 +313,12 @@ def _chosen(source: TensorSource, model: TransformerConfig) -> tuple[Dialect, di
         if not wrong:
             return dialect, values
         refusals.append(wrong)
-    nearest = min(refusals, key=len, default=[f"bert_head={model.bert.bert_head!r} has no names there"])
+    nearest = min(refusals, key=len, default=[f"a head for {_head(model)} has no names there"])
     raise CheckpointError(f"{source.path}: MindFormers has no such model:\n{bullet_list(nearest, 20)}")
+
+
+def _head(model: TransformerConfig) -> str:
+    return CLASSES if model.num_labels else model.bert.bert_head
 
 
 def _values(family: Family, model: TransformerConfig) -> dict[str, Any]:
@@ -314,6 +332,8 @@ def _values(family: Family, model: TransformerConfig) -> dict[str, Any]:
         values["expand_ratio"] = model.ffn_hidden_size // model.hidden_size
     if "embedding_dropout_prob" in family.settings:
         values["embedding_dropout_prob"] = values["hidden_dropout_rate"]
+    if model.num_labels:
+        values["num_labels"] = model.num_labels
     if "head" in family.settings:
         values.update(head=model.bert.bert_head, type_vocab_size=model.bert.num_tokentypes)
     return values

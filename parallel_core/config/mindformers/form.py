@@ -22,13 +22,13 @@ from parallel_core.config.mindformers.models import FAMILIES, GENERATION, IGNORE
 from parallel_core.config.mindformers.schedule import schedule_arguments
 from parallel_core.config.values import Given
 from parallel_core.config.yaml_tree import Leaf, read_leaves
-from parallel_core.errors import ConfigError
+from parallel_core.errors import ConfigError, DataError
 
 _MARKS = ("runner_config", "runner_wrapper", "run_mode", "base_config")
 _MOST_FILES = 32
 _MODES = {"DATA_PARALLEL": 0, "SEMI_AUTO_PARALLEL": 1, "AUTO_PARALLEL": 2, "HYBRID_PARALLEL": 3, "STAND_ALONE": 0}
 _TRAINERS = ("CausalLanguageModelingTrainer", "MaskedLanguageModelingTrainer", "GeneralTaskTrainer",
-             "TextClassificationTrainer")
+             "TextClassificationTrainer")  # fmt: skip
 """GPT-2's first files call it masked."""
 _OPTIMIZERS = ("FusedAdamWeightDecay", "AdamWeightDecay", "FP32StateAdamWeightDecay", "FusedFP32StateAdamWeightDecay",
                "adamw", "AdamW", "FusedCastAdamWeightDecay")  # fmt: skip
@@ -261,8 +261,8 @@ class _Form:
                     values[name] = value
             elif not self._other_model_key(key, name, family):
                 self.problems.append(f"{self.leaves[key].source}: {key}: unknown key of {family.name}")
-        if head == "GPT2ForSequenceClassification":
-            self.give("num_labels", values.get("num_labels", family.settings["num_labels"].default), "model.arch.type")
+        if self.classes:
+            self.give("num_labels", self.number(MODEL + "num_labels", 2), MODEL + "num_labels", "model.arch.type")
         for path, (value, names) in family.fields_of(values).items():
             keys = [MODEL + name for name in names]
             if path == "vocab_size":
@@ -271,6 +271,12 @@ class _Form:
                 self.give(table.DIRECT[f"model_config.{path}"].name, value, *keys[:1])
         self._precision(family, values)
         self._adapters()
+
+    @property
+    def classes(self) -> bool:
+        """Whether the model has a head for whole texts."""
+        family = self.family()
+        return family is not None and family.architectures.get(str(self.value("model.arch.type"))) == "classes"
 
     def _other_model_key(self, key: str, name: str, family: Family) -> bool:
         """Read a key of the model that is none of its settings, and tell whether it is known."""
@@ -298,9 +304,32 @@ class _Form:
         return name in IGNORED or name in family.ignored or name in of_prediction
 
     def _vocabulary(self, rows: int, keys: list[str]) -> None:
-        """Say the vocabulary's size, and that records are read as ids."""
+        """Say the vocabulary's size, and that records are read as ids; texts of classes need their tokenizer."""
+        self.give("make_vocab_size_divisible_by", 1, *keys)  # rows that are there beside would be in the loss
+        if self.classes and self._words():
+            self.give("vocab_size", rows, *keys)
+            return
         self.give("tokenizer_type", "NullTokenizer", *keys)
         self.give("vocab_size", rows - 1, *keys)  # its end of document comes after the vocabulary
+
+    def _words(self) -> bool:
+        """Read texts with GPT-2's two files beside the weights; tell whether the data are texts, not records of ids."""
+        from parallel_core.data.record_dataset import mindrecord_files  # as in `config/vocabulary.py`
+
+        place = self.value("train_dataset.data_loader.dataset_dir")
+        if place and mindrecord_files(str(place)):
+            return False
+        for key in ("load_checkpoint", MODEL + "checkpoint_name_or_path"):
+            folder = Path(str(self.value(key) or ""))
+            if self.value(key) and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                self.give("tokenizer_type", "GPT2BPETokenizer", key)
+                self.give("vocab_file", str(folder / "vocab.json"), key)
+                self.give("merge_file", str(folder / "merges.txt"), key)
+                return True
+        if place:
+            self.notes.append("model.arch.type: no vocab.json and merges.txt lie beside the weights; give "
+                              "--tokenizer-type GPT2BPETokenizer with --vocab-file and --merge-file")  # fmt: skip
+        return bool(place)
 
     def _precision(self, family: Family, values: Mapping[str, Any]) -> None:
         compute = str(values.get("compute_dtype", family.settings["compute_dtype"].default)).replace("mindspore.", "")
@@ -466,7 +495,7 @@ class _Form:
             self.give("split", "1,0,0", train_key)
         if only_evaluates and not held:
             self.fail("run_mode", f"needs data: {held_key}, or --eval_dataset_dir")
-        if train and self.switch("train_dataset.data_loader.shuffle"):
+        if train and self.switch("train_dataset.data_loader.shuffle") and not self.classes:
             self.give("dataloader_type", "cyclic", "train_dataset.data_loader.shuffle")
         for key in ("train_dataset.eod_reset", "train_dataset.eos_reset"):
             if self.switch(key):
@@ -488,14 +517,14 @@ class _Form:
     def _lengths(self, train: str, held: str, only_evaluates: bool) -> None:
         """Say how long the run is, how often it evaluates, and on how many batches."""
         batch, epochs = self.global_batch(), self.number("runner_config.epochs", 1)
-        each = _batches_of(train, batch)
+        each = self._batches_of("train_dataset", train, batch)
         steps = None if each is None else epochs * each
         if steps is not None and not only_evaluates:
             self.give("train_iters", steps, "runner_config.epochs")
         elif "runner_config.epochs" in self.leaves and not only_evaluates:
             self.notes.append(f"{self.terms('runner_config.epochs')}: the records are not here to be counted; "
                               "--train-iters says how long the run is")  # fmt: skip
-        held_batches = _batches_of(held, batch)
+        held_batches = self._batches_of("eval_dataset", held, batch)
         self.give("eval_iters", held_batches or (1 if held else 0), "eval_dataset.data_loader.dataset_dir")
         every = self.number("eval_step_interval", -1, -1)
         by_epoch = self.number("eval_epoch_interval", 1, -1)
@@ -504,6 +533,25 @@ class _Form:
         elif held and each and by_epoch > 0:
             self.give("eval_interval", by_epoch * each, "eval_epoch_interval")
         self._schedule(steps, each)
+
+    def _batches_of(self, part: str, place: str, batch: int | None) -> int | None:
+        """Return the whole batches of MindRecord files, or of texts with classes; None where that cannot be told."""
+        if not place or batch is None:
+            return None
+        from parallel_core.data.classified import read_classified  # as in `config/vocabulary.py`
+        from parallel_core.data.record_dataset import count_records
+
+        records = count_records(place)
+        if records is None and self.classes:
+            try:
+                records = len(read_classified(place))
+            except DataError:
+                return None  # the run says what is wrong with it
+        if records is not None and records < batch:
+            key = f"{part}.data_loader.dataset_dir"
+            self.fail(key, f"{records} records make no batch of {batch}; lower batch_size")
+            return None
+        return None if records is None else records // batch
 
     def _schedule(self, steps: int | None, each: int | None) -> None:
         key = "lr_schedule."
@@ -597,7 +645,7 @@ class _Form:
                 kind = one.get("type") if isinstance(one, dict) else None
                 if kind not in _CALLBACKS:
                     self.fail(key, f"{kind} is not built; there are {', '.join(_CALLBACKS)}")
-                elif kind in _SAVING:
+                elif kind in _SAVING and self.value("run_mode", "train") in ("train", "finetune"):
                     for word, name in _SAVING_KEYS.items():
                         if one.get(word) is not None:
                             self._of_callback(key, name, one[word])
@@ -607,20 +655,6 @@ class _Form:
     def _of_callback(self, key: str, name: str, value: object) -> None:
         leaf = self.leaves[key]
         self.given.append(Given(name, value, leaf.source, key, value))
-
-
-def _batches_of(folder: str, batch: int | None) -> int | None:
-    """Return the whole batches that a folder of MindRecord files makes; None where that cannot be told."""
-    if not folder or batch is None:
-        return None
-    from parallel_core.data.record_dataset import count_records  # as in `config/vocabulary.py`
-
-    records = count_records(folder)
-    if records is None:
-        return None
-    if records < batch:
-        raise ConfigError(f"{folder}: {records} records make no batch of {batch}; lower runner_config.batch_size")
-    return records // batch
 
 
 def _nearest(key: str) -> str:

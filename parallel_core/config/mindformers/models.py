@@ -169,7 +169,7 @@ GPT2 = Family(
     },
     {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute"},
     _gpt2_width,
-    architectures={"GPT2LMHeadModel": "none", "GPT2WithLora": "none", "GPT2ForSequenceClassification": "none"},
+    architectures={"GPT2LMHeadModel": "none", "GPT2WithLora": "none", "GPT2ForSequenceClassification": "classes"},
 )  # fmt: skip
 
 PANGU_ALPHA = Family(

@@ -13,6 +13,16 @@ from typing import Any
 from parallel_core.errors import ConfigError
 
 
+def mindformers_since_0_8(
+    do_sample: bool, top_k: int, top_p: float, temperature: float, repetition_penalty: float
+) -> dict[str, Any]:
+    """Return the values of `SamplingParams` that these settings mean, as for `transformers`."""
+    found: dict[str, Any] = {"repetition_penalty": float(repetition_penalty)}
+    if not do_sample:
+        return {**found, "temperature": 0.0}
+    return {**found, "temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
+
+
 def mindformers_before_0_8(
     do_sample: bool = True,
     top_k: int = 5,
@@ -41,7 +51,7 @@ def mindformers_before_0_8(
         raise ConfigError(f"repetition_penalty={repetition_penalty}: give 1 (none) or more")
     found: dict[str, Any] = {"renormalize": False}
     if repetition_penalty != 1:
-        found.update(frequency_penalty=repetition_penalty, presence_penalty=repetition_penalty)
+        found.update(frequency_penalty=float(repetition_penalty), presence_penalty=float(repetition_penalty))
     if not do_sample:
         return {**found, "temperature": 0.0}
-    return {**found, "top_p": top_p} if top_p < 1 else {**found, "top_k": top_k}
+    return {**found, "top_p": float(top_p)} if top_p < 1 else {**found, "top_k": int(top_k)}

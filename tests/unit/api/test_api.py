@@ -372,6 +372,25 @@ def test_words_are_printed_when_they_are_finished_and_cjk_at_once(gpt2, capsys):
     assert capsys.readouterr().out == "\na prompt "
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_both_dialects_of_penalties_are_what_whole_passes_with_them_choose(gpt2, counts):
+    model = AutoModel.from_pretrained(gpt2)
+    prompts = [[5, 7, 9, 7], [11, 3]]
+    rows = model.generate(prompts, do_sample=False, max_length=14, repetition_penalty=1.6, counts=counts)
+    for prompt, row in zip(prompts, rows):
+        ids = list(prompt)
+        while len(ids) < 14:
+            z = model(Tensor(np.array([ids], np.int32))).asnumpy()[0, -1].astype(np.float64)
+            times = np.bincount(ids[len(prompt) :], minlength=len(z)) if counts else None
+            if counts:  # before 0.8: of generated tokens, for each time and once more
+                z = z - np.log(np.exp(z - z.max()).sum()) - z.max() - times * 1.6 - (times > 0) * 1.6
+            else:  # transformers': of prompt and continuation, once
+                seen = sorted(set(ids))
+                z[seen] = np.where(z[seen] < 0, z[seen] * 1.6, z[seen] / 1.6)
+            ids.append(int(z.argmax()))
+        assert row.tolist() == ids
+
+
 def test_an_iterator_gives_what_is_generated_and_ends_on_errors(gpt2):
     tokenizer, model = GPT2Tokenizer.from_pretrained(gpt2), AutoModel.from_pretrained(gpt2)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60.0, skip_special_tokens=False)

@@ -72,6 +72,20 @@ def test_round_trip_is_bitwise_in_names_forms_and_model(tmp_path, name):
     assert models[0] == models[1]
 
 
+def test_a_head_for_classes_comes_with_its_score(tmp_path):
+    score = np.random.default_rng(2).normal(size=(3, 64)).astype(np.float32)
+    folder = make(tmp_path / "m", "gpt2", {**published("gpt2"), "score.weight": score}, num_labels=3)
+    text = (folder / "run.yaml").read_text().replace("GPT2LMHeadModel", "GPT2ForSequenceClassification")
+    (folder / "run.yaml").write_text(text)
+    source = open_checkpoint(folder)
+    assert source.common["model_config"]["num_labels"] == 3
+    np.testing.assert_array_equal(read_tensor(source, "score.weight"), score)
+    assert main(["--to", "mindspore", "--load", str(folder), "--save", str(tmp_path / "back"), "--quiet"]) == 0
+    again = open_checkpoint(tmp_path / "back")
+    assert again.common["model_config"] == source.common["model_config"]
+    np.testing.assert_array_equal(read_tensor(again, "score.weight"), score)
+
+
 def test_slices_of_ranks_are_put_together(tmp_path):
     whole = published("gpt2")
     folder = make(tmp_path / "m", "gpt2")

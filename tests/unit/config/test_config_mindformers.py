@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from config_helpers import ROOT
 
+from parallel_core.checkpoint.huggingface.tensors import our_shapes
 from parallel_core.config import load_config
 from parallel_core.config.mindformers.form import key_rows
 from parallel_core.config.mindformers.schedule import schedule_arguments
@@ -39,7 +41,7 @@ def refused(folder, changes):
 @pytest.mark.parametrize(
     ("name", "ranks", "layers", "width", "samples"),
     [("run_gpt2", 1, 12, 768, 8), ("run_gpt2_13b", 32, 40, 5120, 4 * 24 * 2), ("run_gpt2_52b", 128, 64, 8192, 1024),
-     ("run_gpt2_lora", 1, 12, 768, 8)],
+     ("run_gpt2_lora", 1, 12, 768, 8), ("run_gpt2_txtcls", 1, 12, 768, 16)],
 )  # fmt: skip
 def test_files_of_the_published_sizes_are_read_with_their_base_files_and_anchors(name, ranks, layers, width, samples):
     found = load_config(["--config", str(FILES / f"{name}.yaml")])
@@ -47,6 +49,16 @@ def test_files_of_the_published_sizes_are_read_with_their_base_files_and_anchors
     assert (found.world_size, model.num_layers, model.hidden_size) == (ranks, layers, width)
     assert (data.global_batch_size, model.ffn_hidden_size) == (samples, 4 * width)
     assert data.global_batch_size == data.batch_size * data.micro_batch_num * (4 if ranks == 32 else ranks // 16 or 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("run_gpt2", 124_439_808), ("run_gpt2_13b", 12_853_386_240 + 5120), ("run_gpt2_52b", 51_966_533_632)],
+)
+def test_models_have_the_published_number_of_parameters_and_no_rows_beside_but_for_equal_parts(name, parameters):
+    """50257 tokens are not a multiple of two ranks: there is one row more."""
+    model = load_config(["--config", str(FILES / f"{name}.yaml")]).config.model_config
+    assert sum(math.prod(shape) for shape in our_shapes(model).values()) == parameters
 
 
 def test_the_published_example_of_32_devices_is_this_layout():
@@ -88,6 +100,21 @@ def test_llama_of_later_releases_is_read_with_its_names_of_schedule_and_accumula
 def test_adapters_are_those_of_the_packed_queries_keys_and_values():
     lora = load_config(["--config", str(FILES / "run_gpt2_lora.yaml")]).config.training_config.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (64, 128.0, 0.1, ("linear_qkv",))
+
+
+def test_classes_of_texts_have_their_head_their_table_and_the_tokenizer_beside_the_weights(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "fine\t1\nbad\t0\n" * 20)
+    model = {"model_config": {"num_labels": 3, "checkpoint_name_or_path": str(tmp_path), "vocab_size": 320}}
+    data = {"data_loader": {"dataset_dir": str(tmp_path / "train.tsv")}}
+    changes = {"model": model, "run_mode": "finetune", "train_dataset": data, "runner_config": {"epochs": 2}}
+    config = loaded(tmp_path, changes, base="run_gpt2_txtcls.yaml").config
+    assert (config.model_config.num_labels, config.training_config.training_iters) == (3, 2 * (40 // 16))
+    assert config.training_config.load_checkpoint == str(tmp_path) and config.training_config.finetune
+    assert (config.dataset_config.tokenizer_type, config.dataset_config.merge_file) == (
+        "GPT2BPETokenizer", str(tmp_path / "merges.txt")
+    )  # fmt: skip
 
 
 def test_flags_stand_over_the_file_and_each_value_says_where_it_stands(tmp_path):
