@@ -19,16 +19,21 @@ import numpy as np
 
 REPO = Path(__file__).resolve().parents[2]
 LOSSES = Path(__file__).with_name("losses.json")
-"""Losses of configs/gpt_tiny.yaml on one CPU rank, which `python -m tests.ascend.pieces write-losses` writes."""
+"""Of configs/gpt_tiny.yaml, and of it with experts, on one CPU rank; `python -m tests.ascend.pieces write-losses`."""
+EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear"]
 LAYOUTS = {
     "tp1": (1, ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]),
     "dp2": (2, ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]),
     "dp2 distributed optimizer": (2, ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
                                       "--use-distributed-optimizer", "--overlap-grad-reduce"]),
     "tp2": (2, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"]),
+    "tp2 sequence parallel": (2, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1",
+                                  "--sequence-parallel"]),
     "pp2": (2, ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"]),
     "cp2": (2, ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
                 "--context-parallel-size", "2"]),
+    "experts ep2": (2, ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
+                        "--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "alltoall", *EXPERTS]),
     "tp2 pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
     "tp2 pp2 dp2": (8, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }  # fmt: skip
@@ -173,7 +178,7 @@ def collectives() -> None:
 
 def layouts() -> None:
     """A few steps of each layout against the losses of one CPU rank."""
-    golden = json.loads(LOSSES.read_text())["losses"]
+    golden = json.loads(LOSSES.read_text())
     for name, (ranks, words) in LAYOUTS.items():
         if ranks > max(2, devices()):
             print(f"--   {name}: needs {ranks} devices")
@@ -184,7 +189,7 @@ def layouts() -> None:
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 check(name, False, error)
                 continue
-        _compare(name, losses, golden[:_ITERATIONS])
+        _compare(name, losses, golden["experts" if "experts" in name else "losses"][:_ITERATIONS])
 
 
 def _compare(name: str, losses: list[float], golden: list[float]) -> None:
@@ -244,8 +249,10 @@ def speed() -> None:
 def write_losses() -> None:
     """Train on one CPU rank and keep the losses."""
     with tempfile.TemporaryDirectory() as folder:
-        losses = _losses(Path(folder), 1, ["--train-iters", str(_LONG), *LAYOUTS["tp1"][1]])
-    LOSSES.write_text(json.dumps({"losses": losses}) + "\n")
+        losses = _losses(Path(folder) / "a", 1, ["--train-iters", str(_LONG), *LAYOUTS["tp1"][1]])
+        short = ["--train-iters", str(_ITERATIONS), *LAYOUTS["tp1"][1], *EXPERTS]
+        experts = _losses(Path(folder) / "b", 1, short)
+    LOSSES.write_text(json.dumps({"losses": losses, "experts": experts}) + "\n")
 
 
 PIECES = {f.__name__: f for f in (machine, memory, kernels, collectives, layouts, default, moved, speed)}
