@@ -71,6 +71,7 @@ def memory() -> None:
     """A parameter lives in a flat buffer: what either writes, the other sees."""
     from mindspore import Parameter, Tensor
 
+    from parallel_core.ops.shared import put
     from parallel_core.optimizer import flat
     from parallel_core.training.runtime import start_runtime
 
@@ -86,6 +87,9 @@ def memory() -> None:
     check("a part of a part is the same memory", np.array_equal(parameter.asnumpy()[0], [9, 9, 9]), parameter.asnumpy())
     part.add_(Tensor(np.ones((2, 3), np.float32)))
     check("what is added in place is there", np.array_equal(buffer.numpy()[4:7], [10, 10, 10]), buffer.numpy())
+    shaped = part.memory((2, 3))
+    put(shaped, Tensor(np.ones((2, 3), np.float32)), True)
+    check("what is added to it in the parameter's shape is there", np.array_equal(buffer.numpy()[4:7], [11, 11, 11]))
     squares = float(part.sum_of_squares()), float((parameter.asnumpy() ** 2).sum())
     check("squares are summed", bool(np.isclose(*squares)), squares)
     m, v, g = (flat.zeros(6, "float32") for _ in range(3))

@@ -12,6 +12,7 @@ import numpy as np  # noqa: E402
 from mindspore import Tensor  # noqa: E402
 
 from parallel_core.comm.factory import group_factory  # noqa: E402
+from parallel_core.optimizer import flat as flat_memory  # noqa: E402
 from parallel_core.training.runtime import start_runtime  # noqa: E402
 
 WRONG: list[str] = []
@@ -63,6 +64,22 @@ def main() -> None:
     summed = sum(p.reshape(-1) for p in parts)[rank * n : rank * n + n]  # type: ignore[index]
     check("reduce_scatter_start", world.reduce_scatter_start(flat).wait(), summed)  # type: ignore[arg-type]
     check("all_reduce_start_", world.all_reduce_start_(flat).wait(), sum(p.reshape(-1) for p in parts))  # type: ignore[arg-type]
+    # What Adam's masters and buckets do: a part of a buffer is gathered, or reduced, into the buffer itself.
+    per_rank = mine.size
+    buffer, start = flat_memory.zeros(per_rank * size, "float32"), rank * per_rank
+    own = buffer.part(start, start + per_rank)
+    own.load(parts[rank].reshape(-1))
+    gathered = world.all_gather_start(own.tensor(), buffer.tensor()).wait()
+    if gathered is not None:
+        buffer.write_(gathered)
+    joined = np.concatenate([p.reshape(-1) for p in parts])
+    check("all_gather_start into the buffer", Tensor(buffer.numpy().copy()), joined)
+    buffer.load(joined * (rank + 1))
+    reduced = world.reduce_scatter_start(buffer.tensor(), own.tensor()).wait()
+    if reduced is not None:
+        own.write_(reduced)
+    share = joined[start : start + per_rank] * (size * (size + 1) / 2)
+    check("reduce_scatter_start into the buffer", Tensor(own.numpy().copy()), share)
     if pair is not None and size > 2:
         check("all_reduce in a part of the ranks", pair.all_reduce(mine), sum(parts[r] for r in pair.ranks))  # type: ignore[arg-type]
     check("objects", Tensor(np.array(world.all_gather_object(rank), np.float32)), np.arange(size, dtype=np.float32))
