@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from parallel_core.config.values import is_memory_size
 from parallel_core.errors import ConfigError
 from parallel_core.training.runtime import start_runtime
 
@@ -33,6 +34,8 @@ class ContextConfig:
             raise ConfigError(f"mode={self.mode!r}: give one of {', '.join(map(str, _MODES))}")
         if self.device_target not in ("Ascend", "CPU"):
             raise ConfigError(f"device_target={self.device_target!r}: give Ascend or CPU")
+        if self.max_device_memory and not is_memory_size(self.max_device_memory):
+            raise ConfigError(f"max_device_memory={self.max_device_memory!r}: give a size above zero, such as 58GB")
 
 
 @dataclass(frozen=True)

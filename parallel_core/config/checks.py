@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 
 from parallel_core.config.classifier_checks import CLASSIFIER_CHECKS
@@ -15,6 +14,7 @@ from parallel_core.config.lora_checks import LORA_CHECKS
 from parallel_core.config.model_checks import MODEL_CHECKS
 from parallel_core.config.resolution import LARGEST, Resolution
 from parallel_core.config.schema import ROTARY, ModelParallelConfig
+from parallel_core.config.values import is_memory_size
 from parallel_core.config.watching_checks import WATCHING_CHECKS
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_place
@@ -79,8 +79,6 @@ _NOT_NEGATIVE = """
     attn_post_norm_scale ffn_post_norm_scale profile_step_start pre_tockens vocab_extra_ids yarn_mscale
     yarn_mscale_all_dim
 """
-_MEMORY = re.compile(r"(?=.*[1-9])(0|[1-9][0-9]*)(\.[0-9]+)?GB", re.ASCII)
-"""As `mindspore.runtime.set_memory` takes it."""
 _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "sgd_momentum")
 
 
@@ -105,7 +103,7 @@ def ranges(r: Resolution) -> None:
         r.fail("lr_warmup_fraction", "must be from 0 to 1")
     if r["betas"] is not None and len(r["betas"]) != 2:
         r.fail("betas", "takes two numbers, adam_beta1 and adam_beta2")
-    if r["max_device_memory"] and not _MEMORY.fullmatch(r["max_device_memory"]):
+    if r["max_device_memory"] and not is_memory_size(r["max_device_memory"]):
         r.fail("max_device_memory", "is a size above zero; write for example 58GB")
     if not -1 <= r["profile_aicore_metrics"] <= 6:
         r.fail("profile_aicore_metrics", "must be from -1 to 6")

@@ -239,3 +239,8 @@ def _word(argument: Argument, raw: object) -> object:
             raise Unreadable(raw, f"it takes {', '.join(argument.choices)}")
         word = by_case[word.lower()]
     return word
+
+
+def is_memory_size(text: str) -> bool:
+    """Return whether `mindspore.runtime.set_memory` takes a size: a number above zero, then GB."""
+    return re.fullmatch(r"(?=.*[1-9])(0|[1-9][0-9]*)(\.[0-9]+)?GB", text, re.ASCII) is not None

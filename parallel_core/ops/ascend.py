@@ -269,6 +269,7 @@ def attention_block(
     """Return `reference.attention_block` by FlashAttentionScore. Not verified: never run on an NPU.
 
     The operator returns the scores' maximum and the sum of exponentials less it, each eight times, [B, N, S, 8].
+    Weights are dropped by the seed, the heads and the block's place in the sequence.
     """
     mode, hidden, sees = _block_mask(query_SBND.shape, key_TBGD.shape[0], start_BS, q_first, k_first)
     place = q_first, k_first

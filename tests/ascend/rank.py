@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -12,6 +13,7 @@ import numpy as np  # noqa: E402
 from mindspore import Tensor  # noqa: E402
 
 from parallel_core.comm.factory import group_factory  # noqa: E402
+from parallel_core.comm.interface import Group  # noqa: E402
 from parallel_core.optimizer import flat as flat_memory  # noqa: E402
 from parallel_core.training.runtime import start_runtime  # noqa: E402
 
@@ -19,9 +21,14 @@ WRONG: list[str] = []
 
 
 def main() -> None:
-    """Run every operation and print a line for each on the first rank."""
+    """Run every operation of this job's ranks."""
     rank, size = start_runtime()
-    make = group_factory("auto", 120.0, rank, size)
+    operations(group_factory("auto", 120.0, rank, size), rank, size)
+    sys.exit(1 if WRONG else 0)
+
+
+def operations(make: Callable[[str, list[int]], Group], rank: int, size: int) -> None:
+    """Run every operation of a backend's groups and print a line for each on the first rank; `WRONG` has what is."""
     world = make("world", list(range(size)))
     pair = make("pair", [rank - rank % 2, rank - rank % 2 + 1]) if rank - rank % 2 + 1 < size else None
 
@@ -84,7 +91,7 @@ def main() -> None:
         check("all_reduce in a part of the ranks", pair.all_reduce(mine), sum(parts[r] for r in pair.ranks))  # type: ignore[arg-type]
     check("objects", Tensor(np.array(world.all_gather_object(rank), np.float32)), np.arange(size, dtype=np.float32))
     world.barrier()
-    sys.exit(1 if WRONG else 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

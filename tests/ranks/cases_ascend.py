@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from parallel_core import ops
+from parallel_core.comm.factory import group_factory
 from parallel_core.context import ParallelContext
+from tests.ascend import rank
 from tests.helpers.ascend_double import on_ascend_double, round_trips
 from tests.helpers.cases import CaseContext, case
 from tests.helpers.hccl_double import over_hccl
@@ -77,6 +79,15 @@ def check(ctx: CaseContext, tiny: Tiny, rtol: float, also_read: frozenset[str] =
     # A rank without a gradient that counts and without a loss has nothing of its own to read.
     assert read in (SCALARS, {"training/scalars.py: _sum": 1}), read
     return hccl.calls
+
+
+@case(world_size=(2, 4), slow=True)
+def test_the_collectives_of_an_npus_script(ctx: CaseContext) -> None:
+    """What tests/ascend/rank.py asks of HCCL runs to its end on the double."""
+    with on_ascend_double(), over_hccl(lambda ranks: group_of(ctx, list(ranks)), ctx.world_size) as hccl:
+        rank.WRONG.clear()
+        rank.operations(group_factory("auto", 60.0, ctx.rank, ctx.world_size), ctx.rank, ctx.world_size)
+    assert not rank.WRONG and hccl.unfinished == 0 and len(hccl.calls) == 9
 
 
 @case(world_size=2, variants=[{"layout": "tp2 sp"}, {"layout": "dp2 distopt overlap"}])

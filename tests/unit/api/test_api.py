@@ -272,6 +272,7 @@ def test_settings_that_cannot_be_are_told_by_name(tmp_path):
         (lambda: LlamaForCausalLM(GPT2Config()), "takes a LlamaConfig"),
         (lambda: pipeline("translation", "gpt2"), "task='translation'"),
         (lambda: ContextConfig(mode=3), "mode=3"),
+        (lambda: ContextConfig(max_device_memory="58"), "max_device_memory='58'"),
         (lambda: ParallelContextConfig(parallel_mode="OTHER"), "OTHER"),
         (lambda: init_context(True, None, ParallelContextConfig(device_num=8)), "device_num=8, and 1 ranks"),
     ):
