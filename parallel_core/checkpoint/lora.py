@@ -60,7 +60,7 @@ def base_directory(adapter: TensorSource, chosen: str = "") -> Path:
     if not path.exists():
         raise CheckpointError(
             f"{adapter.path} is an adapter of {path}, which is not there; name the base model's directory with "
-            "--lora-base (of a run) or --base (of the converter)"
+            "--lora-base (of a run) or --base (of other commands)"
         )
     return path
 
@@ -74,7 +74,7 @@ def check_base(adapter: TensorSource, base: TensorSource) -> None:
     if adapter.common[KEY].get("fingerprint") != fingerprint(base):
         raise CheckpointError(
             f"{base.path} is not the base model of the adapter {adapter.path}: its weights are others; name the right "
-            "one with --lora-base (of a run) or --base (of the converter)"
+            "one with --lora-base (of a run) or --base (of other commands)"
         )
 
 

@@ -33,6 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--load", required=True, metavar="DIR", help="checkpoint: native, Megatron's, or Hugging Face's")
     group.add_argument("--ckpt-step", type=int, help="the iteration to load (default: the latest)")
+    group.add_argument("--base", default="", metavar="MODEL", help="of adapters: the model they are on, if moved")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="any, whatever DIR has")
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="any, whatever DIR has")
     for name in _REFUSED:

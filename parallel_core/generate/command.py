@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     from parallel_core.generate.loading import checked_length, describe
 
     asked = read_prompts(args)
-    described = describe(args.load, args.ckpt_step)
+    described = describe(args.load, args.ckpt_step, args.base)
     longest = checked_length(described, args.max_length)
     it = Generator(
         described,

@@ -40,6 +40,7 @@ class Generator:
         max_batch_size: sequences that are continued at a time, on each of the data parallel models.
         max_length: tokens of a prompt with its answer; None: what the model was made for.
         step: the iteration to load; None: the latest.
+        base: of adapters, the model they are on, where it is not at the place that they name.
         kernels: `auto` for compiled kernels, `local` for plain MindSpore operators.
         context: this rank's groups, where there are any already.
 
@@ -56,11 +57,12 @@ class Generator:
         max_batch_size: int = DEFAULT_ROWS,
         max_length: int | None = None,
         step: int | None = None,
+        base: str = "",
         kernels: str = "auto",
         context: ParallelContext | None = None,
     ) -> None:
         layout = layout or Layout()
-        self.described = load if isinstance(load, Described) else describe(load, step)
+        self.described = load if isinstance(load, Described) else describe(load, step, base)
         config = build_config(self.described, layout)
         self.max_length = checked_length(self.described, max_length)
         if max_batch_size < 1:

@@ -83,19 +83,20 @@ def template_of(described: Described, named: str = "default") -> ChatTemplate | 
     )
 
 
-def describe(load: str | Path, step: int | None = None) -> Described:
+def describe(load: str | Path, step: int | None = None, base: str = "") -> Described:
     """Return what the checkpoint in a directory says; nothing of its tensors is read.
 
     Args:
         load: a run's directory of checkpoints or one checkpoint's own, native or Megatron's, or a Hugging Face model.
         step: the iteration to take; None: the latest.
+        base: of adapters, the base model's directory, over the one that they name.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read.
         ConfigError: it does not say what model it holds, or of one that cannot be continued.
     """
     path = Path(find_checkpoint(str(load), step, check=False))
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, base=base)
     settings = source.common.get("model_config")
     if not isinstance(settings, Mapping) or not settings:
         raise ConfigError(f"{path}: does not say what model it holds; convert it with tools.convert_megatron first")

@@ -39,7 +39,7 @@ def check_before(args: argparse.Namespace, layout: Layout) -> None:
     """
     from parallel_core.generate.loading import checked_length, describe
 
-    described = describe(args.load, args.ckpt_step)
+    described = describe(args.load, args.ckpt_step, args.base)
     check_layout(described.model, layout)
     checked_length(described, args.max_length)
 

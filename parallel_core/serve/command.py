@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     it = Generator(
         args.load,
         step=args.ckpt_step,
+        base=args.base,
         layout=layout,
         max_batch_size=args.max_batch_size,
         max_length=args.max_length,

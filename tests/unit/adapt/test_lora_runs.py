@@ -14,6 +14,7 @@ from parallel_core.checkpoint.native import NativeCheckpoint
 from parallel_core.config import load_config
 from parallel_core.convert.cli import main as convert
 from parallel_core.errors import CheckpointError, ConfigError
+from parallel_core.generate.command import main as generate
 from tests.helpers.one_process import evaluations, iterations, run
 
 LORA = "--load {place}/base --lora-rank 4 --lora-alpha 8 --save ck --lr 5e-2 --num-layers 2"
@@ -159,6 +160,8 @@ def test_another_base_or_none_or_another_adapter_is_refused(place, adapted, tmp_
         for to in ("native", "megatron"):
             told = ["--to", to, "--load", str(place / "ad"), "--save", str(tmp_path / to), "--quiet"]
             assert convert(told) == 2 and convert([*told, "--base", str(moved)]) == 0
+        words_of = ["--load", str(tmp_path / "ad"), "--prompt", "1 2", "--max-new-tokens", "2"]
+        assert generate(words_of) == 1 and generate([*words_of, "--base", str(moved)]) == 0
         assert convert(["--load", str(moved), "--save", str(tmp_path / "no"), "--base", str(moved)]) == 2
         more = "--train-iters 6 --override-opt_param-scheduler"
         seen = go(place, "moved_run", f"{words} --lora-base {moved} {more}")
