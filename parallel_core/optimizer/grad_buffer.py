@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor
 
+from parallel_core.checkpoint.lora import LORA_A
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ParallelCoreError, bullet_list
 from parallel_core.layout.buckets import (
@@ -146,6 +147,7 @@ class ParamAndGradBuffer:
         """Warn of parameters that the output does not depend on: MindSpore gives them gradients of zeros."""
         squares = flat.on_host([self.main_grad(i).sum_of_squares() for i in sorted(self.slots)])
         zeros = [self.names[i] for i, value in zip(sorted(self.slots), squares) if value == 0.0]
+        zeros = [name for name in zeros if not name.endswith(LORA_A)]  # B begins as zeros, and so do these
         if zeros:
             logger.warning(
                 "the gradient of %d parameters is exactly zero in the first iteration; if the model's output does not "

@@ -143,6 +143,22 @@ def test_some_layers_have_another_rank_and_alpha(place):
         go(place, "own_none", f"{words} --lora-target-ranks linear_fc2=5")
 
 
+def test_adapters_of_experts_are_merged_and_not_written_for_peft(place, capsys, caplog):
+    experts = "--num-experts 4 --disable-bias-linear --swiglu --position-embedding-type rope --normalization RMSNorm"
+    experts += " --untie-embeddings-and-output-weights --num-layers 2"
+    go(place, "moe_run", f"{experts} --save {{place}}/moe")
+    words = f"{LORA} {experts} --lora-target-ranks linear_fc2=2 --save {{place}}/moe_ad --eval-iters 2"
+    adapted = go(place, "moe_adapted", words.replace("{place}/base", "{place}/moe"))
+    held = NativeCheckpoint(find_checkpoint(place / "moe_ad"))
+    name = "decoder.layers.1.mlp.experts.experts.linear_fc"
+    assert held.info(f"{name}1.lora_A.weight").shape[:2] == (4, 4) and held.info(f"{name}2.lora_B.weight").shape[2] == 2
+    assert "exactly zero" not in caplog.text, "A has no gradient where B is zero"
+    merged = go(place, "moe_merged", f"{experts} --load {{place}}/moe_ad --skip-train --eval-iters 2")
+    assert evaluations(merged)[0][2] == pytest.approx(evaluations(adapted)[0][2], rel=1e-6)
+    assert convert(["--to", "peft", "--load", str(place / "moe_ad"), "--save", str(place / "no")]) == 2
+    assert "PEFT has no form for" in capsys.readouterr().err
+
+
 def test_another_base_or_none_or_another_adapter_is_refused(place, adapted, tmp_path):
     words = f"{LORA} --load {{place}}/ad"
     with pytest.raises(CheckpointError, match="holds another adapter: lora_rank: saved 4, asked 5"):
