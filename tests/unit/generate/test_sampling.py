@@ -3,6 +3,11 @@ top-p and min-p."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import subprocess
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +18,8 @@ from parallel_core.config.mindformers.sampling import mindformers_before_0_8
 from parallel_core.errors import ConfigError
 from parallel_core.generate.requests import Request, SamplingParams
 from parallel_core.generate.sampling import Row, Sampler, order_keys, uniform, values_of
+
+PEER = os.environ.get("PARALLEL_CORE_PEER_PYTHON", "")
 
 
 def probabilities(logits: np.ndarray, params: SamplingParams, prompt=(), chosen=()) -> np.ndarray:
@@ -70,22 +77,17 @@ def test_a_draw_is_where_the_running_sum_passes_its_number(params: SamplingParam
         assert want[token] > 0 and edges[token] - 1e-5 <= u <= edges[token + 1] + 1e-5
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.7, top_k=12, top_p=0.9),
-        SamplingParams(temperature=1.5, min_p=0.1, repetition_penalty=1.4),
-        SamplingParams(frequency_penalty=0.9, presence_penalty=0.4, top_p=0.8),
-    ],
-    ids=["plain", "top-k and top-p", "min-p and repetition", "frequency and presence"],
-)
-def test_frequencies_are_probabilities(params: SamplingParams) -> None:
+PLAIN, MIXED = SamplingParams(), SamplingParams(temperature=0.7, top_k=12, top_p=0.9)
+BY_SHARE = SamplingParams(temperature=1.5, min_p=0.1, repetition_penalty=1.4)
+BY_COUNT = SamplingParams(frequency_penalty=0.9, presence_penalty=0.4, top_p=0.8)
+LOGITS = np.random.default_rng(7).normal(size=40).astype(np.float32) * 1.5
+BEFORE, CHOSEN = [3, 4, 5], [6, 6, 7]
+
+
+def assert_drawn_from(want: np.ndarray, params: SamplingParams) -> None:
     """Chi-square over 20,000 draws; its quantile of 0.999 is near d + 3.1 sqrt(2 d) + 4."""
-    logits = np.random.default_rng(7).normal(size=40).astype(np.float32) * 1.5
-    prompt, chosen = [3, 4, 5], [6, 6, 7]
-    want, count = probabilities(logits, params, prompt, chosen), 20_000
-    got = np.bincount(drawn(logits, params, count, prompt, chosen), minlength=40)
+    count = 20_000
+    got = np.bincount(drawn(LOGITS, params, count, BEFORE, CHOSEN), minlength=40)
     assert got[want == 0].sum() == 0
     common = want * count >= 5
     expected = np.append(want[common], want[~common].sum()) * count
@@ -93,6 +95,45 @@ def test_frequencies_are_probabilities(params: SamplingParams) -> None:
     chi = ((observed - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
     freedom = int((expected > 0).sum()) - 1
     assert chi < freedom + 3.1 * (2 * freedom) ** 0.5 + 4
+
+
+@pytest.mark.parametrize(
+    "params", [PLAIN, MIXED, BY_SHARE, BY_COUNT],
+    ids=["plain", "top-k and top-p", "min-p and repetition", "frequency and presence"],
+)  # fmt: skip
+def test_frequencies_are_probabilities(params: SamplingParams) -> None:
+    assert_drawn_from(probabilities(LOGITS, params, BEFORE, CHOSEN), params)
+
+
+_TRANSFORMERS = """
+import json, sys, torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import TopPLogitsWarper, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+logits, ids, rows = json.load(sys.stdin)
+out = []
+for p in rows:
+    steps = LogitsProcessorList()
+    if p["repetition_penalty"] != 1: steps.append(RepetitionPenaltyLogitsProcessor(p["repetition_penalty"]))
+    if p["temperature"] != 1: steps.append(TemperatureLogitsWarper(p["temperature"]))
+    if p["top_k"]: steps.append(TopKLogitsWarper(p["top_k"]))
+    if p["top_p"] < 1: steps.append(TopPLogitsWarper(p["top_p"]))
+    if p["min_p"]: steps.append(MinPLogitsWarper(p["min_p"]))
+    out.append(steps(torch.tensor([ids]), torch.tensor([logits])).softmax(-1)[0].tolist())
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEER, reason="PARALLEL_CORE_PEER_PYTHON names no python with torch and transformers")
+def test_draws_are_from_transformers_distributions() -> None:
+    """Its order of penalty, temperature, top-k, top-p and min-p; counted penalties are OpenAI's, which it has not."""
+    every = [PLAIN, MIXED, BY_SHARE, dataclasses.replace(MIXED, min_p=0.2, repetition_penalty=0.8)]
+    asked = json.dumps([LOGITS.tolist(), [*BEFORE, *CHOSEN], [vars(p) for p in every]])
+    done = subprocess.run([PEER, "-c", _TRANSFORMERS], input=asked, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for params, want in zip(every, json.loads(done.stdout.splitlines()[-1])):
+        np.testing.assert_allclose(probabilities(LOGITS, params, BEFORE, CHOSEN), want, atol=1e-6)
+        assert_drawn_from(np.array(want), params)
 
 
 def test_pangus_penalties_keep_their_mass() -> None:
@@ -156,8 +197,6 @@ def test_wrong_parameters_are_refused(values: dict, told: str) -> None:
 
 
 def test_requests_travel_as_json() -> None:
-    import json
-
     request = Request("a", (1, 2), SamplingParams(stop="x", stop_token_ids=[3], logprobs=1, seed=4), 4, 1)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
 
