@@ -6,12 +6,13 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parallel_core.data.epochs import EpochOrder
 from parallel_core.data.files import read_text
 from parallel_core.data.mindrecord_reader import read_mindrecord
 from parallel_core.data.record_dataset import mindrecord_files
@@ -152,7 +153,9 @@ class ClassifiedDataset:
     seq_length: int
     pad: int
     seed: int
-    _order: tuple[int, np.ndarray] = field(default=(-1, np.zeros(0, np.int64)), repr=False)
+
+    def __post_init__(self) -> None:
+        self._order = EpochOrder(len(self.rows), self.seed)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -164,13 +167,7 @@ class ClassifiedDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return sample `index`: tokens int32 [S], lengths and label, numbers."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples}")
-        epoch, place = divmod(index, len(self.rows))
-        if self._order[0] != epoch:
-            random = np.random.RandomState((self.seed + epoch) % 2**32)
-            self._order = (epoch, random.permutation(len(self.rows)))
-        ids, label = self.rows[int(self._order[1][place])]
+        ids, label = self.rows[self._order.place(index, self.num_samples)]
         tokens = np.full(self.seq_length, self.pad, np.int32)
         count = min(len(ids), self.seq_length)
         tokens[:count] = ids[:count]

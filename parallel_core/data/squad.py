@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parallel_core.data.epochs import EpochOrder
 from parallel_core.data.files import read_json
 from parallel_core.data.tokenizer.wordpiece import BertWordPieceTokenizer
 from parallel_core.errors import ConfigError, DataError
@@ -261,7 +262,9 @@ class SpanDataset:
     seq_length: int
     pad: int
     seed: int
-    _order: tuple[int, np.ndarray] = field(default=(-1, np.zeros(0, np.int64)), repr=False)
+
+    def __post_init__(self) -> None:
+        self._order = EpochOrder(len(self.features), self.seed)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -273,14 +276,8 @@ class SpanDataset:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Return sample `index`: see `as_arrays`, without the leading dim."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples}")
-        epoch, place = divmod(index, len(self.features))
-        order = self._order
-        if order[0] != epoch:
-            random = np.random.RandomState((self.seed + epoch) % 2**32)
-            order = self._order = (epoch, random.permutation(self.samples_per_epoch))
-        batch = as_arrays([self.features[int(order[1][place])]], self.seq_length, self.pad)
+        feature = self.features[self._order.place(index, self.num_samples)]
+        batch = as_arrays([feature], self.seq_length, self.pad)
         return {name: array[0] for name, array in batch.items()}
 
     def order(self) -> dict[str, Any]:

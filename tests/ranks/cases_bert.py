@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.checkpoint import load_shards, open_checkpoint
+from parallel_core.checkpoint import open_checkpoint
 from parallel_core.config.bert import BertConfig
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data.parallel_batch import ENCODER_FIELDS, SPAN_FIELDS
-from parallel_core.layout.shard import shard_of
 from parallel_core.training.batches import make_batch_source
 from parallel_core.training.encoder_steps import bert_forward_step, question_answering_forward_step
 from tests.helpers.cases import CaseContext, case
@@ -87,10 +86,7 @@ def test_transformers_answers_in_every_layout(ctx: CaseContext, layout: str) -> 
     uneven = {"num_layer_list": ((1,), (2,))} if layout == "pp2" else {}
     tiny = settings(layout).with_(parallel=uneven, model={**model, **still}, data={"global_batch_size": 2})
     run = TinyRun(tiny, context_of(ctx, tiny), source=Golden)
-    for parameter, storage in run.step.ddp.parameters():
-        shard = shard_of(parameter)
-        storage.load(load_shards(source, {shard.name: shard})[0][shard.name].reshape(-1))
-    run.step.optimizer.reload_masters()
+    run.take_weights(source)
     np.testing.assert_allclose(run.evaluate()["qa loss"], values["loss"], rtol=1e-6)
     (report,) = run.train(1)
     np.testing.assert_allclose(report.losses["qa loss"], values["loss"], rtol=1e-6)

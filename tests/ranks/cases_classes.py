@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.checkpoint import load_shards, open_checkpoint
+from parallel_core.checkpoint import open_checkpoint
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.data.classified import ClassifiedDataset
-from parallel_core.layout.shard import shard_of
 from parallel_core.training.batches import make_batch_source
 from parallel_core.training.classification import classification_forward_step
 from tests.helpers.cases import CaseContext, case
@@ -50,10 +49,7 @@ def test_transformers_classes_in_every_layout(ctx: CaseContext, layout: str) -> 
     tiny = settings(layout).with_(model={**model, **still}, data={"global_batch_size": 4, "num_workers": 0})
     context = context_of(ctx, tiny)
     run = TinyRun(tiny, context, source=Texts)
-    for parameter, storage in run.step.ddp.parameters():
-        shard = shard_of(parameter)
-        storage.load(load_shards(source, {shard.name: shard})[0][shard.name].reshape(-1))
-    run.step.optimizer.reload_masters()
+    run.take_weights(source)
     np.testing.assert_allclose(run.evaluate()["class loss"], values["loss"], rtol=1e-5)
     (report,) = run.train(1)
     np.testing.assert_allclose(report.losses["class loss"], values["loss"], rtol=1e-5)

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from parallel_core import ops
+from parallel_core.checkpoint import TensorSource, load_shards
 from parallel_core.comm.background import in_background
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
@@ -241,6 +242,13 @@ class TinyRun:
         model = get_model(provider, self.config, context)
         self.step = TrainingStep(self.config, context, model, source.forward_step, scheduler, loss_scaler(self.config))
         self.iteration = 0
+
+    def take_weights(self, source: TensorSource) -> None:
+        """Give this rank's parameters the values of a checkpoint."""
+        for parameter, storage in self.step.ddp.parameters():
+            shard = shard_of(parameter)
+            storage.load(load_shards(source, {shard.name: shard})[0][shard.name].reshape(-1))
+        self.step.optimizer.reload_masters()
 
     def train(self, iterations: int = 1) -> list[StepReport]:
         """Run iterations."""
