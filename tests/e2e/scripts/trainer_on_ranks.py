@@ -22,7 +22,9 @@ def main() -> None:
     copies = size // (model_parallel * pipeline_stage)
     arguments = TrainingArguments(output_dir=output, batch_size=4 // copies, learning_rate=0.01)
     trainer = Trainer(task="text_generation", model=config, args=arguments, train_dataset=rows)
-    trainer.set_parallel_config(copies, model_parallel, pipeline_stage, use_seq_parallel=model_parallel > 1)
+    trainer.set_parallel_config(
+        copies, model_parallel, pipeline_stage=pipeline_stage, use_seq_parallel=model_parallel > 1
+    )
     trainer.train()
 
 
