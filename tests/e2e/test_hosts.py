@@ -160,7 +160,8 @@ class Disturbance:
     def disturb(self) -> None:
         """Do to the job what nobody would."""
         target, number, node = self.random.choice(TARGETS), self.random.choice(SIGNALS), self.random.randrange(2)
-        pids = self._processes(target, 0 if target == "scheduler" else node)
+        node = 0 if target == "scheduler" else node
+        pids = self._processes(target, node)
         if not pids:
             return
         self.kills.append(f"{target} of node {node}: {signal.Signals(number).name}")
