@@ -49,7 +49,9 @@ class ProgressBar:
         share = min(1.0, self._done / self._total)
         rate = self._done / 1e6 / max(time.monotonic() - self._start, 1e-9)
         bar = "#" * round(share * 30)
-        self._out.write(f"[{bar:<30}] {share:6.1%}  {_size(self._done)} of {_size(self._total)}  {rate:.0f} MB/s{end}")
+        # What several files hold, such as norms of tensor parallel ranks, is written more often than it is read.
+        whole = f" of {_size(self._total)}" if self._done <= self._total else ""
+        self._out.write(f"[{bar:<30}] {share:6.1%}  {_size(self._done)}{whole}  {rate:.0f} MB/s{end}")
         self._out.flush()
 
 

@@ -36,7 +36,7 @@ def line_chart(title: str, series: Series, *, dots: Series | None = None, logari
 
     label = escape(_summary(title, series))
     parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">']
-    for tick in _ticks(low, high):
+    for tick in _decades(low, high) if logarithmic else _ticks(low, high):
         place = _TOP + (high - tick) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         label = _short(10**tick if logarithmic else tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
@@ -81,6 +81,16 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)
     first = math.ceil(low / step)
     return [round(step * (first + i), 12) for i in range(12) if step * (first + i) <= high + 1e-12 * abs(high)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Return the logarithms of round numbers between 10 ** low and 10 ** high."""
+    if high - low < _FEW_DECADES:
+        return [math.log10(tick) for tick in _ticks(10**low, 10**high) if tick > 0]
+    return [float(power) for power in range(math.ceil(low), math.floor(high) + 1, math.ceil((high - low) / 6))]
+
+
+_FEW_DECADES = 1.5
 
 
 def _short(value: float) -> str:

@@ -127,6 +127,10 @@ def test_charts_keep_spikes_and_bear_odd_numbers():
     assert len(re.findall(r"[\d.]+,[\d.]+", drawn)) <= 900 and ",12.0" in drawn  # the spike reaches the top
     assert line_chart("x", {"a": []}) == "" and line_chart("x", {"a": [(1.0, 0.0)]}, logarithmic=True) == ""
     assert "polyline" in line_chart("x", {"a": [(1.0, 2.0)]})
+    wide = ["1e-05", "0.001", "0.1", "10", "1000"]
+    for values, labels in (((120.0, 450.0), ["200", "300", "400"]), ((1e-5, 3e4), wide)):
+        drawn = line_chart("x", {"a": list(enumerate(values))}, logarithmic=True)
+        assert re.findall('text-anchor="end">([^<]+)<', drawn) == labels  # round numbers
 
 
 def test_the_command(run_folder, capsys, tmp_path):
