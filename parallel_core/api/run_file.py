@@ -31,6 +31,22 @@ _ARGUMENTS = {
     "optimizer.learning_rate": "learning_rate",
 }  # fmt: skip
 """Place in their file -> our argument."""
+_READ = {
+    "runner_config": ("epochs", "batch_size", "sink_mode", "sink_size"),
+    "lr_schedule": ("type", "learning_rate", "lr_end", "warmup_steps"),
+    "optimizer": ("type", "weight_decay", "beta1", "beta2", "eps", "learning_rate"),
+    "trainer": ("type", "model_name"), "model": ("model_config", "arch"),
+    **dict.fromkeys(("output_dir", "seed", "load_checkpoint", "train_dataset", "train_dataset_task", "eval_dataset",
+                     "eval_dataset_task", "parallel_config", "micro_batch_interleave_num", "recompute_config",
+                     "moe_config"), ()),
+}  # fmt: skip
+"""What is read; of sections with names, these alone."""
+_WITHOUT_EFFECT = frozenset({
+    "run_mode", "context", "use_parallel", "parallel", "runner_wrapper", "callbacks", "eval_callbacks", "metric",
+    "processor", "src_strategy_path_or_dir", "auto_trans_ckpt", "only_save_strategy", "layer_decay", "layer_scale",
+    "lr_scale", "lr_scale_factor", "infer",
+})  # fmt: skip
+"""Sections of other things than what is trained on what: the calls of a Trainer say them, or nothing here does."""
 
 
 @dataclasses.dataclass
@@ -57,6 +73,7 @@ class RunFile:
         if not str(args).endswith((".yaml", ".yml")):
             raise ConfigError(f"args={str(args)!r}: give TrainingArguments, a dictionary of them, or a .yaml")
         tree, found = MindFormerConfig(args), {}
+        _check_names(tree, str(args))
         for place, name in _ARGUMENTS.items():
             value: Any = tree
             for part in place.split("."):
@@ -122,6 +139,24 @@ class RunFile:
     def experts(self) -> dict[str, Any]:
         """What `set_moe_config` is told."""
         return dict(self.tree.moe_config or {})
+
+
+def _check_names(tree: MindFormerConfig, where: str) -> None:
+    """Refuse what is not read, so that nothing that somebody writes is passed over.
+
+    Raises:
+        ConfigError: a key is unknown, or means something that is not built here; all are named.
+    """
+    strange = [name for name in tree if name not in _READ and name not in _WITHOUT_EFFECT]
+    for section, names in _READ.items():
+        inner = tree.get(section)
+        if names and isinstance(inner, Mapping):
+            strange += [f"{section}.{name}" for name in inner if name not in names]
+    if strange:
+        raise ConfigError(
+            f"{where}: {', '.join(strange)}: not read by a Trainer; leave them out, or give the file to the training "
+            f"program (bash pretrain_gpt.sh --config {where}), which reads all of it"
+        )
 
 
 def _number(value: Any) -> Any:

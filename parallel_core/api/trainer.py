@@ -170,8 +170,12 @@ class Trainer:
             raise ConfigError("text_classification reads texts; give tokenizer")
         for set_up, given in ((self.set_parallel_config, told.parallel), (self.set_recompute_config, told.recompute),
                               (self.set_moe_config, told.experts)):  # fmt: skip
-            if given:
-                set_up(**given)
+            try:
+                set_up(**given) if given else None
+            except TypeError as error:
+                raise ConfigError(f"{args}: {error}") from None
+        if told.tree.load_checkpoint:
+            self._start_from(weights_folder(told.tree.load_checkpoint))
 
     # ---- how -------------------------------------------------------------------------------------------------------
     def set_parallel_config(

@@ -133,3 +133,18 @@ def test_a_model_of_experts_by_the_trainer_has_their_balancing_loss():
     trainer.train()
     rows = [json.loads(line) for line in Path("output/log/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["load_balancing_loss"] > 0
+
+
+def test_a_key_of_a_yaml_that_a_trainer_does_not_read_is_told_and_no_weights_are_passed_over():
+    text = "trainer: {type: CausalLanguageModelingTrainer}\nmodel: {model_config: {type: GPT2Config, num_layers: 1}}\n"
+    for more, told in (
+        ("optimiser: {beta1: 0.9}\n", "optimiser: not read by a Trainer"),
+        ("runner_config: {epoch: 2}\n", r"runner_config\.epoch: not read"),
+        ("parallel_config: {tensor_parallel: 2}\n", "tensor_parallel"),
+    ):
+        Path("run.yaml").write_text(text + more)
+        with pytest.raises(ConfigError, match=told):
+            Trainer(args="run.yaml")
+    Path("run.yaml").write_text(text + "load_checkpoint: ./gpt2_weights\ncontext: {mode: 0}\n")
+    with pytest.raises(CheckpointError, match="gpt2_weights is a folder"):
+        Trainer(args="run.yaml")
