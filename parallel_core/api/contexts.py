@@ -22,12 +22,22 @@ class ContextConfig:
         device_target: Ascend or CPU; the environment's DEVICE_TARGET stands over it.
         device_id: has no effect: a process takes the device that the launcher gives it.
         max_device_memory: what is taken of an NPU's memory at most, such as 58GB; empty: all of it.
+        save_graphs: has no effect, as the next four: there are no graphs.
+        save_graphs_path: has no effect.
+        max_call_depth: has no effect.
+        enable_graph_kernel: has no effect.
+        graph_kernel_flags: has no effect.
     """
 
     mode: int | str = 1
     device_target: str = "Ascend"
     device_id: int = 0
     max_device_memory: str = ""
+    save_graphs: bool = False
+    save_graphs_path: str = "."
+    max_call_depth: int = 10000
+    enable_graph_kernel: bool = False
+    graph_kernel_flags: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -47,7 +57,7 @@ class ParallelContextConfig:
         device_num: ranks of the job; None: as many as there are.
         gradients_mean: has no effect: a loss is the mean over all samples.
         full_batch: has no effect: every rank reads its own samples.
-        enable_parallel_optimizer: has no effect: `--use-distributed-optimizer` cuts a run's optimizer state.
+        enable_parallel_optimizer: copies of the model share the optimizer's state in a Trainer's runs.
     """
 
     parallel_mode: str | int = "STAND_ALONE"
@@ -59,6 +69,14 @@ class ParallelContextConfig:
     def __post_init__(self) -> None:
         if self.parallel_mode not in (*_PARALLEL, *range(4)):
             raise ConfigError(f"parallel_mode={self.parallel_mode!r}: give one of {', '.join(_PARALLEL)}")
+
+
+_told = {"shards optimizer": False}
+
+
+def shards_optimizer() -> bool:
+    """Return whether the job was joined with `enable_parallel_optimizer`."""
+    return _told["shards optimizer"]
 
 
 def init_context(
@@ -83,4 +101,5 @@ def init_context(
     wanted = None if parallel_config is None else parallel_config.device_num
     if wanted is not None and wanted != size:
         raise ConfigError(f"device_num={wanted}, and {size} ranks run; start as many, or leave it out")
+    _told["shards optimizer"] = bool(parallel_config and parallel_config.enable_parallel_optimizer)
     return rank, size

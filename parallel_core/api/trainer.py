@@ -14,6 +14,7 @@ from mindspore import Tensor, mint, nn
 
 from parallel_core.api.auto import AutoModel, AutoTokenizer
 from parallel_core.api.configs import PretrainedConfig
+from parallel_core.api.contexts import shards_optimizer
 from parallel_core.api.data import RowDataset, Rows, same_rows
 from parallel_core.api.job import on_rank_0, rows_of_rank_0, shared_out, tell, world
 from parallel_core.api.models import PreTrainedModel, model_class_of, weights_folder
@@ -353,7 +354,7 @@ class Trainer:
                 seed=args.seed, training_iters=iterations, eval_iters=0, log_interval=args.logging_steps,
                 save_interval=args.save_steps or iterations, keep_checkpoint_max=args.save_total_limit,
                 output_dir=str(self.checkpoint), log_dir=str(Path(args.output_dir) / "log"),
-                use_distributed_optimizer=self._distributed, **loaded,
+                use_distributed_optimizer=self._distributed or shards_optimizer(), **loaded,
             ),
             optimizer_config=OptimizerConfig(
                 learning_rate=args.learning_rate, min_lr=args.lr_end, weight_decay=args.weight_decay,

@@ -14,12 +14,16 @@ from parallel_core.api import (
     BertConfig,
     BertForQuestionAnswering,
     BertTokenizer,
+    ContextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    ParallelContextConfig,
     Trainer,
     TrainingArguments,
+    init_context,
 )
 from parallel_core.api.trainer import perplexities
+from parallel_core.config.load import load_config
 from parallel_core.errors import CheckpointError, ConfigError
 from tests.unit.api.test_trainer import GPT2
 
@@ -148,3 +152,12 @@ def test_a_key_of_a_yaml_that_a_trainer_does_not_read_is_told_and_no_weights_are
     Path("run.yaml").write_text(text + "load_checkpoint: ./gpt2_weights\ncontext: {mode: 0}\n")
     with pytest.raises(CheckpointError, match="gpt2_weights is a folder"):
         Trainer(args="run.yaml")
+
+
+def test_an_optimizer_that_is_shared_by_the_context_is_shared_in_the_trainers_run():
+    init_context(True, ContextConfig(mode=0, save_graphs=False), ParallelContextConfig(enable_parallel_optimizer=True))
+    try:
+        Trainer(TrainingArguments(batch_size=4), "text_generation", GPT2Config(**GPT2), train_dataset=ROWS).train()
+    finally:
+        init_context()
+    assert load_config(["--config", "output/trainer_0.yaml"]).config.training_config.use_distributed_optimizer
