@@ -2,7 +2,7 @@
 
 Flat Megatron names; Megatron-LM's `language_model`/`model_parallel` sections; the guide's nested
 `train_config`/`accelerate_config`/`model_config.llm`; and the five sections named after the config's fields, which is
-also how a resolved config is saved.
+also how a resolved config is saved. MindFormers' has a room of its own, `mindformers`.
 """
 
 from __future__ import annotations
