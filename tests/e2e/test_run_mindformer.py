@@ -67,7 +67,10 @@ def test_a_run_on_two_ranks_begins_with_transformers_loss_and_gradient(tmp_path,
              "--batch_size", "1" if layout == "pp2" else "2", "--output_dir", "out"]  # fmt: skip
     for name, value in LAYOUTS[layout].items():
         words += [f"--parallel_config.{name}", str(value)]
-    run(tmp_path, *words, "--", "--seq-length", "47", "--hidden-dropout", "0", "--attention-dropout", "0")
+    further = ["--seq-length", "47", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    if layout == "pp2":  # of three layers
+        further += ["--decoder-first-pipeline-num-layers", "2"]
+    run(tmp_path, *words, "--", *further)
     first = json.loads((tmp_path / "out" / "log" / "metrics.jsonl").read_text().splitlines()[0])
     np.testing.assert_allclose(first["loss"], values["loss"], rtol=1e-5)
     np.testing.assert_allclose(first["grad_norm"], values["grad_norm"], rtol=1e-5)

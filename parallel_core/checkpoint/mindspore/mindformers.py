@@ -251,7 +251,7 @@ def _keywords(kind: str, told: Mapping[str, Any], named: object) -> tuple[str, d
     values = {name: number_or_word(value) for name, value in spelled.items() if name in family.settings}
     known = {theirs: ours for ours, theirs in dialect.architecture.items()}
     usual = str(values.get("head") or next(iter(dialect.architecture)))
-    if named is not None and named not in known:
+    if named is not None and str(named) not in known:
         raise CheckpointError(f"model.arch.type {show(named)} is not read; {', '.join(known)} are")
     head = usual if named is None else known[str(named)]
     if "head" in family.settings:
@@ -264,11 +264,14 @@ def _check_sizes(file: Path, model: TransformerConfig, found: Mapping[str, Whole
     longest = max((max(whole.shape, default=0) for whole in found.values()), default=0)
     if model.num_layers > len(found):
         raise CheckpointError(f"{file} says {model.num_layers} layers, the files hold {len(found)} tensors")
-    for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings"):
-        if name == "max_position_embeddings" and model.is_rotary:
-            continue
+    positions = () if model.is_rotary else ("max_position_embeddings",)
+    sizes = ("vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_labels")
+    for name in (*sizes, *positions):
         if getattr(model, name) > longest:
             raise CheckpointError(f"{file} says {name} {getattr(model, name)}; the longest stored dim is {longest}")
+    if model.num_attention_heads % model.num_query_groups:
+        groups = f"{model.num_query_groups} key heads"
+        raise CheckpointError(f"{file} says {groups}, of which {model.num_attention_heads} heads are no multiple")
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -186,6 +186,11 @@ class _Form:
             return default
         return value
 
+    def entries(self, key: str) -> list[dict[str, Any]]:
+        """Return the entries of a list of sections; none where it is something else."""
+        value = self.value(key, [])
+        return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else []
+
     def fail(self, key: str, text: str) -> None:
         """Record what is wrong with a key's value."""
         self.problems.append(f"{self.terms(key)}: {text}")
@@ -248,7 +253,7 @@ class _Form:
             raise ConfigError(f"{self.terms(MODEL + 'type')}: {kind} is not trained from such a file; "
                               f"{', '.join(trained)} are")  # fmt: skip
         head = self.value("model.arch.type", next(iter(family.architectures)))
-        if head not in family.architectures:
+        if str(head) not in family.architectures:
             self.fail("model.arch.type", f"not built; of {family.name} there are {', '.join(family.architectures)}")
         values: dict[str, Any] = {}
         for key in self.leaves:
@@ -462,8 +467,8 @@ class _Form:
             if not goes_on and not adapts:
                 self.give("finetune", True, "run_mode", "resume_training")
         output = self.value("output_dir")
-        monitors = self.value("callbacks", [])
-        saves = not monitors or any(isinstance(one, dict) and one.get("type") in _SAVING for one in monitors)
+        monitors = self.entries("callbacks")
+        saves = not monitors or any(one.get("type") in _SAVING for one in monitors)
         if output and saves and mode in ("train", "finetune"):
             self.give("save", str(Path(str(output)) / "checkpoint"), "output_dir")
         if output:
@@ -641,8 +646,10 @@ class _Form:
 
     def _callbacks(self) -> None:
         for key in ("callbacks", "eval_callbacks"):
-            for one in self.value(key, []):
-                kind = one.get("type") if isinstance(one, dict) else None
+            if self.value(key, []) and not self.entries(key):
+                self.fail(key, "give a list of entries with a type each")
+            for one in self.entries(key):
+                kind = one.get("type")
                 if kind not in _CALLBACKS:
                     self.fail(key, f"{kind} is not built; there are {', '.join(_CALLBACKS)}")
                 elif kind in _SAVING and self.value("run_mode", "train") in ("train", "finetune"):

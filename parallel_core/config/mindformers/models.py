@@ -35,8 +35,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _activation(value: str) -> str:
-    if value not in ACTIVATIONS:
+def _activation(value: Any) -> str:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ConfigError(f"hidden_act={value!r}: give one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
@@ -112,7 +112,7 @@ class Family:
                 continue
             whole = isinstance(usual, int) or name in _WHOLE
             fits = isinstance(value, int) if whole else isinstance(value, (int, float))
-            if not fits or isinstance(value, bool) or value < 0 or (whole and value == 0):
+            if not fits or isinstance(value, bool) or not 0 <= value < float("inf") or (whole and value == 0):
                 raise ConfigError(f"{name}={value!r}: give a {'whole number above zero' if whole else 'number'}")
 
     def model(self, given: Mapping[str, Any]) -> TransformerConfig:

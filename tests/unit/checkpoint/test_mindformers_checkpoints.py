@@ -135,10 +135,14 @@ def test_missing_weights_are_an_error_that_names_them_and_never_first_values(tmp
         ({"hidden_size": 10**12, "num_heads": 10**12}, "the longest stored dim is 320"),
         ({"vocab_size": 300}, "word_embedding.embedding_table has shape [320, 64] instead of [300, 64]"),
         ({"hidden_size": [1]}, "hidden_size=[1]: give a whole number above zero"),
+        ({"n_kv_heads": 10**30}, "says num_query_groups 1000000000000000000000000000000; the longest stored dim is 320"),
+        ({"n_kv_heads": 3}, "says 3 key heads, of which 4 heads are no multiple"),
+        ({"ffn_dim_multiplier": float("nan")}, "ffn_dim_multiplier=nan: give a number"),
     ],
 )
 def test_a_yaml_of_another_model_is_refused_before_anything_is_laid_out(tmp_path, changes, said):
-    assert said in told(make(tmp_path / "m", "gpt2", published("gpt2"), **changes))
+    name = "llama" if "n_kv_heads" in changes or "ffn_dim_multiplier" in changes else "gpt2"
+    assert said in told(make(tmp_path / "m", name, published(name), **changes))
 
 
 def test_two_descriptions_are_named(tmp_path):

@@ -12,8 +12,10 @@ from config_helpers import ROOT
 
 from parallel_core.checkpoint.huggingface.tensors import our_shapes
 from parallel_core.config import load_config
+from parallel_core.config.mindformers import read_mindformers, with_base_files
 from parallel_core.config.mindformers.form import key_rows
 from parallel_core.config.mindformers.schedule import schedule_arguments
+from parallel_core.config.yaml_tree import Leaf, read_leaves
 from parallel_core.errors import ConfigError
 from parallel_core.training.schedule import batch_sizes, schedule_shape
 
@@ -153,6 +155,19 @@ def test_flags_stand_over_the_file_and_each_value_says_where_it_stands(tmp_path)
 def test_what_cannot_be_is_refused_by_name_with_its_line(tmp_path, changes, said):
     told = refused(tmp_path, changes)
     assert re.search(said if ".*" in said else re.escape(said), told), told
+
+
+ODD = (None, "", "x", -1, 0, 1.5, float("nan"), [], {}, [1, 2], ["a", {"type": 3}], True, 10**30, "None")
+
+
+def test_no_value_anywhere_ends_in_anything_but_a_configuration_or_its_error():
+    file = str(FILES / "run_gpt2_lora.yaml")
+    leaves, _ = with_base_files(read_leaves(file)[0], file)
+    for place, leaf in enumerate(leaves):
+        for odd in ODD:
+            changed = [*leaves[:place], Leaf(leaf.path, odd, leaf.source, odd), *leaves[place + 1 :]]
+            values, problems, notes = read_mindformers(changed)
+            assert all(isinstance(text, str) for text in (*problems, *notes)) and values
 
 
 def test_every_key_of_the_files_has_a_row_and_what_is_ignored_is_said_once_for_each_reason(tmp_path):
