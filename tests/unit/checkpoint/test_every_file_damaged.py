@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from parallel_core.checkpoint import find_checkpoint, open_checkpoint, read_tens
 from parallel_core.checkpoint.lora import MergedAdapter
 from parallel_core.checkpoint.opening import require_intact_source
 from parallel_core.errors import CheckpointError
+from tests.helpers.damage import WAYS, damage, flip
 from tests.helpers.one_process import run
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
@@ -26,32 +26,6 @@ CHECKSUMS = {
 """Formats whose files have checksums: of these a single changed bit is found, too."""
 WITHOUT_USE = {"metadata.json"}
 """Files that nothing is read from."""
-
-
-def folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
-WAYS = {
-    "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
-    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "empty": lambda file: file.write_bytes(b""),
-    "gone": lambda file: file.unlink(),
-    "a folder": folder,
-    "a pipe": pipe,  # that nobody writes to: reading it would never end
-}
-
-
-def flip(file: Path, bit: int) -> None:
-    raw = bytearray(file.read_bytes())
-    raw[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(raw)
 
 
 def values(path: Path) -> dict[str, bytes]:
@@ -69,7 +43,7 @@ def check(good: Path, tmp_path: Path, flips: int) -> None:
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(good, copy)
             victim = copy / file.relative_to(good)
-            WAYS[way](victim) if isinstance(way, str) else flip(victim, way)
+            damage(victim, way)
             try:
                 found = values(copy)
             except CheckpointError as error:

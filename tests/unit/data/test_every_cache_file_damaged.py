@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -13,33 +12,8 @@ from test_masked_words import dataset_of, prefix  # noqa: F401 - a fixture
 
 from parallel_core.data import GPTDataset, IndexedDataset, Split
 from parallel_core.errors import DataError
+from tests.helpers.damage import WAYS, damage
 from tests.unit.data.helpers import make_config, numbered_documents, write_pair
-
-
-def folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
-WAYS = {
-    "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
-    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "empty": lambda file: file.write_bytes(b""),
-    "gone": lambda file: file.unlink(),
-    "a pipe": pipe,
-    "a folder": folder,
-}
-
-
-def flip(file: Path, bit: int) -> None:
-    raw = bytearray(file.read_bytes())
-    raw[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(raw)
 
 
 def harmed(original: Path, copy: Path, flips: int):
@@ -49,7 +23,7 @@ def harmed(original: Path, copy: Path, flips: int):
         for way in [*WAYS, *(rng.randrange(8 * file.stat().st_size) for _ in range(flips))]:
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(original, copy)
-            WAYS[way](copy / file.name) if isinstance(way, str) else flip(copy / file.name, way)
+            damage(copy / file.name, way)
             yield file.name, way
 
 
