@@ -44,9 +44,9 @@ def _communication(context: ParallelContext) -> list[str]:
     """Say what carries this rank's groups; nothing where there are none."""
     carried: dict[str, list[str]] = {}
     named = [*context.groups.items(), ("world", context.world)]
-    once = {id(group): (name, group) for name, group in reversed(named)}  # several names of one group: its first
-    for name, group in reversed(once.values()):
-        if carrier := carrier_of(group):
+    first_name = {id(group): name for name, group in reversed(named)}
+    for name, group in named:
+        if (carrier := carrier_of(group)) and first_name[id(group)] == name:
             carried.setdefault(carrier, []).append(name)
     if len(carried) > 1:
         return ["Communication: " + "; ".join(f"{', '.join(names)} over {one}" for one, names in carried.items())]
