@@ -61,6 +61,15 @@ def test_saying_a_layout_does_not_make_a_given_model_anew():
         trainer.set_moe_config(expert_num=4)
 
 
+def test_training_begins_with_the_weights_that_a_given_model_has_and_not_with_first_values():
+    model = GPT2LMHeadModel(GPT2Config(**GPT2))
+    table = model.network.embedding.word_embeddings.weight
+    table.set_data(table * 0)  # so every word is as likely as any other
+    Trainer(TrainingArguments(batch_size=12), "text_generation", model, train_dataset=ROWS).train()
+    row = json.loads(Path("output/log/metrics.jsonl").read_text().splitlines()[0])
+    assert row["loss"] == pytest.approx(math.log(600), abs=1e-3)
+
+
 def test_the_last_batch_counts_though_it_is_not_full_and_no_batch_weighs_more_than_its_tokens():
     """Five rows in batches of two, rows of several lengths: by hand."""
     sums = [(10.0, 5.0), (2.0, 1.0), (6.0, 6.0), (4.0, 2.0), (9.0, 3.0)]
