@@ -32,13 +32,14 @@ class Sizes(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A kernel, its reference, what both get, and whether autograd goes through them."""
+    """A kernel, its reference, what both get, whether autograd goes through them, and operations where they count."""
 
     name: str
     kernel: Function
     reference: Function
     inputs: list[Tensor]
     differentiable: bool = True
+    flops: float = 0.0
 
 
 class Maker:
@@ -74,9 +75,10 @@ def differentiable(sizes: Sizes, make: Maker) -> Iterator[Case]:
     yield Case("rotary", *_both("rotary", cos=tables[0], sin=tables[1], interleaved=False), qkv[:1])
     for name in ("swiglu", "gelu", "gelu_tanh"):
         yield Case(f"activation {name}", *_both("activation", bias=None, name=name), [make(S, B, 4 * H)])
-    yield Case("causal_attention", *_both("causal_attention", scale=scale), qkv)
+    flops = 3.5 * 4 * B * N * S * S * D / 2  # two products forward and five backward, of half the scores
+    yield Case("causal_attention", *_both("causal_attention", scale=scale), qkv, flops=flops)
     yield Case("causal_attention_packed", *_both("causal_attention_packed", head_size=D, scale=scale),
-               [make(S, B, G, (N // G + 2) * D)])  # fmt: skip
+               [make(S, B, G, (N // G + 2) * D)], flops=flops)  # fmt: skip
     for what, start in seen_parts(S, B).items():
         yield Case(f"causal_attention of {what}", *_both("causal_attention", scale=scale, document_start_BS=start), qkv)
     seen = np.ones((B, S), np.int32)
@@ -130,7 +132,7 @@ def raw(sizes: Sizes, make: Maker) -> Iterator[Case]:
     T, H, F = S * B, N * D, 2 * N * D
     x, dy = make(T, H), make(T, F, seed=1)
     both = [_summed(f, (F, H)) for f in (ops.linear_grad_weight_, reference.linear_grad_weight_)]
-    yield Case("linear_grad_weight_", *both, [dy, x], False)
+    yield Case("linear_grad_weight_", *both, [dy, x], False, 2 * 2 * T * H * F)  # two calls
     ids = Tensor(np.random.default_rng(2).integers(0, 64, T).astype(np.int32))
     both = [
         _summed(lambda into, d, f=f, add=True: f(into, d, ids, 8, add), (48, H))
@@ -173,12 +175,12 @@ def _of_experts(T: int, H: int, F: int, E: int, make: Maker) -> Iterator[Case]:
     for what, number in (("", counts), (", one without rows", with_none)):
         for name, inputs in (("grouped_linear", [x, weight]), ("grouped_linear_grad_input", [dy, weight]),
                              ("grouped_linear_grad_weight", [dy, x])):  # fmt: skip
-            yield Case(name + what, *_both(name, counts=number), inputs, False)
+            yield Case(name + what, *_both(name, counts=number), inputs, False, 2 * T * H * F)
         both = [
             _summed(f, (E, F, H), counts=number)
             for f in (ops.grouped_linear_grad_weight_, reference_experts.grouped_linear_grad_weight_)
         ]
-        yield Case(f"grouped_linear_grad_weight_{what}", *both, [dy, x], False)
+        yield Case(f"grouped_linear_grad_weight_{what}", *both, [dy, x], False, 2 * 2 * T * H * F)
     scale = make(T, seed=6, kind=ms.float32)
     yield Case("scaled_activation", *_both("scaled_activation", name="swiglu"), [dy, scale])
     order = np.random.default_rng(5).permutation(T).astype(np.int32)

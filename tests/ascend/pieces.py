@@ -59,6 +59,12 @@ def check(what: str, holds: bool, found: object = "") -> None:
         _FAILURES.append(what)
 
 
+def _speed(tflops: float) -> str:
+    """Return operations a second, and with PEAK_TFLOPS their share of what a device reaches at most."""
+    peak = os.environ.get("PEAK_TFLOPS")
+    return f"{tflops:.4g} TFLOP/s" + (f" (MFU {tflops / float(peak):.1%} of {peak})" if peak else "")
+
+
 # ---- machine, memory -------------------------------------------------------------------------------------------------
 def machine() -> None:
     """The doctor's findings and the versions."""
@@ -131,9 +137,10 @@ def compare_kernels(dtype: Any, tolerance: float, sizes: Any) -> None:
         try:
             errors, seconds = kernels.compare(case)
             what = "value, gradients" if case.differentiable else "results"
+            speed = f", {_speed(case.flops / seconds[0] / 1e12)}" if case.flops else ""
             check(case.name, max(errors) < tolerance,
                   f"largest errors {', '.join(f'{e:.1e}' for e in errors)} ({what}); "
-                  f"{1e3 * seconds[0]:.2f} ms, plain operators {1e3 * seconds[1]:.2f} ms")  # fmt: skip
+                  f"{1e3 * seconds[0]:.2f} ms{speed}, plain operators {1e3 * seconds[1]:.2f} ms")  # fmt: skip
         except Exception as error:  # noqa: BLE001 - the next kernel is asked all the same
             check(case.name, False, f"{type(error).__name__}: {error}")
     for name, draw in kernels.draws(sizes, make):
@@ -244,9 +251,7 @@ def speed() -> None:
     found = text[-1500:]
     if steps:
         median = steps[len(steps) // 2]
-        found = f"{median['tokens_per_s']:.0f} tokens/s, {median['tflops_per_device']:.4g} TFLOP/s"
-        peak = os.environ.get("PEAK_TFLOPS")
-        found += f", MFU {median['tflops_per_device'] / float(peak):.1%} of {peak}" if peak else ""
+        found = f"{median['tokens_per_s']:.0f} tokens/s, {_speed(median['tflops_per_device'])}"
     check("a bfloat16 run", status == 0 and bool(steps), found)
 
 

@@ -4,7 +4,7 @@
 # Writes one report, ascend_report.txt (REPORT), to attach to an issue; a piece that fails does not keep the next from
 # running. Pieces: machine memory kernels collectives layouts default moved speed. About 15 minutes on eight NPUs.
 # DEVICE_TARGET=CPU runs the pieces on the CPU, as a check of the script. PYTHON is the Python to use, PEAK_TFLOPS what one
-# device reaches at most in bfloat16, for the MFU.
+# device reaches at most in bfloat16, for the MFU of products, attention and the run.
 set -uo pipefail
 
 here="$(cd "${BASH_SOURCE[0]%/*}/../.." && pwd)"
