@@ -5,6 +5,13 @@ python benchmarks/train.py --sizes L,XL --layouts core1,cp2,cp2gather,cp2a2a,tp2
 python benchmarks/train.py --sizes M --layouts tp1,tp2sp,ep2                        # 8 experts, 2 for each token
                            [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--bf16]
                            [--profile]
+python benchmarks/train.py --sizes G                                                # GPT-2 124M, sequences of 1024
+python benchmarks/train.py --sizes S --layouts tp1,tp2,dp4,pp8,zb4,cp4,tp16 --rounds 1          # many ranks on one host
+python benchmarks/train.py --sizes SM --layouts tp1,ep2,ep4,ep8,tp2ep4 --rounds 1               # the same with experts
+
+Other layouts are written as their axes: tp4sp, dp8dist, zb4 (a pipeline that splits backward passes), tp2pp2dp4, ep4
+(of dp4). They are ours alone, and `cost` below a size is their milliseconds over those of tp1, which has all cores: the
+work of a step is the same, so 1.00 is no cost. `busy` is how many cores the ranks keep busy: what waits sleeps.
 
 Layouts with cp, and core1 (one process on one core), are ours alone; below each size, `time` and `memory` are every
 layout's share of core1's milliseconds and of its megabytes above the libraries'.
@@ -25,6 +32,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -98,6 +106,9 @@ SIZES = {
     "A": Size(256, 128, 4),
     "B": Size(512, 256, 2),
     "M": Size(256, 128, 4, positions="rope", norm="RMSNorm", ours=_EXPERTS, peer=_PEER_EXPERTS),
+    "G": Size(768, 1024, 1, layers=12, heads=12, vocab=50304, microbatches=2),
+    "S": Size(256, 256, 1, layers=16, heads=16, vocab=4096, microbatches=16),
+    "SM": Size(256, 128, 1, microbatches=16, positions="rope", norm="RMSNorm", ours=_EXPERTS, peer=_PEER_EXPERTS),
     "L": Size(128, 4096, 1, layers=6, heads=4, vocab=2048, microbatches=2, positions="rope"),
     "XL": Size(128, 16384, 1, layers=6, heads=4, vocab=2048, microbatches=1, positions="rope"),
 }
@@ -119,6 +130,37 @@ LAYOUTS = {
     "cp2gather": Layout((*_CP, "--cp-comm-type", "all_gather")),
     "cp2a2a": Layout((*_CP, "--cp-comm-type", "a2a")),
 }
+_AXES = {
+    "tp": ("--tensor-model-parallel-size",),
+    "pp": ("--pipeline-model-parallel-size",),
+    "zb": ("--pipeline-schedule", "zero-bubble", "--pipeline-model-parallel-size"),
+    "cp": ("--context-parallel-size",),
+    "ep": ("--expert-model-parallel-size",),
+}
+_SWITCHES = {"sp": "--sequence-parallel", "dist": "--use-distributed-optimizer"}
+
+
+def layout_named(name: str) -> Layout:
+    """Return a layout of the table, or one that is written as its axes, such as tp2pp4sp.
+
+    Raises:
+        SystemExit: the name is neither.
+    """
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    if not re.fullmatch(r"((tp|pp|zb|cp|ep|dp)\d+|sp|dist)+", name):
+        raise SystemExit(f"--layouts {name}: write one of {', '.join(LAYOUTS)}, or axes such as tp2pp4sp")
+    words: list[str] = [_SWITCHES[word] for word in re.findall(r"sp|dist", re.sub(r"[a-z]+\d+", " ", name))]
+    sizes = {axis: int(size) for axis, size in re.findall(r"(tp|pp|zb|cp|ep|dp)(\d+)", name)}
+    for axis, size in sizes.items():
+        words += [*_AXES[axis], str(size)] if axis in _AXES else []
+    replicas = max(sizes.get("dp", 1), sizes.get("ep", 1))
+    stages = max(sizes.get("pp", 1), sizes.get("zb", 1))
+    ranks = replicas * stages * sizes.get("tp", 1) * sizes.get("cp", 1)
+    # A pipeline that splits backward passes is not simulated here.
+    return Layout(tuple(words), ranks=ranks, stages=1 if "zb" in sizes else stages, replicas=replicas)
+
+
 BY_DEFAULT = tuple(name for name in LAYOUTS if name not in ("core1", "ep2") and not name.startswith("cp"))
 WITH_PEER = (*BY_DEFAULT, "ep2")
 
@@ -259,7 +301,9 @@ def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool
     total = sum(row["step"] for rank in rows for row in rank)
     shares = {part: sum(row[part] for rank in rows for row in rank) / total for part in (*PARTS, *OF_EXPERTS)}
     first = ranks[0]
+    busy = layout.ranks * sum(row["cpu"] for rank in rows for row in rank) / total
     result = {"ms": milliseconds, "peak_mb": peak, "shares": shares, "kernels": first["kernels"], "top": first["top"]}
+    result["busy"] = busy
     if layout.stages > 1:
         result["pipeline"] = [pipeline_against_schedule(list(of_step), size, layout) for of_step in zip(*rows)]
     return result
@@ -268,7 +312,7 @@ def run_ours(size: Size, layout: Layout, steps: int, kernels: str, profile: bool
 def pipeline_against_schedule(ranks: list[dict[str, Any]], size: Size, layout: Layout) -> tuple[float, float]:
     """Return the bubble of the schedule with one step's measured times, and the measured time over the schedule's."""
     times = [{Action(Op[op], microbatch, chunk): s for op, microbatch, chunk, s in rank["actions"]} for rank in ranks]
-    schedule = make_schedule(layout.stages, layout.chunks, size.microbatches)
+    schedule = make_schedule(layout.stages, layout.chunks, size.microbatches // layout.replicas)
     ideal = simulate(schedule, lambda rank, action: times[rank][action])
     measured = max(rank["pipeline end"] for rank in ranks) - min(rank["pipeline start"] for rank in ranks)
     return ideal.bubble_share, measured / ideal.end
@@ -295,7 +339,7 @@ def run_peer(python: str, script: str, size: Size, layout: Layout, steps: int) -
 
 def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run ours and the peer in alternation; return medians over all measured steps."""
-    size, layout = SIZES[size_name], LAYOUTS[name]
+    size, layout = SIZES[size_name], layout_named(name)
     if arguments.bf16:
         layout = replace(layout, ours=(*layout.ours, "--bf16"), peer=(*layout.peer, "--bf16"))
     ours: list[dict[str, Any]] = []
@@ -312,6 +356,8 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
         "tokens_per_s": size.tokens / milliseconds * 1e3,
         "peak_mb": max(one["peak_mb"] for one in ours),
         "shares": {part: statistics.mean(one["shares"][part] for one in ours) for part in (*PARTS, *OF_EXPERTS)},
+        "busy": statistics.mean(one["busy"] for one in ours),
+        "ranks": layout.ranks,
         "kernels": ours[0]["kernels"],
         "top": ours[0]["top"],
     }
@@ -363,6 +409,17 @@ def against_one_core(rows: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
+def against_tp1(rows: list[dict[str, Any]]) -> list[str]:
+    """Return, for each layout of a size, what it costs over one rank with all cores; nothing without both."""
+    one = next((row for row in rows if row["layout"] == "tp1"), None)
+    if one is None or len(rows) == 1:
+        return []
+    return [
+        f"     {row['layout']:10} {row['ranks']:2} ranks  cost {row['ms'] / one['ms']:.2f}  busy {row['busy']:.2f}"
+        for row in rows
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="A,B")
@@ -392,7 +449,8 @@ def main() -> None:
                 print(f"     routing and permutation {routing:.1f}% of a step, experts' products {experts:.1f}%")
             for entry in row["top"]:
                 print(f"     {entry['ms per step']:9.2f} ms {entry['calls per step']:8.1f} x  {entry['operator']}")
-        print("\n".join(against_one_core([row for row in rows if row["size"] == size])), flush=True)
+        of_size = [row for row in rows if row["size"] == size]
+        print("\n".join((*against_one_core(of_size), *against_tp1(of_size))), flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
