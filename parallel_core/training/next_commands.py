@@ -45,15 +45,15 @@ class Invocation:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own arguments and defaults, for `load_config`: `extra_args_provider`, `args_defaults`."""
 
-    def without(self, names: Sequence[str]) -> list[str]:
-        """Return the arguments less those `names`, which are also taken back where a file gives them."""
+    def without(self, names: Sequence[str], anew: Sequence[str] = ()) -> list[str]:
+        """Return the arguments less those `names`, taken back where a file gives them but for those given `anew`."""
         words: list[str] = []
         for flag, values in split_words(self.arguments)[0]:
             found = table.find(flag)
             if found is None or found[0].name not in names:
                 words += [flag, *values]
         for name in names:
-            if name in self.given and not self.given[name].written.startswith("--"):
+            if name in self.given and name not in anew and not self.given[name].written.startswith("--"):
                 argument = table.BY_NAME[name]
                 words += [argument.flags[0], str(bool(argument.default)).lower() if argument.is_switch else "null"]
         return words
@@ -103,14 +103,16 @@ def _proposals(
 ) -> Iterator[tuple[list[str], int]]:
     """Yield (arguments, ranks) to train on, and to do so in another layout, as far as they are legal."""
     on = _train_on(config, iteration)
-    same = [*invocation.without(_RESUME.split()), *on]
+    anew = [found[0].name for flag in on if (found := table.find(flag))]
+    same = [*invocation.without(_RESUME.split(), anew), *on]
     if not _is_legal(same, world_size, invocation):
         return
     yield same, world_size
     parallel = config.parallel_config
     for tensor, pipeline in _OTHER_LAYOUTS if "MS_ROLE" in os.environ else ():
         sizes = ["--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)]
-        words = [*invocation.without([*_RESUME.split(), *_LAYOUT.split()]), *on, *sizes]
+        anew += ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+        words = [*invocation.without([*_RESUME.split(), *_LAYOUT.split()], anew), *on, *sizes]
         own = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
         if (tensor, pipeline) != own and _is_legal(words, tensor * pipeline, invocation):
             yield words, tensor * pipeline

@@ -59,6 +59,8 @@ def test_they_resume_whatever_the_run_was_told(run, in_a_file, tmp_path, monkeyp
     before = load_config(words).config
     for line in (on, elsewhere):
         program = shlex.split(line, comments=True)
+        flags = [word for word in program if word.startswith("--")]
+        assert len(flags) == len(set(flags)), "what is given anew is not taken back before"
         config = load_config(program[program.index("own.py") + 1 :]).config
         training = config.training_config
         assert training.load_checkpoint == "my run" and training.resume_training and not training.skip_train
