@@ -17,10 +17,11 @@ def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None
 @_rule
 def replayed_iteration(r: Resolution) -> None:
     """A replay is of an iteration of the run, from data that can be read again."""
-    number, last = r["replay"] or 0, r["train_iters"]
-    if number < 0:
+    if not r.is_given("replay"):
+        return
+    number, last = r["replay"], r["train_iters"]
+    if number < 1:
         r.fail("replay", "is the number of an iteration, from 1")
-    if number <= 0:
         return
     if last and number > last:
         r.fail("replay train_iters", f"the run has iterations 1 to {last}")
