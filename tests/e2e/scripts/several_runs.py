@@ -114,7 +114,7 @@ def main() -> None:
                 pretrain(
                     None,
                     pretrain_gpt.model_provider_func,
-                    forward_step_func=pretrain_gpt.forward_step,
+                    forward_step_func=pretrain_gpt.model_forward_step,
                     argv=entry["argv"],
                 )
         except (ParallelCoreError, Exception) as error:
