@@ -26,7 +26,8 @@ def batches(number):
         }
 
 run_as_rank(lambda: pretrain(
-    None, pretrain_gpt.model_provider_func, forward_step_func=pretrain_gpt.model_forward_step, train_data_loader=batches(10)
+    None, pretrain_gpt.model_provider_func, forward_step_func=pretrain_gpt.model_forward_step,
+    train_data_loader=batches(10),
 ))
 """
 
