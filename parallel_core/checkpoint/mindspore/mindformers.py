@@ -18,6 +18,7 @@ import yaml
 from parallel_core.checkpoint.huggingface.tensors import (
     FINAL_NORM,
     OUTPUT,
+    OUTPUT_BIAS,
     POSITIONS,
     SCORE,
     TOKENTYPES,
@@ -65,6 +66,8 @@ _MATRICES = {
     "mlp.linear_fc2": ("output.projection",),
 }
 """Of the layers that GPT-2 and BERT share there."""
+_WORDS = ("mlmloss.", "nsploss.", "bert.mlmloss.")
+"""The heads of pretraining; the last as their converter from `transformers` calls it, which they load nowhere."""
 _TURNED = frozenset({"self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"})
 
 
@@ -161,6 +164,8 @@ DIALECTS = {
                     TOKENTYPES: "bert.embedding_postprocessor.token_type_embedding.embedding_table",
                     **_norm("embedding.layernorm", "bert.embedding_postprocessor.layernorm"),
                     **_linear("pooler.dense", "bert.dense"), **_linear("qa_outputs", "qa_outputs"),
+                    **_linear("lm_head.dense", "mlmloss.dense"), **_norm("lm_head.layernorm", "mlmloss.layernorm"),
+                    OUTPUT_BIAS: "mlmloss.output_bias", **_linear("binary_head", "nsploss.dense"),
                 },
                 "blocks.{}",
                 {
@@ -169,9 +174,15 @@ DIALECTS = {
                     **_MATRICES,
                 },
             ),
-            {"question_answering": "BertForQuestionAnswering", "encoder": "BertModel"},
+            {
+                "question_answering": "BertForQuestionAnswering", "encoder": "BertModel",
+                "pretraining": "BertForPreTraining",
+            },
             _TURNED,
-            {"question_answering": ("bert.dense.",), "encoder": ("mlmloss.", "nsploss.", "qa_outputs.")},
+            {
+                "question_answering": ("bert.dense.", *_WORDS), "encoder": (*_WORDS, "qa_outputs."),
+                "pretraining": ("qa_outputs.",),
+            },
         ),
     )
 }  # fmt: skip

@@ -18,9 +18,10 @@ from parallel_core.checkpoint.mindspore.files import read_ckpt
 from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
 from parallel_core.generate.loading import describe
-from tests.helpers.mindformers_models import MODELS, make, published, write
+from tests.helpers.mindformers_models import MODELS, bert_names, make, write
+from tests.helpers.mindformers_models import published as published_model
+from tests.unit.checkpoint.test_bert_checkpoints import HEADS, Loss, inputs, tensors_of
 from tests.unit.checkpoint.test_bert_checkpoints import VALUES as BERT_VALUES
-from tests.unit.checkpoint.test_bert_checkpoints import Loss, inputs
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
 
@@ -29,6 +30,10 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
 def _kernels():
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
     ops.use_kernels("auto")
+
+
+def published(name):
+    return bert_names(tensors_of("pretraining")) if name == "bert_words" else published_model(name)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -51,6 +56,14 @@ def test_answers_of_bert_are_those_of_transformers(tmp_path):
     np.testing.assert_allclose((loss.asnumpy(), norm), (BERT_VALUES["loss"], BERT_VALUES["grad_norm"]), rtol=2e-6)
     both = np.stack([BERT_VALUES["start_logits"], BERT_VALUES["end_logits"]], -1)
     np.testing.assert_allclose(model(*inputs()).asnumpy(), both, atol=2e-6)
+
+
+def test_words_behind_masks_and_the_order_of_segments_are_those_of_transformers(tmp_path):
+    answers = {"qa_outputs.weight": np.zeros((2, 64), np.float32)}  # of another head
+    model = loaded(open_checkpoint(make(tmp_path / "m", "bert_words", {**published("bert_words"), **answers})))
+    logits, follows = model(*inputs())
+    np.testing.assert_allclose(logits.asnumpy()[0, ::16, :8], HEADS["pretraining_logits"], atol=4e-6)
+    np.testing.assert_allclose(follows.asnumpy(), HEADS["binary_logits"], atol=2e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
