@@ -48,7 +48,8 @@ def test_logits_loss_gradient_and_continuation_are_those_of_transformers(tmp_pat
 
 
 def test_answers_of_bert_are_those_of_transformers(tmp_path):
-    tensors = {**published("bert"), "bert.dense.weight": np.zeros((64, 64), np.float32)}  # of another head
+    others = ("bert.dense.weight", "mlmloss.dense.weight", "nsploss.dense.weight", "bert.mlmloss.dense.weight")
+    tensors = {**published("bert"), **dict.fromkeys(others, np.zeros((64, 64), np.float32))}  # of other heads
     model = loaded(open_checkpoint(make(tmp_path / "m", "bert", tensors)))
     nothing = np.zeros(BERT_VALUES["tokens"].shape, np.int32)
     loss, gradients = ms.value_and_grad(Loss(model, nothing, nothing), None, parameters(model))(*inputs())
