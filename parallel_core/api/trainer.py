@@ -43,6 +43,16 @@ from parallel_core.training.runtime import start_runtime
 from parallel_core.transformer import ModelStage
 from parallel_core.transformer.models import make_model
 
+_OTHER_WAYS = {
+    "pet_method": "adapters are trained from a .yaml with model.model_config.pet_config, or by "
+                  "bash pretrain_gpt.sh --lora-rank 8 --load DIR",
+    **dict.fromkeys(("callbacks", "eval_callbacks"), "a step's and an evaluation's numbers are in the run's log; "
+                                                     "TrainingArguments say how often"),
+    **dict.fromkeys(("optimizers", "wrapper"), "TrainingArguments say how weights are updated"),
+    "compute_metrics": "a task has its own scores", "save_config": "save_pretrained(DIR) of a model writes it",
+    **dict.fromkeys(("image_processor", "audio_processor"), "tasks are of texts"),
+}  # fmt: skip
+"""MindFormers' keywords of a Trainer that have no place here, with what there is in theirs."""
 TASKS = ("text_generation", "question_answering", "text_classification")
 _SCHEDULES = {"linear": "linear", "polynomial": "linear", "cosine": "cosine", "constant": "constant"}
 
@@ -118,9 +128,11 @@ class Trainer:
         eval_dataset: the same; a folder's dev-v1.1.json; rows may be shorter.
         tokenizer: of texts; None: that of the model's directory. Rows of ids need none.
         window: for answers: seq_length, doc_stride, max_query_length; for classes: seq_length.
+        others: MindFormers' further keywords, which may say nothing (None, False, "").
 
     Raises:
-        ConfigError: the task is another, or a setting cannot be.
+        ConfigError: the task is another, a setting cannot be, or a further keyword says something.
+        TypeError: a keyword is unknown.
     """
 
     def __init__(
@@ -134,7 +146,13 @@ class Trainer:
         tokenizer: PreTrainedTokenizer | None = None,
         *,
         window: dict[str, int] | None = None,
+        **others: Any,
     ) -> None:
+        for name, value in others.items():
+            if name not in _OTHER_WAYS:
+                raise TypeError(f"Trainer has no argument {name!r}")
+            if value is not None and value is not False and value != "":
+                raise ConfigError(f"{name}={value!r}: not built: {_OTHER_WAYS[name]}; leave it out")
         told = RunFile() if args is None or isinstance(args, TrainingArguments) else RunFile.of(args)
         task = told.task if task == "general" and told.task else task
         if task not in TASKS:

@@ -125,7 +125,7 @@ def _tokenizer(source: TensorSource, path: Path) -> tuple[MegatronTokenizer | No
     try:
         spec = _pangu_tokenizer(path) if source.format in ("pangu-alpha", "hugging face") else None
         if spec is None and source.format != "pangu-alpha":
-            beside = source.format in ("hugging face", "mindformers")
+            beside = source.format.partition(",")[0] in ("hugging face", "mindformers")
             spec = _tokenizer_beside(path) if beside else _trained_tokenizer(source)
         return (None, f"{path} knows of no tokenizer") if spec is None else (spec.build(), "")
     except (ParallelCoreError, OSError) as error:

@@ -19,6 +19,10 @@ MODELS = {
     "bert": ("BertConfig", "BertForQuestionAnswering",
              {**SIZES, "seq_length": 48, "max_position_embeddings": 64, "type_vocab_size": 2, "embedding_size": 64,
               "use_relative_positions": False, "expand_ratio": 2, "hidden_dropout_prob": 0.0}),
+    "bert_words": ("BertConfig", "BertForPreTraining",
+                   {"seq_length": 48, "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3,
+                    "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 64,
+                    "hidden_act": "gelu", "post_layernorm_residual": True, "use_one_hot_embeddings": False}),
 }  # fmt: skip
 
 
@@ -84,8 +88,17 @@ def bert_names(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         f"{p}full_position_embedding.embedding_table": hf[f"{e}position_embeddings.weight"],
         f"{p}token_type_embedding.embedding_table": hf[f"{e}token_type_embeddings.weight"],
         f"{p}layernorm.gamma": hf[f"{e}LayerNorm.weight"], f"{p}layernorm.beta": hf[f"{e}LayerNorm.bias"],
-        "qa_outputs.weight": hf["qa_outputs.weight"], "qa_outputs.bias": hf["qa_outputs.bias"],
     }  # fmt: skip
+    tops = {"qa_outputs": "qa_outputs", "bert.pooler.dense": "bert.dense", "cls.seq_relationship": "nsploss.dense",
+            "cls.predictions.transform.dense": "mlmloss.dense"}  # fmt: skip
+    for name, array in hf.items():
+        module, _, kind = name.rpartition(".")
+        if module in tops:
+            found[f"{tops[module]}.{kind}"] = array
+        elif module == "cls.predictions.transform.LayerNorm":
+            found[f"mlmloss.layernorm.{ {'weight': 'gamma', 'bias': 'beta'}[kind] }"] = array
+        elif name == "cls.predictions.bias":
+            found["mlmloss.output_bias"] = array
     linear = {"attention.self.query": "attention.dense1", "attention.self.key": "attention.dense2",
               "attention.self.value": "attention.dense3", "attention.output.dense": "attention.projection",
               "intermediate.dense": "output.mapping", "output.dense": "output.projection"}  # fmt: skip

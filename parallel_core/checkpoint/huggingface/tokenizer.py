@@ -37,7 +37,7 @@ def write_tokenizer(source: TensorSource, path: Path) -> tuple[dict[str, int], l
     Returns:
         Special ids for config.json, and a sentence where files are not there.
     """
-    if source.format in ("hugging face", "pangu-alpha", "mindformers"):
+    if source.format.partition(",")[0] in ("hugging face", "pangu-alpha", "mindformers"):
         _copy(source.path, path)
         return {}, []
     settings = tokenizer_settings(source.common)

@@ -1,12 +1,13 @@
 """MindFormers' directories: a `.ckpt` file, whole or in slices of ranks, and a `.yaml` that says what it holds.
 
 GPT-2, LLaMA and BERT; PanGu-alpha has files of its own (`pangu`). The `.yaml` is that of `save_pretrained`, or of a
-run: its `model.model_config` is read. What is no weight (optimizer state, counters, caches) is left out.
+run: its `model.model_config` is read. What is no weight (optimizer state, counters, caches) is left out, and adapters
+beside the weights are added to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from parallel_core.checkpoint.huggingface.tensors import (
     FINAL_NORM,
     OUTPUT,
+    OUTPUT_BIAS,
     POSITIONS,
     SCORE,
     TOKENTYPES,
@@ -29,6 +31,7 @@ from parallel_core.checkpoint.huggingface.tensors import (
 from parallel_core.checkpoint.huggingface.tokenizer import write_tokenizer
 from parallel_core.checkpoint.huggingface.writer import check_names, model_of_source
 from parallel_core.checkpoint.layout_files import os_errors_named, write_durably
+from parallel_core.checkpoint.mindspore.adapters import StoredAdapters
 from parallel_core.checkpoint.mindspore.pangu import NO_WEIGHT, rank_files, stored_slices
 from parallel_core.checkpoint.mindspore.slices import Whole, placed, whole_parameters
 from parallel_core.checkpoint.mindspore.writer import write_ckpt_file
@@ -39,10 +42,12 @@ from parallel_core.config.model_keys import DEFINING, NAME_OF, has_effect, model
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.config.yaml_tree import read_leaves
 from parallel_core.errors import CheckpointError, ConfigError, bullet_list
+from parallel_core.layout.shard import Range
 from parallel_core.records import show
 
 CLASSES = "classes"
 """The head of `num_labels`, beside those that `bert_head` names."""
+FORMAT = "mindformers"
 NAME = "mindspore_model"
 """Of the two files, as `save_pretrained` calls them."""
 _TOLD = ("model", "model_config")
@@ -65,6 +70,8 @@ _MATRICES = {
     "mlp.linear_fc2": ("output.projection",),
 }
 """Of the layers that GPT-2 and BERT share there."""
+_WORDS = ("mlmloss.", "nsploss.", "bert.mlmloss.")
+"""The heads of pretraining; the last as their converter from `transformers` calls it, which they load nowhere."""
 _TURNED = frozenset({"self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"})
 
 
@@ -161,6 +168,8 @@ DIALECTS = {
                     TOKENTYPES: "bert.embedding_postprocessor.token_type_embedding.embedding_table",
                     **_norm("embedding.layernorm", "bert.embedding_postprocessor.layernorm"),
                     **_linear("pooler.dense", "bert.dense"), **_linear("qa_outputs", "qa_outputs"),
+                    **_linear("lm_head.dense", "mlmloss.dense"), **_norm("lm_head.layernorm", "mlmloss.layernorm"),
+                    OUTPUT_BIAS: "mlmloss.output_bias", **_linear("binary_head", "nsploss.dense"),
                 },
                 "blocks.{}",
                 {
@@ -169,9 +178,15 @@ DIALECTS = {
                     **_MATRICES,
                 },
             ),
-            {"question_answering": "BertForQuestionAnswering", "encoder": "BertModel"},
+            {
+                "question_answering": "BertForQuestionAnswering", "encoder": "BertModel",
+                "pretraining": "BertForPreTraining",
+            },
             _TURNED,
-            {"question_answering": ("bert.dense.",), "encoder": ("mlmloss.", "nsploss.", "qa_outputs.")},
+            {
+                "question_answering": ("bert.dense.", *_WORDS), "encoder": (*_WORDS, "qa_outputs."),
+                "pretraining": ("qa_outputs.",),
+            },
         ),
     )
 }  # fmt: skip
@@ -195,7 +210,7 @@ class MindFormersCheckpoint(PieceSource):
         path = Path(path)
         with os_errors_named(path):
             stored = whole_parameters(*stored_slices(path), str(path))
-            file, kind, head, values = _described(path)
+            file, kind, head, values, adapters = _described(path)
         dialect = DIALECTS[kind]
         found = {name: whole for name, whole in stored.items() if NO_WEIGHT.match(name) is None}
         try:
@@ -204,7 +219,8 @@ class MindFormersCheckpoint(PieceSource):
             raise CheckpointError(f"{file}: model.model_config: {error}") from None
         _check_sizes(file, model, found)
         shapes, sources = our_shapes(model), dialect.sources(model)
-        known = {part.name for parts in sources.values() for part in parts}
+        self._adapters = StoredAdapters(path, found, adapters, shapes, sources)
+        known = {part.name for parts in sources.values() for part in parts} | self._adapters.names
         unused = dialect.left_out.get(model.bert.bert_head, ())
         strange = [show(name) for name in found if name not in known and not name.startswith(unused)]
         if strange:
@@ -215,16 +231,25 @@ class MindFormersCheckpoint(PieceSource):
             "consumed_valid_samples": 0,
             "model_config": {**model_settings(model), "vocab_size": model.vocab_size},
         }
-        super().__init__(path, "mindformers", placed(path, shapes, sources, found), common)
+        kind = f"{FORMAT}, adapters added" if self._adapters.names else FORMAT
+        super().__init__(path, kind, placed(path, shapes, sources, found), common)
+
+    def read_into(self, key: str, ranges: Sequence[Range], out: np.ndarray) -> int:
+        """Fill `out` with a rectangle of `key`, adapters added; return the number of pieces of weights read."""
+        count = super().read_into(key, ranges, out)
+        self._adapters.add_to(key, self.info(key).dtype, ranges, out)
+        return count
 
 
-def _described(path: Path) -> tuple[Path, str, str, dict[str, Any]]:
-    """Return the file that says what model it is, its family, head and keywords; no family where none says it.
+def _described(path: Path) -> tuple[Path, str, str, dict[str, Any], dict[str, Any]]:
+    """Return the file that says what model it is, its family, head and keywords, and those of its adapters.
+
+    Without a file that says it there is no family.
 
     Raises:
         CheckpointError: several files say it, or one cannot be read.
     """
-    found: list[tuple[Path, str, str, dict[str, Any]]] = []
+    found: list[tuple[Path, str, str, dict[str, Any], dict[str, Any]]] = []
     for file in sorted((*path.glob("*.yaml"), *path.glob("*.yml"))):
         try:
             leaves, _ = with_base_files(read_leaves(str(file), {})[0], str(file))
@@ -234,11 +259,13 @@ def _described(path: Path) -> tuple[Path, str, str, dict[str, Any]]:
         kind = str(told.pop("type", ""))
         if kind:
             head = next((leaf.value for leaf in leaves if leaf.path == ("model", "arch", "type")), None)
-            found.append((file, kind, *_keywords(kind, told, head)))
+            adapters = {leaf.path[3]: number_or_word(leaf.value) for leaf in leaves
+                        if leaf.path[:3] == (*_TOLD, "pet_config") and len(leaf.path) == 4}  # fmt: skip
+            found.append((file, kind, *_keywords(kind, told, head), adapters))
     if len(found) > 1:
         names = ", ".join(file.name for file, *_ in found)
         raise CheckpointError(f"{path}: {names} each say what model it is; leave one")
-    return found[0] if found else (path, "", "", {})
+    return found[0] if found else (path, "", "", {}, {})
 
 
 def _keywords(kind: str, told: Mapping[str, Any], named: object) -> tuple[str, dict[str, Any]]:
@@ -249,7 +276,7 @@ def _keywords(kind: str, told: Mapping[str, Any], named: object) -> tuple[str, d
     family = dialect.family
     spelled = {family.aliases.get(name, name): value for name, value in told.items()}
     values = {name: number_or_word(value) for name, value in spelled.items() if name in family.settings}
-    known = {theirs: ours for ours, theirs in dialect.architecture.items()}
+    known = {**family.architectures, **{theirs: ours for ours, theirs in dialect.architecture.items()}}
     usual = str(values.get("head") or next(iter(dialect.architecture)))
     if named is not None and str(named) not in known:
         raise CheckpointError(f"model.arch.type {show(named)} is not read; {', '.join(known)} are")

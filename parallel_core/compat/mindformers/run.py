@@ -44,7 +44,7 @@ _OTHER_WORDS = {"train_dataset": "train_dataset_dir", "eval_dataset": "eval_data
 _OF_SWITCHES = ("use_parallel", "do_eval", "auto_trans_ckpt", "only_save_strategy", "resume_training", "profile",
                 "sink_mode")  # fmt: skip
 _OF_SAMPLING = ("do_sample", "top_k", "top_p", "repetition_penalty", "temperature")
-_PROGRAMS = {"PanguAlphaConfig": "pretrain_pangu.py"}
+_PROGRAMS = {"PanguAlphaConfig": "pretrain_pangu.py", "BertConfig": "pretrain_bert.py"}
 _START = "import sys; sys.path[:] = [p for p in sys.path if p]; from {} import main; sys.exit(main())"
 
 
@@ -189,6 +189,9 @@ def commands(asked: Asked, environment: Mapping[str, str]) -> tuple[list[str], d
 
 def _predicting(asked: Asked, values: Mapping[str, Any]) -> list[str]:
     """Return the command that continues texts as the file's model section says."""
+    if values.get(f"{MODEL}type") == "BertConfig":
+        raise ConfigError("--run_mode predict: an encoder continues no text; answers are given by "
+                          "python -m parallel_core.question_answering predict --load DIR TEXT")  # fmt: skip
     load = values.get("load_checkpoint") or values.get(f"{MODEL}checkpoint_name_or_path")
     if not load or not Path(str(load)).is_dir():
         raise ConfigError(f"--run_mode predict: {load!r} is no folder with weights; give --load_checkpoint DIR")

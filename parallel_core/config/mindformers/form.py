@@ -28,7 +28,7 @@ _MARKS = ("runner_config", "runner_wrapper", "run_mode", "base_config")
 _MOST_FILES = 32
 _MODES = {"DATA_PARALLEL": 0, "SEMI_AUTO_PARALLEL": 1, "AUTO_PARALLEL": 2, "HYBRID_PARALLEL": 3, "STAND_ALONE": 0}
 _TRAINERS = ("CausalLanguageModelingTrainer", "MaskedLanguageModelingTrainer", "GeneralTaskTrainer",
-             "TextClassificationTrainer")  # fmt: skip
+             "TextClassificationTrainer", "QuestionAnsweringTrainer")  # fmt: skip
 """GPT-2's first files call it masked."""
 _OPTIMIZERS = ("FusedAdamWeightDecay", "AdamWeightDecay", "FP32StateAdamWeightDecay", "FusedFP32StateAdamWeightDecay",
                "adamw", "AdamW", "FusedCastAdamWeightDecay")  # fmt: skip
@@ -237,9 +237,13 @@ class _Form:
                            ("optimizer.type", _OPTIMIZERS)):  # fmt: skip
             if self.value(key) not in (None, *known):
                 self.fail(key, f"not built; there are {', '.join(known)}")
+        readers = {"question_answering": "SQuADDataLoader", "pretraining": "TFRecordDataset"}
+        reader = readers.get(self.encoder, "MindDataset")
+        reads = {"SQuADDataLoader": "SQuAD v1.1's folders", "MindDataset": "folders of MindRecord files"}
         for key in ("train_dataset.data_loader.type", "eval_dataset.data_loader.type"):
-            if self.value(key) not in (None, "MindDataset"):
-                self.fail(key, "not built; MindDataset reads folders of MindRecord files, --data-path any others")
+            if self.value(key) not in (None, reader):
+                told = f"{reader} reads {reads[reader]}, --data-path any others" if reader in reads else "leave it out"
+                self.fail(key, f"not built; {told}")
 
     # ---- the model -------------------------------------------------------------------------------------------------
     def family(self) -> Family | None:
@@ -255,27 +259,50 @@ class _Form:
         head = self.value("model.arch.type", next(iter(family.architectures)))
         if str(head) not in family.architectures:
             self.fail("model.arch.type", f"not built; of {family.name} there are {', '.join(family.architectures)}")
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"head": self.encoder} if self.encoder else {}
+        spelled = {**{name: name for name in family.settings}, "head": "head"}
         for key in self.leaves:
             name = key.removeprefix(MODEL)
             if not key.startswith(MODEL) or name == "type" or name.startswith("pet_config"):
                 continue
-            if name in family.settings:
+            setting = family.aliases.get(name, name)
+            if setting in family.settings and setting != "head":
                 value = number_or_word(self.value(key))
-                if value is not None:
-                    values[name] = value
+                if value is not None and values.get(setting, value) != value:
+                    self.fail(key, f"another than {spelled[setting]}, which means the same; leave one out")
+                elif value is not None:
+                    values[setting], spelled[setting] = value, name
             elif not self._other_model_key(key, name, family):
                 self.problems.append(f"{self.leaves[key].source}: {key}: unknown key of {family.name}")
         if self.classes:
             self.give("num_labels", self.number(MODEL + "num_labels", 2), MODEL + "num_labels", "model.arch.type")
         for path, (value, names) in family.fields_of(values).items():
-            keys = [MODEL + name for name in names]
-            if path == "vocab_size":
+            keys = [MODEL + spelled[name] for name in names]
+            if path == "vocab_size" and self.encoder:
+                self._pieces(value, keys)
+            elif path == "vocab_size":
                 self._vocabulary(value, keys)
+            elif path == "bert":
+                self.give("bert_head", value.bert_head, "model.arch.type")
+                self.give("num_tokentypes", value.num_tokentypes, MODEL + "type_vocab_size")
             elif path not in ("params_dtype", "compute_dtype"):
                 self.give(table.DIRECT[f"model_config.{path}"].name, value, *keys[:1])
         self._precision(family, values)
         self._adapters()
+        if self.encoder:
+            unused = sorted(key.removeprefix(MODEL) for key in self.leaves if key.removeprefix(MODEL) in family.ignored)
+            if unused:
+                self.notes.append(f"{', '.join(unused)}: ignored; of heads for classes, or how tables are looked up, "
+                                  "which changes nothing; norms are of float32")  # fmt: skip
+
+    @property
+    def encoder(self) -> str:
+        """The head of an encoder; empty: the model is none."""
+        family = self.family()
+        if family is None or family.name != "BertConfig":
+            return ""
+        usual = next(iter(family.architectures))
+        return family.architectures.get(str(self.value("model.arch.type", usual)), family.architectures[usual])
 
     @property
     def classes(self) -> bool:
@@ -289,8 +316,14 @@ class _Form:
         if name == "use_flash_attention":
             self.give("use_flash_attn", bool(value), key)
             return True
+        if name == "initializer_range" and self.encoder:
+            self.give("init_method_std", self.number(key, 0.02, 0, whole=False), key)
+            return True
+        if name in family.ignored:
+            return True
         harmless: dict[str, tuple[Any, ...]] = {
-            "extend_method": (None, "PI"), "post_layernorm_residual": (None, False), "num_labels": (None, 1, 2),
+            "extend_method": (None, "PI"), "num_labels": (None, 1, 2), "use_relative_positions": (None, False),
+            "post_layernorm_residual": (None, bool(self.encoder)),  # an encoder's norms stand behind the additions
             "use_moe": (None, False), "parallel_config": (None, {}), "moe_config": (None, {}), "is_npu_acceleration":
             (None, True, False), "repetition_penalty": (value,),
         }  # fmt: skip
@@ -306,7 +339,7 @@ class _Form:
                 self.fail(key, "not built")
             return True
         of_prediction = (*GENERATION, "max_length", "max_new_tokens", "ignore_token_id", "checkpoint_name_or_path")
-        return name in IGNORED or name in family.ignored or name in of_prediction
+        return name in IGNORED or name in of_prediction
 
     def _vocabulary(self, rows: int, keys: list[str]) -> None:
         """Say the vocabulary's size, and that records are read as ids; texts of classes need their tokenizer."""
@@ -316,6 +349,22 @@ class _Form:
             return
         self.give("tokenizer_type", "NullTokenizer", *keys)
         self.give("vocab_size", rows - 1, *keys)  # its end of document comes after the vocabulary
+
+    def _pieces(self, rows: int, keys: list[str]) -> None:
+        """Say the table's rows, and how an encoder's texts are cut: by the vocab.txt beside the weights."""
+        self.give("padded_vocab_size", rows, *keys)
+        lower = next((key for key in ("train_dataset.tokenizer.do_lower_case", "processor.tokenizer.do_lower_case")
+                      if key in self.leaves), "")  # fmt: skip
+        kind = "BertWordPieceLowerCase" if not lower or self.switch(lower, True) else "BertWordPieceCase"
+        self.give("tokenizer_type", kind, lower)
+        named = ("train_dataset.tokenizer.vocab_file", "load_checkpoint", MODEL + "checkpoint_name_or_path")
+        for key in named:
+            place = Path(str(self.value(key) or "nowhere"))
+            file = place / "vocab.txt" if place.suffix != ".txt" else place
+            if self.value(key) and file.is_file():
+                self.give("vocab_file", str(file), key)
+                return
+        self.notes.append("model.arch.type: no vocab.txt lies beside the weights; give --vocab-file")
 
     def _words(self) -> bool:
         """Read texts with GPT-2's two files beside the weights; tell whether the data are texts, not records of ids."""
@@ -445,7 +494,10 @@ class _Form:
         mode = str(self.value("run_mode", "train"))
         if mode not in ("train", "finetune", "eval", "predict"):
             self.fail("run_mode", "give train, finetune, eval or predict")
-        if mode == "predict":
+        if mode == "predict" and self.encoder:
+            self.fail("run_mode", "a training program gives no answers: python -m parallel_core.question_answering "
+                      "predict --load DIR")  # fmt: skip
+        elif mode == "predict":
             self.fail("run_mode", "a training program continues no text: python run_mindformer.py --run_mode predict, "
                       "or python -m parallel_core.generate --load DIR")  # fmt: skip
         if mode == "eval":
@@ -486,6 +538,9 @@ class _Form:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     def _data(self) -> None:
+        if self.encoder:
+            self._texts()
+            return
         train, held = (self.value(f"{part}_dataset.data_loader.dataset_dir") for part in ("train", "eval"))
         train_key, held_key = (f"{part}_dataset.data_loader.dataset_dir" for part in ("train", "eval"))
         only_evaluates = self.value("run_mode") == "eval"
@@ -518,6 +573,39 @@ class _Form:
         if family is not None and family.name == "LlamaConfig" and self.value(padding) is not None:
             self.give("pad_token_id", self.value(padding), padding)
         self._lengths(str(train or ""), str(held or "") if evaluates else "", only_evaluates)
+
+    def _texts(self) -> None:
+        """Say where an encoder's texts are: a folder of questions, or sentences that were put into files."""
+        key, only_evaluates = "train_dataset.data_loader.dataset_dir", self.value("run_mode") == "eval"
+        train, held = str(self.value(key) or ""), str(self.value("eval_dataset.data_loader.dataset_dir") or "")
+        evaluates = self.switch("do_eval") or only_evaluates
+        if not self.switch("train_dataset.data_loader.shuffle", True):
+            self.fail("train_dataset.data_loader.shuffle", "an encoder's samples are shuffled by epoch; write True")
+        for one in ("train_dataset.eod_reset", "train_dataset.eos_reset", "train_dataset.eod_token_id"):
+            if self.value(one):
+                self.fail(one, "an encoder's samples are of one document each; leave it out")
+        if only_evaluates:
+            scored = "answers are scored by python -m parallel_core.question_answering evaluate --load DIR"
+            words = "an encoder of words is trained; give train or finetune"
+            self.fail("run_mode", scored if self.encoder == "question_answering" else words)
+        elif self.encoder == "question_answering" and train and evaluates and held:
+            from parallel_core.data.squad import DEV  # as in `config/vocabulary.py`
+
+            self.give("train_data_path", [train], key)
+            self.give("valid_data_path", [str(Path(held) / DEV)], "eval_dataset.data_loader.dataset_dir")
+        elif self.encoder == "question_answering" and train:
+            self.give("data_path", [train], key)
+        elif train and Path(f"{train}.idx").is_file():
+            self.give("data_path", [train], key)
+            self.give("split", "1,0,0", key)
+        elif self.encoder == "question_answering":
+            self.notes.append(f"{self.terms(key)}: no questions yet; give the folder of train-v1.1.json there, or "
+                              "--data-path")  # fmt: skip
+        else:
+            self.notes.append(f"{self.terms(key)}: records whose words are masked once and for all are not read; give "
+                              "--data-path, sentences of tools/preprocess_data.py --split-sentences, or write the "
+                              "files' prefix here")  # fmt: skip
+        self._lengths("", held if evaluates and self.encoder == "question_answering" else "", only_evaluates)
 
     def _lengths(self, train: str, held: str, only_evaluates: bool) -> None:
         """Say how long the run is, how often it evaluates, and on how many batches."""
@@ -594,7 +682,8 @@ class _Form:
         self.give("adam_bias_correction", False, "optimizer.type")
         pair = self.value("optimizer.betas")
         first, second = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        for name, beta, default in (("adam_beta1", first, 0.9), ("adam_beta2", second, 0.95)):
+        usual = 0.999 if self.encoder else 0.95
+        for name, beta, default in (("adam_beta1", first, 0.9), ("adam_beta2", second, usual)):
             key = f"optimizer.{name.removeprefix('adam_')}"
             chosen = "optimizer.betas" if beta is not None else key
             self.give(name, beta if beta is not None else self.number(key, default, 0, whole=False), chosen)

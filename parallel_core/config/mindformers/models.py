@@ -236,8 +236,14 @@ BERT = Family(
     },
     {},
     _bert_head,
+    frozenset({
+        "use_one_hot_embeddings", "dropout_prob", "num_labels", "dtype", "layernorm_dtype", "model_type",
+        "assessment_method",
+    }),
+    {"BertForPreTraining": "pretraining", "BertForQuestionAnswering": "question_answering"},
     aliases={"embedding_size": "hidden_size", "hidden_dropout_prob": "hidden_dropout_rate",
-             "attention_probs_dropout_prob": "attention_dropout_rate"},
+             "attention_probs_dropout_prob": "attention_dropout_rate", "num_hidden_layers": "num_layers",
+             "num_attention_heads": "num_heads", "softmax_dtype": "softmax_compute_type"},
 )  # fmt: skip
 
 FAMILIES = {family.name: family for family in (GPT2, PANGU_ALPHA, LLAMA, BERT)}

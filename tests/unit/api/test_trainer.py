@@ -125,13 +125,17 @@ def test_what_cannot_be_is_told():
         (lambda: Trainer(task="text_generation", model=config).finetune(), "no weights to train from"),
         (lambda: Trainer(task="text_generation", model=config, train_dataset=[np.arange(9)]).train(), r"rows of \[9\]"),
         (lambda: Trainer(task="question_answering", model=config), "needs a WordPiece tokenizer"),
+        (lambda: Trainer(task="text_generation", model=config, pet_method="lora"), "pet_method='lora': not built: ada"),
+        (lambda: Trainer(task="text_generation", model=config, callbacks=[print]), "callbacks=.*: not built: a step's"),
         (lambda: TrainingArguments(lr_scheduler_type="staircase"), "staircase"),
         (lambda: TrainingArguments(batch_size=0), "batch_size=0"),
         (lambda: Trainer(task="text_generation", model=config).set_recompute_config(True, True), "give one"),
     ):
         with pytest.raises(ConfigError, match=told):
             make()
-    trainer = Trainer(task="text_generation", model=config, train_dataset=rows)
+    with pytest.raises(TypeError, match="no argument 'modle'"):
+        Trainer(modle=config)
+    trainer = Trainer(task="text_generation", model=config, train_dataset=rows, pet_method="", callbacks=None)
     trainer.set_parallel_config(data_parallel=4, model_parallel=2, pipeline_stage=2, micro_batch_num=2)
     with pytest.raises(ConfigError, match="is not the number of ranks, 1"):
         trainer.train()

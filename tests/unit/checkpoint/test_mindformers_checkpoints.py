@@ -18,9 +18,10 @@ from parallel_core.checkpoint.mindspore.files import read_ckpt
 from parallel_core.convert.cli import main
 from parallel_core.errors import CheckpointError
 from parallel_core.generate.loading import describe
-from tests.helpers.mindformers_models import MODELS, make, published, write
+from tests.helpers.mindformers_models import MODELS, bert_names, make, write
+from tests.helpers.mindformers_models import published as published_model
+from tests.unit.checkpoint.test_bert_checkpoints import HEADS, Loss, inputs, tensors_of
 from tests.unit.checkpoint.test_bert_checkpoints import VALUES as BERT_VALUES
-from tests.unit.checkpoint.test_bert_checkpoints import Loss, inputs
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
 
@@ -29,6 +30,10 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "hf"
 def _kernels():
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
     ops.use_kernels("auto")
+
+
+def published(name):
+    return bert_names(tensors_of("pretraining")) if name == "bert_words" else published_model(name)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -43,7 +48,8 @@ def test_logits_loss_gradient_and_continuation_are_those_of_transformers(tmp_pat
 
 
 def test_answers_of_bert_are_those_of_transformers(tmp_path):
-    tensors = {**published("bert"), "bert.dense.weight": np.zeros((64, 64), np.float32)}  # of another head
+    others = ("bert.dense.weight", "mlmloss.dense.weight", "nsploss.dense.weight", "bert.mlmloss.dense.weight")
+    tensors = {**published("bert"), **dict.fromkeys(others, np.zeros((64, 64), np.float32))}  # of other heads
     model = loaded(open_checkpoint(make(tmp_path / "m", "bert", tensors)))
     nothing = np.zeros(BERT_VALUES["tokens"].shape, np.int32)
     loss, gradients = ms.value_and_grad(Loss(model, nothing, nothing), None, parameters(model))(*inputs())
@@ -51,6 +57,14 @@ def test_answers_of_bert_are_those_of_transformers(tmp_path):
     np.testing.assert_allclose((loss.asnumpy(), norm), (BERT_VALUES["loss"], BERT_VALUES["grad_norm"]), rtol=2e-6)
     both = np.stack([BERT_VALUES["start_logits"], BERT_VALUES["end_logits"]], -1)
     np.testing.assert_allclose(model(*inputs()).asnumpy(), both, atol=2e-6)
+
+
+def test_words_behind_masks_and_the_order_of_segments_are_those_of_transformers(tmp_path):
+    answers = {"qa_outputs.weight": np.zeros((2, 64), np.float32)}  # of another head
+    model = loaded(open_checkpoint(make(tmp_path / "m", "bert_words", {**published("bert_words"), **answers})))
+    logits, follows = model(*inputs())
+    np.testing.assert_allclose(logits.asnumpy()[0, ::16, :8], HEADS["pretraining_logits"], atol=4e-6)
+    np.testing.assert_allclose(follows.asnumpy(), HEADS["binary_logits"], atol=2e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,6 +121,44 @@ def test_slices_of_ranks_are_put_together(tmp_path):
         np.testing.assert_array_equal(read_tensor(source, key), read_tensor(expected, key))
 
 
+def with_adapters(name, tensors, modules, spelled, rank=2):
+    """Adapters beside the weights, and the weights that they mean, by hand: W + 6 / 2 B A."""
+    rng, beside, merged = np.random.default_rng(3), dict(tensors), dict(tensors)
+    for module in modules:
+        weight = tensors[f"{module}.weight"]
+        a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((rank, weight.shape[1]), (len(weight), rank)))
+        beside.update({f"{module}.{spelled}_a": a, f"{module}.{spelled}_b": b})
+        merged[f"{module}.weight"] = (weight + 3 * (b.astype(np.float64) @ a)).astype(np.float32)
+    return beside, merged
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted", "layers", "spelled", "architecture"),
+    [("gpt2", 1, "backbone.blocks.1.attention.dense1 backbone.blocks.1.attention.dense3", "mindpet_delta_lora",
+      "GPT2WithLora"),
+     ("llama", 3, "model.layers.0.attention.wq model.layers.2.attention.wv model.layers.2.feed_forward.w2",
+      "tk_delta_lora", "LlamaForCausalLMWithLora")],
+)  # fmt: skip
+def test_adapters_beside_the_weights_are_added_to_them(tmp_path, name, adapted, layers, spelled, architecture):
+    beside, merged = with_adapters(name, published(name), layers.split(), spelled)
+    folder = make(tmp_path / "m", name, beside, pet_config={"pet_type": "lora", "lora_rank": 2, "lora_alpha": 6})
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace(MODELS[name][1], architecture))
+    source, expected = open_checkpoint(folder), open_checkpoint(make(tmp_path / "merged", name, merged))
+    assert source.format == "mindformers, adapters added"  # which the first lines of a run say
+    assert source.common == expected.common and source.keys() == expected.keys()
+    plain, changed = open_checkpoint(make(tmp_path / "plain", name, published(name))), 0
+    for key in expected.keys():  # noqa: SIM118 - a method of TensorSource
+        wanted, whole = read_tensor(expected, key), read_tensor(source, key)
+        np.testing.assert_allclose(whole, wanted, rtol=0, atol=4e-6)
+        changed += not np.array_equal(whole, read_tensor(plain, key))
+        if wanted.ndim == 2:  # a rectangle has the values that the whole has there
+            part = np.empty((wanted.shape[0] // 2, 7), np.float32)
+            source.read_into(key, [(5, 5 + len(part)), (3, 10)], part)
+            np.testing.assert_allclose(part, whole[5 : 5 + len(part), 3:10], rtol=0, atol=4e-6)
+    assert changed == adapted
+
+
 # ---- what is wrong --------------------------------------------------------------------------------------------------
 def told(folder: Path) -> str:
     with pytest.raises(CheckpointError) as error:
@@ -114,10 +166,23 @@ def told(folder: Path) -> str:
     return str(error.value)
 
 
-def test_adapters_that_nobody_merged_are_named_and_not_left_out(tmp_path):
-    name = "backbone.blocks.0.attention.dense1.mindpet_delta_lora_a"
-    tensors = {**published("gpt2"), name: np.zeros((2, 64), np.float32)}
-    assert f"1 tensors of no known place:\n  '{name}'" in told(make(tmp_path / "m", "gpt2", tensors))
+@pytest.mark.parametrize(
+    ("pet", "change", "said"),
+    [({}, {}, "must say their scale as model.model_config.pet_config.lora_alpha, a number (found None)"),
+     ({"lora_alpha": "much"}, {}, "a number (found 'much')"),
+     ({"lora_alpha": 6, "lora_rank": 4}, {}, "pet_config says lora_rank 4, the adapters have rank 2"),
+     ({"lora_alpha": 6}, {"attention.dense1.mindpet_delta_lora_b": None}, "mindpet_delta_lora_a alone"),
+     ({"lora_alpha": 6}, {"attention.dense1.mindpet_delta_lora_b": (64, 3)}, "is [2, 64] and [64, 3], which does not"),
+     ({"lora_alpha": 6}, {"output.mapping.mindpet_delta_lora_a": (2, 64)}, "1 factors of adapters on layers that have"),
+     ({"lora_alpha": 6}, {"attention.dense9.mindpet_delta_lora_a": (2, 64)}, "attention.dense9.mindpet_delta_lora_a")],
+)  # fmt: skip
+def test_adapters_that_cannot_be_added_are_named_and_not_left_out(tmp_path, pet, change, said):
+    tensors, _ = with_adapters("gpt2", published("gpt2"), ["backbone.blocks.0.attention.dense1"], "mindpet_delta_lora")
+    for name, shape in change.items():
+        tensors.pop(f"backbone.blocks.0.{name}", None)
+        if shape:
+            tensors[f"backbone.blocks.0.{name}"] = np.zeros(shape, np.float32)
+    assert said in told(make(tmp_path / "m", "gpt2", tensors, pet_config=pet))
 
 
 def test_missing_weights_are_an_error_that_names_them_and_never_first_values(tmp_path):

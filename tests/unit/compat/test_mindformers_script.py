@@ -39,10 +39,13 @@ def test_arguments_stand_over_the_file_and_the_run_reads_both(tmp_path, monkeypa
     assert (config.optimizer_config.weight_decay, config.optimizer_config.lr_warmup_iters) == (0.5, 3)
 
 
-def test_a_configuration_is_looked_for_beside_the_script_too_and_pangu_has_its_program(tmp_path):
-    (tmp_path / "p.yaml").write_text("model: {model_config: {type: PanguAlphaConfig}}\nrunner_config: {epochs: 1}\n")
-    asked = read_words(["--config", "p.yaml"], tmp_path)
-    assert commands(asked, {})[0][3] == "pretrain_pangu.py"
+def test_a_configuration_is_looked_for_beside_the_script_too_and_each_model_has_its_program(tmp_path):
+    for kind, program in (("PanguAlphaConfig", "pretrain_pangu.py"), ("BertConfig", "pretrain_bert.py")):
+        (tmp_path / "p.yaml").write_text(f"model: {{model_config: {{type: {kind}}}}}\nrunner_config: {{epochs: 1}}\n")
+        asked = read_words(["--config", "p.yaml"], tmp_path)
+        assert commands(asked, {})[0][3] == program
+    with pytest.raises(ConfigError, match="question_answering predict"):
+        commands(read_words(["--config", "p.yaml", "--run_mode", "predict", "--predict_data", "a - b"], tmp_path), {})
     assert started(["--config", "run_gpt2.yaml", "--device_target", "CPU"])[1] == {"DEVICE_TARGET": "CPU"}
     assert started(["--config", "run_gpt2.yaml", "--device_target", "CPU"], DEVICE_TARGET="Ascend")[1][
         "DEVICE_TARGET"

@@ -34,16 +34,17 @@ def loaded(folder, changes, *words, base="run_gpt2.yaml"):
     return load_config(["--config", written(folder, changes, base), *words])
 
 
-def refused(folder, changes):
+def refused(folder, changes, base="run_gpt2.yaml"):
     with pytest.raises(ConfigError) as error:
-        loaded(folder, changes)
+        loaded(folder, changes, base=base)
     return str(error.value)
 
 
 @pytest.mark.parametrize(
     ("name", "ranks", "layers", "width", "samples"),
     [("run_gpt2", 1, 12, 768, 8), ("run_gpt2_13b", 32, 40, 5120, 4 * 24 * 2), ("run_gpt2_52b", 128, 64, 8192, 1024),
-     ("run_gpt2_lora", 1, 12, 768, 8), ("run_gpt2_txtcls", 1, 12, 768, 16)],
+     ("run_gpt2_lora", 1, 12, 768, 8), ("run_gpt2_txtcls", 1, 12, 768, 16), ("run_bert", 1, 12, 768, 128),
+     ("run_qa_bert", 1, 12, 768, 12)],
 )  # fmt: skip
 def test_files_of_the_published_sizes_are_read_with_their_base_files_and_anchors(name, ranks, layers, width, samples):
     found = load_config(["--config", str(FILES / f"{name}.yaml")])
@@ -55,7 +56,8 @@ def test_files_of_the_published_sizes_are_read_with_their_base_files_and_anchors
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("run_gpt2", 124_439_808), ("run_gpt2_13b", 12_853_386_240 + 5120), ("run_gpt2_52b", 51_966_533_632)],
+    [("run_gpt2", 124_439_808), ("run_gpt2_13b", 12_853_386_240 + 5120), ("run_gpt2_52b", 51_966_533_632),
+     ("run_bert", 110_106_428), ("run_qa_bert", 108_893_186)],
 )
 def test_models_have_the_published_number_of_parameters_and_no_rows_beside_but_for_equal_parts(name, parameters):
     """50257 tokens are not a multiple of two ranks: there is one row more."""
@@ -119,6 +121,43 @@ def test_classes_of_texts_have_their_head_their_table_and_the_tokenizer_beside_t
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "head", "length"),
+                         [("run_bert", "pretraining", 128), ("run_qa_bert", "question_answering", 384)])  # fmt: skip
+def test_encoders_are_read_by_either_spelling_of_their_sizes(name, head, length):
+    found = load_config(["--config", str(FILES / f"{name}.yaml")])
+    model, optimizer = found.config.model_config, found.config.optimizer_config
+    assert (model.bert.bert_head, model.bert.num_tokentypes, model.hidden_act) == (head, 2, "gelu")
+    assert (model.seq_length, model.max_position_embeddings, model.norm_epsilon) == (length, 512, 1e-12)
+    assert (model.num_attention_heads, model.vocab_size, model.hidden_dropout_rate) == (12, 30522, 0.1)
+    assert (optimizer.betas, optimizer.clip_grad, optimizer.adam_bias_correction) == ((0.9, 0.999), 0.0, False)
+    assert found.config.dataset_config.tokenizer_type == "BertWordPieceLowerCase"
+    assert any(note.startswith("dropout_prob, num_labels, use_one_hot_embeddings: ignored; ") for note in found.notes)
+
+
+def test_questions_have_their_folder_and_the_pieces_beside_the_weights(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    folder = str(tmp_path)
+    data = {"data_loader": {"dataset_dir": folder}, "tokenizer": {"do_lower_case": False}}
+    changes = {"load_checkpoint": folder, "run_mode": "finetune", "train_dataset": data}
+    config = loaded(tmp_path, changes, base="run_qa_bert.yaml").config
+    assert (config.dataset_config.data_path, config.dataset_config.vocab_file) == ((folder,), f"{folder}/vocab.txt")
+    assert config.dataset_config.tokenizer_type == "BertWordPieceCase" and config.training_config.finetune
+    held = {**changes, "do_eval": True, "eval_dataset": {"data_loader": {"dataset_dir": folder}}}
+    config = loaded(tmp_path, held, base="run_qa_bert.yaml").config
+    assert config.dataset_config.train_data_path == (folder,)
+    assert config.dataset_config.valid_data_path == (f"{folder}/dev-v1.1.json",)
+
+
+def test_words_come_from_sentences_and_records_of_masked_ones_are_not_read(tmp_path):
+    found = load_config(["--config", str(FILES / "run_bert.yaml")])
+    assert not found.config.dataset_config.data_path
+    assert any("records whose words are masked once and for all are not read" in note for note in found.notes)
+    (tmp_path / "d_text_sentence.idx").write_text("")
+    prefix = str(tmp_path / "d_text_sentence")
+    data = {"data_loader": {"dataset_dir": prefix}}
+    assert loaded(tmp_path, {"train_dataset": data}, base="run_bert.yaml").config.dataset_config.data_path == (prefix,)
+
+
 def test_flags_stand_over_the_file_and_each_value_says_where_it_stands(tmp_path):
     found = loaded(tmp_path, {"runner_config": {"batch_size": 2}}, "--lr", "0.5", "--train-iters", "3")
     assert (found.config.optimizer_config.learning_rate, found.config.dataset_config.batch_size) == (0.5, 2)
@@ -157,11 +196,31 @@ def test_what_cannot_be_is_refused_by_name_with_its_line(tmp_path, changes, said
     assert re.search(said if ".*" in said else re.escape(said), told), told
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"model_config": {"post_layernorm_residual": False}}}, "post_layernorm_residual: false: not built"),
+        ({"model": {"model_config": {"use_relative_positions": True}}}, "use_relative_positions: true: not built"),
+        ({"model": {"model_config": {"hidden_size": 64}}}, "embedding_size, which means the same; leave one out"),
+        ({"model": {"model_config": {"head": "encoder"}}}, "model.model_config.head: unknown key of BertConfig"),
+        ({"model": {"arch": {"type": "BertForTokenClassification"}}}, "BertForTokenClassification: not built; of Bert"),
+        ({"train_dataset": {"data_loader": {"type": "MindDataset"}}}, "SQuADDataLoader reads SQuAD v1.1's folders"),
+        ({"train_dataset": {"eod_reset": True}}, "train_dataset.eod_reset: true: an encoder's samples are of one doc"),
+        ({"train_dataset": {"data_loader": {"shuffle": False}}}, "an encoder's samples are shuffled by epoch"),
+        ({"run_mode": "predict"}, "python -m parallel_core.question_answering predict"),
+        ({"run_mode": "eval"}, "python -m parallel_core.question_answering evaluate --load DIR"),
+    ],
+)  # fmt: skip
+def test_other_encoders_are_refused_by_name(tmp_path, changes, said):
+    assert said in refused(tmp_path, changes, "run_qa_bert.yaml")
+
+
 ODD = (None, "", "x", -1, 0, 1.5, float("nan"), [], {}, [1, 2], ["a", {"type": 3}], True, 10**30, "None")
 
 
-def test_no_value_anywhere_ends_in_anything_but_a_configuration_or_its_error():
-    file = str(FILES / "run_gpt2_lora.yaml")
+@pytest.mark.parametrize("name", ["run_gpt2_lora", "run_qa_bert"])
+def test_no_value_anywhere_ends_in_anything_but_a_configuration_or_its_error(name):
+    file = str(FILES / f"{name}.yaml")
     leaves, _ = with_base_files(read_leaves(file)[0], file)
     for place, leaf in enumerate(leaves):
         for odd in ODD:
