@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from parallel_core.launch.processes import children
@@ -81,6 +82,8 @@ class Host:
         if self._holder.poll() is None:
             os.kill(self.first, signal.SIGKILL)
         self._holder.wait()
+        with suppress(subprocess.CalledProcessError):  # The kernel takes it away too, later than the next host comes.
+            self._network.ip("link", "delete", self._device)
 
 
 class Network:
