@@ -17,7 +17,7 @@ from tests.helpers.cases import CaseContext, case
 from tests.helpers.hccl_double import over_hccl
 from tests.ranks.cases_experts import run_of
 from tests.ranks.cases_layouts import settings
-from tests.ranks.support import LLAMA, Tiny, TinyRun, assert_close, context_of, group_of
+from tests.ranks.support import LLAMA, Tiny, TinyRun, assert_close, context_of, group_of, world_group
 
 SCALARS = {"training/scalars.py: _on_host": 1, "training/scalars.py: _sum": 1}
 """Where a step reads what a device has computed."""
@@ -86,7 +86,7 @@ def check(ctx: CaseContext, tiny: Tiny, rtol: float, also_read: frozenset[str] =
 @case(world_size=(2, 4), slow=True)
 def test_the_collectives_of_an_npus_script(ctx: CaseContext) -> None:
     """What tests/ascend/rank.py asks of HCCL runs to its end on the double."""
-    start_communication()  # of the CPU, as above
+    start_communication(), world_group(ctx)  # of the CPU, as above
     with on_ascend_double(), over_hccl(lambda ranks: group_of(ctx, list(ranks)), ctx.world_size) as hccl:
         rank.WRONG.clear()
         rank.operations(group_factory("auto", 60.0, ctx.rank, ctx.world_size), ctx.rank, ctx.world_size)
