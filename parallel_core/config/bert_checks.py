@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from parallel_core.config import table
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import DEFAULTS
 
-BERT_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+BERT_CHECKS = Rules()
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    BERT_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@BERT_CHECKS
 def question_answering(r: Resolution) -> None:
     """Questions have files of their own, and leave their windows room."""
     if r["bert_head"] != "question_answering":
@@ -46,7 +39,7 @@ _OF_DECODERS = """
 """
 
 
-@_rule
+@BERT_CHECKS
 def encoders(r: Resolution) -> None:
     """An encoder has learned positions, norms after the additions, and whole sequences on a rank."""
     if r["bert_head"] == "none":

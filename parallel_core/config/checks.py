@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from parallel_core.config.classifier_checks import CLASSIFIER_CHECKS
 from parallel_core.config.conversation_checks import CONVERSATION_CHECKS
@@ -12,7 +12,7 @@ from parallel_core.config.expert_checks import EXPERT_CHECKS
 from parallel_core.config.interleave_checks import INTERLEAVE_CHECKS
 from parallel_core.config.lora_checks import LORA_CHECKS
 from parallel_core.config.model_checks import MODEL_CHECKS
-from parallel_core.config.resolution import LARGEST, Resolution
+from parallel_core.config.resolution import LARGEST, Resolution, Rules
 from parallel_core.config.schema import ROTARY, ModelParallelConfig
 from parallel_core.config.values import is_memory_size
 from parallel_core.config.watching_checks import WATCHING_CHECKS
@@ -21,14 +21,10 @@ from parallel_core.layout.derived import BatchSizes, decay_length, layers_to_pla
 from parallel_core.layout.sequence import EXCHANGES
 from parallel_core.layout.stages import stage_layout
 
-Rule = Callable[[Resolution], None]
-CHECKS: dict[str, Rule] = {**MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **CONVERSATION_CHECKS,
-                           **WATCHING_CHECKS, **INTERLEAVE_CHECKS, **DIAGNOSIS_CHECKS, **CLASSIFIER_CHECKS}  # fmt: skip
-
-
-def _rule(function: Rule) -> Rule:
-    CHECKS[function.__name__] = function
-    return function
+CHECKS = Rules({
+    **MODEL_CHECKS, **EXPERT_CHECKS, **LORA_CHECKS, **CONVERSATION_CHECKS, **WATCHING_CHECKS, **INTERLEAVE_CHECKS,
+    **DIAGNOSIS_CHECKS, **CLASSIFIER_CHECKS,
+})  # fmt: skip
 
 
 def _not_a_multiple(value: int, of: int) -> str:
@@ -48,7 +44,7 @@ _FAR = 4096
 """How far from a wrong size a right one is looked for."""
 
 
-@_rule
+@CHECKS
 def required(r: Resolution) -> None:
     """Sizes that nothing else determines must be given."""
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
@@ -82,7 +78,7 @@ _NOT_NEGATIVE = """
 _SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "sgd_momentum")
 
 
-@_rule
+@CHECKS
 def ranges(r: Resolution) -> None:
     """Counts and sizes are above zero and can be meant, rates are not negative, dropout and decays lie in [0, 1)."""
     for name in _POSITIVE.split():
@@ -109,7 +105,7 @@ def ranges(r: Resolution) -> None:
         r.fail("profile_aicore_metrics", "must be from -1 to 6")
 
 
-@_rule
+@CHECKS
 def positions(r: Resolution) -> None:
     """The position table covers the sequence, and rotary embeddings turn pairs of channels."""
     longest = r["max_position_embeddings"]
@@ -121,7 +117,7 @@ def positions(r: Resolution) -> None:
             r.fail("kv_channels rotary_percent", f"rotates {turned} channels of each head; it must be an even number")
 
 
-@_rule
+@CHECKS
 def heads(r: Resolution) -> None:
     """Heads divide over groups."""
     if not all(map(r.positive, ("num_attention_heads", "num_query_groups"))):
@@ -130,7 +126,7 @@ def heads(r: Resolution) -> None:
         r.fail("num_attention_heads num_query_groups", "heads must be a multiple of groups")
 
 
-@_rule
+@CHECKS
 def tensor_parallel(r: Resolution) -> None:
     """What tensor parallel ranks share must divide: heads and groups, FFN width, vocabulary, and sequence under SP."""
     tp = r["tensor_model_parallel_size"]
@@ -148,7 +144,7 @@ def tensor_parallel(r: Resolution) -> None:
         r.fail("padded_vocab_size vocab_size", "the padded vocabulary is smaller than the vocabulary")
 
 
-@_rule
+@CHECKS
 def context_parallel(r: Resolution) -> None:
     """Sequences are cut into two chunks for each context parallel rank, and exchanges deal out what they exchange."""
     cp, tp = r["context_parallel_size"], r["tensor_model_parallel_size"]
@@ -216,7 +212,7 @@ def _groups_near(heads: int, groups: int, ranks: int, tp: int) -> str:
     return " or ".join(str(n * tp) for n in (*below[-1:], *above[:1]))
 
 
-@_rule
+@CHECKS
 def world(r: Resolution) -> None:
     """The ranks are a multiple of tensor x pipeline x context parallel size, and at least one of each."""
     sizes = [r[f"{axis}_parallel_size"] for axis in ("tensor_model", "pipeline_model", "context")]
@@ -230,7 +226,7 @@ def world(r: Resolution) -> None:
                f"start {nearest}, or change the sizes")
 
 
-@_rule
+@CHECKS
 def microbatches(r: Resolution) -> None:
     """Global batch = micro batch x data parallel size x microbatches, also at every size of the ramp-up."""
     micro, dp = r["micro_batch_size"], r.values.get("data_parallel_size")
@@ -249,7 +245,7 @@ def microbatches(r: Resolution) -> None:
         r.fail("rampup_batch_size global_batch_size micro_batch_size", str(error))
 
 
-@_rule
+@CHECKS
 def layers(r: Resolution) -> None:
     """Every layer has a stage, by Megatron's rules; there are chunks only where there are stages."""
     pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]
@@ -329,7 +325,7 @@ def _place(r: Resolution, pp: int, chunks: int) -> None:
         r.problems.append(f"{', '.join(given)}: {error}" if given else str(error))
 
 
-@_rule
+@CHECKS
 def deterministic_mode(r: Resolution) -> None:
     """Gradients are added microbatch by microbatch, and a split backward pass mixes those of several."""
     if r["deterministic_mode"] and r["pipeline_schedule"] == "zero-bubble":
@@ -338,7 +334,7 @@ def deterministic_mode(r: Resolution) -> None:
                "use auto")
 
 
-@_rule
+@CHECKS
 def pipeline_schedule(r: Resolution) -> None:
     """A schedule fits the pipeline's ranks and the chunks on each."""
     pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]
@@ -354,7 +350,7 @@ def pipeline_schedule(r: Resolution) -> None:
                "zero-bubble fills the waits between pipeline ranks, and one rank has none; use auto")
 
 
-@_rule
+@CHECKS
 def interleaving(r: Resolution) -> None:
     """Microbatches come in groups that keep every rank of an interleaved pipeline busy."""
     pp, chunks = r["pipeline_model_parallel_size"], r["virtual_pipeline_model_parallel_size"]
@@ -392,7 +388,7 @@ def _batches(r: Resolution) -> Iterator[tuple[int, int]]:
         yield size, sizes.microbatches_of(size)
 
 
-@_rule
+@CHECKS
 def precision(r: Resolution) -> None:
     """One 16-bit type at most; what is about 16 bits needs it."""
     if r["bf16"] and r["fp16"]:
@@ -412,7 +408,7 @@ def precision(r: Resolution) -> None:
         r.fail("apply_query_key_layer_scaling attention_backend", "the fused kernel cannot scale by layer; give one")
 
 
-@_rule
+@CHECKS
 def recomputation(r: Resolution) -> None:
     """Full recomputation has a method and a number of layers; selective has neither."""
     granularity, method, number = (r[f"recompute_{part}"] for part in ("granularity", "method", "num_layers"))
@@ -426,7 +422,7 @@ def recomputation(r: Resolution) -> None:
         r.fail(named, f"belongs to recompute_granularity full, which is {granularity}")
 
 
-@_rule
+@CHECKS
 def recomputed_modules(r: Resolution) -> None:
     """Selective recomputation names parts that layers have and that free something when they are computed again."""
     chosen, has_experts = r["recompute_modules"], r["num_experts"] is not None
@@ -456,7 +452,7 @@ def recomputed_modules(r: Resolution) -> None:
         r.fail("recompute_modules moe_shared_expert_intermediate_size", "there is no shared expert; leave it out")
 
 
-@_rule
+@CHECKS
 def run_length(r: Resolution) -> None:
     """A run counts iterations or samples, and so do its schedules."""
     if r["train_samples"] is not None:
@@ -473,7 +469,7 @@ def _not_with(r: Resolution, unit: str, names: tuple[str, ...], what: str) -> No
             r.fail(f"{name} {unit}", f"the run does not count {what}; use the other form of {name}")
 
 
-@_rule
+@CHECKS
 def learning_rate(r: Resolution) -> None:
     """min_lr <= lr, one way to give the warm-up, and WSD has a length."""
     if r["lr"] is not None and r["min_lr"] > r["lr"]:
@@ -500,7 +496,7 @@ def learning_rate(r: Resolution) -> None:
                    "the schedule is loaded with the optimizer's state, which is left out here; give one of them")
 
 
-@_rule
+@CHECKS
 def weight_decay(r: Resolution) -> None:
     """A constant weight decay has no start and end; a changing one has both."""
     start, end = r["start_weight_decay"], r["end_weight_decay"]
@@ -512,7 +508,7 @@ def weight_decay(r: Resolution) -> None:
         r.fail("weight_decay_incr_style", "needs start_weight_decay and end_weight_decay")
 
 
-@_rule
+@CHECKS
 def overlap(r: Resolution) -> None:
     """Overlaps need what they overlap."""
     if r["overlap_param_gather"] and not r["use_distributed_optimizer"]:
@@ -527,7 +523,7 @@ def overlap(r: Resolution) -> None:
                 r.fail(f"wrap_with_ddp {name}", f"{name} needs gradient buckets; leave wrap_with_ddp on")
 
 
-@_rule
+@CHECKS
 def data_sources(r: Resolution) -> None:
     """Data comes from one place."""
     split = any(r[f"{part}_data_path"] for part in ("train", "valid", "test"))
@@ -539,14 +535,14 @@ def data_sources(r: Resolution) -> None:
         r.fail("split", "does not apply: training, validation and test data have their own paths")
 
 
-@_rule
+@CHECKS
 def profiling(r: Resolution) -> None:
     """The profile ends after it starts."""
     if r["profile"] and r["profile_step_end"] < r["profile_step_start"]:
         r.fail("profile_step_end profile_step_start", "the profile ends before it starts")
 
 
-@_rule
+@CHECKS
 def saving(r: Resolution) -> None:
     """Where nothing is saved or loaded, say so."""
     if r["save"] is None and r.is_given("save_interval"):

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from parallel_core.config.resolution import Resolution, Rules
 
-from parallel_core.config.resolution import Resolution
-
-CLASSIFIER_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+CLASSIFIER_CHECKS = Rules()
 _OTHER_TASKS = "mtp_num_layers sft reset_attention_mask reset_position_ids calculate_per_token_loss"
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    CLASSIFIER_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@CLASSIFIER_CHECKS
 def classes(r: Resolution) -> None:
     """A head for texts is of a decoder, and texts are whole on every rank and alone in their sample."""
     labels = r["num_labels"] or 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.vocabulary import DATA_SOURCES
 from parallel_core.errors import ConfigError
 
-CONVERSATION_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+CONVERSATION_CHECKS = Rules()
 _TEMPLATES = ("sft_tokenizer_prompt_format", "chat_template")
 _NOT_WITH = {
     "mock_data": "conversations are read from files; give data_path",
@@ -18,12 +16,7 @@ _NOT_WITH = {
 }
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    CONVERSATION_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@CONVERSATION_CHECKS
 def conversations(r: Resolution) -> None:
     """Conversations have files, a tokenizer and a template; templates belong to conversations."""
     if not r["sft"]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from parallel_core.config.expert_checks import EXPERT_DERIVATIONS
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import GATED, ROTARY
 from parallel_core.config.vocabulary import tokenizer_vocab_size
 from parallel_core.errors import ConfigError
 from parallel_core.layout import derived
 from parallel_core.layout.stages import decoder_layers, parse_layout
 
-Rule = Callable[[Resolution], None]
-DERIVATIONS: dict[str, Rule] = {}
+DERIVATIONS = Rules()
 
 
-def _rule(function: Rule) -> Rule:
-    DERIVATIONS[function.__name__] = function
-    return function
-
-
-@_rule
+@DERIVATIONS
 def recompute_activations(r: Resolution) -> None:
     """`recompute_activations` is `recompute_granularity selective`."""
     if r["recompute_activations"]:
@@ -35,7 +28,7 @@ def recompute_activations(r: Resolution) -> None:
         r.values["recompute_method"] = "none"
 
 
-@_rule
+@DERIVATIONS
 def positions(r: Resolution) -> None:
     """`use_rotary_position_embeddings` is `position_embedding_type rope`; without rope there is nothing to fuse."""
     if r["use_rotary_position_embeddings"] and r["position_embedding_type"] not in ROTARY:
@@ -53,7 +46,7 @@ def positions(r: Resolution) -> None:
     r.fill("yarn_beta_slow", 1.0, "positions")
 
 
-@_rule
+@DERIVATIONS
 def adapters(r: Resolution) -> None:
     """`use_lora` asks for adapters of rank 8 where nothing says another, its opposite for none."""
     if r.is_given("use_lora") and not (r["use_lora"] and r.is_given("lora_rank")):
@@ -61,7 +54,7 @@ def adapters(r: Resolution) -> None:
     r.fill("lora_rank", 0, "adapters")
 
 
-@_rule
+@DERIVATIONS
 def conversations(r: Resolution) -> None:
     """Conversations do not see each other, positions begin at zero in each, and the bundled tokenizer reads them."""
     r.fill("sft_tokenizer_prompt_format", "default", "conversations")
@@ -76,13 +69,13 @@ def conversations(r: Resolution) -> None:
         r.derive("reset_position_ids", True, "conversations")
 
 
-@_rule
+@DERIVATIONS
 def query_layer(r: Resolution) -> None:
     """A GPT has no query layer."""
     r.fill("top_query_layer", "none", "query_layer")
 
 
-@_rule
+@DERIVATIONS
 def encoder(r: Resolution) -> None:
     """A model is no encoder unless it has an encoder's head; pretraining without the binary head is of words alone."""
     r.fill("bert_head", "none", "encoder")
@@ -90,7 +83,7 @@ def encoder(r: Resolution) -> None:
         r.derive("bert_head", "masked_lm", "encoder")
 
 
-@_rule
+@DERIVATIONS
 def latent_attention(r: Resolution) -> None:
     """Multi-latent attention: yarn's frequencies unless `rope_type rope`, heads of their own size, no biases of qkv."""
     if not r["multi_latent_attention"]:
@@ -109,7 +102,7 @@ def latent_attention(r: Resolution) -> None:
 _GATED_FORMS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
-@_rule
+@DERIVATIONS
 def activation(r: Resolution) -> None:
     """The activation flags name one `hidden_act`; GELU is the tanh form where Megatron fuses it with the bias.
 
@@ -131,7 +124,7 @@ def activation(r: Resolution) -> None:
         r.fail("gated_linear_unit hidden_act", f"name one with hidden_act; the gated ones that exist are {exist}")
 
 
-@_rule
+@DERIVATIONS
 def biases(r: Resolution) -> None:
     """`add_bias_linear` gives every linear a bias; `add_qkv_bias` gives one to query, key and value alone."""
     if r.is_given("add_qkv_bias") and not r["add_qkv_bias"] and r["add_bias_linear"] and r["qkv_has_bias"] is None:
@@ -141,14 +134,14 @@ def biases(r: Resolution) -> None:
     r.fill("add_dense_bias", bool(r["add_bias_linear"]), "biases")
 
 
-@_rule
+@DERIVATIONS
 def softmax_type(r: Resolution) -> None:
     """`apply_query_key_layer_scaling` needs, and therefore sets, `attention_softmax_in_fp32`."""
     if r["apply_query_key_layer_scaling"] and not r["attention_softmax_in_fp32"]:
         r.derive("attention_softmax_in_fp32", True, "softmax_type")
 
 
-@_rule
+@DERIVATIONS
 def sequence_length(r: Resolution) -> None:
     """`seq_length` and `max_position_embeddings` stand in for each other when one is missing."""
     if r["max_position_embeddings"] is not None:
@@ -157,7 +150,7 @@ def sequence_length(r: Resolution) -> None:
         r.fill("max_position_embeddings", r["seq_length"], "sequence_length")
 
 
-@_rule
+@DERIVATIONS
 def widths(r: Resolution) -> None:
     """FFN width 4h, or int(8h/3/64)*64 for swiglu; head size h/heads; key/value heads = heads without groups."""
     hidden, heads = r["hidden_size"], r["num_attention_heads"]
@@ -177,7 +170,7 @@ def widths(r: Resolution) -> None:
 DERIVATIONS.update(EXPERT_DERIVATIONS)
 
 
-@_rule
+@DERIVATIONS
 def vocabulary(r: Resolution) -> None:
     """A given `padded_vocab_size` stays; else the tokenizer's size is padded to a multiple of divisor x tp."""
     if r["padded_vocab_size"] is not None or "padded_vocab_size" in r.unreadable:
@@ -199,7 +192,7 @@ def vocabulary(r: Resolution) -> None:
         r.derive("padded_vocab_size", size, "vocabulary")
 
 
-@_rule
+@DERIVATIONS
 def precision(r: Resolution) -> None:
     """`bf16`/`fp16` set both types where they are not given; a 16-bit `compute_dtype` sets its flag."""
     for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
@@ -213,14 +206,14 @@ def precision(r: Resolution) -> None:
             r.derive(flag, True, "precision")
 
 
-@_rule
+@DERIVATIONS
 def gradient_type(r: Resolution) -> None:
     """With bf16, gradients are summed in float32 unless `grad_reduce_in_bf16`."""
     if r["bf16"] and not r.is_given("accumulate_allreduce_grads_in_fp32"):
         r.derive("accumulate_allreduce_grads_in_fp32", not r["grad_reduce_in_bf16"], "gradient_type")
 
 
-@_rule
+@DERIVATIONS
 def overflow_check(r: Resolution) -> None:
     """With fp16 and a dynamic loss scale, a NaN is an overflow to be skipped, not an error."""
     if r["fp16"] and r["loss_scale"] is None and r["check_for_nan_in_loss_and_grad"]:
@@ -229,7 +222,7 @@ def overflow_check(r: Resolution) -> None:
         r.derive("check_for_nan_in_loss_and_grad", False, "overflow_check")
 
 
-@_rule
+@DERIVATIONS
 def sequence_parallel(r: Resolution) -> None:
     """Off where the tensor parallel size is given as 1, as in Megatron-LM; a size that is not given was forgotten."""
     if not r["sequence_parallel"] or r["tensor_model_parallel_size"] != 1:
@@ -245,7 +238,7 @@ def sequence_parallel(r: Resolution) -> None:
     r.derive("sequence_parallel", False, "sequence_parallel")
 
 
-@_rule
+@DERIVATIONS
 def flash_attention(r: Resolution) -> None:
     """`attention_backend` flash or fused is `use_flash_attn`, unfused or local is `--no-use-flash-attn`."""
     backend = r["attention_backend"]
@@ -255,7 +248,7 @@ def flash_attention(r: Resolution) -> None:
         r.derive("use_flash_attn", False, "flash_attention")
 
 
-@_rule
+@DERIVATIONS
 def attention_window(r: Resolution) -> None:
     """`window_size (W, 0)` is `pre_tockens W`; W = -1 is no window."""
     window = r["window_size"]
@@ -267,7 +260,7 @@ def attention_window(r: Resolution) -> None:
         r.derive("pre_tockens", window[0], "attention_window")
 
 
-@_rule
+@DERIVATIONS
 def attention_window_layers(r: Resolution) -> None:
     """`window_attn_skip_freq N` leaves out every N-th layer; a list that has the window everywhere says nothing."""
     pattern, layers = r["window_attn_skip_freq"], r["num_layers"]
@@ -286,7 +279,7 @@ _EXCHANGE_OF_ALGORITHM = {
 }
 
 
-@_rule
+@DERIVATIONS
 def context_parallel(r: Resolution) -> None:
     """MindSpeed's algorithms are Megatron's exchanges in other words; one context parallel rank exchanges nothing."""
     exchanges = tuple("all_gather" if word == "allgather" else word for word in r["cp_comm_type"] or ())
@@ -318,7 +311,7 @@ def context_parallel(r: Resolution) -> None:
         r.fail("ulysses_degree_in_cp", "belongs to --context-parallel-algo hybrid_cp_algo")
 
 
-@_rule
+@DERIVATIONS
 def virtual_pipeline(r: Resolution) -> None:
     """Chunks per rank follow from the layout string, the layer list, or layers per chunk."""
     pp = r["pipeline_model_parallel_size"]
@@ -347,7 +340,7 @@ def virtual_pipeline(r: Resolution) -> None:
         r.values["virtual_pipeline_model_parallel_size"] = 1
 
 
-@_rule
+@DERIVATIONS
 def batches(r: Resolution) -> None:
     """Data parallel size, global batch size and number of microbatches follow from each other and the world size."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -386,7 +379,7 @@ def _fewest_microbatches(r: Resolution) -> int:
     return number
 
 
-@_rule
+@DERIVATIONS
 def pipeline_schedule(r: Resolution) -> None:
     """`enable_zero_bubble` is the pipeline schedule `zero-bubble`."""
     if not r["enable_zero_bubble"]:
@@ -397,7 +390,7 @@ def pipeline_schedule(r: Resolution) -> None:
         r.derive("pipeline_schedule", "zero-bubble", "pipeline_schedule")
 
 
-@_rule
+@DERIVATIONS
 def run_length(r: Resolution) -> None:
     """`train_samples` becomes `train_iters`, walking through the ramp-up; a partial last batch is left out."""
     if not r["train_samples"] or not r.positive("global_batch_size"):
@@ -413,7 +406,7 @@ def run_length(r: Resolution) -> None:
     r.derive("train_iters", steps, "run_length")
 
 
-@_rule
+@DERIVATIONS
 def schedule(r: Resolution) -> None:
     """A learning rate that nothing will use may be missing; weight decay is constant unless told otherwise."""
     if r["betas"] is None:
@@ -434,7 +427,7 @@ def schedule(r: Resolution) -> None:
     r.fill("split", "969, 30, 1", "schedule")
 
 
-@_rule
+@DERIVATIONS
 def pretrained(r: Resolution) -> None:
     """`pretrained_checkpoint` is loaded as by `finetune` when `load` names nothing."""
     if r["pretrained_checkpoint"] is not None and r["load"] is None:

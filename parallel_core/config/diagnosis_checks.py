@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from parallel_core.config.resolution import Resolution, Rules
 
-from parallel_core.config.resolution import Resolution
-
-DIAGNOSIS_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+DIAGNOSIS_CHECKS = Rules()
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    DIAGNOSIS_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@DIAGNOSIS_CHECKS
 def replayed_iteration(r: Resolution) -> None:
     """A replay is of an iteration of the run, from data that can be read again."""
     if not r.is_given("replay"):
@@ -32,7 +25,7 @@ def replayed_iteration(r: Resolution) -> None:
                "cyclic")
 
 
-@_rule
+@DIAGNOSIS_CHECKS
 def results_that_are_validated(r: Resolution) -> None:
     """Errors are injected into validations, so there must be some."""
     if r["error_injection_rate"] < 0:

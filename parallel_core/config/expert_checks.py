@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from parallel_core.config import table
 from parallel_core.config.experts import BALANCES
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import DEFAULTS
 from parallel_core.layout import derived
 
-Rule = Callable[[Resolution], None]
-EXPERT_DERIVATIONS: dict[str, Rule] = {}
-EXPERT_CHECKS: dict[str, Rule] = {}
+EXPERT_DERIVATIONS = Rules()
+EXPERT_CHECKS = Rules()
 
 _OWN = tuple(argument.name for path, argument in table.DIRECT.items() if path.startswith("model_config.moe."))
 
 
-def _derivation(function: Rule) -> Rule:
-    EXPERT_DERIVATIONS[function.__name__] = function
-    return function
-
-
-def _rule(function: Rule) -> Rule:
-    EXPERT_CHECKS[function.__name__] = function
-    return function
-
-
-@_derivation
+@EXPERT_DERIVATIONS
 def experts(r: Resolution) -> None:
     """No experts are none at all; a pattern has an entry for every layer; a capacity below zero is none."""
     if not r["num_experts"]:
@@ -55,7 +42,7 @@ def experts(r: Resolution) -> None:
         r.derive("moe_expert_capacity_factor", None, "experts")
 
 
-@_rule
+@EXPERT_CHECKS
 def expert_sizes(r: Resolution) -> None:
     """Experts, their widths and choices are numbers that can be meant."""
     if r["num_experts"] is None:
@@ -81,7 +68,7 @@ def expert_sizes(r: Resolution) -> None:
         r.fail("moe_layer_freq num_experts", "no layer has experts; leave num_experts out")
 
 
-@_rule
+@EXPERT_CHECKS
 def expert_choice(r: Resolution) -> None:
     """How experts are chosen: one of softmax's is weighted before the choice, a bias needs sigmoid, groups divide."""
     if r["num_experts"] is None:
@@ -106,7 +93,7 @@ def expert_choice(r: Resolution) -> None:
         _check_groups(r, groups, kept)
 
 
-@_rule
+@EXPERT_CHECKS
 def expert_rounds(r: Resolution) -> None:
     """Rounds have scores, weights, a balancing loss and an order of their own."""
     if r["num_experts"] is None or not r["moe_router_rounds"]:
@@ -137,7 +124,7 @@ def _check_groups(r: Resolution, groups: int, kept: int) -> None:
         r.fail("moe_router_topk moe_router_group_topk", f"{kept} groups of {size} experts have not so many")
 
 
-@_rule
+@EXPERT_CHECKS
 def expert_balance(r: Resolution) -> None:
     """Balancing losses have a coefficient each; Sinkhorn's assignment stands alone."""
     if r["num_experts"] is None:
@@ -167,7 +154,7 @@ def expert_balance(r: Resolution) -> None:
                "moe_router_pre_softmax out")
 
 
-@_rule
+@EXPERT_CHECKS
 def expert_capacity(r: Resolution) -> None:
     """Padding needs a capacity; what says nothing without one is not given."""
     if r["num_experts"] is None:
@@ -179,7 +166,7 @@ def expert_capacity(r: Resolution) -> None:
         r.fail("moe_token_drop_policy moe_expert_capacity_factor", "nothing is dropped without a capacity; give one")
 
 
-@_rule
+@EXPERT_CHECKS
 def shared_expert(r: Resolution) -> None:
     """A shared expert has no biases; its gate and its overlap with the exchange of rows need one."""
     if r["num_experts"] is None:
@@ -196,7 +183,7 @@ def shared_expert(r: Resolution) -> None:
                "a shared expert has no biases; add --disable-bias-linear")
 
 
-@_rule
+@EXPERT_CHECKS
 def expert_layout(r: Resolution) -> None:
     """Experts divide over ranks, their ranks over all; tensor parallel ranks each route their part of a sequence."""
     ep, tp, pp = r["expert_model_parallel_size"], r["tensor_model_parallel_size"], r["pipeline_model_parallel_size"]

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from parallel_core.config.resolution import Resolution, Rules
 
-from parallel_core.config.resolution import Resolution
-
-INTERLEAVE_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+INTERLEAVE_CHECKS = Rules()
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    INTERLEAVE_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@INTERLEAVE_CHECKS
 def micro_batch_interleave(r: Resolution) -> None:
     """A microbatch is cut into equal parts, and each layer ends in one sum over the tensor parallel ranks."""
     parts, name = r["micro_batch_interleave_num"], "micro_batch_interleave_num"

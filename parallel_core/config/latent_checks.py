@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from parallel_core.config import table
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import DEFAULTS
 
-LATENT_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+LATENT_CHECKS = Rules()
 
 _SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _OTHER_ROTATIONS = (
@@ -17,12 +15,7 @@ _OTHER_ROTATIONS = (
 )  # fmt: skip
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    LATENT_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@LATENT_CHECKS
 def latent_sizes(r: Resolution) -> None:
     """Sizes of latents and heads belong to multi-latent attention, and channels turn in pairs."""
     for name in _SIZES:
@@ -38,7 +31,7 @@ def latent_sizes(r: Resolution) -> None:
         r.fail("qk_pos_emb_head_dim", "channels turn in pairs; it must be an even number")
 
 
-@_rule
+@LATENT_CHECKS
 def latent_attention(r: Resolution) -> None:
     """Multi-latent attention has rotary positions of its own, no groups of heads and no biases of query and key."""
     if not r["multi_latent_attention"]:

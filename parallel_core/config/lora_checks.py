@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from parallel_core.config import table
 from parallel_core.config.lora import LORA_MODULES, TargetRank, is_target
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import DEFAULTS
 from parallel_core.errors import ConfigError
 
-LORA_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+LORA_CHECKS = Rules()
 _OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_ranks", "lora_base")
 _OTHER_NAMES = {"query_key_value": "linear_qkv", "q_proj": "linear_qkv", "dense_h_to_4h": "linear_fc1",
                 "dense_4h_to_h": "linear_fc2", "o_proj": "linear_proj", "dense": "linear_proj"}  # fmt: skip
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    LORA_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@LORA_CHECKS
 def adapters(r: Resolution) -> None:
     """Adapters have a rank and a base; their other settings say nothing without them."""
     rank = r["lora_rank"]
@@ -41,7 +35,7 @@ def adapters(r: Resolution) -> None:
         r.fail("lora_dropout", "must be at least 0 and below 1")
 
 
-@_rule
+@LORA_CHECKS
 def adapter_targets(r: Resolution) -> None:
     """A target is the last part of a linear layer's name, or a regular expression."""
     targets = [("lora_target_modules", target) for target in r["lora_target_modules"] or ()]
@@ -63,7 +57,7 @@ def adapter_targets(r: Resolution) -> None:
         r.fail("lora_target_modules", "names no module; leave it out for all of them")
 
 
-@_rule
+@LORA_CHECKS
 def expert_adapters(r: Resolution) -> None:
     """Adapters on experts drop nothing of their input, and take it from where `moe_act` would free it."""
     if not r["lora_rank"] or not r["num_experts"] or not r.positive("num_layers"):

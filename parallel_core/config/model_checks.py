@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from parallel_core.config import table
 from parallel_core.config.bert_checks import BERT_CHECKS
 from parallel_core.config.latent_checks import LATENT_CHECKS
 from parallel_core.config.multi_token_checks import MULTI_TOKEN_CHECKS
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import DEFAULTS, UNLIMITED
 
-MODEL_CHECKS: dict[str, Callable[[Resolution], None]] = {**LATENT_CHECKS, **MULTI_TOKEN_CHECKS, **BERT_CHECKS}
+MODEL_CHECKS = Rules({**LATENT_CHECKS, **MULTI_TOKEN_CHECKS, **BERT_CHECKS})
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    MODEL_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@MODEL_CHECKS
 def rotary_scaling(r: Resolution) -> None:
     """Rotary frequencies are scaled in one way, and with the numbers of that way."""
     kind = r["rope_type"] if r["multi_latent_attention"] else r["position_embedding_type"]
@@ -58,14 +51,14 @@ _YARN = """
 """
 
 
-@_rule
+@MODEL_CHECKS
 def residuals(r: Resolution) -> None:
     """Attention and MLP side by side branch off before their norms."""
     if r["parallel_residual"] and r["apply_residual_connection_post_layernorm"]:
         r.fail("parallel_residual apply_residual_connection_post_layernorm", "place the residual twice; give one")
 
 
-@_rule
+@MODEL_CHECKS
 def query_layer(r: Resolution) -> None:
     """PanGu-alpha's query layer asks by learned positions, and is the last layer."""
     if r["top_query_layer"] == "none":
@@ -80,7 +73,7 @@ def query_layer(r: Resolution) -> None:
         r.fail("top_query_layer noop_layers", f"the query layer is layer {last}, which must not be left out")
 
 
-@_rule
+@MODEL_CHECKS
 def attention_window(r: Resolution) -> None:
     """An attention window has two numbers, positions before and after its own that a query sees; none come after."""
     window, pattern = r["window_size"], r["window_attn_skip_freq"]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from parallel_core.config.resolution import Resolution
+from parallel_core.config.resolution import Resolution, Rules
 from parallel_core.config.schema import DEFAULTS
 from parallel_core.errors import ConfigError
 from parallel_core.layout.derived import ROTARY
 from parallel_core.layout.stages import Placement, parse_layout
 
-MULTI_TOKEN_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+MULTI_TOKEN_CHECKS = Rules()
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    MULTI_TOKEN_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@MULTI_TOKEN_CHECKS
 def multi_token_prediction(r: Resolution) -> None:
     """Layers that predict further tokens have no learned positions, and are fewer than a sample has tokens."""
     layers, factor = r["mtp_num_layers"], r["mtp_loss_scaling_factor"]
@@ -37,7 +32,7 @@ def multi_token_prediction(r: Resolution) -> None:
         r.fail("mtp_num_layers seq_length", "no token of a sample is so far ahead; give fewer layers")
 
 
-@_rule
+@MULTI_TOKEN_CHECKS
 def multi_token_placement(r: Resolution) -> None:
     """A layout string with m has all layers of multi-token prediction, on its last stage."""
     layers, text, ranks = r["mtp_num_layers"] or 0, r["pipeline_model_parallel_layout"], "pipeline_model_parallel_size"

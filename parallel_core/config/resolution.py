@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,3 +98,15 @@ class Resolution:
 def _plain(value: object) -> str:
     nested = isinstance(value, tuple) and value and isinstance(value[0], tuple)
     return shortened(str([list(row) for row in value]) if nested else str(value))  # type: ignore[attr-defined]
+
+
+Rule = Callable[[Resolution], None]
+
+
+class Rules(dict[str, Rule]):
+    """Rules by name, in the order in which they run; called as the decorator of a rule, it takes that one in."""
+
+    def __call__(self, function: Rule) -> Rule:
+        """Take a rule in under its own name."""
+        self[function.__name__] = function
+        return function

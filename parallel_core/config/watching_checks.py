@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from parallel_core.config.resolution import Resolution, Rules
 
-from parallel_core.config.resolution import Resolution
-
-WATCHING_CHECKS: dict[str, Callable[[Resolution], None]] = {}
+WATCHING_CHECKS = Rules()
 
 
-def _rule(function: Callable[[Resolution], None]) -> Callable[[Resolution], None]:
-    WATCHING_CHECKS[function.__name__] = function
-    return function
-
-
-@_rule
+@WATCHING_CHECKS
 def intervals_of_watching(r: Resolution) -> None:
     """Timers have the levels 0, 1 and 2; intervals and queues are above zero."""
     if not 0 <= r["timing_log_level"] <= 2:
@@ -24,7 +17,7 @@ def intervals_of_watching(r: Resolution) -> None:
             r.fail(name, "must be above 0")
 
 
-@_rule
+@WATCHING_CHECKS
 def trackers(r: Resolution) -> None:
     """A run of Weights & Biases has a project and a name; what belongs to a tracker comes with it."""
     if bool(r["wandb_project"]) != bool(r["wandb_exp_name"]):
