@@ -31,8 +31,8 @@ class Setting:
     memory: Memory
 
 
-def fullest(config: AllConfig, world_size: int, *, fused: bool) -> tuple[Memory, int]:
-    """Return the memory of the pipeline rank that needs most, and which one it is.
+def memory_by_stage(config: AllConfig, world_size: int, *, fused: bool) -> list[Memory]:
+    """Return the memory of a rank of each pipeline stage.
 
     Args:
         config: the run.
@@ -46,8 +46,14 @@ def fullest(config: AllConfig, world_size: int, *, fused: bool) -> tuple[Memory,
     parallel = config.parallel_config
     layout = stage_layout(config.model_config.num_layers, parallel)
     replicas = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    found = [(rank_memory(config, layout, rank, replicas), rank) for rank in range(layout.num_ranks)]
-    return max(found, key=lambda pair: pair[0].total)
+    return [rank_memory(config, layout, rank, replicas) for rank in range(layout.num_ranks)]
+
+
+def fullest(config: AllConfig, world_size: int, *, fused: bool) -> tuple[Memory, int]:
+    """Return the memory of the pipeline rank that needs most, and which one it is; see `memory_by_stage`."""
+    found = memory_by_stage(config, world_size, fused=fused)
+    stage = max(range(len(found)), key=lambda number: found[number].total)
+    return found[stage], stage
 
 
 def settings_that_fit(

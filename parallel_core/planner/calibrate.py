@@ -30,6 +30,7 @@ from parallel_core.config.schema import (
 )
 from parallel_core.errors import ConfigError
 from parallel_core.files import create_file
+from parallel_core.launch.host_memory import host_memory
 from parallel_core.planner.device import FOLDER, Device, device_text, load_device
 from parallel_core.planner.layer_time import BACKWARD_OF_ATTENTION, PASSES_BACKWARD, Shape
 from parallel_core.planner.step_time import BYTES_OF_ADAM, BYTES_OF_NORM
@@ -198,7 +199,7 @@ def be_a_rank() -> None:
     kernels = ops.use_kernels("auto")
     if not kernels.startswith("fused"):
         raise ConfigError(f"calibrate measures the compiled kernels, which a run uses: {kernels}")
-    found: Measurements = {"memory": _available_bytes(), "products": _products(group)}
+    found: Measurements = {"memory": float(host_memory().free), "products": _products(group)}
     ops.use_kernels("auto", bf16_products=True)
     found["bfloat16 products"] = _products(group)
     ops.use_kernels("auto")
@@ -367,12 +368,6 @@ def _iteration(run: ShortRun, iterations: int = 30) -> float:
             times.append(time.perf_counter() - start)
     run.close()
     return min(times)
-
-
-def _available_bytes() -> float:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return kilobytes * 1024.0
 
 
 if __name__ == "__main__":

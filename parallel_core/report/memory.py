@@ -14,14 +14,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from parallel_core.config.fitting import FULL, memory_by_stage
 from parallel_core.config.load import load_config, required_world_size
-from parallel_core.config.plan import Memory, in_flight, rank_memory
+from parallel_core.config.plan import Memory, in_flight
 from parallel_core.errors import ConfigError
 from parallel_core.layout.sequence import EXCHANGES
-from parallel_core.layout.stages import stage_layout
 from parallel_core.report.short_run import ShortRun, run_on_ranks, write_report
 
 _OUTPUT = "PARALLEL_CORE_MEMORY_OUTPUT"
@@ -71,8 +71,7 @@ def layout_flags(layout: str) -> tuple[list[str], int]:
         elif word == "selective":
             recompute = ["--recompute-granularity", "selective"]
         elif word == "full":
-            recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
-            recompute += ["--recompute-num-layers", "1"]
+            recompute = [*FULL]
         elif word != "single":
             raise ConfigError(f"--layouts: {layout!r} has the word {word!r}; use {_WORDS}, joined by '+'")
     flags = ["--tensor-model-parallel-size", str(sizes["tp"]), "--pipeline-model-parallel-size", str(sizes["pp"])]
@@ -106,15 +105,12 @@ def compare(layout: str, argv: Sequence[str]) -> list[StageMemory]:
     world_size = world_size or required_world_size(load_config(arguments).config)
     config = load_config(arguments, world_size=world_size).config
     measured, fused = _run(arguments, world_size)
-    if fused:  # the compiled attention keeps no scores either, flash attention or not
-        config = replace(config, model_config=replace(config.model_config, use_flash_attention=True))
-    stages = stage_layout(config.model_config.num_layers, config.parallel_config)
-    replicas = world_size // (stages.num_ranks * config.parallel_config.tensor_model_parallel_size)
+    # The compiled attention keeps no scores either, flash attention or not.
+    formulas = memory_by_stage(config, world_size, fused=fused)
     rows = []
-    for pp_rank in range(stages.num_ranks):
+    for pp_rank, formula in enumerate(formulas):
         ranks = [memory for stage, memory in measured if stage == pp_rank]
         largest = Memory(**{name: max(getattr(m, name) for m in ranks) for name in asdict(ranks[0])})
-        formula = rank_memory(config, stages, pp_rank, replicas)
         rows.append(StageMemory(layout or "as configured", pp_rank, in_flight(config, pp_rank), formula, largest))
     return rows
 
