@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -118,6 +118,13 @@ def _python_name() -> str:
         if candidate.exists() and candidate.samefile(here):
             return name
     return "python"
+
+
+def _told_of_children(what: int) -> Iterator[os.waitid_result]:
+    """Yield what there is to learn of this process's children now, one after the other; see `os.waitid`."""
+    with suppress(ChildProcessError):
+        while (told := os.waitid(os.P_ALL, 0, what | os.WNOHANG)) is not None:
+            yield told
 
 
 class Job:
@@ -239,13 +246,7 @@ class Job:
 
     def _reap(self) -> None:
         """Take the exit status of every child that has ended, and note the failures among them."""
-        while True:
-            try:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if ended is None:
-                return
+        for ended in _told_of_children(os.WEXITED | os.WNOWAIT):
             pid = ended.si_pid
             if self._msrun is not None and pid == self._msrun.pid:
                 # Its children are ours from here on; look at them before any of them is reaped.
@@ -264,13 +265,7 @@ class Job:
 
     def _look_for_stopped(self) -> None:
         """Take note of ranks that are stopped or go on, and of those that have stood still for too long."""
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
-            except ChildProcessError:
-                break
-            if found is None:
-                break
+        for found in _told_of_children(os.WSTOPPED | os.WCONTINUED):
             role = self._role_of.get(found.si_pid)
             if role is not None and found.si_code == os.CLD_CONTINUED:
                 self._standing_since.pop(role, None)

@@ -202,7 +202,6 @@ class TrainingRun:
             self.valid_data = self._source(valid, seen, wraps=True) if valid is not None else None
             self.test_data = self._source(test, 0, wraps=True) if test is not None else None
 
-
     def _samples_to_train(self) -> int | None:
         """Return the samples that training asks the dataset for; None: iterations times the global batch size."""
         training = self.config.training_config

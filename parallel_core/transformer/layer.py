@@ -122,4 +122,3 @@ class TransformerLayer(nn.Cell):
 
     def _rate(self) -> float:
         return self.dropout_rate if self.streams.training else 0.0
-

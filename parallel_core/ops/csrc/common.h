@@ -1,5 +1,6 @@
 // Shared by all kernels: fixed work partition, vector-friendly exp and erf, a counter-based random generator.
-// Everything is float32 and row-major; sizes are int64. Results depend on the number of shares (of threads, unless it is fixed), never on timing.
+// Everything is float32 and row-major; sizes are int64. Results depend on the number of shares (of threads, unless it is
+// fixed), never on timing.
 #pragma once
 
 #include <cmath>
