@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
@@ -42,11 +44,12 @@ class ExpertAdapter(nn.Cell):
         self.by_rows = within.dim == 1
         a_cut, b_cut = (None, within) if self.by_rows else (Cut(within.axis, 2, within.rank, within.size), None)
 
-        def factor(suffix: str, shape: tuple[int, ...], cut: Cut | None, init: InitMethod) -> Parameter:
+        def factor(suffix: str, shape: tuple[int, ...], cut: Cut | None, init: InitMethod, **traits: Any) -> Parameter:
             cuts = (experts,) if cut is None else (experts, cut)
-            return make_parameter(TensorShard.cut(name + suffix, shape, *cuts, replicas=shard.replicas), init)
+            return make_parameter(TensorShard.cut(name + suffix, shape, *cuts, replicas=shard.replicas, **traits), init)
 
-        self.lora_A = factor(LORA_A, (E, rank, I), a_cut, _each_expert(seed, name + LORA_A))
+        own_values = _each_expert(seed, name + LORA_A)
+        self.lora_A = factor(LORA_A, (E, rank, I), a_cut, own_values, zero_gradient_at_first=True)  # B begins as zeros
         self.lora_B = factor(LORA_B, (E, O, rank), b_cut, constant(0.0))
 
     def construct(self, rows_NI: Tensor, counts: np.ndarray) -> Tensor:

@@ -69,6 +69,7 @@ class LoraLinear(nn.Cell):
         a_shard = TensorShard.cut(
             self.name + LORA_A, (rows, in_features), *a_cuts,
             partial_gradient=shard.partial_gradient or (self.by_rows and self.sequence_parallel),
+            zero_gradient_at_first=True,  # B begins as zeros
         )  # fmt: skip
         b_shard = TensorShard.cut(
             self.name + LORA_B, (out_features, rows), *b_cuts,

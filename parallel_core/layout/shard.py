@@ -78,6 +78,7 @@ class TensorShard:
         shared_embedding: held by the first and by the last pipeline stage; their gradients are summed.
         is_copy: the last stage's copy of a shared embedding; the first stage's is the one that counts in norms and
             checkpoints.
+        zero_gradient_at_first: its first gradient is zero, which does not tell that nothing depends on it.
         weight_decay: whether weight decay applies; None: to matrices, and not to biases and norms.
         replicas: the group of `ParallelContext` whose ranks all hold this part and see other data: its gradient is
             summed, and its optimizer state and its checkpoint shared out, over them.
@@ -93,6 +94,7 @@ class TensorShard:
     is_embedding_or_output: bool = False
     shared_embedding: bool = False
     is_copy: bool = False
+    zero_gradient_at_first: bool = False
     weight_decay: bool | None = None
     replicas: str = "dp_cp"
 

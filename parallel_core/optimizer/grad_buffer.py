@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor
 
-from parallel_core.checkpoint.lora import LORA_A
 from parallel_core.comm.interface import Group, Handle
 from parallel_core.errors import ParallelCoreError, bullet_list
 from parallel_core.layout.buckets import MEMORY_ALIGNMENT_BYTES, BucketRange, BufferLayout, ParameterSlot, layout_buffer
+from parallel_core.layout.shard import shard_of
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.main_grad import MainGrad
@@ -139,9 +139,9 @@ class ParamAndGradBuffer:
 
     def _name_zeros(self) -> None:
         """Warn of parameters that the output does not depend on: MindSpore gives them gradients of zeros."""
-        squares = flat.on_host([self.main_grad(i).sum_of_squares() for i in sorted(self.slots)])
-        names = [self.names[i] for i, value in zip(sorted(self.slots), squares) if value == 0.0]
-        if zeros := [name for name in names if not name.endswith(LORA_A)]:  # B begins as zeros, and so do these
+        known = [i for i in sorted(self.slots) if not shard_of(self.parameters[i]).zero_gradient_at_first]
+        squares = flat.on_host([self.main_grad(i).sum_of_squares() for i in known])
+        if zeros := [self.names[i] for i, value in zip(known, squares) if value == 0.0]:
             logger.warning(
                 "the gradient of %d parameters is exactly zero in the first iteration; if the model's output does not "
                 "depend on them, set requires_grad=False or use them:\n%s",
