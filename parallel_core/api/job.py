@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from parallel_core.comm import objects
 from parallel_core.comm.factory import group_factory
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.errors import ParallelCoreError
@@ -51,11 +52,7 @@ def shared_out(work: Sequence[Any], do: Callable[[list[Any]], list[Any]]) -> lis
         work: the same on every rank.
         do: takes several pieces and returns as many results, which are what JSON can hold.
     """
-    group = world()
-    if group.size == 1:
-        return do(list(work))
-    parts = group.all_gather_object(do(list(work[group.rank :: group.size])))
-    return [parts[i % group.size][i // group.size] for i in range(len(work))]
+    return objects.shared_out(world(), work, lambda part: do(list(part)))
 
 
 def on_rank_0(do: Callable[[], None]) -> None:

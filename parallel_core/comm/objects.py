@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,3 +40,17 @@ def gather_objects(group: Group, value: Any) -> list[Any]:
         parse_json(row.tobytes()[:length], f"what rank {rank} sent in group {group.name}", CommError)
         for rank, row, length in zip(group.ranks, rows, lengths)
     ]
+
+
+def shared_out(group: Group, work: Sequence[Any], do: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+    """Return what `do` makes of each piece of work, each member doing its part, on all of them; in the work's order.
+
+    Args:
+        group: who takes part.
+        work: the same on every member.
+        do: takes several pieces and returns as many results, which are what JSON can hold.
+    """
+    if group.size == 1:
+        return do(work)
+    parts = group.all_gather_object(do(work[group.rank :: group.size]))
+    return [parts[i % group.size][i // group.size] for i in range(len(work))]

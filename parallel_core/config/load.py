@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from parallel_core.bundled import bundled_config
 from parallel_core.config import table
@@ -62,6 +63,15 @@ def load_config(
     user = UserArguments(extra_args_provider)
     levels, problems, notes = read_levels(argv, user)
     return resolve(levels, user, problems, notes, world_size=world_size, args_defaults=args_defaults)
+
+
+def is_legal(argv: Sequence[str], world_size: int, **options: Any) -> bool:
+    """Tell whether a configuration is one of a run on so many ranks; see `load_config`."""
+    try:
+        load_config(argv, world_size=world_size, **options)
+    except ConfigError:
+        return False
+    return True
 
 
 def read_levels(argv: Sequence[str], user: UserArguments) -> tuple[list[list[Given]], list[str], list[str]]:

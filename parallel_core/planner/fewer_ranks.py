@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel_core.config.load import LoadedConfig, load_config
+from parallel_core.config.load import LoadedConfig, is_legal
 from parallel_core.errors import ConfigError
 from parallel_core.launch.layout import describe_layout
 from parallel_core.launch.together import Layout
@@ -39,18 +39,10 @@ def find_layouts(words: list[str], loaded: LoadedConfig, world_size: int, target
         own = searcher.found(fewer.config, {})
         if own.memory.total <= searcher.memory_bytes:
             found.insert(0, _layout(own, world_size, batch))
-    return [layout for layout in found if _is_legal([*words, *layout.flags], world_size)]
+    return [layout for layout in found if is_legal([*words, *layout.flags], world_size)]
 
 
 def _layout(found: Found, world_size: int, flags: list[str]) -> Layout:
     name = describe_layout(found.config, world_size) or "one rank"
     size = f"{found.price.seconds:.3g} s an iteration, {found.memory.total / GIB:.2g} GiB a rank"
     return Layout(f"{name} ({size} by the planner)", tuple(flags))
-
-
-def _is_legal(words: list[str], world_size: int) -> bool:
-    try:
-        load_config(words, world_size=world_size)
-    except ConfigError:
-        return False
-    return True

@@ -14,6 +14,7 @@ from parallel_core.autograd import no_grad
 from parallel_core.checkpoint import TensorSource, find_checkpoint, load_shards, open_checkpoint
 from parallel_core.checkpoint.huggingface.tokenizer import tokenizer_settings
 from parallel_core.checkpoint.huggingface.values import read_json
+from parallel_core.comm.objects import shared_out
 from parallel_core.config.model_keys import model_of_settings
 from parallel_core.config.schema import ModelParallelConfig
 from parallel_core.context import ParallelContext
@@ -107,13 +108,11 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question], **options: Any) -> list[list[Answer]]:
         """Return the likeliest answers of each question, on every rank; see `best_answers` for the options."""
-        dp = self.context.dp
-        if dp.size == 1:
-            return self._answer(questions, **options)
-        mine = self._answer(questions[dp.rank :: dp.size], **options)
-        told = dp.all_gather_object([[[a.text, a.probability, a.start, a.end] for a in one] for one in mine])
-        of_all = (told[i % dp.size][i // dp.size] for i in range(len(questions)))
-        return [[Answer(*values) for values in one] for one in of_all]
+        def told(part: Sequence[Question]) -> list[Any]:
+            found = self._answer(part, **options)
+            return [[(a.text, a.probability, a.start, a.end) for a in one] for one in found]
+
+        return [[Answer(*values) for values in one] for one in shared_out(self.context.dp, questions, told)]
 
     def _answer(self, questions: Sequence[Question], **options: Any) -> list[list[Answer]]:
         features = features_of(

@@ -115,10 +115,9 @@ def run(args: argparse.Namespace) -> object:
     )
     kept = {"n_best_size": args.n_best_size, "max_answer_length": args.max_answer_length}
     answers = it.answer(questions, **kept)
-    if it.context.rank:
-        it.context.destroy()
-        return None
     it.context.destroy()
+    if it.context.rank:
+        return None
     if not evaluates:
         return [[answer.as_dict() for answer in of_one[: args.top_k]] for of_one in answers]
     texts = {question.name: of_one[0].text for question, of_one in zip(questions, answers)}

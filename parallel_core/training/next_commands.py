@@ -12,11 +12,10 @@ from typing import Any
 from parallel_core.bundled import PROGRAMS, bundled_program, is_checkout
 from parallel_core.config import table
 from parallel_core.config.flags import split_words
-from parallel_core.config.load import load_config
+from parallel_core.config.load import is_legal, load_config
 from parallel_core.config.schema import AllConfig
 from parallel_core.config.values import Given
 from parallel_core.environment import HANDOVER_VARIABLE, LOG_DIR_VARIABLE
-from parallel_core.errors import ConfigError
 
 _RESUME = """
     load ckpt_step train_iters train_samples finetune resume_training pretrained_checkpoint no_load_optim new_dataset
@@ -105,7 +104,7 @@ def _proposals(
     on = _train_on(config, iteration)
     anew = [found[0].name for flag in on if (found := table.find(flag))]
     same = [*invocation.without(_RESUME.split(), anew), *on]
-    if not _is_legal(same, world_size, invocation):
+    if not is_legal(same, world_size, **invocation.options):
         return
     yield same, world_size
     parallel = config.parallel_config
@@ -114,7 +113,7 @@ def _proposals(
         anew += ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
         words = [*invocation.without([*_RESUME.split(), *_LAYOUT.split()], anew), *on, *sizes]
         own = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-        if (tensor, pipeline) != own and _is_legal(words, tensor * pipeline, invocation):
+        if (tensor, pipeline) != own and is_legal(words, tensor * pipeline, **invocation.options):
             yield words, tensor * pipeline
             return
 
@@ -128,14 +127,6 @@ def _train_on(config: AllConfig, iteration: int) -> list[str]:
         length = ["--train-samples", str(training.train_samples * more // max(iteration, 1))]
     state = "--no-load-optim" if training.no_save_optim else "--override-opt_param-scheduler"
     return ["--load", training.output_dir, *length, state]
-
-
-def _is_legal(words: list[str], world_size: int, invocation: Invocation) -> bool:
-    try:
-        load_config(words, world_size=world_size, **invocation.options)
-    except ConfigError:
-        return False
-    return True
 
 
 def _starter(script: str) -> list[str] | None:
