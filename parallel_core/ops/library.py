@@ -43,6 +43,7 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 declare("pc_init", "IP")
 declare("pc_keep_freed_memory", "L")
 declare("pc_open_onednn", "P", returns=c_int)
+declare("pc_can_use_bf16_products", "", returns=c_int)
 declare("pc_use_bf16_products", "I", returns=c_int)
 declare("pc_fix_shares", "I")
 
@@ -66,9 +67,12 @@ def start(num_threads: int) -> bool:
     """Start the kernels with `num_threads` threads; return whether they have a matrix product for large operands."""
     global _threads
     load()
-    sgemm = _onednn_sgemm()
+    path = _onednn_path()
+    sgemm = None if path is None else ctypes.cast(ctypes.CDLL(str(path)).dnnl_sgemm, c_void_p).value
     _threads = num_threads
     lib.pc_init(num_threads, sgemm)
+    if path is not None:
+        lib.pc_open_onednn(os.fsencode(path))
     lib.pc_keep_freed_memory(KEPT_MEMORY_BYTES)
     return bool(sgemm)
 
@@ -87,8 +91,7 @@ def use_bf16_products(use: bool) -> bool:
 
     They do where the CPU multiplies such numbers faster than float32 ones, and oneDNN does it.
     """
-    path = _onednn_path() if use and _multiplies_bf16() else None
-    use = path is not None and bool(lib.pc_open_onednn(os.fsencode(path)))
+    use = use and _multiplies_bf16() and bool(lib.pc_can_use_bf16_products())
     lib.pc_use_bf16_products(use)
     return use
 
@@ -134,13 +137,8 @@ def default_threads() -> int:
     return max(1, cores // max(1, int(workers) if workers.isdigit() else 1))
 
 
-def _onednn_sgemm() -> int | None:
-    """Return the address of dnnl_sgemm in the oneDNN library inside MindSpore: about 110 GFLOP/s on one core."""
-    path = _onednn_path()
-    return None if path is None else ctypes.cast(ctypes.CDLL(str(path)).dnnl_sgemm, c_void_p).value
-
-
 def _onednn_path() -> Path | None:
+    """Return the oneDNN library inside MindSpore."""
     spec = importlib.util.find_spec("mindspore")
     for folder in spec.submodule_search_locations or () if spec else ():
         for path in sorted((Path(folder) / "lib").glob("libdnnl.so*")):

@@ -1,5 +1,5 @@
 // The part of oneDNN's C interface (version 3) that a matrix product needs; MindSpore ships the library, not its headers.
-#include "bf16.h"
+#include "matmul.h"
 
 #include <dlfcn.h>
 
@@ -9,7 +9,7 @@
 
 namespace pc {
 
-bool bf16_products = false;
+bool bf16_products = false, float32_products = false;
 
 namespace {
 
@@ -19,7 +19,7 @@ struct Argument {
   Handle memory;
 };
 
-constexpr int kCpu = 1, kBf16 = 2, kF32 = 3;                   // dnnl_cpu, dnnl_bf16, dnnl_f32
+constexpr int kCpu = 1, kBf16 = 2, kF32 = 3;                  // dnnl_cpu, dnnl_bf16, dnnl_f32
 constexpr int kSource = 1, kDestination = 17, kWeights = 33;  // DNNL_ARG_...
 
 struct Library {
@@ -78,13 +78,13 @@ Library dnnl;
 struct Matmul {
   Handle primitive = nullptr, a = nullptr, b = nullptr, c = nullptr;
 
-  // Sizes M, N, K, strides of A, of B, of C's rows, and whether C is added to.
-  using Key = std::array<i64, 9>;
+  // Kind of the operands, sizes M, N, K, strides of A, of B, of C's rows, and whether C is added to.
+  using Key = std::array<i64, 10>;
 
   bool make(const Key& key) {
-    const auto [M, N, K, a_row, a_col, b_row, b_col, c_row, add] = key;
+    const auto [kind, M, N, K, a_row, a_col, b_row, b_col, c_row, add] = key;
     const i64 shapes[3][2] = {{M, K}, {K, N}, {M, N}}, strides[3][2] = {{a_row, a_col}, {b_row, b_col}, {c_row, 1}};
-    const int types[3] = {kBf16, kBf16, kF32};
+    const int type = kind == kBfloat16 ? kBf16 : kF32, types[3] = {type, type, kF32};
     Handle descs[3] = {}, attributes = nullptr, post = nullptr, operation = nullptr;
     bool made = dnnl.attr_create(&attributes) == 0;
     if (made && add) {
@@ -116,7 +116,7 @@ struct Part {
   Handle stream = nullptr;
   std::map<Matmul::Key, Matmul> known;
 
-  bool run(const Matmul::Key& key, const uint16_t* A, const uint16_t* B, float* C) {
+  bool run(const Matmul::Key& key, const void* A, const void* B, float* C) {
     constexpr size_t kMostKept = 512;  // sequences of every length would make one primitive each
     if (known.size() >= kMostKept && known.find(key) == known.end()) {
       for (auto& entry : known) entry.second.destroy();
@@ -125,8 +125,8 @@ struct Part {
     Matmul& matmul = known[key];
     if (stream == nullptr && dnnl.stream_create(&stream, dnnl.engine, 1) != 0) return false;
     if (matmul.c == nullptr && !matmul.make(key)) return false;
-    dnnl.set_data(matmul.a, const_cast<uint16_t*>(A));
-    dnnl.set_data(matmul.b, const_cast<uint16_t*>(B));
+    dnnl.set_data(matmul.a, const_cast<void*>(A));
+    dnnl.set_data(matmul.b, const_cast<void*>(B));
     dnnl.set_data(matmul.c, C);
     const Argument arguments[3] = {{kSource, matmul.a}, {kWeights, matmul.b}, {kDestination, matmul.c}};
     return dnnl.execute(matmul.primitive, stream, 3, arguments) == 0;
@@ -137,36 +137,46 @@ std::vector<Part> state;
 
 }  // namespace
 
-void bf16_product(i64 M, i64 N, i64 K, const uint16_t* A, i64 a_row, i64 a_col, const uint16_t* B, i64 b_row, i64 b_col,
-                  float* C, bool add) {
+void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add) {
   if (static_cast<int>(state.size()) < shares()) state.resize(static_cast<size_t>(shares()));
   parallel(M * N * K / 64, [&](int part, int parts) {
     const bool rows = M >= N;
     const Range r = share(rows ? M : N, part, parts);
     const i64 n = r.end - r.begin;
     if (n == 0) return;
-    const Matmul::Key key = {rows ? n : M, rows ? N : n, K, a_row, a_col, b_row, b_col, N, add};
-    const bool done = state[static_cast<size_t>(part)].run(key, rows ? A + r.begin * a_row : A,
-                                                           rows ? B : B + r.begin * b_col,
+    const Matmul::Key key = {kind, rows ? n : M, rows ? N : n, K, A.row, A.column, B.row, B.column, N, add};
+    const bool done = state[static_cast<size_t>(part)].run(key, rows ? at(A.data, kind, r.begin * A.row) : A.data,
+                                                           rows ? B.data : at(B.data, kind, r.begin * B.column),
                                                            C + r.begin * (rows ? N : 1));
-    if (!done) __builtin_trap();  // `pc_open_onednn` has run one: only memory can lack
+    if (!done) __builtin_trap();  // `pc_open_onednn` has run one of the kind: only memory can lack
   });
 }
 
+namespace {
+
+// Returns whether [1 2; 3 4] times itself, added to ones, is what it should be.
+bool multiplies(Kind kind) {
+  const float numbers[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+  float operand[4], square[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  narrow(numbers, operand, kind, 4);
+  Part part;
+  return part.run({kind, 2, 2, 2, 2, 1, 2, 1, 2, 1}, operand, operand, square) && square[0] == 8.0f &&
+         square[1] == 11.0f && square[2] == 16.0f && square[3] == 23.0f;
+}
+
+}  // namespace
+
 }  // namespace pc
 
-// Returns whether the library at `path` multiplies bfloat16 numbers as it should.
+// Returns whether the library at `path` is one to take sgemm's slow products to; see `float32_products`.
 PC_API int pc_open_onednn(const char* path) {
-  static const bool opened = [path] {
-    if (!pc::dnnl.open(path)) return false;
-    const uint16_t one[4] = {0x3f80, 0x4000, 0x4040, 0x4080};  // 1, 2, 3, 4
-    float square[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    pc::Part part;
-    if (!part.run({2, 2, 2, 2, 1, 2, 1, 2, 1}, one, one, square)) return false;
-    return square[0] == 8.0f && square[1] == 11.0f && square[2] == 16.0f && square[3] == 23.0f;
-  }();
-  return opened;
+  static const bool opened = pc::dnnl.open(path);
+  pc::float32_products = opened && pc::multiplies(pc::kFloat32);
+  return pc::float32_products;
 }
+
+// Returns whether the library that is open multiplies bfloat16 numbers as it should.
+PC_API int pc_can_use_bf16_products() { return pc::float32_products && pc::multiplies(pc::kBfloat16); }
 
 // Returns what was set before.
 PC_API int pc_use_bf16_products(int use) {
