@@ -1,6 +1,10 @@
 """Every kernel, forward and backward: the fused C++ against the plain MindSpore reference, on this machine.
 
-python benchmarks/kernels.py [--threads 1] [--size A|B] [--json FILE]
+python benchmarks/kernels.py [--threads 1] [--size A|B|G] [--json FILE]
+python benchmarks/kernels.py --products [--bf16] [--threads 1] [--size A|B|G] [--json FILE]
+
+With --products, GFLOP/s of every product of a microbatch instead: forward, gradient of input, gradient of weight, over
+the operands of several layers in turn, as in a step, so that they are not in the caches of the call before.
 
 Milliseconds are the best of several calls, because other programs share the machine. Backward includes what MindSpore's
 autograd spends on one gradient call, with either implementation; inside a model that is shared by all its operators.
@@ -9,6 +13,7 @@ autograd spends on one gradient call, with either implementation; inside a model
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -25,7 +30,7 @@ from mindspore import Tensor  # noqa: E402
 
 from parallel_core import ops  # noqa: E402
 
-SIZES = {"A": (128, 4, 256, 8, 8192), "B": (256, 2, 512, 8, 8192)}
+SIZES = {"A": (128, 4, 256, 8, 8192), "B": (256, 2, 512, 8, 8192), "G": (1024, 1, 768, 12, 50304)}
 """Sequence, microbatch, hidden, heads, vocabulary."""
 
 Case = tuple[str, Callable[[], object], float]
@@ -95,24 +100,71 @@ def best(call: Callable[[], object], seconds: float = 0.15) -> float:
     return shortest * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="A", choices=sorted(SIZES))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
-    print(ops.use_kernels("auto", arguments.threads))
+def products(S: int, B: int, H: int, V: int, weight_type: Any) -> list[dict[str, Any]]:
+    """Return GFLOP/s of the products of every layer with a weight, by their sizes."""
+    shapes = {"qkv": (3 * H, H), "proj": (H, H), "fc1": (4 * H, H), "fc2": (H, 4 * H), "logits": (V, H)}
+    rows = []
+    for name, (O, I) in shapes.items():
+        T, layers = S * B, 1 if name == "logits" else 4
+        weights = itertools.cycle([tensor(O, I).astype(weight_type) for _ in range(layers)])
+        inputs, gradients = (itertools.cycle([tensor(T, n) for _ in range(layers)]) for n in (I, O))
+        sums = itertools.cycle([np.zeros((O, I), np.float32) for _ in range(layers)])
+        calls: dict[str, Callable[[], object]] = {
+            "forward": lambda x=inputs, w=weights: ops.linear(next(x), next(w), None),  # type: ignore[misc]
+            "of input": lambda dy=gradients, w=weights: ops.linear_grad_input(next(dy), next(w)),  # type: ignore[misc]
+            "of weight": lambda dy=gradients, x=inputs, dw=sums: ops.linear_grad_weight_(  # type: ignore[misc]
+                next(dw), next(dy), next(x), True
+            ),
+        }
+        speeds = {what: 2e-6 * T * O * I / best(call, 0.5) for what, call in calls.items()}
+        rows.append({"layer": name, "shape": (T, I, O), "calls": layers, **speeds})
+    return rows
+
+
+def show_products(rows: list[dict[str, Any]]) -> None:
+    whats = ("forward", "of input", "of weight")
+    print(f"{'layer':7} {'T, I, O':>17} " + " ".join(f"{what:>10}" for what in whats) + "  GFLOP/s")
+    work = seconds = 0.0
+    for row in rows:
+        T, I, O = row["shape"]
+        flops = 2e-9 * T * I * O * row["calls"]
+        work += flops * len(whats)
+        seconds += sum(flops / row[what] for what in whats)
+        print(f"{row['layer']:7} {f'{T}, {I}, {O}':>17} " + " ".join(f"{row[what]:10.1f}" for what in whats))
+    print(f"all products of {rows[0]['calls']} layers and the logits: {work / seconds:.1f} GFLOP/s")
+
+
+def against_references(size: str, threads: int) -> list[dict[str, Any]]:
+    """Show and return the milliseconds of every kernel and of its reference."""
     columns = []
     for mode in ("auto", "local"):
-        ops.use_kernels(mode, arguments.threads)
-        columns.append([(name, best(call), flops) for name, call, flops in cases(*SIZES[arguments.size])])
+        ops.use_kernels(mode, threads)
+        columns.append([(name, best(call), flops) for name, call, flops in cases(*SIZES[size])])
     rows: list[dict[str, Any]] = []
     print(f"{'kernel':32} {'fused ms':>9} {'plain ms':>9} {'ratio':>7} {'GFLOP/s':>8}")
     for (name, fused, flops), (_, plain, _) in zip(*columns):
         speed = flops / fused / 1e6 if flops else 0.0
         rows.append({"kernel": name, "fused_ms": fused, "plain_ms": plain, "gflop_per_s": speed})
         print(f"{name:32} {fused:9.3f} {plain:9.3f} {plain / fused:6.1f}x {f'{speed:8.1f}' if speed else ''}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="A", choices=sorted(SIZES))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="products of bfloat16 operands, with such weights")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
+    print(ops.use_kernels("auto", arguments.threads, bf16_products=arguments.bf16))
+    if arguments.products:
+        S, B, H, _, V = SIZES[arguments.size]
+        rows = products(S, B, H, V, ms.bfloat16 if arguments.bf16 else ms.float32)
+        show_products(rows)
+    else:
+        rows = against_references(arguments.size, arguments.threads)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from parallel_core.ops import build
+
+_FLOAT32, _BFLOAT16 = 0, 1
+"""As csrc/half.h numbers them."""
 
 _TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
 
@@ -42,8 +46,7 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 
 declare("pc_init", "IP")
 declare("pc_keep_freed_memory", "L")
-declare("pc_open_onednn", "P", returns=c_int)
-declare("pc_can_use_bf16_products", "", returns=c_int)
+declare("pc_open_onednn", "PI", returns=c_int)
 declare("pc_use_bf16_products", "I", returns=c_int)
 declare("pc_fix_shares", "I")
 
@@ -71,8 +74,7 @@ def start(num_threads: int) -> bool:
     sgemm = None if path is None else ctypes.cast(ctypes.CDLL(str(path)).dnnl_sgemm, c_void_p).value
     _threads = num_threads
     lib.pc_init(num_threads, sgemm)
-    if path is not None:
-        lib.pc_open_onednn(os.fsencode(path))
+    _opens_onednn(_FLOAT32)
     lib.pc_keep_freed_memory(KEPT_MEMORY_BYTES)
     return bool(sgemm)
 
@@ -91,7 +93,7 @@ def use_bf16_products(use: bool) -> bool:
 
     They do where the CPU multiplies such numbers faster than float32 ones, and oneDNN does it.
     """
-    use = use and _multiplies_bf16() and bool(lib.pc_can_use_bf16_products())
+    use = use and _multiplies_bf16() and _opens_onednn(_BFLOAT16)
     lib.pc_use_bf16_products(use)
     return use
 
@@ -137,6 +139,13 @@ def default_threads() -> int:
     return max(1, cores // max(1, int(workers) if workers.isdigit() else 1))
 
 
+def _opens_onednn(kind: int) -> bool:
+    """Open oneDNN's matmul primitive; return whether it multiplies numbers of a kind."""
+    path = _onednn_path()
+    return path is not None and bool(lib.pc_open_onednn(os.fsencode(path), kind))
+
+
+@functools.cache
 def _onednn_path() -> Path | None:
     """Return the oneDNN library inside MindSpore."""
     spec = importlib.util.find_spec("mindspore")

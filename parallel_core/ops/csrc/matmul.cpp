@@ -168,15 +168,13 @@ bool multiplies(Kind kind) {
 
 }  // namespace pc
 
-// Returns whether the library at `path` is one to take sgemm's slow products to; see `float32_products`.
-PC_API int pc_open_onednn(const char* path) {
+// Returns whether the library at `path` has the primitive, and it multiplies numbers of `kind` as it should. From then
+// on it takes float32 products that sgemm is slow at.
+PC_API int pc_open_onednn(const char* path, int kind) {
   static const bool opened = pc::dnnl.open(path);
   pc::float32_products = opened && pc::multiplies(pc::kFloat32);
-  return pc::float32_products;
+  return pc::float32_products && (kind == pc::kFloat32 || pc::multiplies(pc::kBfloat16));
 }
-
-// Returns whether the library that is open multiplies bfloat16 numbers as it should.
-PC_API int pc_can_use_bf16_products() { return pc::float32_products && pc::multiplies(pc::kBfloat16); }
 
 // Returns what was set before.
 PC_API int pc_use_bf16_products(int use) {
