@@ -1,9 +1,10 @@
 // Causal attention in tiles (Dao et al., "FlashAttention"): no S x S array exists, forward or backward.
 //
 // A thread works on one (batch, key/value head) at a time: keys and values are packed once, then every query head of
-// the group passes over them in blocks of kQ rows and kK keys. The backward pass recomputes the weights from the
-// saved log-sum-exp and accumulates dK and dV locally, so the result does not depend on the thread count. It takes as
-// many keys at a time as the cache holds in all their forms, and continues dQ from where the keys before them left it.
+// the group passes over them in blocks of kQ queries and kK keys. Scores are held with a row for each key, so that the
+// lanes of a vector are queries: largest scores, sums and masks then need no step across lanes. The backward pass
+// recomputes the weights from the saved log-sum-exp and accumulates dK and dV locally, so the result does not depend on
+// the thread count. It takes as many keys at a time as the cache holds with their gradients, and adds up dQ over them.
 //
 // Queries and keys are each a run of positions, [q_first, q_first + S) and [k_first, k_first + T): a whole sequence has
 // both at 0 and S = T, a rank of a cut sequence or a step of generation has less. A key is visible to a query when it
@@ -19,6 +20,7 @@ namespace {
 using namespace pc;
 
 constexpr i64 kQ = 32, kK = 256;
+constexpr i64 kVecs = kQ / kLanes;
 constexpr i64 kCached = 1 << 18;  // floats that stay in a core's own cache: one megabyte
 
 struct Shape {
@@ -51,30 +53,117 @@ void pack(const float* in, i64 stride, i64 rows, i64 D, i64 Dp, float factor, fl
   }
 }
 
-// out [D, Sp] = in [S, D] transposed, zeros beyond S.
-void pack_transposed(const float* in, i64 stride, i64 S, i64 Sp, i64 D, float* out) {
-  for (i64 s0 = 0; s0 < Sp; s0 += 16)
-    for (i64 d = 0; d < D; ++d)
-      for (i64 s = s0; s < std::min(s0 + 16, Sp); ++s) out[d * Sp + s] = s < S ? in[s * stride + d] : 0.0f;
+// out [D, kQ] = in [kQ, D] transposed, for D a multiple of kLanes. A perfect shuffle of n numbers moves the one at x to
+// 2 x mod (n - 1): five of them move the one at (i, d) of [32, D] to (d, i).
+void transpose(const float* in, i64 D, float* out) {
+  static_assert(kQ == 32, "2^5");
+  constexpr i64 n = kQ * kLanes;
+  const auto shuffle = [](const float* from, float* to) {
+#pragma omp simd
+    for (i64 x = 0; x < n / 2; ++x) {
+      to[2 * x] = from[x];
+      to[2 * x + 1] = from[n / 2 + x];
+    }
+  };
+  for (i64 d = 0; d < D; d += kLanes) {
+    float a[n], b[n];
+    for (i64 i = 0; i < kQ; ++i) vec(a + i * kLanes) = vec(in + i * D + d);
+    shuffle(a, b);
+    shuffle(b, a);
+    shuffle(a, b);
+    shuffle(b, a);
+    shuffle(a, out + d * kQ);
+  }
 }
 
-// The keys that row s of a block may see within the tile of keys [k0, k1): local positions [first, last).
-struct Visible {
-  i64 first, last;
-  Visible(const Shape& n, const int32_t* start, i64 s, i64 k0, i64 k1) {
-    const i64 position = n.q_first + s, from = start ? std::min<i64>(start[s], position) : 0;
-    first = std::clamp<i64>(from - n.k_first - k0, 0, k1 - k0);
-    last = std::clamp<i64>(position + 1 - n.k_first - k0, first, k1 - k0);
+// Numbers [kQ, D] of a block of queries: as rows, padded, and transposed. Rows that it lacks are zero.
+struct Block {
+  i64 D, width;
+  Buffer rows, lanes;
+
+  explicit Block(i64 D) : D(D), width(padded(D)), rows(kQ * width), lanes(kQ * width) {}
+  void take(const float* in, i64 stride, i64 count, float factor) {
+    pack(in, stride, count, D, width, factor, rows);
+    std::fill(rows + count * width, rows + kQ * width, 0.0f);
+    transpose(rows, width, lanes);
   }
 };
 
-// The keys [begin, end) that some query of [q0, q1) may see; begin is round for dropout counters and vector loads.
-Range visible_keys(const Shape& n, const int32_t* start, i64 q0, i64 q1) {
-  const i64 end = std::clamp<i64>(n.q_first + q1 - n.k_first, 0, n.T);
-  i64 first = start ? n.q_first + q0 : 0;
-  for (i64 s = q0; start && s < q1; ++s) first = std::min<i64>(first, start[s]);
-  return {std::min(std::max<i64>(first - n.k_first, 0) / 16 * 16, end), end};
-}
+// What a block of queries sees of the keys: query i those of [first[i], last + i], as positions among the keys.
+struct Sight {
+  int32_t first[kQ] = {};
+  i64 last, earliest = 0, latest = 0;  // the smallest and the largest of `first`
+
+  Sight(const Shape& n, const int32_t* start, i64 q0, i64 q1) : last(n.q_first + q0 - n.k_first) {
+    if (start == nullptr) return;
+    for (i64 i = 0; i < q1 - q0; ++i) {
+      const i64 position = n.q_first + q0 + i, from = std::min<i64>(start[q0 + i], position);
+      first[i] = static_cast<int32_t>(std::max<i64>(from - n.k_first, 0));
+    }
+    const auto ends = std::minmax_element(first, first + (q1 - q0));
+    earliest = *ends.first;
+    latest = *ends.second;
+  }
+
+  // The keys of [begin, end) that some of the `rows` queries see; from a place that is round for dropout's counters.
+  Range keys(i64 rows, i64 begin, i64 end) const {
+    end = std::clamp<i64>(last + rows, begin, end);
+    return {std::min(std::max(earliest / 16 * 16, begin), end), end};
+  }
+};
+
+i64 whole_tiles(i64 rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
+// The keys [k0, k0 + keys) before a block of queries. Scores and weights [keys, kQ] of a vector of queries exist up to
+// the last key that is seen by one of them, or by one that products take together with one of them.
+struct Tile {
+  const Sight& sight;
+  i64 k0, keys;
+
+  i64 last() const { return sight.last - k0; }
+  i64 end(i64 v) const {
+    const i64 queries = std::min(whole_tiles((v + 1) * kLanes), kQ);
+    return std::min(whole_tiles(std::max<i64>(last() + queries, 0)), keys);
+  }
+
+  // scores = a [keys, K] b [K, kQ]
+  void scores(const float* a, i64 lda, i64 K, const float* b, float* to) const {
+    for (i64 v = 0, begin = 0; v < kVecs; begin = std::max(begin, end(v++)))
+      if (end(v) > begin)
+        small_gemm(end(v) - begin, (kVecs - v) * kLanes, K, a + begin * lda, lda, 1, b + v * kLanes, kQ,
+                   to + begin * kQ + v * kLanes, kQ, false);
+  }
+
+  // out [rows, N] (+)= weights^T b [keys, N]
+  void by_query(i64 rows, i64 N, const float* weights, const float* b, float* out, bool add) const {
+    const auto seen = [&](i64 i, i64 m) { return Range{0, std::clamp<i64>(last() + i + m, 0, keys)}; };
+    small_gemm(rows, N, seen, weights, 1, kQ, b, N, out, N, add);
+  }
+
+  // out [keys, N] += weights b [rows, N]
+  void by_key(i64 rows, i64 N, const float* weights, const float* b, float* out) const {
+    const auto seen = [&](i64 t, i64) { return Range{std::clamp<i64>(t - last(), 0, rows), rows}; };
+    small_gemm(keys, N, seen, weights, kQ, 1, b, N, out, N, true);
+  }
+
+  // Makes the scores of what queries do not see -infinity.
+  void hide(float* scores) const {
+    for (i64 v = 0; v < kVecs; ++v) {
+      const IntVec first = *reinterpret_cast<const IntVec*>(sight.first + v * kLanes) - static_cast<int32_t>(k0);
+      const IntVec last_of = (IntVec)lane_numbers() + static_cast<int32_t>(last() + v * kLanes);
+      const auto cover = [&](i64 begin, i64 end) {
+        for (i64 t = begin; t < end; ++t) {
+          Vec& score = vec(scores + t * kQ + v * kLanes);
+          const IntVec key = IntVec{} + static_cast<int32_t>(t);
+          score = (key < first) | (key > last_of) ? Vec{} - INFINITY : score;
+        }
+      };
+      const i64 head = std::clamp<i64>(sight.latest - k0, 0, end(v));  // from here on nobody has yet to begin
+      cover(0, head);
+      cover(std::clamp<i64>(last() + v * kLanes + 1, head, end(v)), end(v));
+    }
+  }
+};
 
 struct Attention {
   Shape n;
@@ -84,111 +173,105 @@ struct Attention {
 
   const int32_t* start(i64 b) const { return document_start ? document_start + b * n.S : nullptr; }
 
-  void keep(float* out, i64 b, i64 head, i64 s, i64 k0, i64 count) const {
-    dropout.fill(out, static_cast<u32>((n.k_first + k0) / 4), (count + 3) / 4, static_cast<u32>(n.q_first + s),
+  // The factors of four keys from `key` on for the vector of queries from `query` on.
+  void keep(Vec* factors, i64 b, i64 head, i64 query, i64 key) const {
+    dropout.fill(factors, WordVec{} + static_cast<u32>((n.k_first + key) / 4),
+                 lane_numbers() + static_cast<u32>(n.q_first + query),
                  static_cast<u32>(b * n.all_heads + n.head_first + head), 2);
   }
 
-  // One block of query rows: online softmax over tiles of keys.
-  void forward_block(const float* q, const float* kt, const float* v, i64 b, i64 head, i64 q0, i64 q1, i64 Tp, i64 Dp,
-                     i64 Ep, float* p, float* o, float* keep_row, float* out, i64 out_stride, float* lse) const {
-    float top[kQ], sum[kQ];
-    const i64 rows = q1 - q0;
-    std::fill(top, top + rows, -INFINITY);
-    std::fill(sum, sum + rows, 0.0f);
-    const Range keys = visible_keys(n, start(b), q0, q1);
-    bool first_tile = true;
-    for (i64 k0 = keys.begin; k0 < keys.end; k0 += kK, first_tile = false) {
-      const i64 k1 = std::min(k0 + kK, keys.end), width = padded(k1 - k0);
-      small_gemm(rows, width, n.D, q, Dp, 1, kt + k0, Tp, p, kK, false);
-      for (i64 i = 0; i < rows; ++i) {
-        float* row = p + i * kK;
-        const Visible seen(n, start(b), q0 + i, k0, k1);
-        float best = top[i], total = 0.0f;
-#pragma omp simd reduction(max : best)
-        for (i64 t = seen.first; t < seen.last; ++t) best = row[t] > best ? row[t] : best;
-        std::fill(row, row + seen.first, 0.0f);
-        std::fill(row + seen.last, row + width, 0.0f);
-        if (seen.first == seen.last) continue;
-#pragma omp simd reduction(+ : total)
-        for (i64 t = seen.first; t < seen.last; ++t) {
-          row[t] = fast_exp(row[t] - best);
-          total += row[t];
-        }
-        const float shrink = first_tile ? 0.0f : fast_exp(top[i] - best);
-        sum[i] = sum[i] * shrink + total;
-        if (!first_tile && shrink != 1.0f)
-          for (i64 d = 0; d < Ep; ++d) o[i * Ep + d] *= shrink;
-        top[i] = best;
-        if (rate > 0.0f) {
-          keep(keep_row, b, head, q0 + i, k0, k1 - k0);
-#pragma omp simd
-          for (i64 t = seen.first; t < seen.last; ++t) row[t] *= keep_row[t];
+  // Weights from the scores of `keys` keys for a vector of queries, relative to their largest score, and what they
+  // change in `top` and `sum`. Returns by what the queries' earlier weights shrink.
+  static Vec softmax(float* scores, i64 keys, Vec& top, Vec& sum) {
+    Vec best = top, total{};
+    for (i64 t = 0; t < keys; ++t) best = vec(scores + t * kQ) > best ? vec(scores + t * kQ) : best;
+    const Vec shift = best == -INFINITY ? Vec{} : best;  // nothing is seen yet: every weight is 0
+    for (i64 t = 0; t < keys; ++t) {
+      const Vec weight = fast_exp(vec(scores + t * kQ) - shift);
+      vec(scores + t * kQ) = weight;
+      total += weight;
+    }
+    const Vec shrink = fast_exp(top - shift);
+    top = best;
+    sum = sum * shrink + total;
+    return shrink;
+  }
+
+  // One block of queries: online softmax over tiles of keys.
+  void forward_block(const Block& q, const float* k, const float* v, i64 b, i64 head, i64 q0, i64 q1, float* p, float* o,
+                     float* out, i64 out_stride, float* lse) const {
+    const i64 Dp = q.width, Ep = padded(n.E);
+    const Sight sight(n, start(b), q0, q1);
+    const Range seen = sight.keys(q1 - q0, 0, n.T);
+    Vec top[kVecs], sum[kVecs] = {};
+    std::fill(top, top + kVecs, Vec{} - INFINITY);
+    std::fill(o, o + kQ * Ep, 0.0f);
+    for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK) {
+      const Tile tile{sight, k0, std::min(kK, seen.end - k0)};
+      tile.scores(k + k0 * Dp, Dp, n.D, q.lanes, p);
+      tile.hide(p);
+      for (i64 i = 0; i < kVecs; ++i) {
+        const i64 keys = tile.end(i);
+        float* weights = p + i * kLanes;
+        const Vec shrink = softmax(weights, keys, top[i], sum[i]);
+        for (i64 l = 0; k0 > seen.begin && l < kLanes; ++l)
+          if (shrink[l] != 1.0f)
+            for (i64 d = 0; d < Ep; d += kLanes) vec(o + (i * kLanes + l) * Ep + d) *= shrink[l];
+        for (i64 t = 0; rate > 0.0f && t < keys; t += 4) {
+          Vec factors[4];
+          keep(factors, b, head, q0 + i * kLanes, k0 + t);
+          for (i64 j = 0; j < std::min<i64>(4, keys - t); ++j) vec(weights + (t + j) * kQ) *= factors[j];
         }
       }
-      small_gemm(rows, Ep, k1 - k0, p, kK, 1, v + k0 * Ep, Ep, o, Ep, !first_tile);
+      tile.by_query(q1 - q0, Ep, p, v + k0 * Ep, o, k0 > seen.begin);
     }
-    if (first_tile) std::fill(o, o + rows * Ep, 0.0f);
-    for (i64 i = 0; i < rows; ++i) {
-      const bool sees = sum[i] > 0.0f;
-      const float inverse = sees ? 1.0f / sum[i] : 0.0f;
+    for (i64 i = 0; i < q1 - q0; ++i) {
+      const float total = sum[i / kLanes][i % kLanes], largest = top[i / kLanes][i % kLanes];
+      const bool blind = total == 0.0f;
+      const float inverse = blind ? 0.0f : 1.0f / total;
       float* to = out + (q0 + i) * out_stride;
 #pragma omp simd
       for (i64 d = 0; d < n.E; ++d) to[d] = o[i * Ep + d] * inverse;
-      lse[q0 + i] = sees ? top[i] + std::log(sum[i]) : -INFINITY;
+      lse[q0 + i] = blind ? -INFINITY : largest + std::log(total);
     }
   }
 
   void forward(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, float* out,
                float* lse) const {
-    const i64 Tp = padded(n.T), Dp = padded(n.D), Ep = padded(n.E), heads = n.N / n.G;
+    const i64 Dp = padded(n.D), Ep = padded(n.E), heads = n.N / n.G;
     const Strides os{n.B * n.N * n.E, n.N * n.E, heads * n.E};
     parallel(n.S * n.T * n.B * n.N, [&](int part, int parts) {
-      Buffer kt(n.D * Tp), vp(n.T * Ep), qb(kQ * Dp), p(kQ * kK), o(kQ * Ep), keep_row(kK + 4);
+      Buffer kp(n.T * Dp), vp(n.T * Ep), p(kQ * kK), o(kQ * Ep);
+      Block block(n.D);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
-        pack_transposed(k + ks.at(0, b, g), ks.s, n.T, Tp, n.D, kt);
+        pack(k + ks.at(0, b, g), ks.s, n.T, n.D, Dp, 1.0f, kp);
         pack(v + vs.at(0, b, g), vs.s, n.T, n.E, Ep, 1.0f, vp);
         for (i64 h = 0; h < heads; ++h)
           for (i64 q0 = 0; q0 < n.S; q0 += kQ) {
             const i64 q1 = std::min(q0 + kQ, n.S), head = g * heads + h;
-            pack(q + qs.at(q0, b, g) + h * n.D, qs.s, q1 - q0, n.D, Dp, scale, qb);
-            forward_block(qb, kt, vp, b, head, q0, q1, Tp, Dp, Ep, p, o, keep_row, out + os.at(0, b, g) + h * n.E,
-                          os.s, lse + (b * n.N + head) * n.S);
+            block.take(q + qs.at(q0, b, g) + h * n.D, qs.s, q1 - q0, scale);
+            forward_block(block, kp, vp, b, head, q0, q1, p, o, out + os.at(0, b, g) + h * n.E, os.s,
+                          lse + (b * n.N + head) * n.S);
           }
       }
     }, kPieces);
   }
 
-  // One tile of weights P and score gradients dS; p enters with the scores, ds with dO V^T.
-  void backward_tile(float* p, float* ds, const float* lse, const float* delta, float* keep_row, i64 b, i64 head,
-                     i64 q0, i64 q1, i64 k0, i64 k1) const {
-    const i64 width = padded(k1 - k0);
-    for (i64 i = 0; i < q1 - q0; ++i) {
-      float *prow = p + i * kK, *drow = ds + i * kK;
-      const Visible seen(n, start(b), q0 + i, k0, k1);
-      const float norm = lse[q0 + i], shift = delta[i];
-      std::fill(prow, prow + seen.first, 0.0f);
-      std::fill(drow, drow + seen.first, 0.0f);
-      std::fill(prow + seen.last, prow + width, 0.0f);
-      std::fill(drow + seen.last, drow + width, 0.0f);
+  // Weights and the gradients of scores, in place of the scores p and of dp = V dO^T, for a vector of queries.
+  void weights_grad(float* p, float* dp, i64 keys, Vec norm, Vec delta, i64 b, i64 head, i64 query, i64 k0) const {
+    Vec factors[4];
+    for (i64 t = 0; t < keys; ++t) {
+      const Vec weight = fast_exp(vec(p + t * kQ) - norm);
+      Vec kept = weight, gradient = vec(dp + t * kQ);
       if (rate > 0.0f) {
-        keep(keep_row, b, head, q0 + i, k0, k1 - k0);
-#pragma omp simd
-        for (i64 t = seen.first; t < seen.last; ++t) {
-          const float weight = fast_exp(prow[t] - norm);
-          prow[t] = weight * keep_row[t];
-          drow[t] = weight * (drow[t] * keep_row[t] - shift);
-        }
-      } else {
-#pragma omp simd
-        for (i64 t = seen.first; t < seen.last; ++t) {
-          const float weight = fast_exp(prow[t] - norm);
-          prow[t] = weight;
-          drow[t] = weight * (drow[t] - shift);
-        }
+        if (t % 4 == 0) keep(factors, b, head, query, k0 + t);
+        kept *= factors[t % 4];
+        gradient *= factors[t % 4];
       }
+      vec(p + t * kQ) = kept;
+      vec(dp + t * kQ) = weight * (gradient - delta);
     }
   }
 
@@ -196,56 +279,62 @@ struct Attention {
                 const float* dout, const float* lse, float* dq, Strides dqs, float* dk, Strides dks, float* dv,
                 Strides dvs) const {
     const i64 S = n.S, T = n.T, D = n.D, E = n.E, Dp = padded(D), Ep = padded(E), heads = n.N / n.G;
-    const i64 most = std::min(std::max(kCached / (3 * Dp + 2 * Ep) / kK, i64{1}) * kK, T), Kp = padded(most);
+    const i64 most = std::min(std::max(kCached / (2 * Dp + 2 * Ep) / kK, i64{1}) * kK, T);
     const Strides os{n.B * n.N * E, n.N * E, heads * E};
     parallel(S * T * n.B * n.N, [&](int part, int parts) {
-      Buffer kp(most * Dp), kt(D * Kp), vt(E * Kp), dkp(most * Dp), dvp(most * Ep);
-      Buffer qb(kQ * Dp), dob(kQ * Ep), dqb(kQ * Dp), p(kQ * kK), ds(kQ * kK), keep_row(kK + 4);
+      Buffer kp(most * Dp), vp(most * Ep), dkp(most * Dp), dvp(most * Ep), p(kQ * kK), dp(kQ * kK);
+      Buffer dqb(kQ * Dp);
+      Block query(D), gradient(E), output(E);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
         for (i64 first = 0; first < T; first += most) {  // the keys and values [first, end), by all that see them
           const i64 end = std::min(first + most, T), count = end - first;
-          pack(k + ks.at(first, b, g), ks.s, count, D, Dp, scale, kp);
-          pack_transposed(k + ks.at(first, b, g), ks.s, count, Kp, D, kt);
-          pack_transposed(v + vs.at(first, b, g), vs.s, count, Kp, E, vt);
+          pack(k + ks.at(first, b, g), ks.s, count, D, Dp, 1.0f, kp);
+          pack(v + vs.at(first, b, g), vs.s, count, E, Ep, 1.0f, vp);
           std::fill(dkp.data, dkp.data + count * Dp, 0.0f);
           std::fill(dvp.data, dvp.data + count * Ep, 0.0f);
           for (i64 h = 0; h < heads; ++h)
             for (i64 q0 = 0; q0 < S; q0 += kQ) {
               const i64 q1 = std::min(q0 + kQ, S), rows = q1 - q0, head = g * heads + h;
-              const Range visible = visible_keys(n, start(b), q0, q1);
-              const Range seen{std::max(visible.begin, first), std::min(visible.end, end)};
+              const Sight sight(n, start(b), q0, q1);
+              const Range seen = sight.keys(rows, first, end);
               if (seen.begin >= seen.end && first > 0) continue;
               const i64 o_at = os.at(q0, b, g) + h * E;
-              const float* norm = lse + (b * n.N + head) * S;
               float* dq_at = dq + dqs.at(q0, b, g) + h * D;
-              pack(q + qs.at(q0, b, g) + h * D, qs.s, rows, D, Dp, scale, qb);
-              pack(dout + o_at, os.s, rows, E, Ep, 1.0f, dob);
-              float delta[kQ];
+              query.take(q + qs.at(q0, b, g) + h * D, qs.s, rows, scale);
+              gradient.take(dout + o_at, os.s, rows, 1.0f);
+              output.take(out + o_at, os.s, rows, 1.0f);
+              float norm[kQ] = {}, delta[kQ];
+              for (i64 i = 0; i < kQ; i += kLanes) {
+                Vec sum{};  // in the order of dO V^T: they are equal where a query sees one key, and its gradient is 0
+                for (i64 d = 0; d < E; ++d) sum += vec(output.lanes + d * kQ + i) * vec(gradient.lanes + d * kQ + i);
+                vec(delta + i) = sum;
+              }
               for (i64 i = 0; i < rows; ++i) {
-                const float* o_row = out + o_at + i * os.s;
-                float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-                for (i64 d = 0; d < E; ++d) sum += o_row[d] * dob[i * Ep + d];
-                delta[i] = sum;
+                const float own = lse[(b * n.N + head) * S + q0 + i];
+                norm[i] = own == -INFINITY ? 0.0f : own;  // of one that sees no key
               }
-              bool begun = first > 0;
-              if (begun)
-                pack(dq_at, dqs.s, rows, D, Dp, 1.0f, dqb);
-              else if (seen.begin >= seen.end)
-                std::fill(dqb.data, dqb.data + rows * Dp, 0.0f);
+              std::fill(dqb.data, dqb.data + rows * Dp, 0.0f);
               for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK) {
-                const i64 k1 = std::min(k0 + kK, seen.end), keys = k1 - k0, width = padded(keys), at = k0 - first;
-                small_gemm(rows, width, D, qb, Dp, 1, kt + at, Kp, p, kK, false);
-                small_gemm(rows, width, E, dob, Ep, 1, vt + at, Kp, ds, kK, false);
-                backward_tile(p, ds, norm, delta, keep_row, b, head, q0, q1, k0, k1);
-                small_gemm(keys, Ep, rows, p, 1, kK, dob, Ep, dvp + at * Ep, Ep, true);
-                small_gemm(keys, Dp, rows, ds, 1, kK, qb, Dp, dkp + at * Dp, Dp, true);
-                small_gemm(rows, Dp, keys, ds, kK, 1, kp + at * Dp, Dp, dqb, Dp, begun);
-                begun = true;
+                const Tile tile{sight, k0, std::min(kK, seen.end - k0)};
+                const i64 at = k0 - first;
+                tile.scores(kp + at * Dp, Dp, D, query.lanes, p);
+                tile.scores(vp + at * Ep, Ep, E, gradient.lanes, dp);
+                tile.hide(p);
+                for (i64 i = 0; i < kVecs; ++i)
+                  weights_grad(p + i * kLanes, dp + i * kLanes, tile.end(i), vec(norm + i * kLanes),
+                               vec(delta + i * kLanes), b, head, q0 + i * kLanes, k0);
+                tile.by_key(rows, Ep, p, gradient.rows, dvp + at * Ep);
+                tile.by_key(rows, Dp, dp, query.rows, dkp + at * Dp);
+                tile.by_query(rows, Dp, dp, kp + at * Dp, dqb, k0 > seen.begin);
               }
-              for (i64 i = 0; i < rows; ++i) std::copy(dqb + i * Dp, dqb + i * Dp + D, dq_at + i * dqs.s);
+              for (i64 i = 0; i < rows; ++i) {
+                const float* from = dqb + i * Dp;
+                float* to = dq_at + i * dqs.s;
+#pragma omp simd
+                for (i64 d = 0; d < D; ++d) to[d] = (first > 0 ? to[d] : 0.0f) + scale * from[d];
+              }
             }
           for (i64 t = 0; t < count; ++t) {
             std::copy(dkp + t * Dp, dkp + t * Dp + D, dk + dks.at(first + t, b, g));

@@ -45,27 +45,49 @@ struct Range {
 
 inline Range share(i64 total, int part, int parts) { return {total * part / parts, total * (part + 1) / parts}; }
 
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef u32 WordVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline Vec& vec(float* x) { return *reinterpret_cast<Vec*>(x); }
+inline const Vec& vec(const float* x) { return *reinterpret_cast<const Vec*>(x); }
+
+inline i64 padded(i64 n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 // exp(x) for x <= 88 (larger arguments give exp(88)), 0 below -87.3; about 1 ulp. NaN stays NaN.
-inline float fast_exp(float x) {
-  const float clamped = x > 88.0f ? 88.0f : x;
+// For a float or a Vec, with words as wide.
+template <class Float, class Word>
+inline Float exp_of(Float x) {
+  const Float most = Float{} + 88.0f, nothing{};
+  const Float clamped = x > most ? most : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-  const float shifted = clamped * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 1.98756912e-4f;
-  p = p * r + 1.39819994e-3f;
+  const Float shifted = clamped * 1.44269504f + magic;
+  const Float n = shifted - magic;
+  const Float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  Float p = r * 1.98756912e-4f + 1.39819994e-3f;
   p = p * r + 8.33345205e-3f;
   p = p * r + 4.16657962e-2f;
   p = p * r + 1.66666657e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  u32 bits;
-  std::memcpy(&bits, &shifted, 4);
+  Word bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 23) + 0x3f800000u;
-  float two_n;
-  std::memcpy(&two_n, &bits, 4);
-  return x < -87.3f ? 0.0f : p * two_n;
+  Float two_n;
+  std::memcpy(&two_n, &bits, sizeof(bits));
+  return x < -87.3f ? nothing : p * two_n;
 }
+
+inline float fast_exp(float x) { return exp_of<float, u32>(x); }
+inline Vec fast_exp(Vec x) { return exp_of<Vec, WordVec>(x); }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
@@ -89,21 +111,20 @@ inline float normal_cdf(float x, float* exp_half_square) {
   return x > 0.0f ? 1.0f - tail : tail;
 }
 
-// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): four random words of a counter.
-inline void philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1, u32 out[4]) {
-  for (int round = 0; round < 10; ++round) {
-    const u64 a = static_cast<u64>(c0) * 0xD2511F53u, b = static_cast<u64>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<u32>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<u32>(b);
-    c2 = static_cast<u32>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<u32>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  out[0] = c0;
-  out[1] = c1;
-  out[2] = c2;
-  out[3] = c3;
+// 0, 1, 2, ...
+inline WordVec lane_numbers() {
+  WordVec numbers;
+  for (int l = 0; l < kLanes; ++l) numbers[l] = static_cast<u32>(l);
+  return numbers;
+}
+
+// Low and high words of each word of x times m.
+inline void wide_product(WordVec x, u32 m, WordVec* low, WordVec* high) {
+  typedef u64 Pairs __attribute__((vector_size(kLanes * 4)));
+  const Pairs lower = Pairs{} + 0xffffffffu;
+  const Pairs even = ((Pairs)x & lower) * m, odd = ((Pairs)x >> 32) * m;
+  *low = (WordVec)((even & lower) | odd << 32);
+  *high = (WordVec)(even >> 32 | (odd & ~lower));
 }
 
 struct Dropout {
@@ -116,14 +137,20 @@ struct Dropout {
         threshold(static_cast<u32>(static_cast<double>(rate) * 4294967296.0)),
         scale(1.0f / (1.0f - rate)) {}
 
-  // keep[i] = 0 or 1 / (1 - rate) for elements 4 * group ... of the stream (c1, c2, c3).
-  void fill(float* keep, u32 group, i64 groups, u32 c1, u32 c2, u32 c3) const {
-#pragma omp simd
-    for (i64 g = 0; g < groups; ++g) {
-      u32 word[4];
-      philox(group + static_cast<u32>(g), c1, c2, c3, key0, key1, word);
-      for (int j = 0; j < 4; ++j) keep[4 * g + j] = word[j] >= threshold ? scale : 0.0f;
+  // keep[j][l] = 0 or 1 / (1 - rate): by word j of Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+  // 1, 2, 3") for the counter (c0[l], c1[l], c2, c3).
+  void fill(Vec keep[4], WordVec c0, WordVec c1, u32 c2, u32 c3) const {
+    WordVec c[4] = {c0, c1, WordVec{} + c2, WordVec{} + c3};
+    for (u32 round = 0; round < 10; ++round) {
+      WordVec low[2], high[2];
+      wide_product(c[0], 0xD2511F53u, &low[0], &high[0]);
+      wide_product(c[2], 0xCD9E8D57u, &low[1], &high[1]);
+      c[0] = high[1] ^ c[1] ^ (key0 + round * 0x9E3779B9u);
+      c[1] = low[1];
+      c[2] = high[0] ^ c[3] ^ (key1 + round * 0xBB67AE85u);
+      c[3] = low[0];
     }
+    for (int j = 0; j < 4; ++j) keep[j] = c[j] >= threshold ? Vec{} + scale : Vec{};
   }
 };
 

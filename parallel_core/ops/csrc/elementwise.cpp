@@ -236,25 +236,23 @@ PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float*
 PC_API void pc_bias_dropout_add(const float* x, const float* bias, const float* residual, float* y, i64 T, i64 H,
                                 float rate, u64 seed0, u64 seed1) {
   const Dropout dropout(rate, seed0, seed1);
+  const std::vector<float> zeros(bias && residual ? 0 : H);
   parallel(T * H, [&](int part, int parts) {
     const Range r = share(T, part, parts);
-    std::vector<float> keep((H + 3) / 4 * 4, 1.0f);
+    std::vector<float> keep(padded((H + 3) / 4) * 4, 1.0f);
     for (i64 t = r.begin; t < r.end; ++t) {
-      const float *row = x + t * H, *k = keep.data();
+      for (i64 group = 0; rate > 0.0f && 4 * group < H; group += kLanes) {
+        Vec factors[4];
+        dropout.fill(factors, lane_numbers() + static_cast<u32>(group), WordVec{} + static_cast<u32>(t),
+                     static_cast<u32>(t >> 32), 1);
+        for (int l = 0; l < kLanes; ++l)
+          for (int j = 0; j < 4; ++j) keep[4 * (group + l) + j] = factors[j][l];
+      }
+      const float *row = x + t * H, *k = keep.data(), *added = bias ? bias : zeros.data();
+      const float* rest = residual ? residual + t * H : zeros.data();
       float* out = y + t * H;
-      if (rate > 0.0f) dropout.fill(keep.data(), 0, (H + 3) / 4, static_cast<u32>(t), static_cast<u32>(t >> 32), 1);
-      if (bias) {
 #pragma omp simd
-        for (i64 h = 0; h < H; ++h) out[h] = (row[h] + bias[h]) * k[h];
-      } else {
-#pragma omp simd
-        for (i64 h = 0; h < H; ++h) out[h] = row[h] * k[h];
-      }
-      if (residual) {
-        const float* add = residual + t * H;
-#pragma omp simd
-        for (i64 h = 0; h < H; ++h) out[h] += add[h];
-      }
+      for (i64 h = 0; h < H; ++h) out[h] = (row[h] + added[h]) * k[h] + rest[h];
     }
   }, kPieces);
 }
