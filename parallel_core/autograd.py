@@ -19,6 +19,7 @@ from mindspore.ops.composite import GradOperation
 __all__ = [
     "Function",
     "MainGrad",
+    "applied_by",
     "backward",
     "forward_only",
     "inner_backward",
@@ -27,6 +28,7 @@ __all__ = [
     "no_grad",
     "on_gradient",
     "records_gradients",
+    "run_forward",
 ]
 
 no_grad = ms._no_grad
@@ -39,19 +41,29 @@ def records_gradients() -> bool:
 
 
 class _OfThread(threading.local):
-    forward_only = False
+    apply: Callable[[type[Function], tuple[Any, ...]], Any] | None = None
 
 
 _this_thread = _OfThread()
 
 
 class Function(_Function):
-    """MindSpore's custom function; inside `forward_only` its forward pass alone, as a plain call."""
+    """MindSpore's custom function; inside `applied_by` it is called, and recorded or not, in another way."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Return what `forward` returns of these arguments."""
-        return cls.forward(_Forgetful(), *args) if _this_thread.forward_only else super().apply(*args)
+        return super().apply(*args) if _this_thread.apply is None else _this_thread.apply(cls, args)
+
+
+@contextmanager
+def applied_by(apply: Callable[[type[Function], tuple[Any, ...]], Any] | None) -> Iterator[None]:
+    """Call `apply(function, arguments)` in the block for every `Function`; None: MindSpore's way."""
+    before, _this_thread.apply = _this_thread.apply, apply
+    try:
+        yield
+    finally:
+        _this_thread.apply = before
 
 
 class _Forgetful:
@@ -61,6 +73,19 @@ class _Forgetful:
         """Keep nothing."""
 
 
+def _forget(function: type[Function], args: tuple[Any, ...]) -> Any:
+    return function.forward(_Forgetful(), *args)
+
+
+def run_forward(function: type[Function], context: Any, args: tuple[Any, ...]) -> Any:
+    """Return what a function's forward pass gives; functions that it calls itself are not recorded."""
+    before, _this_thread.apply = _this_thread.apply, _forget
+    try:
+        return function.forward(context, *args)
+    finally:
+        _this_thread.apply = before
+
+
 @contextmanager
 def forward_only() -> Iterator[None]:
     """Run operations that no backward pass follows, as in generation: a custom function costs no more than its kernel.
@@ -68,12 +93,8 @@ def forward_only() -> Iterator[None]:
     `no_grad` does the same for operators, but still calls custom functions through MindSpore, which takes longer than a
     small kernel.
     """
-    before, _this_thread.forward_only = _this_thread.forward_only, True
-    try:
-        with no_grad():
-            yield
-    finally:
-        _this_thread.forward_only = before
+    with no_grad(), applied_by(_forget):
+        yield
 
 
 _GRAD_OF_INPUTS_AND_PARAMETERS = GradOperation(get_all=True, get_by_list=True, sens_param=True)

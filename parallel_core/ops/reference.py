@@ -689,6 +689,12 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: flo
     return residual + dropout(x, rate, seed).astype(residual.dtype)
 
 
+@kernel
+def total(x: Tensor, y: Tensor) -> Tensor:
+    """Return x + y of one shape and dtype, without autograd."""
+    return x + y
+
+
 # ---- flat buffers (NumPy views of CPU memory; no autograd) ----------------------------------------------------------
 @kernel
 def sum_of_squares(flat: np.ndarray) -> float:

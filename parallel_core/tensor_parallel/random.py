@@ -75,12 +75,13 @@ class RandomStreams:
     def replay(self, state: RandomState) -> Iterator[None]:
         """Draw from `state` on inside the block, and go back to the present position after it."""
         present = self.get_state()
-        self._set(state)
+        self.set_state(state)
         try:
             yield
         finally:
-            self._set(present)
+            self.set_state(present)
 
-    def _set(self, state: RandomState) -> None:
+    def set_state(self, state: RandomState) -> None:
+        """Go to a position; the next draws are those that followed when `get_state` returned it."""
         self._iteration, self._microbatch, draws, self.training = state
         self._draws = Counter(dict(draws))

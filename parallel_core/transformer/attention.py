@@ -16,6 +16,7 @@ from parallel_core.context_parallel.attention import ContextAttention
 from parallel_core.errors import ConfigError
 from parallel_core.ops import ascend
 from parallel_core.ops.documents import remember
+from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.norm import make_norm
@@ -174,7 +175,7 @@ class SelfAttention(nn.Cell):
             The output in hidden's shape, before the bias of the projection, and that bias [H].
         """
         mixed, _ = self.linear_qkv(hidden)
-        mixed = mixed.reshape(*mixed.shape[:2], self.num_groups, (self.heads_per_group + 2) * self.head_size)
+        mixed = reshaped(mixed, *mixed.shape[:2], self.num_groups, (self.heads_per_group + 2) * self.head_size)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             mixed = self._normed(mixed, self.q_layernorm, self.k_layernorm)
         if self.rotary is not None:
@@ -192,7 +193,8 @@ class SelfAttention(nn.Cell):
         """Return the context by a core attention that takes queries, keys and values apart."""
         D = self.head_size
         query, key, value = ops.split_last_dim(mixed_SBGX, (self.heads_per_group * D, D, D))
-        return self.core_attention(query.reshape(*query.shape[:2], -1, D), key, value, document_start_BS)
+        heads = reshaped(query, *query.shape[:2], query.shape[2] * self.heads_per_group, D)
+        return self.core_attention(heads, key, value, document_start_BS)
 
     def _normed(self, mixed_SBGX: Tensor, q_layernorm: nn.Cell, k_layernorm: nn.Cell) -> Tensor:
         """Return the packed tensor with every query and key head normed."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mindspore import Tensor, nn
 
 from parallel_core import ops
+from parallel_core.tensor_parallel.as_one import AsOne
 from parallel_core.transformer.attention import SelfAttention
 from parallel_core.transformer.feed_forward import make_feed_forward
 from parallel_core.transformer.multi_latent_attention import MultiLatentAttention
@@ -73,12 +74,16 @@ class TransformerLayer(nn.Cell):
         norm = self.pre_mlp_layernorm
         follows = not (config.parallel_residual or config.use_sandwich_norm)
         self._norms_sum = follows and isinstance(norm, RMSNorm) and norm.fused
+        self._recorded = AsOne(self, self._run, stage.streams)
 
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
         """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut).
 
         What follows the document starts is for the attention block alone.
         """
+        return self._recorded(hidden, document_start_BS, *more)
+
+    def _run(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
         layer_input = hidden
         branch, bias, residual = self.attend(hidden, document_start_BS, *more)
         if self._norms_sum and bias is None and not self._rate() and branch.dtype == residual.dtype:

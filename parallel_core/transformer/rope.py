@@ -9,6 +9,7 @@ from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
 from parallel_core.ops import reference
+from parallel_core.tape import constant
 from parallel_core.transformer.frequencies import rotary_amplitude, rotary_frequencies
 
 
@@ -54,4 +55,4 @@ class RotaryEmbedding:
         angles = steps * rotary_frequencies(self._config, int(positions.max(initial=0)) + 1)
         angles = np.repeat(angles, 2, -1) if self._interleaved else np.concatenate((angles, angles), -1)
         angles, amplitude = angles.astype(np.float32), np.float32(rotary_amplitude(self._config))
-        return Tensor(np.cos(angles) * amplitude), Tensor(np.sin(angles) * amplitude)
+        return constant(Tensor(np.cos(angles) * amplitude)), constant(Tensor(np.sin(angles) * amplitude))

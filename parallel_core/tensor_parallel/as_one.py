@@ -1,0 +1,60 @@
+"""A cell that is recorded as one function, for as long as it consists of functions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from mindspore import Parameter, Tensor, nn
+
+from parallel_core.tape import OffTape, as_one
+from parallel_core.tensor_parallel.random import RandomStreams
+
+logger = logging.getLogger(__name__)
+
+
+class AsOne:
+    """Calls `function`, which is what a cell computes, as one recorded function.
+
+    Where an operator of MindSpore's turns out to be in it, and where hooks look at its modules, each of its functions
+    is recorded for itself, with the same values.
+
+    Args:
+        cell: the owner of the parameters that the function uses.
+        function: of tensors, to a tensor.
+        streams: where its dropout draws.
+    """
+
+    def __init__(self, cell: nn.Cell, function: Callable[..., Tensor], streams: RandomStreams) -> None:
+        self._cell, self._function, self._streams = cell, function, streams
+        self._parameters: tuple[Parameter, ...] | None = None
+        self._possible = True
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Return what the function does."""
+        if not self._possible or _has_hooks(self._cell):
+            return self._function(*inputs)
+        if self._parameters is None:
+            self._parameters = tuple(self._cell.trainable_params())
+        drawn = self._streams.get_state()
+        try:
+            return as_one(self._function, inputs, self._parameters)
+        except OffTape as reason:
+            self._possible = False
+            logger.info("%s: recorded kernel by kernel, because %s", type(self._cell).__name__, reason)
+        self._streams.set_state(drawn)
+        return self._function(*inputs)
+
+
+def _has_hooks(cell: nn.Cell) -> bool:
+    return any(
+        part._forward_hook or part._forward_pre_hook or part._backward_hook or part._backward_pre_hook
+        for part in _parts(cell)
+    )
+
+
+def _parts(cell: nn.Cell) -> Iterator[nn.Cell]:
+    yield cell
+    for part in cell._cells.values():
+        if part is not None:
+            yield from _parts(part)
