@@ -63,11 +63,11 @@ class _Reshaped(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         ctx.shape = x.shape
-        return x.view(shape)
+        return ops.shaped(x, shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy.contiguous().view(ctx.shape), None
+        return ops.shaped(dy.contiguous(), ctx.shape), None
 
 
 class _Context:

@@ -122,6 +122,7 @@ def vocab_grad_logits(
     grad = mint.exp(reference.cast(logits_TV, ms.float32) - log_sum_exp_T.reshape(-1, 1))
     if uniform_weight:
         grad = grad - uniform_weight
+    dloss_T = dloss_T * (target_T >= 0).astype(ms.float32)
     grad = grad * dloss_T.reshape(-1, 1)
     rows, inside = local_rows(target_T, first_row, logits_TV.shape[1])
     at_target = inside.astype(ms.float32) * dloss_T * -target_weight

@@ -66,6 +66,15 @@ def int32(x: Tensor) -> Tensor:
     return (x if x.dtype == ms.int32 else x.astype(ms.int32)).contiguous()
 
 
+@compiled(reference.shaped, integers=["x"])
+def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    # An operator that only gives the same memory another shape takes ten times as long inside a backward pass.
+    return Tensor.from_numpy(x.asnumpy().reshape(shape)) if x.dtype in _IN_NUMPY else x.reshape(shape)
+
+
+_IN_NUMPY = (ms.float32, ms.int32)
+
+
 # ---- linear ---------------------------------------------------------------------------------------------------------
 declare("pc_linear", "PPIPPLLL")
 declare("pc_linear_grad_input", "PPIPLLL")
@@ -160,17 +169,39 @@ def _embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, fi
 
 
 # ---- cross entropy --------------------------------------------------------------------------------------------------
-declare("pc_vocab_statistics", "PPPPPPLLL")
+declare("pc_vocab_statistics", "PPPPLLL")
+declare("pc_vocab_sums_of", "PPPPL")
+declare("pc_vocab_losses", "PPPPPLFF")
 declare("pc_vocab_grad_logits", "PPPPPLLLFF")
 
 
 @compiled(reference.vocab_statistics, integers=["target_T"])
-def _vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
     logits, target = logits_TV.contiguous(), int32(target_T)
     T, V = logits.shape
-    out = (new((T,)), new((T,)), new((T,)), new((T,)))
-    lib.pc_vocab_statistics(logits.data_ptr(), target.data_ptr(), *(x.data_ptr() for x in out), T, V, first_row)
-    return out
+    largest, sums = new((T,)), new((3, T))
+    addresses = logits.data_ptr(), target.data_ptr(), largest.data_ptr(), sums.data_ptr()
+    lib.pc_vocab_statistics(*addresses, T, V, first_row)
+    return largest, sums
+
+
+@compiled(reference.vocab_sums_of)
+def _vocab_sums_of(sums_3T: Tensor, largest_T: Tensor, highest_T: Tensor) -> Tensor:
+    given = sums_3T.contiguous(), largest_T.contiguous(), highest_T.contiguous()
+    sums = new(sums_3T.shape)
+    lib.pc_vocab_sums_of(*(x.data_ptr() for x in (*given, sums)), sums.shape[1])
+    return sums
+
+
+@compiled(reference.vocab_losses, integers=["target_T"])
+def _vocab_losses(
+    largest_T: Tensor, sums_3T: Tensor, target_T: Tensor, target_weight: float, uniform_weight: float
+) -> tuple[Tensor, Tensor]:
+    given = largest_T.contiguous(), sums_3T.contiguous(), int32(target_T)
+    loss, log_sum_exp = new(largest_T.shape), new(largest_T.shape)
+    addresses = (x.data_ptr() for x in (*given, loss, log_sum_exp))
+    lib.pc_vocab_losses(*addresses, loss.size, target_weight, uniform_weight)
+    return loss, log_sum_exp
 
 
 @compiled(reference.vocab_grad_logits, integers=["target_T"])

@@ -112,19 +112,40 @@ def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, fir
 
 # ---- cross entropy over a part of the vocabulary (no autograd) ------------------------------------------------------
 @kernel
-def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the loss needs of this rank's logits, four float32 [T]; no autograd.
+def vocab_statistics(logits_TV: Tensor, target_T: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    """Return what the loss needs of this rank's logits, in float32; no autograd.
 
     Returns:
-        The largest logit m; the sum of exp(logit - m); the target's logit, or 0 where another rank has it; the sum of
-        the logits.
+        The largest logit m, [T]; and [3, T]: the sum of exp(logit - m), the target's logit, or 0 where another rank has
+        it, and the sum of the logits.
     """
     logits = logits_TV.astype(ms.float32)
     largest = mint.max(logits, -1)[0]  # Tensor.max asks for the truth of a tensor, on the host
     sum_exp = mint.exp(logits - largest.reshape(-1, 1)).sum(-1)
     rows, inside = local_rows(target_T, first_row, logits.shape[1])
     picked = mint.gather(logits, 1, rows.reshape(-1, 1).astype(ms.int64)).reshape(-1)
-    return largest, sum_exp, picked * inside.astype(ms.float32), logits.sum(-1)
+    return largest, mint.cat((sum_exp, picked * inside.astype(ms.float32), logits.sum(-1))).reshape(3, -1)
+
+
+@kernel
+def vocab_sums_of(sums_3T: Tensor, largest_T: Tensor, highest_T: Tensor) -> Tensor:
+    """Return the sums of `vocab_statistics` with exp(logit - highest) in place of exp(logit - largest); no autograd."""
+    return mint.cat((sums_3T[:1] * mint.exp(largest_T - highest_T), sums_3T[1:]))
+
+
+@kernel
+def vocab_losses(
+    largest_T: Tensor, sums_3T: Tensor, target_T: Tensor, target_weight: float, uniform_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, logarithm of the sum of exponentials) of every token, float32 [T]; no autograd.
+
+    The statistics are those of the whole vocabulary. A negative target has loss 0.
+    """
+    log_sum_exp = mint.log(sums_3T[0]) + largest_T
+    loss = log_sum_exp - target_weight * sums_3T[1]
+    if uniform_weight:
+        loss = loss - uniform_weight * sums_3T[2]
+    return loss * (target_T >= 0).astype(ms.float32), log_sum_exp
 
 
 @kernel
@@ -140,8 +161,9 @@ def vocab_grad_logits(
 ) -> Tensor:
     """Return dloss * (softmax - target_weight * onehot(target) - uniform_weight), [T, V]; no autograd.
 
-    With `reuse_logits` it may stand where the logits stood.
+    A negative target has no gradient. With `reuse_logits` the result may stand where the logits stood.
     """
+    dloss_T = dloss_T * (target_T >= 0).astype(ms.float32)
     logits = logits_TV.astype(ms.float32)
     softmax = mint.exp(logits - log_sum_exp_T.reshape(-1, 1))
     rows, inside = local_rows(target_T, first_row, logits.shape[1])
@@ -687,6 +709,12 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: flo
     if bias is not None:
         x = x + bias.astype(x.dtype)
     return residual + dropout(x, rate, seed).astype(residual.dtype)
+
+
+@kernel
+def shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a contiguous `x` in another shape, on the same memory; no autograd."""
+    return x.reshape(shape)
 
 
 @kernel

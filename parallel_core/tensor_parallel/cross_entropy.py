@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import mindspore as ms
-from mindspore import Tensor, mint, nn
+from mindspore import Tensor, nn
 
 from parallel_core import ops
 from parallel_core.autograd import Function
@@ -60,38 +59,33 @@ class _CrossEntropy(Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, group: Group, label_smoothing: float, reuse_logits: bool
     ) -> Tensor:
-        logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-        ctx.first_row, ctx.reuse_logits = group.rank * logits.shape[-1], reuse_logits
-        vocabulary = group.size * logits.shape[-1]
+        tokens, V = target.size, logits.shape[-1]
+        logits_TV, target_T = ops.shaped(logits.contiguous(), (tokens, V)), ops.shaped(target.contiguous(), (tokens,))
+        ctx.first_row, ctx.reuse_logits = group.rank * V, reuse_logits
+        vocabulary = group.size * V
         smoothing = label_smoothing * vocabulary / (vocabulary - 1) if label_smoothing else 0.0
         ctx.target_weight, ctx.uniform_weight = 1.0 - smoothing, smoothing / vocabulary
 
-        largest, sum_exp, picked, total = ops.vocab_statistics(logits_TV, target_T, ctx.first_row)
+        largest, sums = ops.vocab_statistics(logits_TV, target_T, ctx.first_row)
         if group.size > 1:
             highest = group.all_reduce(largest, "max")
-            sums = mint.cat((sum_exp * mint.exp(largest - highest), picked, total))
-            sum_exp, picked, total = mint.chunk(group.all_reduce_(sums), 3, 0)
-            largest = highest
-        log_sum_exp = mint.log(sum_exp) + largest
-        loss = log_sum_exp - ctx.target_weight * picked
-        if smoothing:
-            loss = loss - ctx.uniform_weight * total
-        counted = (target_T >= 0).astype(ms.float32)
-        ctx.save_for_backward(logits_TV, log_sum_exp, target_T, counted)
+            largest, sums = highest, group.all_reduce_(ops.vocab_sums_of(sums, largest, highest))
+        loss, log_sum_exp = ops.vocab_losses(largest, sums, target_T, ctx.target_weight, ctx.uniform_weight)
+        ctx.save_for_backward(logits_TV, log_sum_exp, target_T)
         ctx.shape = logits.shape
-        return (loss * counted).reshape(target.shape)
+        return ops.shaped(loss, target.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, log_sum_exp, target_T, counted = ctx.saved_tensors
+        logits_TV, log_sum_exp, target_T = ctx.saved_tensors
         grad = ops.vocab_grad_logits(
             logits_TV,
             log_sum_exp,
             target_T,
             ctx.first_row,
-            dloss.reshape(-1) * counted,
+            ops.shaped(dloss.contiguous(), target_T.shape),
             ctx.target_weight,
             ctx.uniform_weight,
             ctx.reuse_logits,
         )
-        return grad.reshape(ctx.shape), None, None, None, None
+        return ops.shaped(grad, ctx.shape), None, None, None, None

@@ -81,17 +81,17 @@ class _LocalEmbedding(Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
         ctx.first_row, ctx.weight = first_row, weight
-        ctx.save_for_backward(ids)
-        rows = ops.embedding(ids.reshape(-1), weight, first_row)
-        return rows.reshape(*ids.shape, weight.shape[1])
+        ids_T = ops.shaped(ids.contiguous(), (ids.size,))
+        ctx.save_for_backward(ids_T)
+        return ops.shaped(ops.embedding(ids_T, weight, first_row), (*ids.shape, weight.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not needs_gradient(ctx.weight):
             return None, None, None
-        (ids,) = ctx.saved_tensors
-        dy_TH = ops.cast(dy, ms.float32).reshape(-1, dy.shape[-1])
-        ids_T, first_row, weight = ids.reshape(-1), ctx.first_row, ctx.weight
+        (ids_T,) = ctx.saved_tensors
+        first_row, weight = ctx.first_row, ctx.weight
+        dy_TH = ops.shaped(ops.cast(dy, ms.float32).contiguous(), (ids_T.size, dy.shape[-1]))
         main_grad = main_grad_of(weight, dy_TH)
         if main_grad is None:
             dw = late_gradient(

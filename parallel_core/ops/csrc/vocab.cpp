@@ -5,8 +5,9 @@ namespace {
 using namespace pc;
 }
 
-PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, float* largest, float* sum_exp,
-                                float* picked, float* total, i64 T, i64 V, i64 first_row) {
+// `sums` [3, T]: of exp(logit - largest), the target's logit, of the logits.
+PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, float* largest, float* sums, i64 T, i64 V,
+                                i64 first_row) {
   parallel(T * V, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     for (i64 t = r.begin; t < r.end; ++t) {
@@ -21,11 +22,25 @@ PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, floa
       for (i64 v = 0; v < V; ++v) exps += fast_exp(row[v] - top);
       const i64 at = target[t] - first_row;
       largest[t] = top;
-      sum_exp[t] = exps;
-      total[t] = sum;
-      picked[t] = at >= 0 && at < V ? row[at] : 0.0f;
+      sums[t] = exps;
+      sums[T + t] = at >= 0 && at < V ? row[at] : 0.0f;
+      sums[2 * T + t] = sum;
     }
   }, kPieces);
+}
+
+PC_API void pc_vocab_sums_of(const float* sums, const float* largest, const float* highest, float* out, i64 T) {
+  std::memcpy(out, sums, static_cast<size_t>(3 * T) * sizeof(float));
+  for (i64 t = 0; t < T; ++t) out[t] *= std::exp(largest[t] - highest[t]);
+}
+
+PC_API void pc_vocab_losses(const float* largest, const float* sums, const int32_t* target, float* loss,
+                            float* log_sum_exp, i64 T, float target_weight, float uniform_weight) {
+  for (i64 t = 0; t < T; ++t) {
+    const float lse = std::log(sums[t]) + largest[t];
+    log_sum_exp[t] = lse;
+    loss[t] = target[t] < 0 ? 0.0f : lse - target_weight * sums[T + t] - uniform_weight * sums[2 * T + t];
+  }
 }
 
 // `grad` may be `logits`.
@@ -35,7 +50,7 @@ PC_API void pc_vocab_grad_logits(const float* logits, const float* log_sum_exp, 
   parallel(T * V, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     for (i64 t = r.begin; t < r.end; ++t) {
-      const float *row = logits + t * V, lse = log_sum_exp[t], d = dloss[t];
+      const float *row = logits + t * V, lse = log_sum_exp[t], d = target[t] < 0 ? 0.0f : dloss[t];
       float* out = grad + t * V;
 #pragma omp simd
       for (i64 v = 0; v < V; ++v) out[v] = (fast_exp(row[v] - lse) - uniform_weight) * d;

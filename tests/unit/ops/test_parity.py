@@ -450,19 +450,37 @@ def test_gradients_written_in_place(add):
     np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
 
 
+@compares("total", "shaped")
+def test_sums_and_shapes():
+    rng = np.random.default_rng(0)
+    x, y = Tensor(array(rng, 5, 3, 700)), Tensor(array(rng, 5, 3, 700))
+    before = x.asnumpy().copy()
+    close(ops.total(x, y), reference.total(x, y), 0.0)
+    assert np.array_equal(x.asnumpy(), before)
+    for tensor in (x, Tensor(rng.integers(0, 9, (4, 6)).astype(np.int32)), x.astype(ms.bfloat16)):
+        got = ops.shaped(tensor, (tensor.size,))
+        assert got.dtype == tensor.dtype and np.array_equal(got.asnumpy(), tensor.reshape(-1).asnumpy())
+
+
 @pytest.mark.parametrize("sizes", [(1, 2), (17, 33), (64, 1000), (8, 8192)])
-@compares("vocab_statistics", "vocab_grad_logits")
+@compares("vocab_statistics", "vocab_sums_of", "vocab_losses", "vocab_grad_logits")
 def test_vocabulary(sizes):
     T, V = sizes
     rng = np.random.default_rng(V)
     logits, first = Tensor(5 * array(rng, T, V)), 3
-    target = Tensor(rng.integers(0, V + 2 * first, T).astype(np.int32))
+    target = Tensor(rng.integers(-1, V + 2 * first, T).astype(np.int32))
     statistics = reference.vocab_statistics(logits, target, first)
     for got, want in zip(ops.vocab_statistics(logits, target, first), statistics):
         close(got, want, SUMMED)
-    largest, sum_exp, _, _ = statistics
-    log_sum_exp, dloss = largest + ms.mint.log(sum_exp), Tensor(array(rng, T))
+    largest, sums = statistics
+    higher = largest + Tensor(np.abs(array(rng, T)))
+    close(ops.vocab_sums_of(sums, largest, higher), reference.vocab_sums_of(sums, largest, higher), 6e-6)
+    dloss = Tensor(array(rng, T))
     for smoothing in (0.0, 0.1):
+        of_loss = largest, sums, target, 1.0 - smoothing, smoothing / V
+        for got, want in zip(ops.vocab_losses(*of_loss), reference.vocab_losses(*of_loss)):
+            close(got, want, SUMMED)
+        log_sum_exp = reference.vocab_losses(*of_loss)[1]
         arguments = (logits, log_sum_exp, target, first, dloss, 1.0 - smoothing, smoothing / V)
         # softmax - onehot cancels where the target is likely: errors are relative to dloss, not to what is left. And
         # MindSpore's exp is off by up to 6e-6, ours by 1e-7.
@@ -475,6 +493,7 @@ def test_vocabulary(sizes):
         rows = target.asnumpy() - first
         inside = (rows >= 0) & (rows < V)
         exact[np.flatnonzero(inside), rows[inside]] -= 1.0 - smoothing
+        exact[target.asnumpy() < 0] = 0.0
         close(got, Tensor((exact * dloss.asnumpy()[:, None]).astype(np.float32)), floor=floor)
 
 
