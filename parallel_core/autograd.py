@@ -23,6 +23,7 @@ __all__ = [
     "backward",
     "forward_only",
     "inner_backward",
+    "is_applied_otherwise",
     "main_grad_of",
     "needs_gradient",
     "no_grad",
@@ -54,6 +55,11 @@ class Function(_Function):
     def apply(cls, *args: Any) -> Any:
         """Return what `forward` returns of these arguments."""
         return super().apply(*args) if _this_thread.apply is None else _this_thread.apply(cls, args)
+
+
+def is_applied_otherwise() -> bool:
+    """Return whether this thread is inside `applied_by`."""
+    return _this_thread.apply is not None
 
 
 @contextmanager
@@ -148,18 +154,15 @@ def inner_backward(
         _inner_backwards -= 1
 
 
-def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> Any:
-    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete.
-
-    Returns:
-        A handle with `remove()`.
-    """
+def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> None:
+    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete."""
 
     def hook(gradient: Tensor) -> None:
         if not _inner_backwards:
             receive(gradient)
 
-    return parameter.register_hook(hook)
+    parameter.register_hook(hook)
+    parameter.receivers = [*getattr(parameter, "receivers", ()), receive]
 
 
 def needs_gradient(parameter: Tensor) -> bool:

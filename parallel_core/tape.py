@@ -9,15 +9,24 @@ input, a parameter or on the tape; otherwise the tape refuses, and the caller re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mindspore import Parameter, Tensor, mint
+import numpy as np
+from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function, applied_by, no_grad, records_gradients, run_forward
+from parallel_core.autograd import (
+    Function,
+    applied_by,
+    is_applied_otherwise,
+    no_grad,
+    records_gradients,
+    run_forward,
+)
 
-__all__ = ["OffTape", "as_one", "constant", "reshaped"]
+__all__ = ["OffTape", "Tape", "as_one", "constant", "has_hooks", "reshaped"]
 
 
 class OffTape(Exception):  # noqa: N818 - it says where a tensor is, and is caught
@@ -39,10 +48,7 @@ def as_one(
     """
     if not records_gradients():
         return function(*inputs)
-    tape = _Tape(inputs, parameters)
-    with no_grad(), applied_by(tape.apply):
-        tape.end(function(*inputs))
-    return _AsOne.apply(tape, *inputs, *parameters)
+    return _AsOne.apply(Tape(function, inputs, parameters), *inputs, *parameters)
 
 
 _CONSTANT = (-1, -1)
@@ -70,6 +76,38 @@ class _Reshaped(Function):
         return ops.shaped(dy.contiguous(), ctx.shape), None
 
 
+def has_hooks(cell: nn.Cell, parameters: Sequence[Parameter]) -> bool:
+    """Return whether somebody waits for calls or gradients of single modules or parameters, which MindSpore tells of."""
+    return any(_is_hooked(part) for part in _parts(cell)) or any(
+        getattr(p, "num_hooks", 0) > len(getattr(p, "receivers", ())) for p in parameters
+    )
+
+
+def _is_hooked(cell: nn.Cell) -> bool:
+    return bool(cell._forward_hook or cell._forward_pre_hook or cell._backward_hook or cell._backward_pre_hook)
+
+
+def _parts(cell: nn.Cell) -> Iterator[nn.Cell]:
+    yield cell
+    for part in cell._cells.values():
+        if part is not None:
+            yield from _parts(part)
+
+
+_register_hook = Tensor.register_hook
+
+
+def _note_hook(x: Tensor, hook: Any) -> Any:
+    if is_applied_otherwise():
+        raise OffTape("a hook is put on a tensor")
+    x.num_hooks = getattr(x, "num_hooks", 0) + 1
+    return _register_hook(x, hook)
+
+
+# MindSpore does not tell who has put hooks on a tensor; on a tape they would wait in vain.
+Tensor.register_hook = _note_hook
+
+
 class _Context:
     """What a function keeps for its backward pass; MindSpore's has these names."""
 
@@ -92,27 +130,39 @@ class _Call(NamedTuple):
 _serials = itertools.count()
 
 
-class _Tape:
-    """Calls in their order. Tensors are numbered: the inputs, the parameters, the results.
+class Tape:
+    """Calls of functions in their order, until `backward` takes them back.
 
-    A tensor bears its number itself, with the tape's: an address or an `id` may be given to another tensor once it is
-    freed, and a table of tensors would keep them alive until the backward pass.
+    Tensors are numbered: the inputs, the parameters, the results. A tensor bears its number itself, with the tape's: an
+    address or an `id` may be given to another tensor once it is freed, and a table of tensors would keep them alive
+    until the backward pass.
+
+    Args:
+        function, inputs, parameters: see `as_one`; the function is called.
+
+    Raises:
+        OffTape: see `as_one`.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None], parameters: Sequence[Parameter]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor | None], parameters: Sequence[Parameter]
+    ) -> None:
         self._serial = next(_serials)
         self._calls: list[_Call] = []
-        self._num_inputs = len(inputs)
         for number, x in enumerate(inputs):
             if x is not None:
                 x.place_on_tape = self._serial, number
-        self._parameters = {id(p): len(inputs) + i for i, p in enumerate(parameters)}
-        self._count = self.num_outer = len(inputs) + len(parameters)
-        self.output: Tensor | None = None
-        self._last = -1
+        self._num_inputs, self._parameters = len(inputs), parameters
+        self._number_of = {id(p): len(inputs) + i for i, p in enumerate(parameters)}
+        self._count = len(inputs) + len(parameters)
+        with no_grad(), applied_by(self._apply):
+            self.output = function(*inputs)
+        last = self._number(self.output)
+        if last is None:
+            raise OffTape("its result is a constant")
+        self._last = last
 
-    def apply(self, function: type[Function], args: tuple[Any, ...]) -> Any:
-        """Call a function's forward pass and note it."""
+    def _apply(self, function: type[Function], args: tuple[Any, ...]) -> Any:
         sources = [self._number(x) if isinstance(x, Tensor) else None for x in args]
         context = _Context()
         result = run_forward(function, context, args)
@@ -129,50 +179,67 @@ class _Tape:
         place = getattr(x, "place_on_tape", None)
         if place is not None and place[0] == self._serial:
             return place[1]
-        if isinstance(x, Parameter) and (id(x) in self._parameters or not x.requires_grad):
-            return self._parameters.get(id(x))
+        if isinstance(x, Parameter) and (id(x) in self._number_of or not x.requires_grad):
+            return self._number_of.get(id(x))
         if place is _CONSTANT or not x.is_floating_point():
             return None
         raise OffTape(f"an operator of MindSpore's made a tensor {x.dtype} {list(x.shape)}")
 
-    def end(self, output: Tensor) -> None:
-        """Take note of what the last call returned.
+    def backward(
+        self, gradient: Tensor, deliver: Callable[[Parameter, Tensor | None], None] | None = None
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Take the calls back; what they have kept is freed as it goes.
 
-        Raises:
-            OffTape: it is on no tape.
+        Args:
+            gradient: of the output, in its shape and type.
+            deliver: called with each parameter and its gradient as soon as that is complete; None: nothing used it.
+
+        Returns:
+            Gradients of the inputs, and of the parameters if there is no `deliver`.
         """
-        number = self._number(output)
-        if number is None:
-            raise OffTape("the result is a constant")
-        self.output, self._last = output, number
-
-    def backward(self, gradient: Tensor) -> list[Tensor | None]:
-        """Return the gradients of the inputs and of the parameters; what the calls have kept is given back as it goes."""
-        self.output = None
         gradients: list[Tensor | None] = [None] * self._count
         gradients[self._last] = gradient
+        first = self._num_inputs + len(self._parameters)
+        uses = self._uses_of_parameters() if deliver else {}
         while self._calls:
             call = self._calls.pop()
-            of_results = [gradients[number] for number in call.results]
-            if all(x is None for x in of_results):
-                continue
-            gradients[call.results.start : call.results.stop] = [None] * len(of_results)
-            for i, (shape, dtype) in enumerate(call.shapes):
-                if of_results[i] is None:
-                    of_results[i] = mint.zeros(shape, dtype=dtype)
-            for number, got in zip(call.sources, call.function.backward(call.context, *of_results)):
-                if number is not None and got is not None:
-                    held = gradients[number]
-                    gradients[number] = got if held is None else ops.total(held, got)
-        return gradients[: self.num_outer]
+            wanted = gradients[call.results.start : call.results.stop]
+            gradients[call.results.start : call.results.stop] = [None] * len(wanted)
+            if any(x is not None for x in wanted):
+                self._take_back(call, wanted, gradients)
+            for number in call.sources if deliver else ():
+                if number is None or not self._num_inputs <= number < first:
+                    continue
+                uses[number] -= 1
+                if not uses[number]:
+                    deliver(self._parameters[number - self._num_inputs], gradients[number])
+                    gradients[number] = None
+        if deliver:
+            for parameter in (p for p in self._parameters if self._number_of[id(p)] not in uses):
+                deliver(parameter, None)
+        return gradients[: self._num_inputs], gradients[self._num_inputs : first]
+
+    def _uses_of_parameters(self) -> Counter[int]:
+        numbers = range(self._num_inputs, self._num_inputs + len(self._parameters))
+        return Counter(number for call in self._calls for number in call.sources if number in numbers)
+
+    def _take_back(self, call: _Call, wanted: list[Tensor | None], gradients: list[Tensor | None]) -> None:
+        for i, (shape, dtype) in enumerate(call.shapes):
+            if wanted[i] is None:
+                wanted[i] = Tensor(np.zeros(shape, np.float32), dtype)
+        for number, got in zip(call.sources, call.function.backward(call.context, *wanted)):
+            if number is not None and got is not None:
+                held = gradients[number]
+                gradients[number] = got if held is None else ops.total(held, got)
 
 
 class _AsOne(Function):
     @staticmethod
-    def forward(ctx: Any, tape: _Tape, *tensors: Tensor | None) -> Tensor:
-        ctx.tape = tape
-        return tape.output
+    def forward(ctx: Any, tape: Tape, *tensors: Tensor | None) -> Tensor:
+        output, tape.output, ctx.tape = tape.output, None, tape
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.tape.backward(gradient))
+        of_inputs, of_parameters = ctx.tape.backward(gradient)
+        return (None, *of_inputs, *of_parameters)

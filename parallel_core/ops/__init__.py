@@ -12,7 +12,7 @@ from parallel_core.ops import reference_experts, reference_layer  # noqa: F401 -
 from parallel_core.ops.library import exact_products, product_precision
 from parallel_core.ops.reference import ACTIVATIONS, attention_mask
 from parallel_core.ops.registry import KERNELS, doors
-from parallel_core.ops.selection import use_kernels
+from parallel_core.ops.selection import are_compiled, use_kernels
 
 if TYPE_CHECKING:  # a door has the type of its reference
     from parallel_core.ops.reference import *  # noqa: F403
@@ -31,4 +31,4 @@ def cast(x: Tensor, dtype: Any) -> Tensor:  # type: ignore[no-redef] # the refer
     return KERNELS["convert"].selected(x, dtype) if x.dtype in _FLOATS and dtype in _FLOATS else x.astype(dtype)
 
 
-__all__ = ["ACTIVATIONS", "attention_mask", "cast", "exact_products", "product_precision", "use_kernels", *doors()]  # noqa: PLE0604 - all of them are names
+__all__ = ["ACTIVATIONS", "are_compiled", "attention_mask", "cast", "exact_products", "product_precision", "use_kernels", *doors()]  # noqa: PLE0604 - all of them are names

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
+import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
 from parallel_core.ops import raw, reference
 from parallel_core.ops.library import declare, lib
 from parallel_core.ops.registry import compiled
+from parallel_core.ops.small_gradients import bias_gradient
 
 _WORD = (1 << 64) - 1
 
@@ -144,9 +147,8 @@ class _Activation(Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        bias = None if bias is None else raw.wide(bias)
-        ctx.bias, ctx.name = bias, name
+        ctx.parameter, ctx.name = bias, name
+        ctx.bias = bias = None if bias is None else raw.wide(bias)
         F = x.shape[-1]
         T = x.size // F
         if name == "swiglu":
@@ -169,7 +171,7 @@ class _Activation(Function):
             lib.pc_swiglu_grad(*addresses, F // 2)
         else:
             lib.pc_activation_grad(*addresses, F, KINDS[ctx.name])
-        return dx, None if bias is None else raw.converted(raw.sum_rows(dx, F), ctx.bias_dtype), None
+        return dx, None if bias is None else bias_gradient(ctx.parameter, dx), None
 
 
 def _no_such_activation(x: Tensor, bias: Tensor | None, name: str) -> str:
@@ -314,14 +316,13 @@ class _BiasDropoutAdd(Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
     ) -> Tensor:
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.has_residual, ctx.rate, ctx.seed = residual is not None, rate, seed
+        ctx.bias, ctx.has_residual, ctx.rate, ctx.seed = bias, residual is not None, rate, seed
         return _add_dropped(x, None if bias is None else raw.wide(bias), residual, rate, seed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = _add_dropped(dy, None, None, ctx.rate, ctx.seed) if ctx.rate else dy
-        db = None if ctx.bias_dtype is None else raw.converted(raw.sum_rows(dx, dx.shape[-1]), ctx.bias_dtype)
+        db = None if ctx.bias is None else bias_gradient(ctx.bias, dx)
         return dx, db, dy if ctx.has_residual else None, None, None
 
 
@@ -378,3 +379,70 @@ def _not_alike(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> str
 def _add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = _BiasDropoutAdd.apply(x, None, residual, 0.0, (0, 0))
     return _RMSNorm.apply(total, weight_H, eps), total
+
+
+# ---- small things, for which an operator of MindSpore's takes longer to be called than to run ------------------------
+class _Transposed(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return raw.on(np.ascontiguousarray(raw.array_of(x.contiguous()).T))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return (raw.on(np.ascontiguousarray(raw.array_of(dy.contiguous()).T)),)
+
+
+def _unknown_to_numpy(x: Tensor) -> str:
+    return "" if x.dtype in (ms.float32, ms.int32) else f"x is {x.dtype}"
+
+
+@compiled(reference.transposed, integers=["x"], refuses=_unknown_to_numpy)
+def _transposed(x: Tensor) -> Tensor:
+    return _Transposed.apply(x)
+
+
+def _scalar(value: float) -> Tensor:
+    return raw.on(np.array(value, np.float32))
+
+
+class _MaskedSum(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.mask = raw.array_of(mask.contiguous())
+        total = np.sum(raw.array_of(values.contiguous()) * ctx.mask, dtype=np.float64)
+        return _scalar(total), _scalar(ctx.mask.sum(dtype=np.float64))
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, dnumber: Tensor) -> tuple[Tensor | None, ...]:
+        return raw.on(ctx.mask * raw.array_of(dtotal)), None
+
+
+def _two_forms(values: Tensor, mask: Tensor) -> str:
+    return "" if values.shape == mask.shape else "the mask has another shape"
+
+
+@compiled(reference.masked_sum, refuses=_two_forms)
+def _masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return _MaskedSum.apply(values, mask)
+
+
+class _MeanLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, number: Tensor, factor: float) -> Tensor:
+        ctx.factor, ctx.counted = np.float32(factor), np.maximum(raw.array_of(number), np.float32(1.0))
+        return _scalar(_MeanLoss._scaled(ctx, total))
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor) -> tuple[Tensor | None, ...]:
+        return _scalar(_MeanLoss._scaled(ctx, dmean)), None, None
+
+    @staticmethod
+    def _scaled(ctx: Any, x: Tensor) -> Any:
+        # Divided first where there is no factor, as the reference does: its bits are the same.
+        x = raw.array_of(x)
+        return x / ctx.counted if ctx.factor == 1.0 else x * (ctx.factor / ctx.counted)
+
+
+@compiled(reference.mean_loss)
+def _mean_loss(total: Tensor, number: Tensor, factor: float) -> Tensor:
+    return _MeanLoss.apply(total, number, factor)

@@ -82,6 +82,12 @@ def linear_grad_bias(dy_TO: Tensor) -> Tensor:
     return _rows(dy_TO).sum(0)
 
 
+@kernel
+def linear_grad_bias_(into_O: np.ndarray, dy_TO: Tensor, add: bool) -> None:
+    """Write the gradient of `linear` for the bias to float32 `into_O`, or add it."""
+    put(into_O, linear_grad_bias(dy_TO), add)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
@@ -709,6 +715,25 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: flo
     if bias is not None:
         x = x + bias.astype(x.dtype)
     return residual + dropout(x, rate, seed).astype(residual.dtype)
+
+
+@kernel
+def transposed(x: Tensor) -> Tensor:
+    """Return the transpose of a matrix."""
+    return x.transpose(1, 0)
+
+
+@kernel
+def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of values * mask, float32 tensors of one shape, and the sum of the mask, which has no gradient."""
+    return (values * mask).sum(), mask.sum()
+
+
+@kernel
+def mean_loss(total: Tensor, number: Tensor, factor: float) -> Tensor:
+    """Return total * factor / number, float32 scalars; of no tokens, the total. `number` has no gradient."""
+    counted = mint.clamp(number, min=1.0)
+    return total / counted if factor == 1.0 else total * (factor / counted)
 
 
 @kernel

@@ -65,6 +65,12 @@ def use_kernels(
     return sentence
 
 
+def are_compiled() -> bool:
+    """Return whether the fused C++ kernels are selected, each of which is one `autograd.Function`."""
+    entry = KERNELS["layer_norm"]
+    return entry.selected is entry.implementations["CPU"]
+
+
 def _plain(reason: str) -> str:
     return f"{PLAIN} ({reason})"
 

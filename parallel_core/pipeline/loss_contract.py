@@ -42,7 +42,8 @@ def checked_loss(result: Any) -> LossResult:
     if not isinstance(tokens, Tensor):
         tokens = Tensor(np.float32(tokens))
     pairs = {str(name): _pair(value, f"report[{name!r}]") for name, value in report.items()}
-    return (loss if loss.shape == () else loss.reshape(())), tokens.astype(ms.float32), pairs
+    tokens = tokens if tokens.dtype == ms.float32 else tokens.astype(ms.float32)
+    return (loss if loss.shape == () else loss.reshape(())), tokens, pairs
 
 
 def collects_non_loss_data(loss_func: Callable[..., Any]) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
-from parallel_core.autograd import backward, forget_recording, no_grad
+from parallel_core.autograd import no_grad
 from parallel_core.comm.interface import Group
 from parallel_core.deferral import deferring
 from parallel_core.errors import ParallelCoreError
+from parallel_core.pipeline.recorded import RecordedCalls, TakeBack
 from parallel_core.pipeline.stage_cell import ForwardStep, StageCell
 
 
@@ -52,11 +53,11 @@ class PipelineStage:
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self._cell = StageCell(model, forward_step_func, is_first, is_last, per_token_loss, tokens_group)
-        self._parameters: Sequence[Parameter] = list(model.trainable_params())
+        self._calls = RecordedCalls(self._cell, list(model.trainable_params()))
         self._before_forward, self._before_last_backward = before_forward, before_last_backward
         self._before_last_weight_grad, self._after_backward = before_last_weight_grad, after_backward
         self._per_token_loss, self._is_first, self._is_last = per_token_loss, is_first, is_last
-        self._in_flight: dict[int, Tensor] = {}
+        self._in_flight: dict[int, TakeBack] = {}
         self._late: dict[int, deque[Callable[[], None]]] = {}
         self._forward_only = False
         self._loss_gradient = Tensor(np.float32(1.0))
@@ -88,11 +89,10 @@ class PipelineStage:
                 f"pipeline: the gradients of the weights of microbatches {sorted(self._late)} were never computed"
             )
         self._in_flight.clear()
-        self._cell.reports.clear()
-        self._cell.data, self._cell.non_loss_data = data, non_loss_data
+        self._cell.start(data, non_loss_data)
         self._forward_only = forward_only
-        self._cell.set_grad(not forward_only)
         self._cell.set_train(not forward_only)
+        self._calls.start_iteration(records=not forward_only)
         self._loss_gradient = Tensor(np.float32(loss_scale if self._per_token_loss else loss_scale / num_microbatches))
 
     @property
@@ -113,12 +113,13 @@ class PipelineStage:
         if self._forward_only:
             with no_grad():
                 return self._cell(entry)
-        try:
-            output = self._cell(entry)
-        except BaseException:
-            forget_recording()
-            raise
-        self._in_flight[microbatch] = entry
+
+        def start_again() -> None:
+            self._cell.go_back()
+            self._before_forward(microbatch)
+
+        self._cell.mark()
+        output, self._in_flight[microbatch] = self._calls.call(entry, start_again)
         return output
 
     def backward(self, microbatch: int, grad_output: Tensor | None, is_last: bool) -> Tensor:
@@ -130,9 +131,7 @@ class PipelineStage:
             )
         if is_last:
             self._before_last_backward()
-        entry = self._in_flight.pop(microbatch)
-        gradient = self._loss_gradient if self._is_last else grad_output
-        (grad_input, *_), _ = backward(self._cell, (entry,), self._parameters, gradient)
+        grad_input = self._in_flight.pop(microbatch)(self._loss_gradient if self._is_last else grad_output)
         self._after_backward()
         return grad_input
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn
 
+from parallel_core import ops
 from parallel_core.comm.interface import Group
 from parallel_core.pipeline.loss_contract import checked_loss, collects_non_loss_data
+from parallel_core.pipeline.recorded import RereadableIterator
+from parallel_core.tape import constant
 
 ForwardStep = Callable[[Iterator[Any], nn.Cell], tuple[Tensor, Callable[..., Any]]]
 """`forward_step_func(data_iterator, model) -> (output, loss_func)`, as in Megatron-LM."""
@@ -33,9 +35,28 @@ class StageCell(nn.Cell):
         self._forward_step_func = forward_step_func
         self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
         self._tokens_group = tokens_group if tokens_group is not None and tokens_group.size > 1 else None
-        self.data: Iterator[Any] = iter(())
-        self.non_loss_data = False
         self.reports: list[Any] = []
+        self.start(iter(()), False)
+
+    @property
+    def consists_of_functions(self) -> bool:
+        """Whether a call may go on a tape, and be made again where it turns out not to: see `RecordedCalls`."""
+        return getattr(self.model, "consists_of_functions", False)
+
+    def start(self, data: Iterator[Any], non_loss_data: bool) -> None:
+        """Forget the reports; read microbatches from `data`; see `PipelineStage.start_iteration`."""
+        self.data, self.non_loss_data = RereadableIterator(data), non_loss_data
+        self.reports.clear()
+
+    def mark(self) -> None:
+        """Remember what was read and reported."""
+        self.data.mark()
+        self._num_reported = len(self.reports)
+
+    def go_back(self) -> None:
+        """Forget what was reported since `mark`, and read once more what was read."""
+        self.data.go_back()
+        del self.reports[self._num_reported :]
 
     def construct(self, entry: Tensor) -> Tensor:
         """Return hidden states; on the last stage the scalar loss, or the output where non-loss data is collected."""
@@ -49,6 +70,7 @@ class StageCell(nn.Cell):
             self.reports.append(loss_func(output, non_loss_data=True) if takes else output)
             return output
         loss_sum, num_tokens, report = checked_loss(loss_func(output))
+        num_tokens = constant(num_tokens)
         loss = self._objective(loss_sum, num_tokens)
         for name, total, number, weight in getattr(self.model, "take_auxiliary_losses", list)():
             part = self._objective(total, number)
@@ -61,9 +83,8 @@ class StageCell(nn.Cell):
         """Return the mean over the microbatch's tokens on all ranks that hold it, or the sum of this rank's."""
         if self._per_token_loss:
             return loss_sum
-        one = Tensor(np.float32(1.0))
         if self._tokens_group is None:
-            return loss_sum / ms.ops.maximum(num_tokens, one)
+            return ops.mean_loss(loss_sum, num_tokens, 1.0)
         # A rank whose part of the sequence counts no token still divides by the whole sequence's number.
-        counted = self._tokens_group.all_reduce(ms.ops.stop_gradient(num_tokens))
-        return loss_sum * (self._tokens_group.size / ms.ops.maximum(counted, one))
+        counted = constant(self._tokens_group.all_reduce(ms.ops.stop_gradient(num_tokens)))
+        return ops.mean_loss(loss_sum, counted, float(self._tokens_group.size))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from mindspore import Parameter, Tensor, nn
 
-from parallel_core.tape import OffTape, as_one
+from parallel_core.autograd import records_gradients
+from parallel_core.ops import are_compiled
+from parallel_core.tape import OffTape, as_one, has_hooks
 from parallel_core.tensor_parallel.random import RandomStreams
 
 logger = logging.getLogger(__name__)
@@ -32,29 +34,17 @@ class AsOne:
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Return what the function does."""
-        if not self._possible or _has_hooks(self._cell):
+        if not (self._possible and records_gradients() and are_compiled()):
             return self._function(*inputs)
         if self._parameters is None:
             self._parameters = tuple(self._cell.trainable_params())
+        if has_hooks(self._cell, self._parameters):
+            return self._function(*inputs)
         drawn = self._streams.get_state()
         try:
             return as_one(self._function, inputs, self._parameters)
         except OffTape as reason:
             self._possible = False
-            logger.info("%s: recorded kernel by kernel, because %s", type(self._cell).__name__, reason)
+            logger.warning("%s: recorded kernel by kernel, because %s", type(self._cell).__name__, reason)
         self._streams.set_state(drawn)
         return self._function(*inputs)
-
-
-def _has_hooks(cell: nn.Cell) -> bool:
-    return any(
-        part._forward_hook or part._forward_pre_hook or part._backward_hook or part._backward_pre_hook
-        for part in _parts(cell)
-    )
-
-
-def _parts(cell: nn.Cell) -> Iterator[nn.Cell]:
-    yield cell
-    for part in cell._cells.values():
-        if part is not None:
-            yield from _parts(part)

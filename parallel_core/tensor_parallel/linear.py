@@ -17,6 +17,7 @@ from parallel_core.comm.interface import Group
 from parallel_core.deferral import is_deferring, late_gradient
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
+from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.spans import span
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.open_sums import left_open
@@ -232,8 +233,7 @@ class _LinearBias(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = _backward(ctx, dy)
-        db = ops.cast(ops.linear_grad_bias(dy), ctx.bias.dtype) if needs_gradient(ctx.bias) else None
-        return dx, dw, db, None, None, None, None
+        return dx, dw, bias_gradient(ctx.bias, dy), None, None, None, None
 
 
 def _forward(

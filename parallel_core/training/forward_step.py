@@ -8,8 +8,10 @@ from typing import Any
 
 from mindspore import Tensor
 
+from parallel_core import ops
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.spans import span
+from parallel_core.tape import constant
 
 LossParts = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
 """Sum of the loss, number of tokens that count, and (sum, number) of every value to report, by name."""
@@ -36,7 +38,7 @@ def masked_loss(loss_mask: Tensor, token_losses: Tensor, non_loss_data: bool = F
     """
     if non_loss_data:
         return token_losses
-    total, number = (token_losses * loss_mask).sum(), loss_mask.sum()
+    total, number = ops.masked_sum(token_losses, constant(loss_mask))
     return total, number, {"lm loss": (total, number)}
 
 

@@ -50,7 +50,7 @@ class LanguageModelEmbedding(nn.Cell):
             tokens_BS: int32 token ids.
             position_ids_BS: int32 positions; None: those that this rank holds of a sequence, 0..S-1 of a whole one.
         """
-        hidden = ops.cast(self.word_embeddings(tokens_BS.transpose(1, 0)), self.residual_dtype)
+        hidden = ops.cast(self.word_embeddings(ops.transposed(tokens_BS)), self.residual_dtype)
         if self.multiplier != 1.0:
             hidden = hidden * self.multiplier
         if self.position_embeddings is not None:

@@ -27,6 +27,7 @@ class GPTModel(nn.Cell):
     """
 
     embedding_class: type[LanguageModelEmbedding] = LanguageModelEmbedding
+    consists_of_functions = True
 
     def __init__(self, stage: ModelStage, *, parallel_output: bool = True) -> None:
         super().__init__(auto_prefix=True)
@@ -163,7 +164,7 @@ class GPTModel(nn.Cell):
         """Return the loss of every token, float32 [B, S], of logits [S, B, V / tp] that it may overwrite."""
         if not self.config.fp16_lm_cross_entropy:
             logits_SBV = ops.cast(logits_SBV, ms.float32)
-        labels_SB = labels_BS.transpose(1, 0)
+        labels_SB = ops.transposed(labels_BS)
         smoothing = self.config.label_smoothing
         loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_SB, self.tp_group, smoothing, reuse_logits=True)
-        return loss_SB.transpose(1, 0)
+        return ops.transposed(loss_SB)

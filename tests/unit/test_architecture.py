@@ -32,6 +32,7 @@ LAYERS: dict[str, float] = {
     "checkpoint": 4,
     "config.checkpoint_args": 5,
     "ops": 3,
+    "tape": 4,
     "autograd": 2,
     "comm": 4,
     "context": 5,

@@ -429,12 +429,12 @@ def test_embedding(sizes):
 
 
 @pytest.mark.parametrize("add", [False, True])
-@compares("linear_grad_weight_", "embedding_grad_table_")
+@compares("linear_grad_weight_", "linear_grad_bias_", "embedding_grad_table_")
 def test_gradients_written_in_place(add):
     """What was there before is kept when added to, and of no influence when not."""
     rng = np.random.default_rng(5)
     dy, x, ids = Tensor(array(rng, 65, 7)), Tensor(array(rng, 65, 9)), Tensor(rng.integers(0, 30, 65).astype(np.int32))
-    before = array(rng, 7, 9), array(rng, 20, 7), array(rng, 65 * 7), array(rng, 65 * 7)
+    before = array(rng, 7, 9), array(rng, 20, 7), array(rng, 65 * 7), array(rng, 65 * 7), array(rng, 7)
     got, want = ([a.copy() for a in before] for _ in range(2))
     if not add:
         for a in got:
@@ -442,12 +442,31 @@ def test_gradients_written_in_place(add):
     for module, out in ((ops, got), (reference, want)):
         module.linear_grad_weight_(out[0], dy, x, add)
         module.embedding_grad_table_(out[1], dy, ids, 5, add)
+        module.linear_grad_bias_(out[4], dy, add)
         (module.add_ if add else module.write_)(out[2], dy)
         (module.add_ if add else module.write_)(out[3], Tensor(np.ascontiguousarray(dy.asnumpy().T)).T)  # a view
     for g, w in zip(got, want):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
     exact = dy.asnumpy().T @ x.asnumpy() + (before[0] if add else 0)
     np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
+
+
+@compares("transposed", "masked_sum", "mean_loss")
+def test_the_mean_of_a_loss():
+    """Through all three, with the gradient of the first; a batch of no tokens has loss 0, not a quotient of zeros."""
+    rng = np.random.default_rng(0)
+    for counts in (0.0, 0.7):
+        values, mask = Tensor(array(rng, 5, 7)), Tensor((rng.random((7, 5)) < counts).astype(np.float32))
+
+        def loss(module, values):
+            total, number = module.masked_sum(module.transposed(values), mask)
+            return module.mean_loss(total, number, 1.0) + module.mean_loss(total, number, 3.0)
+
+        got, want = (ms.value_and_grad(lambda v, m=module: loss(m, v))(values) for module in (ops, reference))
+        close(got[0], want[0], SUMMED)
+        close(got[1], want[1], SUMMED)
+        assert np.isfinite(got[0].asnumpy()).all() and (counts or not got[1].asnumpy().any())
+    assert np.array_equal(ops.transposed(Tensor([[1, 2, 3]], ms.int32)).asnumpy(), [[1], [2], [3]])
 
 
 @compares("total", "shaped")
