@@ -21,6 +21,7 @@ from parallel_core.expert_parallel.functions import (
 )
 from parallel_core.expert_parallel.permutation import Permutation, by_expert, for_ranks, permute
 from parallel_core.expert_parallel.routing import Routing
+from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -127,10 +128,11 @@ class AllToAllDispatcher:
         order = for_ranks(order, ep.size, etp.size)
         rows, weights = take_rows(x_TH, weights_TK, order)
         arriving = self._exchange(rows, traffic, group)
-        weights = exchange_rows(weights.reshape(-1, 1), traffic, group)
+        weights = exchange_rows(reshaped(weights, weights.size, 1), traffic, group)
         own = of_experts[:, ep.rank]
         index = by_expert(own)
-        weights = reorder_rows(weights, index).reshape(-1)
+        weights = reorder_rows(weights, index)
+        weights = reshaped(weights, weights.size)
         state = (order, traffic, index)
         return Dispatched(lambda: reorder_rows(arriving(), index), weights, own.sum(0), state)
 

@@ -307,6 +307,27 @@ def _split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
     return _SplitLastDim.apply(x, widths)
 
 
+class _PackedHeads(Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = query.contiguous(), key.contiguous(), value.contiguous()
+        ctx.widths = [part.shape[-1] for part in parts]
+        mixed = raw.new((*query.shape[:-1], sum(ctx.widths)))
+        _copy_parts(mixed, parts, into_parts=False)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor | None, ...]:
+        parts = tuple(raw.new((*dmixed.shape[:-1], width)) for width in ctx.widths)
+        _copy_parts(dmixed.contiguous(), parts, into_parts=True)
+        return parts
+
+
+@compiled(reference.packed_heads)
+def _packed_heads(query_SBGX: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+    return _PackedHeads.apply(query_SBGX, key_SBGD, value_SBGD)
+
+
 # ---- dropout and residual -------------------------------------------------------------------------------------------
 declare("pc_bias_dropout_add", "PPPPLLFUU")
 
@@ -399,6 +420,21 @@ def _unknown_to_numpy(x: Tensor) -> str:
 @compiled(reference.transposed, integers=["x"], refuses=_unknown_to_numpy)
 def _transposed(x: Tensor) -> Tensor:
     return _Transposed.apply(x)
+
+
+class _Shifted(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: float) -> Tensor:  # noqa: ARG004 - the gradient is that of the sum
+        return raw.on(raw.array_of(x.contiguous()) + np.float32(offset))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        return dy, None
+
+
+@compiled(reference.shifted)
+def _shifted(x: Tensor, offset: float) -> Tensor:
+    return _Shifted.apply(x, offset)
 
 
 def _scalar(value: float) -> Tensor:

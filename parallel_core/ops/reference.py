@@ -718,6 +718,18 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: flo
 
 
 @kernel
+def packed_heads(query_SBGX: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+    """Return queries, keys and values of each group next to each other, as the projection leaves them."""
+    return mint.cat((query_SBGX, key_SBGD, value_SBGD), -1)
+
+
+@kernel
+def shifted(x: Tensor, offset: float) -> Tensor:
+    """Return x + offset."""
+    return x + offset
+
+
+@kernel
 def transposed(x: Tensor) -> Tensor:
     """Return the transpose of a matrix."""
     return x.transpose(1, 0)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, forget_recording
@@ -95,5 +96,7 @@ class RecordedCalls:
 
 
 def _deliver(parameter: Parameter, gradient: Tensor | None) -> None:
+    if gradient is None:  # what the output does not depend on has a gradient of zeros, as in MindSpore's autograd
+        gradient = Tensor(np.zeros(parameter.shape, np.float32), parameter.dtype)
     for receive in getattr(parameter, "receivers", ()):
         receive(gradient)

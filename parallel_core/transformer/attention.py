@@ -200,5 +200,5 @@ class SelfAttention(nn.Cell):
         """Return the packed tensor with every query and key head normed."""
         D, per_group = self.head_size, self.heads_per_group
         query, key, value = ops.split_last_dim(mixed_SBGX, (per_group * D, D, D))
-        heads = q_layernorm(query.reshape(*query.shape[:3], per_group, D))
-        return mint.cat((heads.reshape(query.shape), k_layernorm(key), value), -1)
+        heads = q_layernorm(reshaped(query, *query.shape[:3], per_group, D))
+        return ops.packed_heads(reshaped(heads, *query.shape), k_layernorm(key), value)

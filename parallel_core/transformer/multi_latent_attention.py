@@ -17,6 +17,7 @@ from parallel_core.comm.interface import SoloGroup
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import mark
 from parallel_core.ops import reference
+from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -184,5 +185,5 @@ class MultiLatentAttention(nn.Cell):
         key_value, _ = self.linear_kv_up_proj(self.normed(latent))
         S, B, _ = query.shape
         tables = self.rotary.tables(S, self._positions(S) if positions is None else positions)
-        query, key_value = (x.reshape(S, B, self.num_heads, -1) for x in (query, key_value))
+        query, key_value = (reshaped(x, S, B, self.num_heads, x.shape[2] // self.num_heads) for x in (query, key_value))
         return tuple(self._make_heads(query, key_value, k_pos, *tables))

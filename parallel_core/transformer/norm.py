@@ -45,7 +45,7 @@ class LayerNorm(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         """Return the norm of `x`, in x's shape and dtype."""
-        weight = self.weight + self.offset if self.offset else self.weight
+        weight = ops.shifted(self.weight, self.offset) if self.offset else self.weight
         return ops.layer_norm(x, weight, self.bias, self.eps)
 
 
@@ -82,7 +82,7 @@ class RMSNorm(nn.Cell):
         return ops.add_rms_norm(x, residual, self._factor(), self.eps)
 
     def _factor(self) -> Tensor:
-        return self.weight + self.offset if self.offset else self.weight
+        return ops.shifted(self.weight, self.offset) if self.offset else self.weight
 
 
 def make_norm(

@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, mint, nn
 from parallel_core import ops
 from parallel_core.expert_parallel.functions import activated_grouped_linear, add_expert_bias, grouped_linear
 from parallel_core.layout.shard import Cut, TensorShard
+from parallel_core.tape import constant as tape_constant
 from parallel_core.tensor_parallel.parameter import constant, make_parameter
 from parallel_core.transformer.stage import ModelStage
 
@@ -71,7 +72,7 @@ class GroupedMLP(nn.Cell):
             wide = wide + self.fc1_adapter(rows_NH, counts)
         if self.fc1_bias is not None:
             wide = add_expert_bias(wide, self.fc1_bias, None, counts)
-        factor = mint.ones((wide.shape[0],)) if scale is None else scale
+        factor = tape_constant(mint.ones((wide.shape[0],))) if scale is None else scale
         if self.recomputed_act:
             narrow = activated_grouped_linear(wide, factor, self.fc2_weight, counts, self.hidden_act)
         else:

@@ -7,6 +7,7 @@ from mindspore import Parameter, Tensor, mint, nn
 from parallel_core import ops
 from parallel_core.expert_parallel.dispatch import make_dispatcher
 from parallel_core.layout.shard import TensorShard
+from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.parameter import make_parameter
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.mlp import MLP
@@ -59,14 +60,15 @@ class MoELayer(nn.Cell):
         return self._run(hidden), None
 
     def _run(self, hidden: Tensor) -> Tensor:
-        x_TH = hidden.reshape(-1, hidden.shape[-1])
+        S, B, H = hidden.shape
+        x_TH = reshaped(hidden, S * B, H)
         shared = None if self.overlaps else self._shared(hidden)
-        weights, routing = self.router(x_TH, hidden.shape[1])
+        weights, routing = self.router(x_TH, B)
         rows, scale, counts, state = self.dispatcher.dispatch(x_TH, weights, routing)
         if self.overlaps:
             shared = self._shared(hidden)
-        output = self.dispatcher.combine(self.experts(rows(), scale, counts), state).reshape(hidden.shape)
-        return output if shared is None else output + shared
+        output = reshaped(self.dispatcher.combine(self.experts(rows(), scale, counts), state), S, B, H)
+        return output if shared is None else ops.bias_dropout_add(output, None, shared, 0.0, (0, 0))
 
     def _shared(self, hidden: Tensor) -> Tensor | None:
         if self.shared_experts is None:

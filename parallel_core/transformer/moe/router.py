@@ -17,6 +17,7 @@ from parallel_core.expert_parallel.rounds import RoundsRouting, balance_loss, ro
 from parallel_core.expert_parallel.rounds import grad_logits as grad_logits_of_rounds
 from parallel_core.expert_parallel.routing import BalanceScores, Routing, grad_logits, route, z_loss
 from parallel_core.layout.shard import TensorShard, mark
+from parallel_core.tape import constant as tape_constant
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
 from parallel_core.tensor_parallel.parameter import constant, make_parameter
 from parallel_core.transformer.stage import ModelStage
@@ -72,7 +73,7 @@ class TopKRouter(nn.Cell):
         logits = ops.cast(logits, ms.float32)
         if self.moe.moe_router_force_load_balancing:
             draws = self._generator("forced").standard_normal(logits.shape, np.float32)
-            logits = _InPlaceOf.apply(logits, Tensor.from_numpy(draws))
+            logits = _InPlaceOf.apply(logits, tape_constant(Tensor.from_numpy(draws)))
         call = _Call(self, batch)
         weights = _Route.apply(logits, call)
         return weights, call.routing

@@ -451,6 +451,19 @@ def test_gradients_written_in_place(add):
     np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
 
 
+@compares("packed_heads", "shifted")
+def test_heads_that_are_packed_and_weights_around_one():
+    rng = np.random.default_rng(0)
+    parts = [Tensor(array(rng, 3, 2, 4, width)) for width in (10, 5, 5)]
+    dmixed = Tensor(array(rng, 3, 2, 4, 20))
+    for got, want in zip(*(
+        ms.grad(lambda *a, m=module: (m.shifted(m.packed_heads(*a), 1.0) * dmixed).sum(), (0, 1, 2))(*parts)
+        for module in (ops, reference)
+    )):  # fmt: skip
+        close(got, want, 0.0)
+    close(ops.shifted(ops.packed_heads(*parts), 1.0), reference.shifted(reference.packed_heads(*parts), 1.0), 0.0)
+
+
 @compares("transposed", "masked_sum", "mean_loss")
 def test_the_mean_of_a_loss():
     """Through all three, with the gradient of the first; a batch of no tokens has loss 0, not a quotient of zeros."""
