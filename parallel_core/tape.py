@@ -26,7 +26,7 @@ from parallel_core.autograd import (
     run_forward,
 )
 
-__all__ = ["OffTape", "Tape", "as_one", "constant", "has_hooks", "reshaped"]
+__all__ = ["OffTape", "Tape", "as_one", "constant", "has_hooks", "is_known", "reshaped"]
 
 
 class OffTape(Exception):  # noqa: N818 - it says where a tensor is, and is caught
@@ -81,6 +81,14 @@ def has_hooks(cell: nn.Cell, parameters: Sequence[Parameter]) -> bool:
     return any(_is_hooked(part) for part in _parts(cell)) or any(
         getattr(p, "num_hooks", 0) > len(getattr(p, "receivers", ())) for p in parameters
     )
+
+
+def is_known(cell: nn.Cell) -> bool:
+    """Return whether a cell and its parts are of this package: others may change a tensor in place, which no tape sees."""
+    return all(type(part).__module__.partition(".")[0] in _KNOWN for part in _parts(cell))
+
+
+_KNOWN = (__name__.partition(".")[0], "mindspore")
 
 
 def _is_hooked(cell: nn.Cell) -> bool:

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, forget_recording
 from parallel_core.ops import are_compiled
-from parallel_core.tape import OffTape, Tape, has_hooks
+from parallel_core.tape import OffTape, Tape, has_hooks, is_known
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,8 @@ class RereadableIterator:
 class RecordedCalls:
     """Calls a Cell of one tensor so that each call can be taken back.
 
-    A cell that says `consists_of_functions` goes on a tape, so that MindSpore's autograd has no part in it. Where it
-    turns out to have an operator of MindSpore's, and while hooks look at its modules or parameters, MindSpore records
-    it.
+    A cell whose parts are of this package goes on a tape, so that MindSpore's autograd has no part in it. Where it turns
+    out to have an operator of MindSpore's, and while hooks look at its modules or parameters, MindSpore records it.
 
     Args:
         cell: what is called.
@@ -56,7 +55,7 @@ class RecordedCalls:
 
     def __init__(self, cell: nn.Cell, parameters: Sequence[Parameter]) -> None:
         self._cell, self._parameters = cell, parameters
-        self._possible, self._on_tape = getattr(cell, "consists_of_functions", False), False
+        self._possible, self._on_tape = is_known(cell), False
 
     def start_iteration(self, *, records: bool) -> None:
         """Look whether hooks have come or gone; `records` says whether calls are to be taken back."""
@@ -76,7 +75,7 @@ class RecordedCalls:
             except OffTape as reason:
                 self._possible = self._on_tape = False
                 self._cell.set_grad(True)
-                logger.warning("the model is recorded by MindSpore's autograd, because %s", reason)
+                logger.info("the model is recorded by MindSpore's autograd, because %s", reason)
             start_again()
         try:
             return self._cell(entry), lambda gradient: backward(self._cell, (entry,), self._parameters, gradient)[0][0]

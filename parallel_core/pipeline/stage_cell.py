@@ -38,11 +38,6 @@ class StageCell(nn.Cell):
         self.reports: list[Any] = []
         self.start(iter(()), False)
 
-    @property
-    def consists_of_functions(self) -> bool:
-        """Whether a call may go on a tape, and be made again where it turns out not to: see `RecordedCalls`."""
-        return getattr(self.model, "consists_of_functions", False)
-
     def start(self, data: Iterator[Any], non_loss_data: bool) -> None:
         """Forget the reports; read microbatches from `data`; see `PipelineStage.start_iteration`."""
         self.data, self.non_loss_data = RereadableIterator(data), non_loss_data

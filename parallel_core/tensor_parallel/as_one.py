@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import records_gradients
 from parallel_core.ops import are_compiled
-from parallel_core.tape import OffTape, as_one, has_hooks
+from parallel_core.tape import OffTape, as_one, has_hooks, is_known
 from parallel_core.tensor_parallel.random import RandomStreams
 
 logger = logging.getLogger(__name__)
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 class AsOne:
     """Calls `function`, which is what a cell computes, as one recorded function.
 
-    Where an operator of MindSpore's turns out to be in it, and where hooks look at its modules, each of its functions
-    is recorded for itself, with the same values.
+    Where an operator of MindSpore's turns out to be in it, or another's module, and where hooks look at its modules,
+    each of its functions is recorded for itself, with the same values.
 
     Args:
         cell: the owner of the parameters that the function uses.
@@ -37,14 +37,14 @@ class AsOne:
         if not (self._possible and records_gradients() and are_compiled()):
             return self._function(*inputs)
         if self._parameters is None:
-            self._parameters = tuple(self._cell.trainable_params())
-        if has_hooks(self._cell, self._parameters):
+            self._parameters, self._possible = tuple(self._cell.trainable_params()), is_known(self._cell)
+        if not self._possible or has_hooks(self._cell, self._parameters):
             return self._function(*inputs)
         drawn = self._streams.get_state()
         try:
             return as_one(self._function, inputs, self._parameters)
         except OffTape as reason:
             self._possible = False
-            logger.warning("%s: recorded kernel by kernel, because %s", type(self._cell).__name__, reason)
+            logger.info("%s: recorded kernel by kernel, because %s", type(self._cell).__name__, reason)
         self._streams.set_state(drawn)
         return self._function(*inputs)

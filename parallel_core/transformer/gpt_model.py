@@ -27,7 +27,6 @@ class GPTModel(nn.Cell):
     """
 
     embedding_class: type[LanguageModelEmbedding] = LanguageModelEmbedding
-    consists_of_functions = True
 
     def __init__(self, stage: ModelStage, *, parallel_output: bool = True) -> None:
         super().__init__(auto_prefix=True)
