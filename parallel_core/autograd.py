@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn
@@ -18,14 +18,11 @@ from mindspore.ops.composite import GradOperation
 
 __all__ = [
     "Function",
-    "MainGrad",
     "applied_by",
     "backward",
     "forward_only",
     "inner_backward",
     "is_applied_otherwise",
-    "main_grad_of",
-    "needs_gradient",
     "no_grad",
     "on_gradient",
     "records_gradients",
@@ -163,35 +160,3 @@ def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> None
 
     parameter.register_hook(hook)
     parameter.receivers = [*getattr(parameter, "receivers", ()), receive]
-
-
-def needs_gradient(parameter: Tensor) -> bool:
-    """Return whether a `Function.backward` has to compute this weight's gradient: not for a frozen parameter."""
-    return getattr(parameter, "requires_grad", True)
-
-
-class MainGrad(Protocol):
-    """Where the gradients of a parameter are summed over microbatches (Megatron: `param.main_grad`)."""
-
-    def takes(self, dtype: Any) -> bool:
-        """Return whether `accumulate` sums gradients that are computed from tensors of a type."""
-
-    def accumulate(self, write: Callable[[Any, bool], None], *, lookup: bool = False) -> Tensor | None:
-        """Call `write(memory, add)`, which overwrites float32 memory in the parameter's shape or adds to it.
-
-        The memory is a NumPy array, or a tensor where it is a device's.
-
-        Inside `deferring` the call is left for later. `lookup`: an embedding's rows are added, see `in_order`.
-
-        Returns:
-            What the calling `Function.backward` returns as the parameter's gradient.
-        """
-
-    def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
-        """Inside `deferring`: leave `compute()`, which returns the gradient, for later. Returns as `accumulate`."""
-
-
-def main_grad_of(parameter: Tensor, gradient: Tensor) -> MainGrad | None:
-    """Return where gradients of `parameter` are summed that follow from `gradient`, if backward may write there."""
-    main_grad: MainGrad | None = getattr(parameter, "main_grad", None)
-    return main_grad if main_grad is not None and main_grad.takes(gradient.dtype) else None

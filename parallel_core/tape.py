@@ -9,8 +9,8 @@ input, a parameter or on the tape; otherwise the tape refuses, and the caller re
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +20,19 @@ from parallel_core import ops
 from parallel_core.autograd import (
     Function,
     applied_by,
+    inner_backward,
     is_applied_otherwise,
     no_grad,
     records_gradients,
     run_forward,
 )
 
-__all__ = ["OffTape", "Tape", "as_one", "constant", "has_hooks", "is_known", "reshaped"]
+__all__ = ["OffTape", "Tape", "as_one", "constant", "gradients_again", "has_hooks", "is_known", "reshaped"]
+
+
+Deliver = Callable[[Parameter, Tensor | None], None]
+Gradients = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+"""Of inputs and of parameters."""
 
 
 class OffTape(Exception):  # noqa: N818 - it says where a tensor is, and is caught
@@ -77,14 +83,14 @@ class _Reshaped(Function):
 
 
 def has_hooks(cell: nn.Cell, parameters: Sequence[Parameter]) -> bool:
-    """Return whether somebody waits for calls or gradients of single modules or parameters, which MindSpore tells of."""
+    """Return whether somebody waits for a call or a gradient of a single module or parameter: MindSpore tells them."""
     return any(_is_hooked(part) for part in _parts(cell)) or any(
         getattr(p, "num_hooks", 0) > len(getattr(p, "receivers", ())) for p in parameters
     )
 
 
 def is_known(cell: nn.Cell) -> bool:
-    """Return whether a cell and its parts are of this package: others may change a tensor in place, which no tape sees."""
+    """Return whether a cell's parts are all of this package: others may change tensors in place, which no tape sees."""
     return all(type(part).__module__.partition(".")[0] in _KNOWN for part in _parts(cell))
 
 
@@ -162,7 +168,8 @@ class Tape:
                 x.place_on_tape = self._serial, number
         self._num_inputs, self._parameters = len(inputs), parameters
         self._number_of = {id(p): len(inputs) + i for i, p in enumerate(parameters)}
-        self._count = len(inputs) + len(parameters)
+        self._count = self._num_outer = len(inputs) + len(parameters)
+        self._uses = [0] * self._count
         with no_grad(), applied_by(self._apply):
             self.output = function(*inputs)
         last = self._number(self.output)
@@ -179,6 +186,9 @@ class Tape:
         self._count += len(results)
         for number, x in enumerate(results, first):
             x.place_on_tape = self._serial, number
+        for source in sources:
+            if source is not None and source < self._num_outer:
+                self._uses[source] += 1
         shapes = tuple((x.shape, x.dtype) for x in results) if len(results) > 1 else ()
         self._calls.append(_Call(function, context, sources, range(first, self._count), shapes))
         return result
@@ -193,9 +203,7 @@ class Tape:
             return None
         raise OffTape(f"an operator of MindSpore's made a tensor {x.dtype} {list(x.shape)}")
 
-    def backward(
-        self, gradient: Tensor, deliver: Callable[[Parameter, Tensor | None], None] | None = None
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def backward(self, gradient: Tensor, deliver: Deliver | None = None) -> Gradients:
         """Take the calls back; what they have kept is freed as it goes.
 
         Args:
@@ -207,29 +215,30 @@ class Tape:
         """
         gradients: list[Tensor | None] = [None] * self._count
         gradients[self._last] = gradient
-        first = self._num_inputs + len(self._parameters)
-        uses = self._uses_of_parameters() if deliver else {}
+        if deliver:
+            self._deliver_unused(deliver)
         while self._calls:
             call = self._calls.pop()
             wanted = gradients[call.results.start : call.results.stop]
             gradients[call.results.start : call.results.stop] = [None] * len(wanted)
             if any(x is not None for x in wanted):
                 self._take_back(call, wanted, gradients)
-            for number in call.sources if deliver else ():
-                if number is None or not self._num_inputs <= number < first:
-                    continue
-                uses[number] -= 1
-                if not uses[number]:
+            if deliver:
+                self._deliver_complete(call, gradients, deliver)
+        return gradients[: self._num_inputs], gradients[self._num_inputs : self._num_outer]
+
+    def _deliver_unused(self, deliver: Deliver) -> None:
+        for number, parameter in enumerate(self._parameters, self._num_inputs):
+            if not self._uses[number]:
+                deliver(parameter, None)
+
+    def _deliver_complete(self, call: _Call, gradients: list[Tensor | None], deliver: Deliver) -> None:
+        for number in call.sources:
+            if number is not None and self._num_inputs <= number < self._num_outer:
+                self._uses[number] -= 1
+                if not self._uses[number]:
                     deliver(self._parameters[number - self._num_inputs], gradients[number])
                     gradients[number] = None
-        if deliver:
-            for parameter in (p for p in self._parameters if self._number_of[id(p)] not in uses):
-                deliver(parameter, None)
-        return gradients[: self._num_inputs], gradients[self._num_inputs : first]
-
-    def _uses_of_parameters(self) -> Counter[int]:
-        numbers = range(self._num_inputs, self._num_inputs + len(self._parameters))
-        return Counter(number for call in self._calls for number in call.sources if number in numbers)
 
     def _take_back(self, call: _Call, wanted: list[Tensor | None], gradients: list[Tensor | None]) -> None:
         for i, (shape, dtype) in enumerate(call.shapes):
@@ -239,6 +248,37 @@ class Tape:
             if number is not None and got is not None:
                 held = gradients[number]
                 gradients[number] = got if held is None else ops.total(held, got)
+
+
+_off_tape: set[Any] = set()
+"""Code of functions that `gradients_again` has found to have operators of MindSpore's."""
+
+
+def gradients_again(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    parameters: Sequence[Parameter],
+    grad_output: Tensor,
+    repeated: Callable[[], AbstractContextManager[None]],
+) -> Gradients:
+    """Do `autograd.inner_backward` on a tape, or where that cannot be, as MindSpore does it.
+
+    Args:
+        function: what was run before.
+        inputs: its tensors.
+        parameters: those that it uses.
+        grad_output: gradient of its output.
+        repeated: the block in which the function draws what it drew the first time.
+    """
+    code = getattr(function, "__code__", None)
+    if code not in _off_tape:
+        try:
+            with repeated():
+                return Tape(function, inputs, parameters).backward(grad_output)
+        except OffTape:
+            _off_tape.add(code)
+    with repeated():
+        return inner_backward(function, inputs, parameters, grad_output)
 
 
 class _AsOne(Function):

@@ -10,10 +10,11 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from parallel_core import ops
-from parallel_core.autograd import Function, inner_backward, main_grad_of, needs_gradient, no_grad
+from parallel_core.autograd import Function, inner_backward, no_grad
 from parallel_core.comm.interface import Done, Group, Handle
 from parallel_core.deferral import late_gradient
 from parallel_core.expert_parallel.permutation import Permutation
+from parallel_core.main_grad import main_grad_of, needs_gradient
 
 
 def take_rows(x_TH: Tensor, weights_TK: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:

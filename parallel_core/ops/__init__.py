@@ -31,4 +31,13 @@ def cast(x: Tensor, dtype: Any) -> Tensor:  # type: ignore[no-redef] # the refer
     return KERNELS["convert"].selected(x, dtype) if x.dtype in _FLOATS and dtype in _FLOATS else x.astype(dtype)
 
 
-__all__ = ["ACTIVATIONS", "are_compiled", "attention_mask", "cast", "exact_products", "product_precision", "use_kernels", *doors()]  # noqa: PLE0604 - all of them are names
+__all__ = [  # noqa: PLE0604 - all of them are names
+    "ACTIVATIONS",
+    "are_compiled",
+    "attention_mask",
+    "cast",
+    "exact_products",
+    "product_precision",
+    "use_kernels",
+    *doors(),
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspore import Tensor
 
-from parallel_core.autograd import main_grad_of, needs_gradient
+from parallel_core.main_grad import main_grad_of, needs_gradient
 from parallel_core.ops.registry import KERNELS
 
 

@@ -16,7 +16,7 @@ from parallel_core.optimizer.flat import Flat
 
 
 class MainGrad:
-    """The sum of a parameter's gradients over the microbatches of an iteration; see `autograd.MainGrad`.
+    """The sum of a parameter's gradients over the microbatches of an iteration; see `main_grad.MainGrad`.
 
     A layer's backward pass that sums here itself returns a placeholder: a view of the parameter's shape on one zero.
     So the gradient's hook still fires when all contributions of a backward pass are in, and nothing of the parameter's
@@ -52,7 +52,7 @@ class MainGrad:
             parameter.main_grad = self
 
     def takes(self, dtype: Any) -> bool:
-        """See `autograd.MainGrad.takes`: kernels of the host write what they compute in float32."""
+        """See `main_grad.MainGrad.takes`: kernels of the host write what they compute in float32."""
         return dtype == ms.float32 or not self._on_host
 
     def keep_apart(self, multiple: int) -> None:
@@ -64,7 +64,7 @@ class MainGrad:
         self._multiple = multiple
 
     def accumulate(self, write: Callable[[Any, bool], None], *, lookup: bool = False) -> Tensor | None:
-        """See `autograd.MainGrad.accumulate`."""
+        """See `main_grad.MainGrad.accumulate`."""
         if lookup and self._multiple and self.begun:
             return self._contribute(lambda: self._write_apart(write))
         if not self._on_host or self._memory.dtype == np.float32:
@@ -81,7 +81,7 @@ class MainGrad:
         self.apart_begun = True
 
     def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
-        """See `autograd.MainGrad.accumulate_later`."""
+        """See `main_grad.MainGrad.accumulate_later`."""
         return self._contribute(lambda: self._add(compute()))
 
     def _contribute(self, add: Callable[[], None]) -> Tensor | None:

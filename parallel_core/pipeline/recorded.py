@@ -45,8 +45,9 @@ class RereadableIterator:
 class RecordedCalls:
     """Calls a Cell of one tensor so that each call can be taken back.
 
-    A cell whose parts are of this package goes on a tape, so that MindSpore's autograd has no part in it. Where it turns
-    out to have an operator of MindSpore's, and while hooks look at its modules or parameters, MindSpore records it.
+    A cell whose parts are of this package goes on a tape, so that MindSpore's autograd has no part in it. Where it
+    turns out to have an operator of MindSpore's, and while hooks look at its modules or parameters, MindSpore records
+    it.
 
     Args:
         cell: what is called.

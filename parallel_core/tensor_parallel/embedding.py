@@ -8,10 +8,11 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function, main_grad_of, needs_gradient
+from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
 from parallel_core.deferral import late_gradient
 from parallel_core.layout.shard import Cut, TensorShard
+from parallel_core.main_grad import main_grad_of, needs_gradient
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.parameter import InitMethod, make_parameter
 

@@ -12,11 +12,12 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function, main_grad_of, needs_gradient
+from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
 from parallel_core.deferral import is_deferring, late_gradient
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
+from parallel_core.main_grad import main_grad_of, needs_gradient
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.spans import span
 from parallel_core.tensor_parallel import mappings

@@ -6,11 +6,13 @@ Source: Chen et al. 2016 (arXiv:1604.06174); selective form Korthikanti et al. 2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from mindspore import Parameter, Tensor
 
-from parallel_core.autograd import Function, inner_backward, no_grad
+from parallel_core.autograd import Function, inner_backward, is_applied_otherwise, no_grad
+from parallel_core.tape import gradients_again
 from parallel_core.tensor_parallel.random import RandomStreams
 
 
@@ -38,14 +40,18 @@ class _Recompute(Function):
     ) -> Tensor:
         inputs = tensors[:num_inputs]
         ctx.function, ctx.streams, ctx.state = function, streams, streams.get_state()
-        ctx.parameters = tensors[num_inputs:]
+        ctx.parameters, ctx.on_tape = tensors[num_inputs:], is_applied_otherwise()
         ctx.save_for_backward(*inputs)
         with no_grad():
             return function(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        with ctx.streams.replay(ctx.state):
-            of_inputs, of_parameters = inner_backward(ctx.function, inputs, ctx.parameters, dy)
+        replay = partial(ctx.streams.replay, ctx.state)
+        arguments = ctx.function, ctx.saved_tensors, ctx.parameters, dy
+        if ctx.on_tape:
+            of_inputs, of_parameters = gradients_again(*arguments, replay)
+        else:
+            with replay():
+                of_inputs, of_parameters = inner_backward(*arguments)
         return (None, None, None, *of_inputs, *of_parameters)

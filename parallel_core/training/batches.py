@@ -109,14 +109,16 @@ class BatchSource:
 
     def _tensors(self, arrays: dict[str, np.ndarray], empty: TensorBatch) -> TensorBatch:
         """Return this rank's part of the sequences; document starts stay whole, because its queries see all keys."""
-        whole = {name: array for name, array in arrays.items() if name != "document_start"}
-        whole.setdefault("position_ids", np.broadcast_to(np.arange(whole["tokens"].shape[1]), whole["tokens"].shape))
+        whole = {name: arrays[name] for name in ("tokens", "labels", "loss_mask")}
+        if self._keep_positions:
+            counted = np.broadcast_to(np.arange(whole["tokens"].shape[1]), whole["tokens"].shape)
+            whole["position_ids"] = arrays.get("position_ids", counted)
         part = get_batch_on_this_cp_rank(whole, self._cp)
         batch: TensorBatch = {
             **empty,
             "tokens": _int32(part["tokens"]),
             "labels": _int32(part["labels"]),
-            "loss_mask": Tensor(part["loss_mask"].astype(np.float32)),
+            "loss_mask": Tensor.from_numpy(np.array(part["loss_mask"], np.float32, order="C")),
         }
         if self._keep_positions:
             batch["position_ids"] = _int32(part["position_ids"])
@@ -126,8 +128,8 @@ class BatchSource:
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocab_size:
+        if ((tokens < 0) | (tokens >= self._vocab_size)).any():
+            low, high = int(tokens.min()), int(tokens.max())
             raise DataError(
                 f"the data holds token {high if high >= self._vocab_size else low}, outside the model's vocabulary of "
                 f"{self._vocab_size}; it was made with another tokenizer: give the right --tokenizer-model, "
@@ -196,4 +198,4 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _int32(array: np.ndarray) -> Tensor:
-    return Tensor(np.ascontiguousarray(array, np.int32), ms.int32)
+    return Tensor.from_numpy(np.array(array, np.int32, order="C"))

@@ -471,7 +471,7 @@ def test_the_mean_of_a_loss():
     for counts in (0.0, 0.7):
         values, mask = Tensor(array(rng, 5, 7)), Tensor((rng.random((7, 5)) < counts).astype(np.float32))
 
-        def loss(module, values):
+        def loss(module, values, mask=mask):
             total, number = module.masked_sum(module.transposed(values), mask)
             return module.mean_loss(total, number, 1.0) + module.mean_loss(total, number, 3.0)
 
