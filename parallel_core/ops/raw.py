@@ -89,51 +89,95 @@ _IN_NUMPY = (ms.float32, ms.int32)
 
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
-declare("pc_linear", "PPIPPLLL")
-declare("pc_linear_grad_input", "PPIPLLL")
-declare("pc_linear_grad_weight", "PPPLLLI")
+declare("pc_rounds_operand", "L", returns=ctypes.c_int)
+declare("pc_linear", "PPIPPPLLL")
+declare("pc_linear_grad_input", "PPIPPLLL")
+declare("pc_linear_grad_weight", "PIPIPLLLI")
 declare("pc_sum_rows", "PPLLI")
 
 
 @compiled(reference.linear, halves=["weight_OI", "bias_O"], needs_gemm=True)
 def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    x, weight = x_TI.contiguous(), weight_OI.contiguous()
+    return _product(x_TI.contiguous(), weight_OI, bias_O, None)
+
+
+@compiled(reference.linear_and_operand, halves=["weight_OI", "bias_O"], needs_gemm=True)
+def _linear_and_operand(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x_TI.contiguous()
+    rounded = _room_to_round(x)
+    return _product(x, weight_OI, bias_O, rounded), x if rounded is None else rounded
+
+
+def _product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rounded: Tensor | None) -> Tensor:
+    weight = weight_OI.contiguous()
     *tokens, I = x.shape
     O = weight.shape[0]
     y = new((*tokens, O))
     bias = None if bias_O is None else wide(bias_O)
-    addresses = x.data_ptr(), weight.data_ptr(), KINDS[weight.dtype], pointer(bias), y.data_ptr()
-    lib.pc_linear(*addresses, math.prod(tokens), I, O)
+    operands = x.data_ptr(), weight.data_ptr(), KINDS[weight.dtype], pointer(bias)
+    lib.pc_linear(*operands, y.data_ptr(), pointer(rounded), math.prod(tokens), I, O)
     return y
 
 
 @compiled(reference.linear_grad_input, halves=["weight_OI"], needs_gemm=True)
 def _linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    dy, weight = dy_TO.contiguous(), weight_OI.contiguous()
+    return _input_gradient(dy_TO.contiguous(), weight_OI, None)
+
+
+@compiled(reference.linear_grad_input_and_operand, halves=["weight_OI"], needs_gemm=True)
+def _linear_grad_input_and_operand(dy_TO: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    dy = dy_TO.contiguous()
+    rounded = _room_to_round(dy)
+    return _input_gradient(dy, weight_OI, rounded), dy if rounded is None else rounded
+
+
+def _input_gradient(dy: Tensor, weight_OI: Tensor, rounded: Tensor | None) -> Tensor:
+    weight = weight_OI.contiguous()
     *tokens, O = dy.shape
     I = weight.shape[1]
     dx = new((*tokens, I))
-    addresses = dy.data_ptr(), weight.data_ptr(), KINDS[weight.dtype], dx.data_ptr()
-    lib.pc_linear_grad_input(*addresses, math.prod(tokens), I, O)
+    operands = dy.data_ptr(), weight.data_ptr(), KINDS[weight.dtype]
+    lib.pc_linear_grad_input(*operands, dx.data_ptr(), pointer(rounded), math.prod(tokens), I, O)
     return dx
 
 
-@compiled(reference.linear_grad_weight, needs_gemm=True)
+def _room_to_round(x: Tensor) -> Tensor | None:
+    """Return memory for the copy that a product makes of `x`, or None where it multiplies `x` itself."""
+    return new_as(x.shape, ms.bfloat16) if lib.pc_rounds_operand(x.size // x.shape[-1]) else None
+
+
+def _foreign(*operands: Tensor) -> str:
+    """Say of an operand of 16 bits that it is none of these copies."""
+    for x in operands:
+        if x.dtype != ms.float32 and (x.dtype != ms.bfloat16 or not lib.pc_rounds_operand(x.size // x.shape[-1])):
+            return f"x or dy is {x.dtype}"
+    return ""
+
+
+@compiled(
+    reference.linear_grad_weight, halves=["dy_TO", "x_TI"], needs_gemm=True,
+    refuses=lambda dy_TO, x_TI: _foreign(dy_TO, x_TI),
+)  # fmt: skip
 def _linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-    dy, x = dy_TO.contiguous(), x_TI.contiguous()
-    *tokens, O = dy.shape
-    I = x.shape[-1]
-    dw = new((O, I))
-    lib.pc_linear_grad_weight(dy.data_ptr(), x.data_ptr(), dw.data_ptr(), math.prod(tokens), I, O, 0)
+    dw = new((dy_TO.shape[-1], x_TI.shape[-1]))
+    _put_weight_gradient(dw.data_ptr(), dy_TO, x_TI, add=False)
     return dw
 
 
-@compiled(reference.linear_grad_weight_, needs_gemm=True)
+@compiled(
+    reference.linear_grad_weight_, halves=["dy_TO", "x_TI"], needs_gemm=True,
+    refuses=lambda into_OI, dy_TO, x_TI, add: _foreign(dy_TO, x_TI),
+)  # fmt: skip
 def _linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
     """Nothing of the weight's size is allocated."""
-    dy, x = dy_TO.contiguous(), x_TI.contiguous()
-    O, I = into_OI.shape
-    lib.pc_linear_grad_weight(dy.data_ptr(), x.data_ptr(), into_OI.ctypes.data, dy.size // O, I, O, add)
+    _put_weight_gradient(into_OI.ctypes.data, dy_TO, x_TI, add=add)
+
+
+def _put_weight_gradient(address: int, dy: Tensor, x: Tensor, *, add: bool) -> None:
+    dy, x = dy.contiguous(), x.contiguous()
+    O, I = dy.shape[-1], x.shape[-1]
+    operands = dy.data_ptr(), KINDS[dy.dtype], x.data_ptr(), KINDS[x.dtype]
+    lib.pc_linear_grad_weight(*operands, address, dy.size // O, I, O, add)
 
 
 @compiled(reference.linear_grad_bias)

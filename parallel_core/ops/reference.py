@@ -58,10 +58,22 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 @kernel
+def linear_and_operand(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return `linear`, and what to keep of x for the weight's gradient: x, or a rounded copy that was multiplied."""
+    return linear(x_TI, weight_OI, bias_O), x_TI
+
+
+@kernel
 def linear_grad_input(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """Return the gradient of `linear` for x, [.., I]; no autograd."""
     dx = _matmul_nn(_rows(dy_TO), cast(weight_OI, dy_TO.dtype))
     return dx.reshape(*dy_TO.shape[:-1], weight_OI.shape[1])
+
+
+@kernel
+def linear_grad_input_and_operand(dy_TO: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `linear_grad_input`, and what the weight's gradient takes for dy: dy, or a rounded copy of it."""
+    return linear_grad_input(dy_TO, weight_OI), dy_TO
 
 
 @kernel

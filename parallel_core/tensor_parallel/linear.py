@@ -17,7 +17,7 @@ from parallel_core.comm.interface import Group
 from parallel_core.deferral import is_deferring, late_gradient
 from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import Cut, TensorShard
-from parallel_core.main_grad import main_grad_of, needs_gradient
+from parallel_core.main_grad import MainGrad, main_grad_of, needs_gradient
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.spans import span
 from parallel_core.tensor_parallel import mappings
@@ -250,8 +250,9 @@ def _forward(
     total = group.all_gather(x, 0) if sequence_parallel else x
     ctx.group, ctx.sequence_parallel, ctx.reduce = group, sequence_parallel, reduce
     ctx.regather = sequence_parallel and regather
-    ctx.save_for_backward(x if ctx.regather else total, weight)
-    return _with_precision(weight, ops.linear, total, weight, bias)
+    y, operand = _with_precision(weight, ops.linear_and_operand, total, weight, bias)
+    ctx.save_for_backward(x if ctx.regather else operand, weight)
+    return y
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -260,7 +261,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     gather = ctx.group if ctx.regather else None
     if gather is not None and needs_gradient(weight) and not is_deferring():
         x, gather = gather.all_gather(x, 0), None
-    dx = _with_precision(weight, ops.linear_grad_input, dy, weight)
+    dx, operand = _with_precision(weight, ops.linear_grad_input_and_operand, dy, weight)
     # The sum over the group is started before the weight's gradient is computed, so that the two can overlap.
     if ctx.sequence_parallel:
         summed = ctx.group.reduce_scatter_start(dx)
@@ -269,11 +270,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     else:
         summed = None
     with span("weight-gradient"):
-        dw = _weight_gradient(dy, x, weight, gather)
+        dw = _weight_gradient(operand, x, weight, main_grad_of(weight, dy), gather)
     return dx if summed is None else summed.wait(), dw
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, gather: Group | None) -> Tensor | None:
+def _weight_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, main_grad: MainGrad | None, gather: Group | None
+) -> Tensor | None:
     """Return dw. What is deferred keeps this rank's part of x, and gathers it over `gather` when it runs."""
     if not needs_gradient(weight):
         return None
@@ -281,7 +284,6 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, gather: Group | None
     def total() -> Tensor:
         return x if gather is None else gather.all_gather(x, 0)
 
-    main_grad = main_grad_of(weight, dy)
     if main_grad is None:
         product = partial(_with_precision, weight, ops.linear_grad_weight, dy)
         return late_gradient(weight, lambda: ops.cast(product(total()), weight.dtype))

@@ -10,7 +10,8 @@ extern "C" {
 void pc_layer_norm(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd, i64 T, i64 H,
                    float eps);
 void pc_rms_norm(const float* x, const float* w, float* y, float* rstd, i64 T, i64 H, float eps);
-void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, i64 T, i64 I, i64 O);
+void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, void* rounded, i64 T, i64 I,
+               i64 O);
 void pc_rotary(const float* x, const float* cos, const float* sin, float* y, i64 S, i64 B, i64 N, i64 D, i64 R,
                int per_batch, int interleaved, int inverse, i64 period);
 void pc_cached_attention(const float* q, const float* k, const float* v, float* keys, float* values,
@@ -77,7 +78,7 @@ PC_API void pc_cached_layer(const void* pointers, const void* numbers, float eps
   float* branch = other + most;
 
   norm(p.x, p.input_norm, p.input_norm_bias, normed, moments, T, n.H, eps);
-  pc_linear(normed, p.qkv, static_cast<int>(n.qkv_kind), p.qkv_bias, mixed, T, n.H, n.G * X);
+  pc_linear(normed, p.qkv, static_cast<int>(n.qkv_kind), p.qkv_bias, mixed, nullptr, T, n.H, n.G * X);
   const float* turned = mixed;
   if (n.rotary) {
     const i64 period = n.N / n.G + 2;
@@ -90,15 +91,15 @@ PC_API void pc_cached_layer(const void* pointers, const void* numbers, float eps
                          X,   stride, n.G * X, X, stride, n.G * X, X};
   pc_cached_attention(turned, turned + X - 2 * n.D, turned + X - n.D, p.keys, p.values, p.rows, p.firsts, normed, shape,
                       scale);
-  pc_linear(normed, p.proj, static_cast<int>(n.proj_kind), nullptr, branch, T, n.N * n.D, n.H);
+  pc_linear(normed, p.proj, static_cast<int>(n.proj_kind), nullptr, branch, nullptr, T, n.N * n.D, n.H);
   pc_bias_dropout_add(branch, p.proj_bias, p.x, hidden, T, n.H, 0.0f, 0, 0);
 
   norm(hidden, p.mlp_norm, p.mlp_norm_bias, normed, moments, T, n.H, eps);
-  pc_linear(normed, p.fc1, static_cast<int>(n.fc1_kind), nullptr, mixed, T, n.H, n.wide);
+  pc_linear(normed, p.fc1, static_cast<int>(n.fc1_kind), nullptr, mixed, nullptr, T, n.H, n.wide);
   if (n.activation < 0)
     pc_swiglu(mixed, p.fc1_bias, other, T, n.narrow);
   else
     pc_activation(mixed, p.fc1_bias, other, T, n.narrow, static_cast<int>(n.activation));
-  pc_linear(other, p.fc2, static_cast<int>(n.fc2_kind), nullptr, branch, T, n.narrow, n.H);
+  pc_linear(other, p.fc2, static_cast<int>(n.fc2_kind), nullptr, branch, nullptr, T, n.narrow, n.H);
   pc_bias_dropout_add(branch, p.fc2_bias, hidden, p.out, T, n.H, 0.0f, 0, 0);
 }

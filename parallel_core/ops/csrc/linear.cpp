@@ -7,14 +7,20 @@ namespace {
 using namespace pc;
 
 thread_local std::vector<float> wide_weight;  // of the last layer whose weight has 16 bits
-thread_local std::vector<uint16_t> rounded[2];  // the operands of the last product in bfloat16
+thread_local std::vector<uint16_t> rounded_operands[2];  // of the last product that had no other room for them
+
+// Returns `room` for n numbers, or, without it, room `which`.
+uint16_t* room_or(void* room, i64 n, int which = 0) {
+  if (room != nullptr) return static_cast<uint16_t*>(room);
+  std::vector<uint16_t>& kept = rounded_operands[which];
+  if (static_cast<i64>(kept.size()) < n) kept.resize(static_cast<size_t>(n));
+  return kept.data();
+}
 
 // Returns n numbers as bfloat16: themselves, or rounded into room `which`.
 const uint16_t* as_bf16(const void* data, int kind, i64 n, int which) {
   if (kind == kBfloat16) return static_cast<const uint16_t*>(data);
-  std::vector<uint16_t>& room = rounded[which];
-  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
-  uint16_t* to = room.data();
+  uint16_t* to = room_or(nullptr, n, which);
   each_block(n, [&](i64 first, i64 length, float* block) {
     const float* from = static_cast<const float*>(at(data, kind, first));
     if (kind != kFloat32) {
@@ -118,11 +124,15 @@ void few_rows(const float* x, const float* w, const float* bias, float* y, i64 T
 
 }  // namespace
 
-// y [T, O] = x [T, I] w [O, I]^T (+ bias [O])
-PC_API void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, i64 T, i64 I, i64 O) {
+// Whether `pc_linear` and `pc_linear_grad_input` multiply a rounded copy of so many rows: not of a few, read in order.
+PC_API int pc_rounds_operand(int64_t rows) { return bf16_products && rows > kFewRows; }
+
+// y [T, O] = x [T, I] w [O, I]^T (+ bias [O]). `rounded` has room for a copy of x in bfloat16, or is null.
+PC_API void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, void* rounded, i64 T,
+                      i64 I, i64 O) {
   if (bf16_products && T > kFewRows) {
-    const uint16_t *a = as_bf16(x, kFloat32, T * I, 0), *b = as_bf16(weight, kind, O * I, 1);
-    primitive_product(kBfloat16, T, O, I, {a, I, 1}, {b, 1, I}, y, false);
+    const uint16_t *a = room_or(rounded, T * I), *b = as_bf16(weight, kind, O * I, 1);
+    primitive_product(kBfloat16, T, O, I, {a, I, 1}, {b, 1, I}, y, false, x);
     return add_bias(bias, y, T, O);
   }
   const float* w = widened(weight, kind, O * I, wide_weight);
@@ -131,23 +141,25 @@ PC_API void pc_linear(const float* x, const void* weight, int kind, const float*
   add_bias(bias, y, T, O);
 }
 
-// dx [T, I] = dy [T, O] w [O, I]
-PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, i64 T, i64 I, i64 O) {
+// dx [T, I] = dy [T, O] w [O, I]. `rounded` has room for a copy of dy in bfloat16, or is null.
+PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, void* rounded, i64 T, i64 I,
+                                 i64 O) {
   if (bf16_products) {
-    const uint16_t *a = as_bf16(dy, kFloat32, T * O, 0), *b = as_bf16(weight, kind, O * I, 1);
-    return primitive_product(kBfloat16, T, I, O, {a, O, 1}, {b, I, 1}, dx, false);
+    const uint16_t *a = room_or(rounded, T * O), *b = as_bf16(weight, kind, O * I, 1);
+    return primitive_product(kBfloat16, T, I, O, {a, O, 1}, {b, I, 1}, dx, false, dy);
   }
   const float* w = widened(weight, kind, O * I, wide_weight);
   product(false, false, T, I, O, dy, O, w, I, false, dx);
 }
 
-// dw [O, I] = dy [T, O]^T x [T, I], added to dw if `add`
-PC_API void pc_linear_grad_weight(const float* dy, const float* x, float* dw, i64 T, i64 I, i64 O, int add) {
+// dw [O, I] = dy [T, O]^T x [T, I], added to dw if `add`. Of 16 bits are only the copies that the two above have made.
+PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, float* dw, i64 T, i64 I, i64 O,
+                                  int add) {
   if (bf16_products) {
-    const uint16_t *a = as_bf16(dy, kFloat32, T * O, 0), *b = as_bf16(x, kFloat32, T * I, 1);
+    const uint16_t *a = as_bf16(dy, dy_kind, T * O, 0), *b = as_bf16(x, x_kind, T * I, 1);
     return primitive_product(kBfloat16, O, I, T, {a, 1, O}, {b, I, 1}, dw, add != 0);
   }
-  product(true, false, O, I, T, dy, O, x, I, add != 0, dw);
+  product(true, false, O, I, T, static_cast<const float*>(dy), O, static_cast<const float*>(x), I, add != 0, dw);
 }
 
 // sum over T of dy [T, O]; a thread owns columns, so the result does not depend on the thread count.

@@ -137,13 +137,24 @@ std::vector<Part> state;
 
 }  // namespace
 
-void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add) {
+void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add, const float* wide) {
+  const bool rows = M >= N;
+  const auto round = [&](i64 first, i64 last) {
+    uint16_t* to = static_cast<uint16_t*>(const_cast<void*>(A.data));
+    narrow(wide + first * K, to + first * K, kBfloat16, (last - first) * K);
+  };
+  if (wide != nullptr && !rows) {
+    parallel(M * K, [&](int part, int parts) {
+      const Range r = share(M, part, parts);
+      round(r.begin, r.end);
+    }, kPieces);
+  }
   if (static_cast<int>(state.size()) < shares()) state.resize(static_cast<size_t>(shares()));
   parallel(M * N * K / 64, [&](int part, int parts) {
-    const bool rows = M >= N;
     const Range r = share(rows ? M : N, part, parts);
     const i64 n = r.end - r.begin;
     if (n == 0) return;
+    if (wide != nullptr && rows) round(r.begin, r.end);
     const Matmul::Key key = {kind, rows ? n : M, rows ? N : n, K, A.row, A.column, B.row, B.column, N, add};
     const bool done = state[static_cast<size_t>(part)].run(key, rows ? at(A.data, kind, r.begin * A.row) : A.data,
                                                            rows ? B.data : at(B.data, kind, r.begin * B.column),

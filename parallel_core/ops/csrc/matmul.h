@@ -14,7 +14,9 @@ struct Strided {
   i64 row, column;
 };
 
-// C [M, N] = A [M, K] B [K, N] (+ C) on all threads; A and B both float32 or both bfloat16.
-void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add);
+// C [M, N] = A [M, K] B [K, N] (+ C) on all threads; A and B both float32 or both bfloat16. With `wide`, A is the room
+// for these numbers [M, K] in bfloat16: they are rounded first, by the thread that multiplies them where rows are shared.
+void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add,
+                       const float* wide = nullptr);
 
 }  // namespace pc

@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor, mint
 
 from parallel_core import ops
-from parallel_core.ops import build, library, reference, reference_experts, reference_layer, registry
+from parallel_core.ops import build, library, raw, reference, reference_experts, reference_layer, registry
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -653,6 +653,44 @@ def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, b
     near(exact, dy.astype(np.float64).T @ x)
     assert np.abs(exact - dy16.T @ x16).max() > 1e-4
     near(ops.linear_grad_weight(Tensor(dy), Tensor(x)).asnumpy(), dy16.T @ x16)
+
+
+@compares("linear_and_operand", "linear_grad_input_and_operand")
+def test_the_copies_that_were_multiplied_give_the_weights_gradient(bf16_products):
+    """The same bits as x and dy themselves; nothing else of 16 bits is taken for such a copy."""
+    rng = np.random.default_rng(2)
+    for O in (128, 512):  # shared between threads by rows, and by columns
+        x, dy, w = Tensor(array(rng, 2, 64, 256)), Tensor(array(rng, 2, 64, O)), Tensor(array(rng, O, 256))
+        (y, x16), (dx, dy16) = ops.linear_and_operand(x, w, None), ops.linear_grad_input_and_operand(dy, w)
+        close(y, ops.linear(x, w, None), 0.0)
+        close(dx, ops.linear_grad_input(dy, w), 0.0)
+        want = ops.linear_grad_weight(dy, x)
+        for left, right in ((dy16, x16), (dy16, x), (dy, x16)):
+            close(ops.linear_grad_weight(left, right), want, 0.0)
+            into = np.full((O, 256), np.nan, np.float32)
+            ops.linear_grad_weight_(into, left, right, False)
+            close(Tensor(into), want, 0.0)
+        for copy, of in ((x16, x), (dy16, dy)):
+            close(copy.astype(ms.float32), of.astype(ms.bfloat16).astype(ms.float32), 0.0)
+    few = Tensor(array(rng, 32, 256))
+    assert ops.linear_and_operand(few, w, None)[1].dtype == ms.float32
+    assert not raw._foreign(x16, dy)
+    assert raw._foreign(dy, x.astype(ms.float16)) == "x or dy is Float16"
+    with ops.exact_products():
+        assert ops.linear_and_operand(x, w, None)[1].dtype == ms.float32
+        assert raw._foreign(x16) == "x or dy is BFloat16"
+
+
+@compares("linear_and_operand", "linear_grad_input_and_operand")
+def test_products_that_round_nothing_keep_their_operands():
+    rng = np.random.default_rng(2)
+    x, dy, w = Tensor(array(rng, 40, 48)), Tensor(array(rng, 40, 80)), Tensor(array(rng, 80, 48))
+    for module in (ops, reference):
+        (y, kept), (dx, kept_dy) = module.linear_and_operand(x, w, None), module.linear_grad_input_and_operand(dy, w)
+        close(y, reference.linear(x, w, None))
+        close(dx, reference.linear_grad_input(dy, w))
+        close(kept, x, 0.0)
+        close(kept_dy, dy, 0.0)
 
 
 def test_a_cpu_without_the_instructions_multiplies_float32_and_says_so():
