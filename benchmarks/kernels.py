@@ -107,12 +107,16 @@ def products(S: int, B: int, H: int, V: int, weight_type: Any) -> list[dict[str,
     for name, (O, I) in shapes.items():
         T, layers = S * B, 1 if name == "logits" else 4
         weights = itertools.cycle([tensor(O, I).astype(weight_type) for _ in range(layers)])
-        inputs, gradients = (itertools.cycle([tensor(T, n) for _ in range(layers)]) for n in (I, O))
+        all_x, all_dy = ([tensor(T, n) for _ in range(layers)] for n in (I, O))
+        inputs, gradients = itertools.cycle(all_x), itertools.cycle(all_dy)
+        w = next(weights)
+        kept = itertools.cycle([ops.linear_and_operand(x, w, None)[1] for x in all_x])
+        kept_dy = itertools.cycle([ops.linear_grad_input_and_operand(dy, w)[1] for dy in all_dy])
         sums = itertools.cycle([np.zeros((O, I), np.float32) for _ in range(layers)])
         calls: dict[str, Callable[[], object]] = {
             "forward": lambda x=inputs, w=weights: ops.linear(next(x), next(w), None),  # type: ignore[misc]
             "of input": lambda dy=gradients, w=weights: ops.linear_grad_input(next(dy), next(w)),  # type: ignore[misc]
-            "of weight": lambda dy=gradients, x=inputs, dw=sums: ops.linear_grad_weight_(  # type: ignore[misc]
+            "of weight": lambda dy=kept_dy, x=kept, dw=sums: ops.linear_grad_weight_(  # type: ignore[misc]
                 next(dw), next(dy), next(x), True
             ),
         }

@@ -238,10 +238,12 @@ def _products(group: Any) -> list[Any]:
         copies = max(2, min(12, (1 << 23) // (4 * inner * columns)))
         weights = itertools.cycle([_tensor(columns, inner) for _ in range(copies)])
         x, dy, into = _tensor(rows, inner), _tensor(rows, columns), np.zeros((columns, inner), np.float32)
+        _, kept = ops.linear_and_operand(x, next(weights), None)
+        _, kept_dy = ops.linear_grad_input_and_operand(dy, next(weights))
         calls: list[tuple[tuple[int, int, int], Callable[[], object]]] = [
             ((rows, inner, columns), lambda x=x, w=weights: ops.linear(x, next(w), None)),  # type: ignore[misc]
             ((rows, columns, inner), lambda dy=dy, w=weights: ops.linear_grad_input(dy, next(w))),  # type: ignore[misc]
-            ((columns, rows, inner), functools.partial(ops.linear_grad_weight_, into, dy, x, True)),
+            ((columns, rows, inner), functools.partial(ops.linear_grad_weight_, into, kept_dy, kept, True)),
         ]
         found += [[list(shape), _seconds(call, group)] for shape, call in calls]
     return found
