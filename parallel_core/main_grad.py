@@ -30,6 +30,12 @@ class MainGrad(Protocol):
             What the calling `Function.backward` returns as the parameter's gradient.
         """
 
+    def reserve(self) -> tuple[int, bool, Tensor | None] | None:
+        """Return (address, add, what backward returns): the caller writes float32 gradients there next, or adds them.
+
+        None where sums are not kept in float32 on the host, and inside `deferring`: then `accumulate`.
+        """
+
     def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
         """Inside `deferring`: leave `compute()`, which returns the gradient, for later. Returns as `accumulate`."""
 

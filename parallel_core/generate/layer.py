@@ -8,11 +8,9 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.generate.cache import KeyValueCache
-from parallel_core.ops.fused_layer import takes_activation
-from parallel_core.transformer.attention import SelfAttention
 from parallel_core.transformer.block import TransformerBlock
 from parallel_core.transformer.layer import TransformerLayer
-from parallel_core.transformer.mlp import MLP
+from parallel_core.transformer.plain_layer import is_plain
 from parallel_core.transformer.stage import ModelStage
 
 
@@ -58,22 +56,11 @@ class CachedLayer(nn.Cell):
 
 def is_covered(layer: nn.Cell, config: TransformerConfig) -> bool:
     """Tell whether a layer is `ops.cached_layer`: a plain one of a GPT, whole on this rank, in float32."""
-    if type(layer) is not TransformerLayer or ms.get_context("device_target") != "CPU":
-        return False
-    attention, mlp = layer.self_attention, layer.mlp
-    if type(attention) is not SelfAttention or type(mlp) is not MLP or attention.linear_qkv.tp_group.size > 1:
+    if type(layer) is not TransformerLayer or ms.get_context("device_target") != "CPU" or not is_plain(layer, config):
         return False
     small = [p for p in layer.get_parameters() if p.ndim == 1]
-    return (
-        not (layer.residual_after_norm or layer.parallel_residual or config.use_sandwich_norm or config.qk_layernorm)
-        and not (config.apply_layernorm_1p or config.rotary_interleaved)
-        and (config.normalization == "LayerNorm" or config.apply_rmsnorm_fusion)
-        and (attention.rotary is None or config.apply_rope_fusion)
-        and takes_activation(mlp.hidden_act)
-        and (config.apply_swiglu_fusion or not config.is_gated)
-        and layer.compute_dtype == ms.float32
-        and all(p.dtype == ms.float32 for p in small)
-    )
+    whole = layer.self_attention.linear_qkv.tp_group.size == 1
+    return whole and not config.rotary_interleaved and all(p.dtype == ms.float32 for p in small)
 
 
 def join_layers(model: nn.Cell, stage: ModelStage, cache: KeyValueCache) -> None:

@@ -142,6 +142,11 @@ declare("pc_swiglu_grad", "PPPPLL")
 KINDS = {"gelu": 0, "gelu_tanh": 1, "openai_gelu": 1, "silu": 2, "relu": 3, "squared_relu": 4, "fast_gelu": 5}
 
 
+def takes_activation(name: str) -> bool:
+    """Return whether the kernels have an activation."""
+    return name == "swiglu" or name in KINDS
+
+
 class _Activation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
@@ -175,7 +180,7 @@ class _Activation(Function):
 
 
 def _no_such_activation(x: Tensor, bias: Tensor | None, name: str) -> str:
-    return "" if name == "swiglu" or name in KINDS else f"the activation is {name}"
+    return "" if takes_activation(name) else f"the activation is {name}"
 
 
 @compiled(reference.activation, halves=["bias"], refuses=_no_such_activation)

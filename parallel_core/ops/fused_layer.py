@@ -8,16 +8,11 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.ops import raw, reference_layer
-from parallel_core.ops.fused import KINDS
+from parallel_core.ops.fused import KINDS, takes_activation
 from parallel_core.ops.library import declare, lib
 from parallel_core.ops.registry import compiled
 
 declare("pc_cached_layer", "PPFF")
-
-
-def takes_activation(name: str) -> bool:
-    """Return whether the kernel has an activation."""
-    return name == "swiglu" or name in KINDS
 
 
 def _refused(*args: object, activation: str, **options: object) -> str:  # noqa: ARG001

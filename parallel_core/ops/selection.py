@@ -19,6 +19,7 @@ from parallel_core.ops import (  # noqa: F401 - they register kernels
     fused_layer,
     library,
     raw,
+    training_layer,
 )
 from parallel_core.ops.registry import KERNELS, log_fallback
 

@@ -49,6 +49,8 @@ class MainGrad:
         memory = storage.memory(parameter.shape)
         if memory is not None:
             self._memory, self._on_host = memory, isinstance(memory, np.ndarray)
+            wide = self._on_host and memory.dtype == np.float32
+            self._address = memory.ctypes.data if wide else None
             parameter.main_grad = self
 
     def takes(self, dtype: Any) -> bool:
@@ -72,6 +74,13 @@ class MainGrad:
         # Products are summed in float32; sums of 16 bits take each as a whole, from room that all parameters share.
         return self._contribute(lambda: self._add(_written(self._shape, lambda room: write(room, False))))
 
+    def reserve(self) -> tuple[int, bool, Tensor | None] | None:
+        """See `main_grad.MainGrad.reserve`."""
+        if self._address is None or is_deferring():
+            return None
+        add, self.begun = self.begun, True
+        return self._address, add, self._lend()
+
     def _write_apart(self, write: Callable[[Any, bool], None]) -> None:
         size = math.prod(self._shape)
         if self.apart is None:
@@ -91,6 +100,9 @@ class MainGrad:
         else:
             add()
             self.begun = True
+        return self._lend()
+
+    def _lend(self) -> Tensor | None:
         if self._lent:
             return None  # autograd would have to add two placeholders, in a tensor of the parameter's size
         if self._placeholder is None:  # of the parameter's dtype: a cast would make it an ordinary tensor

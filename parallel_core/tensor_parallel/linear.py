@@ -270,11 +270,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     else:
         summed = None
     with span("weight-gradient"):
-        dw = _weight_gradient(operand, x, weight, main_grad_of(weight, dy), gather)
+        dw = weight_gradient(operand, x, weight, main_grad_of(weight, dy), gather)
     return dx if summed is None else summed.wait(), dw
 
 
-def _weight_gradient(
+def weight_gradient(
     dy: Tensor, x: Tensor, weight: Tensor, main_grad: MainGrad | None, gather: Group | None
 ) -> Tensor | None:
     """Return dw. What is deferred keeps this rank's part of x, and gathers it over `gather` when it runs."""

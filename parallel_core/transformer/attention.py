@@ -60,14 +60,14 @@ class CoreAttention(nn.Cell):
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, document_start_BS: Tensor | None = None
     ) -> Tensor:
         """Return the context [S, B, N * E]; the values' head size E may differ from that of queries and keys."""
-        options = self._options(query_SBND.shape[:2], document_start_BS)
+        options = self.options(query_SBND.shape[:2], document_start_BS)
         return self._attend(query_SBND, key_SBGD, value_SBGE, **options)
 
     def packed(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the context [S, B, N * D] of packed queries, keys and values (see `ops.causal_attention_packed`)."""
-        return self._attend_packed(mixed_SBGX, self.head_size, **self._options(mixed_SBGX.shape[:2], document_start_BS))
+        return self._attend_packed(mixed_SBGX, self.head_size, **self.options(mixed_SBGX.shape[:2], document_start_BS))
 
-    def _options(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> dict[str, Any]:
+    def options(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> dict[str, Any]:
         """Return the kernel's options for queries of `shape` (S, B); document starts are of whole sequences."""
         shape = shape[0] * self.cp_size, shape[1]
         if self.window < shape[0] - 1:

@@ -12,6 +12,7 @@ from parallel_core.transformer.attention import SelfAttention
 from parallel_core.transformer.feed_forward import make_feed_forward
 from parallel_core.transformer.multi_latent_attention import MultiLatentAttention
 from parallel_core.transformer.norm import RMSNorm, make_norm
+from parallel_core.transformer.plain_layer import PlainLayer
 from parallel_core.transformer.stage import ModelStage
 
 Branch = tuple[Tensor, Tensor | None, Tensor]
@@ -74,19 +75,21 @@ class TransformerLayer(nn.Cell):
         norm = self.pre_mlp_layernorm
         follows = not (config.parallel_residual or config.use_sandwich_norm)
         self._norms_sum = follows and isinstance(norm, RMSNorm) and norm.fused
-        self._recorded = AsOne(self, self._run, stage.streams)
+        self._plain, self._recorded = PlainLayer(self, config), AsOne(self, self._run, stage.streams)
 
     def construct(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
         """Return the layer's output in the shape and dtype of `hidden`, [S, B, H] ([S / tp, B, H] when cut).
 
         What follows the document starts is for the attention block alone.
         """
+        if self._plain.takes(hidden, more):
+            return self._plain(hidden, document_start_BS)
         return self._recorded(hidden, document_start_BS, *more)
 
     def _run(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
         layer_input = hidden
         branch, bias, residual = self.attend(hidden, document_start_BS, *more)
-        if self._norms_sum and bias is None and not self._rate() and branch.dtype == residual.dtype:
+        if self._norms_sum and bias is None and not self.rate() and branch.dtype == residual.dtype:
             normed, hidden = self.pre_mlp_layernorm.of_sum(branch, residual)
             return self.after_mlp(*self._fed(normed, hidden))
         hidden = self.after_attention(branch, bias, residual)
@@ -117,13 +120,18 @@ class TransformerLayer(nn.Cell):
     def _add(
         self, branch: Tensor, bias: Tensor | None, residual: Tensor, post_norm: nn.Cell | None, which: str
     ) -> Tensor:
-        rate = self._rate()
-        seed = self.streams.seeds(f"{self.name}.{which}_dropout", self.dropout_is_sharded) if rate else (0, 0)
+        rate = self.rate()
+        seed = self.seeds(which, rate)
         if post_norm is None:
             return ops.bias_dropout_add(branch, bias, residual, rate, seed)
         if bias is not None:
             branch = branch + ops.cast(bias, branch.dtype)
         return residual + ops.cast(post_norm(ops.dropout(branch, rate, seed)), residual.dtype)
 
-    def _rate(self) -> float:
+    def seeds(self, which: str, rate: float) -> tuple[int, int]:
+        """Return the seeds of the next dropout of a branch, attention or mlp."""
+        return self.streams.seeds(f"{self.name}.{which}_dropout", self.dropout_is_sharded) if rate else (0, 0)
+
+    def rate(self) -> float:
+        """Return the rate of the branches' dropout."""
         return self.dropout_rate if self.streams.training else 0.0

@@ -2,25 +2,9 @@
 #include <vector>
 
 #include "half.h"
+#include "kernels.h"
 
 using pc::i64;
-using pc::u64;
-
-extern "C" {
-void pc_layer_norm(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd, i64 T, i64 H,
-                   float eps);
-void pc_rms_norm(const float* x, const float* w, float* y, float* rstd, i64 T, i64 H, float eps);
-void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, void* rounded, i64 T, i64 I,
-               i64 O);
-void pc_rotary(const float* x, const float* cos, const float* sin, float* y, i64 S, i64 B, i64 N, i64 D, i64 R,
-               int per_batch, int interleaved, int inverse, i64 period);
-void pc_cached_attention(const float* q, const float* k, const float* v, float* keys, float* values,
-                         const int32_t* rows, const int32_t* firsts, float* out, const i64* shape, float scale);
-void pc_bias_dropout_add(const float* x, const float* bias, const float* residual, float* y, i64 T, i64 H, float rate,
-                         u64 seed0, u64 seed1);
-void pc_activation(const float* x, const float* bias, float* y, i64 T, i64 F, int kind);
-void pc_swiglu(const float* x, const float* bias, float* y, i64 T, i64 F);
-}
 
 namespace {
 

@@ -24,7 +24,7 @@ from parallel_core.pipeline.stage import PipelineStage
 from parallel_core.tensor_parallel import as_one
 from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.training.forward_step import forward_step
-from parallel_core.transformer import GPTModel, ModelStage
+from parallel_core.transformer import GPTModel, ModelStage, plain_layer
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -103,6 +103,7 @@ def recorded_by_mindspore(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **op
     with monkeypatch.context() as patch:
         patch.setattr(recorded, "is_known", lambda cell: False)
         patch.setattr(as_one, "is_known", lambda cell: False)
+        patch.setattr(plain_layer, "is_known", lambda cell: False)
         return Run(*arguments, **options)
 
 

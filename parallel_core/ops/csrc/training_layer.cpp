@@ -1,0 +1,192 @@
+// A layer's forward and backward pass as sequences of its kernels. Steps have numbers, so that a caller whose weights
+// are cut over ranks runs those up to where a sum over the ranks stands, and goes on behind it.
+#include "half.h"
+#include "kernels.h"
+
+using pc::i64;
+using pc::u64;
+
+namespace {
+
+struct Linear {
+  const void* weight;
+  i64 kind;           // of the weight's numbers, as half.h has them
+  const float* bias;  // may be null
+};
+
+struct Norm {
+  const float *weight, *bias;  // without a bias it is RMSNorm
+};
+
+struct Gradient {  // of a parameter: where it is written or added; null: it has none
+  float* into;
+  i64 add;
+};
+
+struct LinearGradient {
+  Gradient weight, bias;
+};
+
+struct NormGradient {
+  Gradient weight, bias;
+};
+
+// The order is that of ops/training_layer.py.
+struct Layer {
+  i64 S, B, H, N, G, D, wide, narrow;              // wide: of fc1's output; narrow: of fc2's input
+  i64 rotary, per_batch, interleaved, activation;  // channels that turn, 0: none; -1: SwiGLU
+  u64 seeds[6];                                    // of attention, and of what attention and MLP add
+  double eps, scale, attention_rate, hidden_rate;
+  Norm norm1, norm2;
+  Linear qkv, proj, fc1, fc2;
+  const float *cos, *sin;
+  const int32_t* start;
+
+  const float* x;
+  float *moments1, *normed1, *mixed, *turned, *context, *log_sum_exp, *attended, *hidden, *moments2, *normed2, *spread,
+      *activated, *fed, *y;
+
+  const float* dy;
+  float *dfed, *dactivated, *dspread, *dnormed2, *dhidden, *dattended, *dcontext, *dturned, *dmixed, *dnormed1, *dx,
+      *sums;  // [2, H]
+  NormGradient of_norm1, of_norm2;
+  LinearGradient of_qkv, of_proj, of_fc1, of_fc2;
+
+  i64 tokens() const { return S * B; }
+  i64 width() const { return (N / G + 2) * D; }  // of a group in the packed heads
+  i64 packed() const { return G * width(); }
+
+  void attention_shape(i64* shape) const {
+    const i64 X = width(), strides[3] = {B * G * X, G * X, X};
+    const i64 sizes[11] = {S, S, B, N, G, D, D, 0, 0, 0, N};
+    std::memcpy(shape, sizes, sizeof(sizes));
+    for (int i = 0; i < 6; ++i) std::memcpy(shape + 11 + 3 * i, strides, sizeof(strides));
+  }
+};
+
+void norm(const Norm& n, const float* x, float* y, float* moments, i64 T, i64 H, float eps) {
+  if (n.bias == nullptr)
+    pc_rms_norm(x, n.weight, y, moments, T, H, eps);
+  else
+    pc_layer_norm(x, n.weight, n.bias, y, moments, moments + 2 * T, T, H, eps);
+}
+
+void give(const Gradient& g, const float* values, i64 n) {
+  if (g.into == nullptr) return;
+  if (g.add)
+    pc_add(g.into, values, n);
+  else
+    std::memcpy(g.into, values, static_cast<size_t>(n) * sizeof(float));
+}
+
+void norm_grad(const Norm& n, const NormGradient& g, const float* dy, const float* x, const float* moments, float* dx,
+               float* sums, i64 T, i64 H) {
+  if (n.bias == nullptr)
+    pc_rms_norm_grad(dy, x, n.weight, moments, dx, sums, T, H);
+  else
+    pc_layer_norm_grad(dy, x, n.weight, moments, moments + 2 * T, dx, sums, sums + H, T, H);
+  give(g.weight, sums, H);
+  if (n.bias != nullptr) give(g.bias, sums + H, H);
+}
+
+void linear(const Linear& l, const float* x, const float* bias, float* y, i64 T, i64 I, i64 O) {
+  pc_linear(x, l.weight, static_cast<int>(l.kind), bias, y, T, I, O);
+}
+
+void linear_grad(const Linear& l, const float* dy, float* dx, i64 T, i64 I, i64 O) {
+  pc_linear_grad_input(dy, l.weight, static_cast<int>(l.kind), dx, T, I, O);
+}
+
+void parameter_grad(const LinearGradient& g, const float* dy, const float* x, i64 T, i64 I, i64 O) {
+  if (g.weight.into) pc_linear_grad_weight(dy, x, g.weight.into, T, I, O, static_cast<int>(g.weight.add));
+  if (g.bias.into) pc_sum_rows(dy, g.bias.into, T, O, static_cast<int>(g.bias.add));
+}
+
+void forward_step(const Layer& l, int step) {
+  const i64 T = l.tokens(), H = l.H, X = l.width(), ND = l.N * l.D;
+  const float hidden_rate = static_cast<float>(l.hidden_rate), eps = static_cast<float>(l.eps);
+  const float* heads = l.rotary ? l.turned : l.mixed;
+  i64 shape[29];
+  switch (step) {
+    case 0: return norm(l.norm1, l.x, l.normed1, l.moments1, T, H, eps);
+    case 1: return linear(l.qkv, l.normed1, l.qkv.bias, l.mixed, T, H, l.packed());
+    case 2:
+      if (l.rotary)
+        pc_rotary(l.mixed, l.cos, l.sin, l.turned, l.S, l.B, l.packed() / l.D, l.D, l.rotary,
+                  static_cast<int>(l.per_batch), static_cast<int>(l.interleaved), 0, X / l.D);
+      return;
+    case 3:
+      l.attention_shape(shape);
+      return pc_attention(heads, heads + X - 2 * l.D, heads + X - l.D, l.start, l.context, l.log_sum_exp, shape,
+                          static_cast<float>(l.scale), static_cast<float>(l.attention_rate), l.seeds[0], l.seeds[1]);
+    case 4: return linear(l.proj, l.context, nullptr, l.attended, T, ND, H);
+    case 5:
+      return pc_bias_dropout_add(l.attended, l.proj.bias, l.x, l.hidden, T, H, hidden_rate, l.seeds[2], l.seeds[3]);
+    case 6: return norm(l.norm2, l.hidden, l.normed2, l.moments2, T, H, eps);
+    case 7: return linear(l.fc1, l.normed2, nullptr, l.spread, T, H, l.wide);
+    case 8:
+      if (l.activation < 0) return pc_swiglu(l.spread, l.fc1.bias, l.activated, T, l.narrow);
+      return pc_activation(l.spread, l.fc1.bias, l.activated, T, l.narrow, static_cast<int>(l.activation));
+    case 9: return linear(l.fc2, l.activated, nullptr, l.fed, T, l.narrow, H);
+    case 10: return pc_bias_dropout_add(l.fed, l.fc2.bias, l.hidden, l.y, T, H, hidden_rate, l.seeds[4], l.seeds[5]);
+  }
+}
+
+// The gradient of what is dropped, as the mask leaves it: `dy` itself where nothing is.
+const float* dropped(const Layer& l, const float* dy, float* into, int seeds, bool compute) {
+  if (l.hidden_rate == 0.0) return dy;
+  if (compute)
+    pc_bias_dropout_add(dy, nullptr, nullptr, into, l.tokens(), l.H, static_cast<float>(l.hidden_rate), l.seeds[seeds],
+                        l.seeds[seeds + 1]);
+  return into;
+}
+
+void backward_step(const Layer& l, int step) {
+  const i64 T = l.tokens(), H = l.H, X = l.width(), ND = l.N * l.D;
+  const float* heads = l.rotary ? l.turned : l.mixed;
+  const float* dfed = dropped(l, l.dy, l.dfed, 4, step == 0);
+  const float* dattended = dropped(l, l.dhidden, l.dattended, 2, step == 8);
+  float* dheads = l.rotary ? l.dturned : l.dmixed;
+  i64 shape[29];
+  switch (step) {
+    case 1: return linear_grad(l.fc2, dfed, l.dactivated, T, l.narrow, H);
+    case 2: return parameter_grad(l.of_fc2, dfed, l.activated, T, l.narrow, H);
+    case 3:
+      if (l.activation < 0) return pc_swiglu_grad(l.dactivated, l.spread, l.fc1.bias, l.dspread, T, l.narrow);
+      return pc_activation_grad(l.dactivated, l.spread, l.fc1.bias, l.dspread, T, l.narrow,
+                                static_cast<int>(l.activation));
+    case 4: return linear_grad(l.fc1, l.dspread, l.dnormed2, T, H, l.wide);
+    case 5: return parameter_grad(l.of_fc1, l.dspread, l.normed2, T, H, l.wide);
+    case 6: return norm_grad(l.norm2, l.of_norm2, l.dnormed2, l.hidden, l.moments2, l.dhidden, l.sums, T, H);
+    case 7: return pc_add(l.dhidden, l.dy, T * H);
+    case 9: return linear_grad(l.proj, dattended, l.dcontext, T, ND, H);
+    case 10: return parameter_grad(l.of_proj, dattended, l.context, T, ND, H);
+    case 11:
+      l.attention_shape(shape);
+      return pc_attention_grad(heads, heads + X - 2 * l.D, heads + X - l.D, l.start, l.context, l.dcontext,
+                               l.log_sum_exp, dheads, dheads + X - 2 * l.D, dheads + X - l.D, shape,
+                               static_cast<float>(l.scale), static_cast<float>(l.attention_rate), l.seeds[0],
+                               l.seeds[1]);
+    case 12:
+      if (l.rotary)
+        pc_rotary(l.dturned, l.cos, l.sin, l.dmixed, l.S, l.B, l.packed() / l.D, l.D, l.rotary,
+                  static_cast<int>(l.per_batch), static_cast<int>(l.interleaved), 1, X / l.D);
+      return;
+    case 13: return linear_grad(l.qkv, l.dmixed, l.dnormed1, T, H, l.packed());
+    case 14: return parameter_grad(l.of_qkv, l.dmixed, l.normed1, T, H, l.packed());
+    case 15: return norm_grad(l.norm1, l.of_norm1, l.dnormed1, l.x, l.moments1, l.dx, l.sums, T, H);
+    case 16: return pc_add(l.dx, l.dhidden, T * H);
+  }
+}
+
+}  // namespace
+
+// Steps [first, last) of 11: norm, qkv, rotation, attention, projection; sum, norm, fc1, activation, fc2; sum.
+PC_API void pc_layer_forward(const void* layer, int first, int last) {
+  for (int step = first; step < last; ++step) forward_step(*static_cast<const Layer*>(layer), step);
+}
+
+// Steps [first, last) of 17, in the opposite order; behind each linear layer's gradient stand those of its parameters.
+PC_API void pc_layer_backward(const void* layer, int first, int last) {
+  for (int step = first; step < last; ++step) backward_step(*static_cast<const Layer*>(layer), step);
+}

@@ -1,0 +1,222 @@
+"""A whole layer's forward and backward pass over memory: two C calls in place of three dozen kernels' callers.
+
+The steps are the kernels that the layer's modules call, in their order, so the results are the same to the bit. Between
+two steps a caller can put a sum over ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterable, Sequence
+from ctypes import c_int64
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel_core.ops.library import declare, lib
+
+declare("pc_layer_forward", "PII")
+declare("pc_layer_backward", "PII")
+
+NORMED, ATTENDED, ADDED, FED, FORWARD_STEPS = 1, 5, 6, 10, 11
+"""Steps of the forward pass behind which a sum over ranks can stand: of `ATTENDED` the attended, of `FED` the fed."""
+INPUT_OF_MLP, INPUT_OF_ATTENTION, BACKWARD_STEPS = 5, 14, 17
+"""Steps of the backward pass behind which `dnormed2` and `dnormed1` are sums over ranks."""
+PARAMETER_STEPS = (2, 5, 10, 14)
+"""Steps of the backward pass that are the gradients of fc2, fc1, the projection, and of queries, keys and values."""
+
+_SCRATCH_ALIGNMENT = 16
+
+
+class LayerSizes(NamedTuple):
+    """What a layer is to its kernels.
+
+    Attributes:
+        S: positions.
+        B: samples.
+        H: hidden size.
+        N: query heads of this rank.
+        G: groups of keys and values of this rank.
+        D: head size.
+        wide: features of fc1's output on this rank.
+        narrow: features of fc2's input on this rank.
+        rotary: channels of a head that turn; 0: none.
+        per_batch: whether samples have positions of their own.
+        interleaved: whether neighbouring channels turn together.
+        activation: its number in `fused.KINDS`; -1: SwiGLU.
+    """
+
+    S: int
+    B: int
+    H: int
+    N: int
+    G: int
+    D: int
+    wide: int
+    narrow: int
+    rotary: int
+    per_batch: int
+    interleaved: int
+    activation: int
+
+    @property
+    def packed(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.N + 2 * self.G) * self.D
+
+
+class Places(NamedTuple):
+    """Where arrays stand in one allocation: offsets in bytes by name, and floats in all."""
+
+    offsets: dict[str, int]
+    floats: int
+
+
+def _places(sizes: Iterable[tuple[str, int]]) -> Places:
+    names, counts = zip(*sizes)
+    ends = list(accumulate(-(-n // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT for n in counts))
+    return Places({name: 4 * start for name, start in zip(names, [0, *ends])}, ends[-1])
+
+
+@functools.lru_cache(maxsize=64)
+def kept_places(z: LayerSizes) -> Places:
+    """Return what the backward pass needs of the forward pass."""
+    T = z.S * z.B
+    heads = "turned" if z.rotary else "mixed"
+    return _places([
+        ("moments1", 3 * T), ("normed1", T * z.H), (heads, T * z.packed), ("context", T * z.N * z.D),
+        ("log_sum_exp", T * z.N), ("hidden", T * z.H), ("moments2", 3 * T), ("normed2", T * z.H),
+        ("spread", T * z.wide), ("activated", T * z.narrow),
+    ])  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def passing_places(z: LayerSizes) -> Places:
+    """Return what a forward pass needs for itself; the two branches never at once."""
+    T = z.S * z.B
+    branch = [("branch", T * z.H)]
+    return _places(branch + [("mixed", T * z.packed)] if z.rotary else branch)
+
+
+@functools.lru_cache(maxsize=64)
+def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
+    """Return the arrays of a backward pass; `shared`: those of the MLP are attention's too, once they are used."""
+    T, H, ND = z.S * z.B, z.H, z.N * z.D
+    if shared:
+        narrow, wide = max(z.narrow, ND), max(z.wide, z.packed)
+        sizes = [("dactivated", T * narrow), ("dspread", T * wide), ("dnormed2", T * H), ("dhidden", T * H)]
+        sizes += [("dfed", T * H)] if drops else []
+    else:
+        sizes = [
+            ("dactivated", T * z.narrow), ("dspread", T * z.wide), ("dnormed2", T * H), ("dhidden", T * H),
+            ("dcontext", T * ND), ("dmixed", T * z.packed), ("dnormed1", T * H),
+        ]  # fmt: skip
+        sizes += [("dfed", T * H), ("dattended", T * H)] if drops else []
+    sizes += [("dturned", T * z.packed)] if z.rotary else []
+    places = _places([*sizes, ("sums", 2 * H)])
+    if shared:
+        twice = {"dcontext": "dactivated", "dmixed": "dspread", "dnormed1": "dnormed2", "dattended": "dfed"}
+        places.offsets.update({name: places.offsets.get(other, 0) for name, other in twice.items()})
+    return places
+
+
+_FORWARD = (
+    "moments1", "normed1", "mixed", "turned", "context", "log_sum_exp", "attended", "hidden", "moments2", "normed2",
+    "spread", "activated", "fed", "y",
+)  # fmt: skip
+_BACKWARD = (
+    "dfed", "dactivated", "dspread", "dnormed2", "dhidden", "dattended", "dcontext", "dturned", "dmixed", "dnormed1",
+)  # fmt: skip
+_X = 41
+_DY = _X + 1 + len(_FORWARD)
+_GRADIENTS = _DY + 1 + len(_BACKWARD) + 2
+_LENGTH = _GRADIENTS + 24
+_ATTENDED, _FED = (_X + 1 + _FORWARD.index(name) for name in ("attended", "fed"))
+_DNORMED = {name: _DY + 1 + _BACKWARD.index(name) for name in ("dnormed2", "dnormed1")}
+
+
+@functools.cache
+def _bits(number: float) -> int:
+    """Return the bits of a double as an integer: every field of the C struct has eight bytes."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
+class LayerCall:
+    """The C struct of one call of a layer; addresses are of memory that the caller keeps.
+
+    Args:
+        sizes: of the layer.
+        seeds: of the dropout in attention, and of the two branches: six numbers.
+        factors: epsilon of the norms, factor of the scores, rates of the dropout in attention and of the branches.
+        weights: addresses, of the norms and their biases, and of each linear layer with its kind and its bias, in the
+            order in which they are used: norm 1, norm 2; queries with keys and values, projection, fc1, fc2.
+        tables: addresses of cosines, sines, and the first positions that are seen; 0 where there are none.
+        x: address of the input.
+        places: addresses by name, of all of `kept_places`, `y`, and `branch` in the place of "attended" and "fed".
+    """
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        seeds: Sequence[int],
+        factors: Sequence[float],
+        weights: Sequence[int],
+        tables: Sequence[int],
+        x: int,
+        places: dict[str, int],
+    ) -> None:
+        branch = places["branch"]
+        arrays = [places.get(name, branch) for name in _FORWARD]
+        self._fields = (c_int64 * _LENGTH)(*sizes, *seeds, *map(_bits, factors), *weights, *tables, x, *arrays)
+
+    def forward(self, first: int, last: int) -> None:
+        """Run the steps [first, last)."""
+        lib.pc_layer_forward(self._fields, first, last)
+
+    def put_attended(self, address: int) -> None:
+        """Say where the sum over ranks of what attention gives stands."""
+        self._fields[_ATTENDED] = address
+
+    def put_fed(self, address: int) -> None:
+        """Say where the sum over ranks of what the MLP gives stands."""
+        self._fields[_FED] = address
+
+    def start_backward(self, dy: int, places: dict[str, int], gradients: Sequence[int]) -> None:
+        """Take what a backward pass needs.
+
+        Args:
+            dy: address of the output's gradient.
+            places: addresses of `gradient_places`, and of `dx`.
+            gradients: of each parameter in the order of the weights its address, 0 for none, and whether to add.
+        """
+        arrays = [places.get(name, 0) for name in _BACKWARD]
+        self._fields[_DY:] = [dy, *arrays, places["dx"], places["sums"], *gradients]
+
+    def backward(self, first: int, last: int) -> None:
+        """Run the steps [first, last)."""
+        lib.pc_layer_backward(self._fields, first, last)
+
+    def put_dnormed(self, name: str, address: int) -> None:
+        """Say where the sum over ranks of `dnormed2` or `dnormed1` stands."""
+        self._fields[_DNORMED[name]] = address
+
+
+class _Scratch:
+    """Memory that one pass leaves to the next."""
+
+    def __init__(self) -> None:
+        self._array = np.empty(0, np.float32)
+        self._address = 0
+
+    def take(self, floats: int) -> tuple[np.ndarray, int]:
+        """Return an array of at least so many floats, and its address."""
+        if self._array.size < floats:
+            self._array = np.empty(floats, np.float32)
+            self._address = self._array.ctypes.data
+        return self._array, self._address
+
+
+scratch = _Scratch()
