@@ -151,8 +151,13 @@ def inner_backward(
         _inner_backwards -= 1
 
 
-def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> None:
-    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete."""
+def on_gradient(
+    parameter: Parameter, receive: Callable[[Tensor], None], completed: Callable[[], None] | None = None
+) -> None:
+    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete.
+
+    With `completed` this is called in its place where the gradient has been written to the parameter's `main_grad`.
+    """
 
     def hook(gradient: Tensor) -> None:
         if not _inner_backwards:
@@ -160,3 +165,4 @@ def on_gradient(parameter: Parameter, receive: Callable[[Tensor], None]) -> None
 
     parameter.register_hook(hook)
     parameter.receivers = [*getattr(parameter, "receivers", ()), receive]
+    parameter.completions = [*getattr(parameter, "completions", ()), completed] if completed else []

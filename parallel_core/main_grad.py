@@ -30,11 +30,11 @@ class MainGrad(Protocol):
             What the calling `Function.backward` returns as the parameter's gradient.
         """
 
-    def reserve(self) -> tuple[int, bool, Tensor | None] | None:
-        """Return (address, add, what backward returns): the caller writes float32 gradients there next, or adds them.
+    takes_writes: bool
+    """Whether sums are float32 numbers on the host, so that there is `reserve`."""
 
-        None where sums are not kept in float32 on the host, and inside `deferring`: then `accumulate`.
-        """
+    def reserve(self) -> tuple[int, bool]:
+        """Return (address, add): the caller overwrites the memory there next, or adds to it. Not inside `deferring`."""
 
     def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
         """Inside `deferring`: leave `compute()`, which returns the gradient, for later. Returns as `accumulate`."""

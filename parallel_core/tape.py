@@ -27,7 +27,7 @@ from parallel_core.autograd import (
     run_forward,
 )
 
-__all__ = ["OffTape", "Tape", "as_one", "constant", "gradients_again", "has_hooks", "is_known", "reshaped"]
+__all__ = ["OffTape", "WRITTEN", "Tape", "as_one", "constant", "gradients_again", "has_hooks", "is_known", "is_on_tape", "reshaped"]
 
 
 Deliver = Callable[[Parameter, Tensor | None], None]
@@ -141,6 +141,19 @@ class _Call(NamedTuple):
     """Shape and type of each result, of a function that has several."""
 
 
+class _Written:
+    """Stands for a gradient that is written where its parameter's are summed."""
+
+
+WRITTEN = _Written()
+"""What a `Function.backward` on a tape returns for a parameter whose gradient it has written to `MainGrad.reserve`."""
+
+
+def is_on_tape(context: Any) -> bool:
+    """Return whether a function's context is one of a tape, not of MindSpore."""
+    return isinstance(context, _Context)
+
+
 _serials = itertools.count()
 
 
@@ -208,7 +221,8 @@ class Tape:
 
         Args:
             gradient: of the output, in its shape and type.
-            deliver: called with each parameter and its gradient as soon as that is complete; None: nothing used it.
+            deliver: called with each parameter and its gradient as soon as that is complete, which may be `WRITTEN`;
+                None: nothing used it.
 
         Returns:
             Gradients of the inputs, and of the parameters if there is no `deliver`.
@@ -247,7 +261,10 @@ class Tape:
         for number, got in zip(call.sources, call.function.backward(call.context, *wanted)):
             if number is not None and got is not None:
                 held = gradients[number]
-                gradients[number] = got if held is None else ops.total(held, got)
+                if held is None or held is WRITTEN:
+                    gradients[number] = got
+                elif got is not WRITTEN:
+                    gradients[number] = ops.total(held, got)
 
 
 _off_tape: set[Any] = set()

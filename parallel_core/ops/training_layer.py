@@ -144,6 +144,21 @@ def _bits(number: float) -> int:
     return bits
 
 
+@functools.lru_cache(maxsize=64)
+def _forward_layout(z: LayerSizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the offsets of `_FORWARD` in what is kept and in the scratch, and which of them are kept, as 1 or 0."""
+    kept, passing = kept_places(z).offsets, passing_places(z).offsets
+    of_kept = tuple(kept.get(name, 0) for name in _FORWARD)
+    of_scratch = tuple(0 if name in kept else passing.get(name, 0) for name in _FORWARD)
+    return of_kept, of_scratch, tuple(int(name in kept) for name in _FORWARD)
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_layout(z: LayerSizes, drops: bool, shared: bool) -> tuple[int, ...]:
+    offsets = gradient_places(z, drops, shared).offsets
+    return tuple(offsets.get(name, 0) for name in (*_BACKWARD, "sums"))
+
+
 class LayerCall:
     """The C struct of one call of a layer; addresses are of memory that the caller keeps.
 
@@ -155,7 +170,9 @@ class LayerCall:
             order in which they are used: norm 1, norm 2; queries with keys and values, projection, fc1, fc2.
         tables: addresses of cosines, sines, and the first positions that are seen; 0 where there are none.
         x: address of the input.
-        places: addresses by name, of all of `kept_places`, `y`, and `branch` in the place of "attended" and "fed".
+        y: address of the output.
+        kept: address of memory for `kept_places`.
+        passing: address of memory for `passing_places`.
     """
 
     def __init__(
@@ -166,10 +183,12 @@ class LayerCall:
         weights: Sequence[int],
         tables: Sequence[int],
         x: int,
-        places: dict[str, int],
+        y: int,
+        kept: int,
+        passing: int,
     ) -> None:
-        branch = places["branch"]
-        arrays = [places.get(name, branch) for name in _FORWARD]
+        arrays = [kept + k if is_kept else passing + p for k, p, is_kept in zip(*_forward_layout(sizes))]
+        arrays[-1] = y
         self._fields = (c_int64 * _LENGTH)(*sizes, *seeds, *map(_bits, factors), *weights, *tables, x, *arrays)
 
     def forward(self, first: int, last: int) -> None:
@@ -184,16 +203,20 @@ class LayerCall:
         """Say where the sum over ranks of what the MLP gives stands."""
         self._fields[_FED] = address
 
-    def start_backward(self, dy: int, places: dict[str, int], gradients: Sequence[int]) -> None:
+    def start_backward(
+        self, dy: int, dx: int, base: int, layout: tuple[LayerSizes, bool, bool], gradients: Sequence[int]
+    ) -> None:
         """Take what a backward pass needs.
 
         Args:
             dy: address of the output's gradient.
-            places: addresses of `gradient_places`, and of `dx`.
+            dx: address of the input's.
+            base: address of memory for `gradient_places`.
+            layout: the arguments of that.
             gradients: of each parameter in the order of the weights its address, 0 for none, and whether to add.
         """
-        arrays = [places.get(name, 0) for name in _BACKWARD]
-        self._fields[_DY:] = [dy, *arrays, places["dx"], places["sums"], *gradients]
+        *arrays, sums = [base + offset for offset in _backward_layout(*layout)]
+        self._fields[_DY:] = [dy, *arrays, dx, sums, *gradients]
 
     def backward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""

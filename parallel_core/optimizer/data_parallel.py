@@ -94,8 +94,9 @@ class DistributedDataParallel:
 
     def _register_hooks(self, chunk: int, buffer: ParamAndGradBuffer) -> None:
         for index, parameter in enumerate(buffer.parameters):
-            on_gradient(parameter, self._receiver(chunk, buffer, index))
-            buffer.on_late_gradient(index, self._marker(chunk, buffer, index))
+            mark = self._marker(chunk, buffer, index)
+            on_gradient(parameter, self._receiver(chunk, buffer, index), mark)
+            buffer.on_late_gradient(index, mark)
 
     def _receiver(self, chunk: int, buffer: ParamAndGradBuffer, index: int) -> Callable[[Tensor], None]:
         mark = self._marker(chunk, buffer, index)

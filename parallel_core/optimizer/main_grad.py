@@ -41,7 +41,8 @@ class MainGrad:
         self.apart: Flat | None = None
         """What lookups have added, where it is kept apart."""
         self.apart_begun = False
-        self.apart_numel = self._multiple = 0
+        self.apart_numel = self._multiple = self._address = 0
+        self.takes_writes = False
         self._placeholder: Tensor | None = None
         self._lent = False
         self._shape, self._dtype = parameter.shape, parameter.dtype
@@ -49,8 +50,8 @@ class MainGrad:
         memory = storage.memory(parameter.shape)
         if memory is not None:
             self._memory, self._on_host = memory, isinstance(memory, np.ndarray)
-            wide = self._on_host and memory.dtype == np.float32
-            self._address = memory.ctypes.data if wide else None
+            self.takes_writes = self._on_host and memory.dtype == np.float32
+            self._address = memory.ctypes.data if self.takes_writes else 0
             parameter.main_grad = self
 
     def takes(self, dtype: Any) -> bool:
@@ -74,12 +75,10 @@ class MainGrad:
         # Products are summed in float32; sums of 16 bits take each as a whole, from room that all parameters share.
         return self._contribute(lambda: self._add(_written(self._shape, lambda room: write(room, False))))
 
-    def reserve(self) -> tuple[int, bool, Tensor | None] | None:
+    def reserve(self) -> tuple[int, bool]:
         """See `main_grad.MainGrad.reserve`."""
-        if self._address is None or is_deferring():
-            return None
         add, self.begun = self.begun, True
-        return self._address, add, self._lend()
+        return self._address, add
 
     def _write_apart(self, write: Callable[[Any, bool], None]) -> None:
         size = math.prod(self._shape)

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, forget_recording
 from parallel_core.ops import are_compiled
-from parallel_core.tape import OffTape, Tape, has_hooks, is_known
+from parallel_core.tape import WRITTEN, OffTape, Tape, has_hooks, is_known
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,10 @@ class RecordedCalls:
 
 
 def _deliver(parameter: Parameter, gradient: Tensor | None) -> None:
+    if gradient is WRITTEN:
+        for completed in getattr(parameter, "completions", ()):
+            completed()
+        return
     if gradient is None:  # what the output does not depend on has a gradient of zeros, as in MindSpore's autograd
         gradient = Tensor(np.zeros(parameter.shape, np.float32), parameter.dtype)
     for receive in getattr(parameter, "receivers", ()):

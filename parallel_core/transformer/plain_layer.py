@@ -5,7 +5,8 @@ The modules of `transformer.layer` say what is computed, and compute it wherever
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -16,13 +17,13 @@ from parallel_core.autograd import Function, is_applied_otherwise
 from parallel_core.comm.interface import Group
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.deferral import is_deferring
-from parallel_core.main_grad import main_grad_of, needs_gradient
+from parallel_core.main_grad import MainGrad, main_grad_of, needs_gradient
 from parallel_core.ops import raw
 from parallel_core.ops import training_layer as kernel
 from parallel_core.ops.fused import KINDS, takes_activation
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.ops.training_layer import LayerCall, LayerSizes
-from parallel_core.tape import has_hooks, is_known
+from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
@@ -61,6 +62,9 @@ class PlainLayer:
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
         self._possible: bool | None = None
+        self._sizes: dict[tuple[int, ...], LayerSizes] = {}
+        self._sums: list[MainGrad | None] = []
+        self._all_take_writes = False
 
     def takes(self, hidden: Tensor, more: tuple[Any, ...]) -> bool:
         """Return whether it computes what the layer does of `hidden`, and of `more` than that and document starts."""
@@ -75,60 +79,66 @@ class PlainLayer:
         """Return whether no sequence is cut, nothing is computed again, and take note of the layer's parts."""
         layer = self._layer
         attention, mlp = layer.self_attention, layer.mlp
-        self._weights = [
+        self.weights = [
             layer.input_layernorm.weight, getattr(layer.input_layernorm, "bias", None),
             layer.pre_mlp_layernorm.weight, getattr(layer.pre_mlp_layernorm, "bias", None),
             attention.linear_qkv.weight, attention.linear_qkv.bias,
             attention.linear_proj.weight, attention.linear_proj.bias,
             mlp.linear_fc1.weight, mlp.linear_fc1.bias, mlp.linear_fc2.weight, mlp.linear_fc2.bias,
         ]  # fmt: skip
-        self._parameters = [weight for weight in self._weights if weight is not None]
-        self._group: Group = attention.linear_qkv.tp_group
+        self._parameters = [weight for weight in self.weights if weight is not None]
+        self.group: Group = attention.linear_qkv.tp_group
         self._activation = -1 if mlp.hidden_act == "swiglu" else KINDS[mlp.hidden_act]
-        cut = self._group.size > 1 and attention.linear_qkv.sequence_parallel
+        cut = self.group.size > 1 and attention.linear_qkv.sequence_parallel
         return not (cut or attention.recompute_core)
 
     def __call__(self, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
         """Return the layer's output, in the shape of `hidden`, [S, B, H]."""
         layer = self._layer
-        attention, core = layer.self_attention, layer.self_attention.core_attention
-        S, B, H = hidden.shape
-        options = core.options((S, B), document_start_BS)
-        start = options["document_start_BS"]
-        tables: tuple[Tensor, ...] = ()
-        if attention.rotary is not None:
-            tables = attention.rotary.tables(S)
-        fc2 = self._weights[10]
-        sizes = LayerSizes(
-            S, B, H, attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
-            self._weights[8].shape[0], fc2.shape[1], tables[0].shape[-1] if tables else 0,
-            int(bool(tables) and tables[0].shape[1] > 1), int(self._config.rotary_interleaved), self._activation,
+        attention = layer.self_attention
+        S, B, _ = hidden.shape
+        options = attention.core_attention.options((S, B), document_start_BS)
+        tables = () if attention.rotary is None else attention.rotary.tables(S)
+        rate, start = layer.rate(), options["document_start_BS"]
+        seeds = (*options["dropout_seed"], *layer.seeds("attention", rate), *layer.seeds("mlp", rate))
+        factors = layer.input_layernorm.eps, options["scale"] * options["softmax_coefficient"], options["dropout_rate"]
+        if hidden.shape not in self._sizes:
+            self._sizes[hidden.shape] = self._sizes_of(hidden.shape, tables)
+        start = None if start is None else raw.int32(start)
+        fixed = _Fixed(self, self._sizes[hidden.shape], seeds, (*factors, rate), tables, start)
+        return _PlainLayer.apply(hidden, fixed, *self.weights)
+
+    def _sizes_of(self, shape: tuple[int, ...], tables: tuple[Tensor, ...]) -> LayerSizes:
+        attention = self._layer.self_attention
+        turned, per_batch = (tables[0].shape[-1], tables[0].shape[1] > 1) if tables else (0, False)
+        return LayerSizes(
+            *shape, attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
+            self.weights[8].shape[0], self.weights[10].shape[1], turned, int(per_batch),
+            int(self._config.rotary_interleaved), self._activation,
         )  # fmt: skip
-        rate = layer.rate()
-        seeds = (
-            *options["dropout_seed"], *layer.seeds("attention", rate), *layer.seeds("mlp", rate),
-        )  # fmt: skip
-        factors = (
-            layer.input_layernorm.eps, options["scale"] * options["softmax_coefficient"], options["dropout_rate"], rate,
-        )  # fmt: skip
-        fixed = _Fixed(sizes, seeds, factors, tables, None if start is None else raw.int32(start), self._group)
-        return _PlainLayer.apply(hidden, fixed, *self._weights)
+
+    def sums(self) -> list[MainGrad | None] | None:
+        """Return where each weight's gradient is summed, None for one without any.
+
+        None in place of the list: one of them is summed in another way than by writing float32 numbers on the host.
+        """
+        found = [None if w is None or not w.requires_grad else getattr(w, "main_grad", None) for w in self.weights]
+        if found != self._sums:
+            wanted = [w is not None and w.requires_grad for w in self.weights]
+            known = all((sum_ is not None and sum_.takes_writes) == want for sum_, want in zip(found, wanted))
+            self._sums, self._all_take_writes = found, known
+        return self._sums if self._all_take_writes else None
 
 
-class _Fixed:
+class _Fixed(NamedTuple):
     """What a call of a layer is told beside its tensors."""
 
-    def __init__(
-        self,
-        sizes: LayerSizes,
-        seeds: tuple[int, ...],
-        factors: tuple[float, ...],
-        tables: tuple[Tensor, ...],
-        start: Tensor | None,
-        group: Group,
-    ) -> None:
-        self.sizes, self.seeds, self.factors, self.group = sizes, seeds, factors, group
-        self.tables, self.start = tables, start
+    layer: PlainLayer
+    sizes: LayerSizes
+    seeds: tuple[int, ...]
+    factors: tuple[float, ...]
+    tables: tuple[Tensor, ...]
+    start: Tensor | None
 
     def addresses(self) -> list[int]:
         tables = [table.data_ptr() for table in self.tables] or [0, 0]
@@ -144,73 +154,64 @@ _USES = {4: ("dmixed", "normed1"), 6: ("dattended", "context"), 8: ("dspread", "
 class _PlainLayer(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: _Fixed, *weights: Any) -> Tensor:
-        x, y = x.contiguous(), raw.new(x.shape)
+        x, y, z = x.contiguous(), raw.new(x.shape), fixed.sizes
         # Norms and biases are read as float32; matrices as they are.
         small = [None if w is None or i in _LINEARS else raw.wide(w) for i, w in enumerate(weights)]
         addresses = [0 if w is None else w.data_ptr() for w in small]
         words = addresses[:4]
         for i in _LINEARS:
             words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1]]
-        kept, passing = kernel.kept_places(fixed.sizes), kernel.passing_places(fixed.sizes)
-        arena = np.empty(kept.floats, np.float32)
-        base = arena.ctypes.data
-        array, start = kernel.scratch.take(passing.floats)
-        places = {name: base + offset for name, offset in kept.offsets.items()}
-        places |= {name: start + offset for name, offset in passing.offsets.items()}
-        places["y"] = y.data_ptr()
-        call = LayerCall(fixed.sizes, fixed.seeds, fixed.factors, words, fixed.addresses(), x.data_ptr(), places)
-        if fixed.group.size == 1:
+        arena = np.empty(kernel.kept_places(z).floats, np.float32)
+        array, passing = kernel.scratch.take(kernel.passing_places(z).floats)
+        places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, passing
+        call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
+        group = fixed.layer.group
+        if group.size == 1:
             call.forward(0, kernel.FORWARD_STEPS)
         else:
             branch = raw.on(array[: x.size].reshape(x.shape))  # it stands first
             call.forward(0, kernel.ATTENDED)
-            attended = fixed.group.all_reduce_(branch)
+            attended = group.all_reduce_(branch)
             call.put_attended(attended.data_ptr())
             call.forward(kernel.ATTENDED, kernel.FED)
-            fed = fixed.group.all_reduce_(branch)
+            fed = group.all_reduce_(branch)
             call.put_fed(fed.data_ptr())
             call.forward(kernel.FED, kernel.FORWARD_STEPS)
-        ctx.call, ctx.fixed, ctx.arena, ctx.places, ctx.small = call, fixed, arena, places, small
+        ctx.call, ctx.fixed, ctx.arena, ctx.small = call, fixed, arena, small
         ctx.save_for_backward(x, *weights)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
         dy, dx, later = dy.contiguous(), raw.new(x.shape), is_deferring()
-        drops = ctx.fixed.factors[3] > 0.0
-        where = kernel.gradient_places(ctx.fixed.sizes, drops, not later)
+        layout = ctx.fixed.sizes, ctx.fixed.factors[3] > 0.0, not later
+        where = kernel.gradient_places(*layout)
         if later:
             array = np.empty(where.floats, np.float32)
             base = array.ctypes.data
         else:
             array, base = kernel.scratch.take(where.floats)
-        places = {name: base + offset for name, offset in where.offsets.items()}
-        places["dx"] = dx.data_ptr()
-        targets = [_Target(weight, dy, i in _NORMS, later) for i, weight in enumerate(weights)]
-        words = [word for target in targets for word in (target.address, target.add)]
-        ctx.call.start_backward(dy.data_ptr(), places, words)
-        _run_backward(ctx.call, ctx.fixed.group, _dnormed(array, where, x.shape))
-        gradients = [target.gradient() for target in targets]
+        targets = _targets(ctx, weights, dy, later)
+        ctx.call.start_backward(dy.data_ptr(), dx.data_ptr(), base, layout, targets.words)
+        _run_backward(ctx.call, ctx.fixed.layer.group, array, where, x.shape)
+        gradients = targets.gradients()
         if later:
-            gradients[4:] = _later(ctx, weights, array, dy, where, drops)
+            gradients[4:] = _later(ctx, weights, array, dy, where)
         return dx, None, *gradients
 
 
-def _dnormed(array: np.ndarray, where: kernel.Places, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    size = int(np.prod(shape))
-    starts = {name: where.offsets[name] // 4 for name in ("dnormed2", "dnormed1")}
-    return {name: array[start : start + size].reshape(shape) for name, start in starts.items()}
-
-
-def _run_backward(call: LayerCall, group: Group, dnormed: dict[str, np.ndarray]) -> None:
+def _run_backward(
+    call: LayerCall, group: Group, array: np.ndarray, where: kernel.Places, shape: tuple[int, ...]
+) -> None:
     if group.size == 1:
         return call.backward(0, kernel.BACKWARD_STEPS)
-    first = 0
+    first, size = 0, math.prod(shape)
     for name, step in (("dnormed2", kernel.INPUT_OF_MLP), ("dnormed1", kernel.INPUT_OF_ATTENTION)):
         call.backward(first, step)
         # The sum is under way while the gradients of the layer's weights are computed.
-        summed = group.all_reduce_start_(raw.on(dnormed[name]))
+        start = where.offsets[name] // 4
+        summed = group.all_reduce_start_(raw.on(array[start : start + size].reshape(shape)))
         call.backward(step, step + 1)
         total = summed.wait()
         if total is not None:
@@ -220,8 +221,39 @@ def _run_backward(call: LayerCall, group: Group, dnormed: dict[str, np.ndarray])
     return None
 
 
+class _Sums:
+    """Gradients that all are written where they are summed over microbatches."""
+
+    def __init__(self, sums: list[MainGrad | None]) -> None:
+        self.words: list[int] = []
+        for sum_ in sums:
+            self.words += (0, 0) if sum_ is None else sum_.reserve()
+        self._sums = sums
+
+    def gradients(self) -> list[Any]:
+        return [None if sum_ is None else WRITTEN for sum_ in self._sums]
+
+
+class _Targets:
+    """Gradients of which each goes its own way."""
+
+    def __init__(self, targets: list[_Target]) -> None:
+        self._targets = targets
+        self.words = [word for target in targets for word in (target.address, target.add)]
+
+    def gradients(self) -> list[Any]:
+        return [target.gradient() for target in self._targets]
+
+
+def _targets(ctx: Any, weights: list[Any], dy: Tensor, later: bool) -> _Sums | _Targets:
+    sums = None if later or not is_on_tape(ctx) else ctx.fixed.layer.sums()
+    if sums is not None:
+        return _Sums(sums)
+    return _Targets([_Target(weight, dy, i in _NORMS, later) for i, weight in enumerate(weights)])
+
+
 class _Target:
-    """Where a parameter's gradient is written: in its sum over microbatches, or in a tensor of its own.
+    """A parameter's gradient in a tensor of its own, from where it goes to its sum if it has one.
 
     Args:
         weight: the parameter; None: there is none.
@@ -234,24 +266,18 @@ class _Target:
         self.address = self.add = 0
         self._weight, self._is_norm = weight, is_norm
         self._own: Tensor | None = None
-        self._placeholder: Tensor | None = None
         self._main_grad: Any = None
         if weight is None or (later and not is_norm) or not needs_gradient(weight):
             return
         self._main_grad = main_grad_of(weight, dy)
-        reserved = None if self._main_grad is None else self._main_grad.reserve()
-        if reserved is None:
-            self._own = raw.new(weight.shape)
-            self.address = self._own.data_ptr()
-        else:
-            self.address, self.add, self._placeholder = reserved
-            self._main_grad = None
+        self._own = raw.new(weight.shape)
+        self.address = self._own.data_ptr()
 
     def gradient(self) -> Tensor | None:
         """Return what a backward pass returns for the parameter, once it is written."""
-        if self._own is None:
-            return self._placeholder
         own = self._own
+        if own is None:
+            return None
         if self._main_grad is None or self._is_norm:
             return ops.cast(own, self._weight.dtype)
         return self._main_grad.accumulate(lambda into, add: _put(into, own, add))
@@ -262,7 +288,7 @@ def _put(into: np.ndarray, values: Tensor, add: bool) -> None:
 
 
 def _later(
-    ctx: Any, weights: list[Any], array: np.ndarray, dy: Tensor, where: kernel.Places, drops: bool
+    ctx: Any, weights: list[Any], array: np.ndarray, dy: Tensor, where: kernel.Places
 ) -> list[Tensor | None]:
     """Return what a backward pass returns for linear layers whose gradients wait."""
     z = ctx.fixed.sizes

@@ -13,12 +13,14 @@ from mindspore import Tensor, mint, nn
 
 from parallel_core import ops, tape
 from parallel_core.autograd import Function, on_gradient
+from parallel_core.comm.interface import SoloGroup
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
 from parallel_core.config.schema import FlashAttentionConfig, TransformerConfig
 from parallel_core.deferral import deferring
 from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import RecomputePlan
+from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
 from parallel_core.pipeline import recorded
 from parallel_core.pipeline.stage import PipelineStage
 from parallel_core.tensor_parallel import as_one
@@ -186,6 +188,35 @@ def test_a_gradient_is_delivered_when_its_last_use_is_taken_back() -> None:
     assert order[1].endswith("final_layernorm.weight") and order[-1].endswith("word_embeddings.weight")
     firsts = [next(i for i, name in enumerate(order) if f"layers.{layer}." in name) for layer in (1, 0)]
     assert firsts == sorted(firsts)
+
+
+@pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", "llama", "experts"])
+def test_gradients_are_written_where_they_are_summed(
+    name: str, grad_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One parameter is frozen; what an earlier iteration has left in the sums is of no influence."""
+    options, totals, written = MODELS[name], [], []
+    for recorded_as in (lambda *a: Run(*a), lambda *a: recorded_by_mindspore(monkeypatch, *a)):
+        model = make_model(options)
+        model.decoder.layers[1].self_attention.linear_proj.weight.requires_grad = False
+        parameters, buffer = list(model.trainable_params()), None
+        buffer = ParamAndGradBuffer(
+            parameters, [p.name for p in parameters], "float32", grad_dtype, SoloGroup(), bucket_size=None,
+            sharded=False, alone=(), average_after=False, gradient_scale=1.0,
+        )  # fmt: skip
+        completed: list[int] = []
+        for i, parameter in enumerate(parameters):
+            on_gradient(parameter, lambda g, i=i, b=buffer: b.accumulate(i, g), lambda i=i: completed.append(i))
+            buffer.main_grad(i).write_(Tensor(np.full(parameter.size, np.nan, np.float32)))
+        buffer.start_iteration()
+        recorded_as(model)
+        assert all(sum_.begun for sum_ in buffer.main_grads.values())
+        written.append(len(completed))
+        totals.append([buffer.main_grad(i).numpy().astype(np.float32) for i in range(len(parameters))])
+    assert written[1] == 0 and bool(written[0]) == (grad_dtype == "float32" and name != "experts")
+    for got, want in zip(*totals):
+        np.testing.assert_allclose(got, want, atol=(2e-6 if grad_dtype == "float32" else 2e-2) * np.abs(want).max())
 
 
 # ---- what makes a tape give up --------------------------------------------------------------------------------------
