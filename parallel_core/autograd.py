@@ -21,10 +21,10 @@ __all__ = [
     "applied_by",
     "backward",
     "forward_only",
+    "in_inner_backward",
     "inner_backward",
     "is_applied_otherwise",
     "no_grad",
-    "on_gradient",
     "records_gradients",
     "run_forward",
 ]
@@ -151,18 +151,6 @@ def inner_backward(
         _inner_backwards -= 1
 
 
-def on_gradient(
-    parameter: Parameter, receive: Callable[[Tensor], None], completed: Callable[[], None] | None = None
-) -> None:
-    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete.
-
-    With `completed` this is called in its place where the gradient has been written to the parameter's `main_grad`.
-    """
-
-    def hook(gradient: Tensor) -> None:
-        if not _inner_backwards:
-            receive(gradient)
-
-    parameter.register_hook(hook)
-    parameter.receivers = [*getattr(parameter, "receivers", ()), receive]
-    parameter.completions = [*getattr(parameter, "completions", ()), completed] if completed else []
+def in_inner_backward() -> bool:
+    """Return whether `inner_backward` is running, in which gradients are not complete."""
+    return _inner_backwards > 0

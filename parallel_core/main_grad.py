@@ -1,11 +1,13 @@
-"""What a backward pass asks about a parameter: whether it has a gradient, and where that is summed."""
+"""A parameter's gradient: whether there is one, where it is summed, and who is told of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
+
+from parallel_core.autograd import in_inner_backward
 
 
 def needs_gradient(parameter: Tensor) -> bool:
@@ -44,3 +46,21 @@ def main_grad_of(parameter: Tensor, gradient: Tensor) -> MainGrad | None:
     """Return where gradients of `parameter` are summed that follow from `gradient`, if backward may write there."""
     main_grad: MainGrad | None = getattr(parameter, "main_grad", None)
     return main_grad if main_grad is not None and main_grad.takes(gradient.dtype) else None
+
+
+def on_gradient(
+    parameter: Parameter, receive: Callable[[Tensor], None], completed: Callable[[], None] | None = None
+) -> None:
+    """Call `receive(gradient)` in every backward pass, as soon as the parameter's gradient is complete.
+
+    With `completed` this is called in its place where the gradient has been written to the parameter's `main_grad`.
+    """
+
+    def hook(gradient: Tensor) -> None:
+        if not in_inner_backward():
+            receive(gradient)
+
+    parameter.register_hook(hook)
+    parameter.receivers = [*getattr(parameter, "receivers", ()), receive]
+    if completed is not None:
+        parameter.completions = [*getattr(parameter, "completions", ()), completed]

@@ -27,7 +27,18 @@ from parallel_core.autograd import (
     run_forward,
 )
 
-__all__ = ["OffTape", "WRITTEN", "Tape", "as_one", "constant", "gradients_again", "has_hooks", "is_known", "is_on_tape", "reshaped"]
+__all__ = [
+    "WRITTEN",
+    "OffTape",
+    "Tape",
+    "as_one",
+    "constant",
+    "gradients_again",
+    "has_hooks",
+    "is_known",
+    "is_on_tape",
+    "reshaped",
+]
 
 
 Deliver = Callable[[Parameter, Tensor | None], None]

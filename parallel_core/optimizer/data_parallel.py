@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from mindspore import Parameter, Tensor, nn
 
-from parallel_core.autograd import on_gradient
 from parallel_core.comm.interface import Group
 from parallel_core.layout.buckets import default_bucket_size
 from parallel_core.layout.shard import shard_of
+from parallel_core.main_grad import on_gradient
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from parallel_core import ops
 from parallel_core.autograd import Function, is_applied_otherwise
@@ -63,8 +63,6 @@ class PlainLayer:
         self._layer, self._config = layer, config
         self._possible: bool | None = None
         self._sizes: dict[tuple[int, ...], LayerSizes] = {}
-        self._sums: list[MainGrad | None] = []
-        self._all_take_writes = False
 
     def takes(self, hidden: Tensor, more: tuple[Any, ...]) -> bool:
         """Return whether it computes what the layer does of `hidden`, and of `more` than that and document starts."""
@@ -112,7 +110,8 @@ class PlainLayer:
         attention = self._layer.self_attention
         turned, per_batch = (tables[0].shape[-1], tables[0].shape[1] > 1) if tables else (0, False)
         return LayerSizes(
-            *shape, attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
+            shape[0], shape[1], shape[2],
+            attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
             self.weights[8].shape[0], self.weights[10].shape[1], turned, int(per_batch),
             int(self._config.rotary_interleaved), self._activation,
         )  # fmt: skip
@@ -120,14 +119,19 @@ class PlainLayer:
     def sums(self) -> list[MainGrad | None] | None:
         """Return where each weight's gradient is summed, None for one without any.
 
-        None in place of the list: one of them is summed in another way than by writing float32 numbers on the host.
+        None in place of the list: one of them is summed in another way than by writing float32 numbers on the host, or
+        somebody wants to see it.
         """
-        found = [None if w is None or not w.requires_grad else getattr(w, "main_grad", None) for w in self.weights]
-        if found != self._sums:
-            wanted = [w is not None and w.requires_grad for w in self.weights]
-            known = all((sum_ is not None and sum_.takes_writes) == want for sum_, want in zip(found, wanted))
-            self._sums, self._all_take_writes = found, known
-        return self._sums if self._all_take_writes else None
+        found: list[MainGrad | None] = []
+        for weight in self.weights:
+            if weight is None or not weight.requires_grad:
+                found.append(None)
+                continue
+            sum_ = getattr(weight, "main_grad", None)
+            if sum_ is None or not sum_.takes_writes or len(weight.receivers) > len(weight.completions):
+                return None
+            found.append(sum_)
+        return found
 
 
 class _Fixed(NamedTuple):

@@ -8,8 +8,9 @@ import pytest
 from mindspore import Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import backward, on_gradient
+from parallel_core.autograd import backward
 from parallel_core.comm.interface import SoloGroup
+from parallel_core.main_grad import on_gradient
 from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
 from parallel_core.tensor_parallel.embedding import embedding_lookup
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
