@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,6 +44,10 @@ class LoaderStatistics:
     """Seconds from the start of the loader to its first batch."""
 
 
+_GIVE_WAY_S = 0.001
+"""How long reading ahead waits where a batch is ready."""
+
+
 class PretrainingDataLoader:
     """An iterator of collated micro-batches; threads keep the next ones ready.
 
@@ -76,7 +80,7 @@ class PretrainingDataLoader:
         self._started = time.perf_counter()
         self._closed = False
         self.statistics = LoaderStatistics()
-        self._fill()
+        self._fill(self._load)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -98,7 +102,7 @@ class PretrainingDataLoader:
                 raise StopIteration
             future = self._pending.popleft()
             ready = future.done()
-            self._fill()
+            self._fill(self._load_meanwhile if ready else self._load)
             try:
                 batch = future.result()
             except BaseException:
@@ -131,13 +135,18 @@ class PretrainingDataLoader:
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fill(self) -> None:
+    def _fill(self, load: Callable[[Sequence[int]], Batch]) -> None:
         # the sampler runs here, in the consumer's thread, so the order is the sampler's whatever the threads do
         while self._pool is not None and len(self._pending) < self._depth:
             indices = next(self._indices, None)
             if indices is None:
                 return
-            self._pending.append(self._pool.submit(self._load, indices))
+            self._pending.append(self._pool.submit(load, indices))
+
+    def _load_meanwhile(self, indices: Sequence[int]) -> Batch:
+        # Python's threads take turns: what starts at once holds up the consumer on its way to a kernel of milliseconds.
+        time.sleep(_GIVE_WAY_S)
+        return self._load(indices)
 
     def _load(self, indices: Sequence[int]) -> Batch:
         if not len(indices):  # a rank that gets nothing of a last, incomplete group

@@ -91,7 +91,8 @@ class PipelineStage:
         self._in_flight.clear()
         self._cell.start(data, non_loss_data)
         self._forward_only = forward_only
-        self._cell.set_train(not forward_only)
+        if self._cell.training == forward_only or self._cell.model.training == forward_only:
+            self._cell.set_train(not forward_only)  # it walks through all cells
         self._calls.start_iteration(records=not forward_only)
         self._loss_gradient = Tensor(np.float32(loss_scale if self._per_token_loss else loss_scale / num_microbatches))
 

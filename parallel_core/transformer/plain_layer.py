@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from parallel_core import ops
 from parallel_core.autograd import Function, is_applied_otherwise
@@ -30,7 +30,7 @@ from parallel_core.transformer.mlp import MLP
 
 
 def is_plain(layer: Any, config: TransformerConfig) -> bool:
-    """Tell whether a `TransformerLayer` is norm, attention, norm, MLP, with nothing else between its kernels."""
+    """Tell whether a `TransformerLayer` is norm, attention, norm, MLP with nothing else between, whatever attends."""
     attention, mlp = layer.self_attention, layer.mlp
     if type(attention) is not SelfAttention or type(mlp) is not MLP:
         return False
@@ -39,8 +39,6 @@ def is_plain(layer: Any, config: TransformerConfig) -> bool:
     return (
         set(columns) == {ColumnParallelLinear}
         and set(rows) == {RowParallelLinear}
-        and type(attention.core_attention) is CoreAttention
-        and attention.core_attention.cp_size == 1
         and not (layer.residual_after_norm or layer.parallel_residual or config.use_sandwich_norm)
         and not (config.qk_layernorm or config.apply_layernorm_1p)
         and (config.normalization == "LayerNorm" or config.apply_rmsnorm_fusion)
@@ -61,17 +59,28 @@ class PlainLayer:
 
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
-        self._possible: bool | None = None
+        self._possible, self._known_parts = False, list[nn.Cell]()
         self._sizes: dict[tuple[int, ...], LayerSizes] = {}
 
     def takes(self, hidden: Tensor, more: tuple[Any, ...]) -> bool:
         """Return whether it computes what the layer does of `hidden`, and of `more` than that and document starts."""
-        if self._possible is None:
+        parts = self._parts()
+        if parts != self._known_parts:  # on the first call, and when somebody has put another module in its place
+            self._known_parts = parts
             self._possible = is_plain(self._layer, self._config) and is_known(self._layer) and self._is_whole()
         if not self._possible or more or hidden.dtype != ms.float32 or not ops.are_compiled():
             return False
         # A tape has looked for hooks before.
         return is_applied_otherwise() or not has_hooks(self._layer, self._parameters)
+
+    def _parts(self) -> list[nn.Cell]:
+        layer = self._layer
+        attention, mlp = layer.self_attention, layer.mlp
+        parts = [layer.input_layernorm, attention, layer.pre_mlp_layernorm, mlp]
+        if type(attention) is SelfAttention and type(mlp) is MLP:
+            parts += [attention.linear_qkv, attention.core_attention, attention.linear_proj]
+            parts += [mlp.linear_fc1, mlp.linear_fc2]
+        return parts
 
     def _is_whole(self) -> bool:
         """Return whether no sequence is cut, nothing is computed again, and take note of the layer's parts."""
@@ -88,7 +97,8 @@ class PlainLayer:
         self.group: Group = attention.linear_qkv.tp_group
         self._activation = -1 if mlp.hidden_act == "swiglu" else KINDS[mlp.hidden_act]
         cut = self.group.size > 1 and attention.linear_qkv.sequence_parallel
-        return not (cut or attention.recompute_core)
+        core = attention.core_attention
+        return type(core) is CoreAttention and core.cp_size == 1 and not (cut or attention.recompute_core)
 
     def __call__(self, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
         """Return the layer's output, in the shape of `hidden`, [S, B, H]."""
