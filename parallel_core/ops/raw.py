@@ -46,11 +46,12 @@ declare("pc_scale", "PIFL")
 
 def new_as(shape: Sequence[int], dtype: Any) -> Tensor:
     """Return an uninitialised tensor of a type in `KINDS`."""
-    return new(shape) if dtype == ms.float32 else Tensor.from_numpy(np.empty(shape, _numpy_dtype(dtype)))
+    return new(shape) if dtype == ms.float32 else Tensor.from_numpy(np.empty(shape, numpy_dtype(dtype)))
 
 
 @functools.cache
-def _numpy_dtype(dtype: Any) -> np.dtype:
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """Return NumPy's type for one of MindSpore's."""
     return Tensor([0.0], dtype).asnumpy().dtype
 
 

@@ -46,6 +46,7 @@ class LayerSizes(NamedTuple):
         per_batch: whether samples have positions of their own.
         interleaved: whether neighbouring channels turn together.
         activation: its number in `fused.KINDS`; -1: SwiGLU.
+        rounds: whether products round their operands to bfloat16, and keep the copies.
     """
 
     S: int
@@ -60,6 +61,7 @@ class LayerSizes(NamedTuple):
     per_batch: int
     interleaved: int
     activation: int
+    rounds: bool
 
     @property
     def packed(self) -> int:
@@ -80,24 +82,32 @@ def _places(sizes: Iterable[tuple[str, int]]) -> Places:
     return Places({name: 4 * start for name, start in zip(names, [0, *ends])}, ends[-1])
 
 
+def _inputs(z: LayerSizes) -> list[tuple[str, int]]:
+    """Return the inputs of the linear layers that are nothing else's, and their sizes."""
+    T = z.S * z.B
+    return [("normed1", T * z.H), ("normed2", T * z.H), ("activated", T * z.narrow)]
+
+
 @functools.lru_cache(maxsize=64)
 def kept_places(z: LayerSizes) -> Places:
     """Return what the backward pass needs of the forward pass."""
     T = z.S * z.B
-    heads = "turned" if z.rotary else "mixed"
-    return _places([
-        ("moments1", 3 * T), ("normed1", T * z.H), (heads, T * z.packed), ("context", T * z.N * z.D),
-        ("log_sum_exp", T * z.N), ("hidden", T * z.H), ("moments2", 3 * T), ("normed2", T * z.H),
-        ("spread", T * z.wide), ("activated", T * z.narrow),
-    ])  # fmt: skip
+    sizes = [
+        ("moments1", 3 * T), ("turned" if z.rotary else "mixed", T * z.packed), ("context", T * z.N * z.D),
+        ("log_sum_exp", T * z.N), ("hidden", T * z.H), ("moments2", 3 * T), ("spread", T * z.wide),
+    ]  # fmt: skip
+    inputs = _inputs(z)
+    if z.rounds:  # copies of two bytes, of the context too
+        inputs = [(f"rounded {name}", (n + 1) // 2) for name, n in [*inputs, ("context", T * z.N * z.D)]]
+    return _places(sizes + inputs)
 
 
 @functools.lru_cache(maxsize=64)
 def passing_places(z: LayerSizes) -> Places:
-    """Return what a forward pass needs for itself; the two branches never at once."""
-    T = z.S * z.B
-    branch = [("branch", T * z.H)]
-    return _places(branch + [("mixed", T * z.packed)] if z.rotary else branch)
+    """Return what a forward pass needs for itself; `branch` stands first."""
+    sizes = [("branch", z.S * z.B * z.H)]
+    sizes += [("mixed", z.S * z.B * z.packed)] if z.rotary else []
+    return _places(sizes + _inputs(z) if z.rounds else sizes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -115,6 +125,7 @@ def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
         ]  # fmt: skip
         sizes += [("dfed", T * H), ("dattended", T * H)] if drops else []
     sizes += [("dturned", T * z.packed)] if z.rotary else []
+    sizes += [("rounded", (T * max(z.wide, z.packed, H) + 1) // 2)] if z.rounds else []
     places = _places([*sizes, ("sums", 2 * H)])
     if shared:
         twice = {"dcontext": "dactivated", "dmixed": "dspread", "dnormed1": "dnormed2", "dattended": "dfed"}
@@ -129,7 +140,10 @@ _FORWARD = (
 _BACKWARD = (
     "dfed", "dactivated", "dspread", "dnormed2", "dhidden", "dattended", "dcontext", "dturned", "dmixed", "dnormed1",
 )  # fmt: skip
-_X = 41
+_WEIGHTS = 22
+_LINEARS = _WEIGHTS + 4
+_X = _LINEARS + 4 * 5 + 3
+_ROUNDED = ("rounded normed1", "rounded context", "rounded normed2", "rounded activated")
 _DY = _X + 1 + len(_FORWARD)
 _GRADIENTS = _DY + 1 + len(_BACKWARD) + 2
 _LENGTH = _GRADIENTS + 24
@@ -189,7 +203,10 @@ class LayerCall:
     ) -> None:
         arrays = [kept + k if is_kept else passing + p for k, p, is_kept in zip(*_forward_layout(sizes))]
         arrays[-1] = y
-        self._fields = (c_int64 * _LENGTH)(*sizes, *seeds, *map(_bits, factors), *weights, *tables, x, *arrays)
+        self._fields = (c_int64 * _LENGTH)(*sizes[:-1], *seeds, *map(_bits, factors), *weights, *tables, x, *arrays)
+        if sizes.rounds:
+            offsets = kept_places(sizes).offsets
+            self._fields[_LINEARS + 3 : _X - 3 : 5] = [kept + offsets[name] for name in _ROUNDED]
 
     def forward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""
@@ -216,6 +233,8 @@ class LayerCall:
             gradients: of each parameter in the order of the weights its address, 0 for none, and whether to add.
         """
         *arrays, sums = [base + offset for offset in _backward_layout(*layout)]
+        if layout[0].rounds:  # each copy is used before the next one is made
+            self._fields[_LINEARS + 4 : _X - 3 : 5] = [base + gradient_places(*layout).offsets["rounded"]] * 4
         self._fields[_DY:] = [dy, *arrays, dx, sums, *gradients]
 
     def backward(self, first: int, last: int) -> None:
@@ -225,6 +244,11 @@ class LayerCall:
     def put_dnormed(self, name: str, address: int) -> None:
         """Say where the sum over ranks of `dnormed2` or `dnormed1` stands."""
         self._fields[_DNORMED[name]] = address
+
+
+def rounds_operands(rows: int) -> bool:
+    """Return whether products of so many rows round their operands to bfloat16."""
+    return bool(lib.pc_rounds_operand(rows))
 
 
 class _Scratch:

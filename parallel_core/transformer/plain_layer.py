@@ -60,7 +60,7 @@ class PlainLayer:
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
         self._possible, self._known_parts = False, list[nn.Cell]()
-        self._sizes: dict[tuple[int, ...], LayerSizes] = {}
+        self._sizes: dict[tuple[tuple[int, ...], bool], LayerSizes] = {}
 
     def takes(self, hidden: Tensor, more: tuple[Any, ...]) -> bool:
         """Return whether it computes what the layer does of `hidden`, and of `more` than that and document starts."""
@@ -110,20 +110,21 @@ class PlainLayer:
         rate, start = layer.rate(), options["document_start_BS"]
         seeds = (*options["dropout_seed"], *layer.seeds("attention", rate), *layer.seeds("mlp", rate))
         factors = layer.input_layernorm.eps, options["scale"] * options["softmax_coefficient"], options["dropout_rate"]
-        if hidden.shape not in self._sizes:
-            self._sizes[hidden.shape] = self._sizes_of(hidden.shape, tables)
+        key = hidden.shape, kernel.rounds_operands(S * B)
+        if key not in self._sizes:
+            self._sizes[key] = self._sizes_of(*key, tables)
         start = None if start is None else raw.int32(start)
-        fixed = _Fixed(self, self._sizes[hidden.shape], seeds, (*factors, rate), tables, start)
+        fixed = _Fixed(self, self._sizes[key], seeds, (*factors, rate), tables, start)
         return _PlainLayer.apply(hidden, fixed, *self.weights)
 
-    def _sizes_of(self, shape: tuple[int, ...], tables: tuple[Tensor, ...]) -> LayerSizes:
+    def _sizes_of(self, shape: tuple[int, ...], rounds: bool, tables: tuple[Tensor, ...]) -> LayerSizes:
         attention = self._layer.self_attention
         turned, per_batch = (tables[0].shape[-1], tables[0].shape[1] > 1) if tables else (0, False)
         return LayerSizes(
             shape[0], shape[1], shape[2],
             attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
             self.weights[8].shape[0], self.weights[10].shape[1], turned, int(per_batch),
-            int(self._config.rotary_interleaved), self._activation,
+            int(self._config.rotary_interleaved), self._activation, rounds,
         )  # fmt: skip
 
     def sums(self) -> list[MainGrad | None] | None:
@@ -174,7 +175,7 @@ class _PlainLayer(Function):
         addresses = [0 if w is None else w.data_ptr() for w in small]
         words = addresses[:4]
         for i in _LINEARS:
-            words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1]]
+            words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1], 0, 0]
         arena = np.empty(kernel.kept_places(z).floats, np.float32)
         array, passing = kernel.scratch.take(kernel.passing_places(z).floats)
         places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, passing
@@ -315,7 +316,8 @@ def _later(
             dout = _part(array, where.offsets[given], T, O)
         else:  # nothing is dropped, so it is the gradient of the sum itself
             dout = dy if given == "dfed" else _part(array, where.offsets["dhidden"], T, O)
-        gradients.append(weight_gradient(dout, _part(ctx.arena, kept[used], T, I), weight, None))
+        operand = _rounded(ctx.arena, kept[f"rounded {used}"], T, I) if z.rounds else _part(ctx.arena, kept[used], T, I)
+        gradients.append(weight_gradient(dout, operand, weight, main_grad_of(weight, dy), None))
         gradients.append(None if bias is None else bias_gradient(bias, dout))
     return gradients
 
@@ -323,3 +325,8 @@ def _later(
 def _part(array: np.ndarray, offset: int, rows: int, columns: int) -> Tensor:
     start = offset // 4
     return raw.on(array[start : start + rows * columns].reshape(rows, columns))
+
+
+def _rounded(array: np.ndarray, offset: int, rows: int, columns: int) -> Tensor:
+    halves = array.view(raw.numpy_dtype(ms.bfloat16))
+    return Tensor.from_numpy(halves[offset // 2 : offset // 2 + rows * columns].reshape(rows, columns))

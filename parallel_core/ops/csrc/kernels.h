@@ -11,10 +11,12 @@ void pc_layer_norm_grad(const float* dy, const float* x, const float* w, const f
 void pc_rms_norm(const float* x, const float* w, float* y, float* rstd, pc::i64 T, pc::i64 H, float eps);
 void pc_rms_norm_grad(const float* dy, const float* x, const float* w, const float* rstd, float* dx, float* dw,
                       pc::i64 T, pc::i64 H);
-void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, pc::i64 T, pc::i64 I,
-               pc::i64 O);
-void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, pc::i64 T, pc::i64 I, pc::i64 O);
-void pc_linear_grad_weight(const float* dy, const float* x, float* dw, pc::i64 T, pc::i64 I, pc::i64 O, int add);
+void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, void* rounded, pc::i64 T,
+               pc::i64 I, pc::i64 O);
+void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, void* rounded, pc::i64 T,
+                          pc::i64 I, pc::i64 O);
+void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, float* dw, pc::i64 T, pc::i64 I,
+                           pc::i64 O, int add);
 void pc_sum_rows(const float* dy, float* sum, pc::i64 T, pc::i64 O, int add);
 void pc_rotary(const float* x, const float* cos, const float* sin, float* y, pc::i64 S, pc::i64 B, pc::i64 N,
                pc::i64 D, pc::i64 R, int per_batch, int interleaved, int inverse, pc::i64 period);

@@ -10,8 +10,9 @@ namespace {
 
 struct Linear {
   const void* weight;
-  i64 kind;           // of the weight's numbers, as half.h has them
-  const float* bias;  // may be null
+  i64 kind;              // of the weight's numbers, as half.h has them
+  const float* bias;     // may be null
+  void *rounded, *dout;  // copies of the input and of the output's gradient in bfloat16; null: products are of float32
 };
 
 struct Norm {
@@ -90,15 +91,19 @@ void norm_grad(const Norm& n, const NormGradient& g, const float* dy, const floa
 }
 
 void linear(const Linear& l, const float* x, const float* bias, float* y, i64 T, i64 I, i64 O) {
-  pc_linear(x, l.weight, static_cast<int>(l.kind), bias, y, T, I, O);
+  pc_linear(x, l.weight, static_cast<int>(l.kind), bias, y, l.rounded, T, I, O);
 }
 
 void linear_grad(const Linear& l, const float* dy, float* dx, i64 T, i64 I, i64 O) {
-  pc_linear_grad_input(dy, l.weight, static_cast<int>(l.kind), dx, T, I, O);
+  pc_linear_grad_input(dy, l.weight, static_cast<int>(l.kind), dx, l.dout, T, I, O);
 }
 
-void parameter_grad(const LinearGradient& g, const float* dy, const float* x, i64 T, i64 I, i64 O) {
-  if (g.weight.into) pc_linear_grad_weight(dy, x, g.weight.into, T, I, O, static_cast<int>(g.weight.add));
+void parameter_grad(const Linear& l, const LinearGradient& g, const float* dy, const float* x, i64 T, i64 I, i64 O) {
+  if (g.weight.into) {
+    const int kind = l.rounded ? pc::kBfloat16 : pc::kFloat32;
+    const void *left = l.rounded ? l.dout : static_cast<const void*>(dy), *right = l.rounded ? l.rounded : x;
+    pc_linear_grad_weight(left, kind, right, kind, g.weight.into, T, I, O, static_cast<int>(g.weight.add));
+  }
   if (g.bias.into) pc_sum_rows(dy, g.bias.into, T, O, static_cast<int>(g.bias.add));
 }
 
@@ -150,17 +155,17 @@ void backward_step(const Layer& l, int step) {
   i64 shape[29];
   switch (step) {
     case 1: return linear_grad(l.fc2, dfed, l.dactivated, T, l.narrow, H);
-    case 2: return parameter_grad(l.of_fc2, dfed, l.activated, T, l.narrow, H);
+    case 2: return parameter_grad(l.fc2, l.of_fc2, dfed, l.activated, T, l.narrow, H);
     case 3:
       if (l.activation < 0) return pc_swiglu_grad(l.dactivated, l.spread, l.fc1.bias, l.dspread, T, l.narrow);
       return pc_activation_grad(l.dactivated, l.spread, l.fc1.bias, l.dspread, T, l.narrow,
                                 static_cast<int>(l.activation));
     case 4: return linear_grad(l.fc1, l.dspread, l.dnormed2, T, H, l.wide);
-    case 5: return parameter_grad(l.of_fc1, l.dspread, l.normed2, T, H, l.wide);
+    case 5: return parameter_grad(l.fc1, l.of_fc1, l.dspread, l.normed2, T, H, l.wide);
     case 6: return norm_grad(l.norm2, l.of_norm2, l.dnormed2, l.hidden, l.moments2, l.dhidden, l.sums, T, H);
     case 7: return pc_add(l.dhidden, l.dy, T * H);
     case 9: return linear_grad(l.proj, dattended, l.dcontext, T, ND, H);
-    case 10: return parameter_grad(l.of_proj, dattended, l.context, T, ND, H);
+    case 10: return parameter_grad(l.proj, l.of_proj, dattended, l.context, T, ND, H);
     case 11:
       l.attention_shape(shape);
       return pc_attention_grad(heads, heads + X - 2 * l.D, heads + X - l.D, l.start, l.context, l.dcontext,
@@ -173,7 +178,7 @@ void backward_step(const Layer& l, int step) {
                   static_cast<int>(l.per_batch), static_cast<int>(l.interleaved), 1, X / l.D);
       return;
     case 13: return linear_grad(l.qkv, l.dmixed, l.dnormed1, T, H, l.packed());
-    case 14: return parameter_grad(l.of_qkv, l.dmixed, l.normed1, T, H, l.packed());
+    case 14: return parameter_grad(l.qkv, l.of_qkv, l.dmixed, l.normed1, T, H, l.packed());
     case 15: return norm_grad(l.norm1, l.of_norm1, l.dnormed1, l.x, l.moments1, l.dx, l.sums, T, H);
     case 16: return pc_add(l.dx, l.dhidden, T * H);
   }

@@ -32,7 +32,8 @@ from parallel_core.transformer import GPTModel, ModelStage, plain_layer
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
-BATCH, LENGTH, VOCABULARY = 2, 12, 40
+BATCH, LENGTH, VOCABULARY = 2, 20, 40
+# More rows than the 32 that are multiplied in another way.
 SMALL: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": VOCABULARY, "seq_length": LENGTH,
     "ffn_hidden_size": 24, "attention_dropout_rate": 0.0, "hidden_dropout_rate": 0.0, "init_method_std": 0.3,
@@ -146,6 +147,17 @@ def test_a_model_on_a_tape_is_the_one_that_mindspore_records(
         got = Run(models[0], streams=streams_of(models[0]))
     assert "recorded" not in caplog.text
     same(got, recorded_by_mindspore(monkeypatch, models[1], streams=streams_of(models[1])))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["plain", "llama", "dropout"])
+def test_products_of_bfloat16(name: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operand is rounded once, and the copy multiplied again for the weight's gradient."""
+    if "bfloat16 operands" not in ops.use_kernels("auto", 1, bf16_products=True):
+        pytest.skip("this CPU multiplies no bfloat16 numbers")
+    models = [make_model(MODELS[name]) for _ in range(2)]
+    got = Run(models[0], split=split, streams=streams_of(models[0]))
+    same(got, recorded_by_mindspore(monkeypatch, models[1], split=split, streams=streams_of(models[1])))
 
 
 def streams_of(model: GPTModel) -> RandomStreams:
