@@ -20,12 +20,13 @@ from parallel_core.ops.library import declare, lib
 declare("pc_layer_forward", "PII")
 declare("pc_layer_backward", "PII")
 
-NORMED, ATTENDED, ADDED, FED, FORWARD_STEPS = 1, 5, 6, 10, 11
-"""Steps of the forward pass behind which a sum over ranks can stand: of `ATTENDED` the attended, of `FED` the fed."""
-INPUT_OF_MLP, INPUT_OF_ATTENTION, BACKWARD_STEPS = 5, 14, 17
-"""Steps of the backward pass behind which `dnormed2` and `dnormed1` are sums over ranks."""
+ATTENDED, FED, FORWARD_STEPS = 5, 10, 11
+"""Steps of the forward pass before which what attention gives, or the MLP, is summed over ranks; and all steps."""
 PARAMETER_STEPS = (2, 5, 10, 14)
 """Steps of the backward pass that are the gradients of fc2, fc1, the projection, and of queries, keys and values."""
+SUMS_BEFORE = {5: "dnormed2", 14: "dnormed1"}
+"""What is summed over ranks from before such a step to behind it."""
+BACKWARD_STEPS = 17
 
 _SCRATCH_ALIGNMENT = 16
 

@@ -23,6 +23,7 @@ from parallel_core.ops import training_layer as kernel
 from parallel_core.ops.fused import KINDS, takes_activation
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.ops.training_layer import LayerCall, LayerSizes
+from parallel_core.spans import span
 from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
@@ -219,21 +220,21 @@ class _PlainLayer(Function):
 def _run_backward(
     call: LayerCall, group: Group, array: np.ndarray, where: kernel.Places, shape: tuple[int, ...]
 ) -> None:
-    if group.size == 1:
-        return call.backward(0, kernel.BACKWARD_STEPS)
     first, size = 0, math.prod(shape)
-    for name, step in (("dnormed2", kernel.INPUT_OF_MLP), ("dnormed1", kernel.INPUT_OF_ATTENTION)):
+    for step in kernel.PARAMETER_STEPS:
         call.backward(first, step)
-        # The sum is under way while the gradients of the layer's weights are computed.
-        start = where.offsets[name] // 4
-        summed = group.all_reduce_start_(raw.on(array[start : start + size].reshape(shape)))
-        call.backward(step, step + 1)
-        total = summed.wait()
-        if total is not None:
+        summed, name = None, kernel.SUMS_BEFORE.get(step)
+        if name is not None and group.size > 1:
+            # The sum is under way while the gradients of the layer's weights are computed.
+            start = where.offsets[name] // 4
+            summed = group.all_reduce_start_(raw.on(array[start : start + size].reshape(shape)))
+        with span("weight-gradient"):
+            call.backward(step, step + 1)
+        total = None if summed is None else summed.wait()
+        if name is not None and total is not None:
             call.put_dnormed(name, total.data_ptr())
         first = step + 1
     call.backward(first, kernel.BACKWARD_STEPS)
-    return None
 
 
 class _Sums:
