@@ -63,7 +63,7 @@ class RecordedCalls:
         self._on_tape = self._possible and are_compiled() and not has_hooks(self._cell, self._parameters)
         self._cell.set_grad(records and not self._on_tape)
 
-    def call(self, entry: Tensor, start_again: Callable[[], None]) -> tuple[Tensor, TakeBack]:
+    def call(self, entry: Tensor, start_again: Callable[[], object]) -> tuple[Tensor, TakeBack]:
         """Return the cell's output, and what takes the call back.
 
         Args:

@@ -114,12 +114,8 @@ class PipelineStage:
         if self._forward_only:
             with no_grad():
                 return self._cell(entry)
-
-        def start_again() -> None:
-            self._cell.go_back()
-            self._before_forward(microbatch)
-
         self._cell.mark()
+        start_again = lambda: (self._cell.go_back(), self._before_forward(microbatch))  # noqa: E731
         output, self._in_flight[microbatch] = self._calls.call(entry, start_again)
         return output
 

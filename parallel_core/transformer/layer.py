@@ -120,17 +120,16 @@ class TransformerLayer(nn.Cell):
     def _add(
         self, branch: Tensor, bias: Tensor | None, residual: Tensor, post_norm: nn.Cell | None, which: str
     ) -> Tensor:
-        rate = self.rate()
-        seed = self.seeds(which, rate)
+        rate, seed = self.rate(), self.seeds(which)
         if post_norm is None:
             return ops.bias_dropout_add(branch, bias, residual, rate, seed)
         if bias is not None:
             branch = branch + ops.cast(bias, branch.dtype)
         return residual + ops.cast(post_norm(ops.dropout(branch, rate, seed)), residual.dtype)
 
-    def seeds(self, which: str, rate: float) -> tuple[int, int]:
+    def seeds(self, which: str) -> tuple[int, int]:
         """Return the seeds of the next dropout of a branch, attention or mlp."""
-        return self.streams.seeds(f"{self.name}.{which}_dropout", self.dropout_is_sharded) if rate else (0, 0)
+        return self.streams.seeds(f"{self.name}.{which}_dropout", self.dropout_is_sharded) if self.rate() else (0, 0)
 
     def rate(self) -> float:
         """Return the rate of the branches' dropout."""

@@ -109,7 +109,7 @@ class PlainLayer:
         options = attention.core_attention.options((S, B), document_start_BS)
         tables = () if attention.rotary is None else attention.rotary.tables(S)
         rate, start = layer.rate(), options["document_start_BS"]
-        seeds = (*options["dropout_seed"], *layer.seeds("attention", rate), *layer.seeds("mlp", rate))
+        seeds = (*options["dropout_seed"], *layer.seeds("attention"), *layer.seeds("mlp"))
         factors = layer.input_layernorm.eps, options["scale"] * options["softmax_coefficient"], options["dropout_rate"]
         key = hidden.shape, kernel.rounds_operands(S * B)
         if key not in self._sizes:

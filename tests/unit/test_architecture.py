@@ -34,7 +34,7 @@ LAYERS: dict[str, float] = {
     "ops": 3,
     "tape": 4,
     "autograd": 2,
-    "main_grad": 2,
+    "main_grad": 2.5,
     "comm": 4,
     "context": 5,
     "tensor_parallel": 6,
