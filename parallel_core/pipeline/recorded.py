@@ -63,12 +63,12 @@ class RecordedCalls:
         self._on_tape = self._possible and are_compiled() and not has_hooks(self._cell, self._parameters)
         self._cell.set_grad(records and not self._on_tape)
 
-    def call(self, entry: Tensor, start_again: Callable[[], object]) -> tuple[Tensor, TakeBack]:
+    def call(self, entry: Tensor, start_again: Sequence[Callable[[], None]]) -> tuple[Tensor, TakeBack]:
         """Return the cell's output, and what takes the call back.
 
         Args:
             entry: the input; another tensor for every call that is not taken back yet.
-            start_again: undoes what a call that was given up has changed.
+            start_again: called one after another, they undo what a call that was given up has changed.
         """
         if self._on_tape:
             try:
@@ -77,7 +77,8 @@ class RecordedCalls:
                 self._possible = self._on_tape = False
                 self._cell.set_grad(True)
                 logger.info("the model is recorded by MindSpore's autograd, because %s", reason)
-            start_again()
+            for undo in start_again:
+                undo()
         try:
             return self._cell(entry), lambda gradient: backward(self._cell, (entry,), self._parameters, gradient)[0][0]
         except BaseException:

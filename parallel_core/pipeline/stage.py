@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class PipelineStage:
             with no_grad():
                 return self._cell(entry)
         self._cell.mark()
-        start_again = lambda: (self._cell.go_back(), self._before_forward(microbatch))  # noqa: E731
+        start_again = (self._cell.go_back, partial(self._before_forward, microbatch))
         output, self._in_flight[microbatch] = self._calls.call(entry, start_again)
         return output
 
