@@ -35,6 +35,8 @@ from parallel_core.transformer.moe import router  # noqa: E402
 
 EXPERTS = ("pc_grouped_linear", "pc_grouped_linear_grad_input", "pc_grouped_linear_grad_weight")
 MATMULS = ("pc_linear", "pc_linear_grad_input", "pc_linear_grad_weight", *EXPERTS)
+PRODUCTS_IN_LAYERS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 2, 4, 5, 9, 10, 13, 14)}
+"""Steps of a layer that runs as one function that are products, or gradients of weights; see `ops.training_layer`."""
 ROUTING = {
     dispatch: ("permute", "for_ranks", "by_expert"),
     functions._TakeRows: ("forward", "backward"),
@@ -61,8 +63,16 @@ class Clocked:
             seconds[name] += time.perf_counter() - start
             return result
 
-        setattr(self, name, call)
-        return call
+        def call_steps(layer: Any, first: int, last: int) -> None:
+            for step in range(first, last):
+                start = time.perf_counter()
+                function(layer, step, step + 1)
+                seconds["pc_linear" if step in products else name] += time.perf_counter() - start
+
+        products = PRODUCTS_IN_LAYERS.get(name, ())
+        made: Any = call_steps if products else call
+        setattr(self, name, made)
+        return made
 
 
 class ClockedStage:
