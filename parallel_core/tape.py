@@ -218,12 +218,13 @@ class Tape:
         return result
 
     def _number(self, x: Tensor) -> int | None:
+        number = self._number_of.get(id(x))  # of a parameter, which lives as long as the tape
+        if number is not None:
+            return number
         place = getattr(x, "place_on_tape", None)
         if place is not None and place[0] == self._serial:
             return place[1]
-        if isinstance(x, Parameter) and (id(x) in self._number_of or not x.requires_grad):
-            return self._number_of.get(id(x))
-        if place is _CONSTANT or not x.is_floating_point():
+        if place is _CONSTANT or not x.is_floating_point() or (isinstance(x, Parameter) and not x.requires_grad):
             return None
         raise OffTape(f"an operator of MindSpore's made a tensor {x.dtype} {list(x.shape)}")
 
