@@ -358,17 +358,11 @@ Strides strides(const i64* s) { return {s[0], s[1], s[2]}; }
 
 // ---- one new token a sequence ---------------------------------------------------------------------------------------
 // Every sum runs in an order of its own position alone: vectors of kLanes partial sums, joined in one order.
-float joined(Vec sum) {
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
-}
-
 float dot(const float* a, const float* b, i64 D) {
   Vec sum{};
   i64 d = 0;
   for (; d + kLanes <= D; d += kLanes) sum += *reinterpret_cast<const Vec*>(a + d) * *reinterpret_cast<const Vec*>(b + d);
-  float total = joined(sum);
+  float total = sum_of(sum);
   for (; d < D; ++d) total += a[d] * b[d];
   return total;
 }

@@ -1,4 +1,4 @@
-// Shared by all kernels: fixed work partition, vector-friendly exp and erf, a counter-based random generator.
+// Shared by all kernels: fixed work partition, vectors and their exp, a counter-based random generator.
 // Everything is float32 and row-major; sizes are int64. Results depend on the number of shares (of threads, unless it is
 // fixed), never on timing.
 #pragma once
@@ -62,6 +62,51 @@ inline const Vec& vec(const float* x) { return *reinterpret_cast<const Vec*>(x);
 
 inline i64 padded(i64 n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// How a vector is read and written: whole, or the first n numbers of it, with `other` in the place of the others.
+struct Whole {
+  Vec load(const float* from, float = 0.0f) const { return vec(from); }
+  void store(float* to, Vec x) const { vec(to) = x; }
+};
+struct First {
+  i64 n;
+  Vec load(const float* from, float other = 0.0f) const {
+    Vec x = Vec{} + other;
+    std::memcpy(&x, from, static_cast<size_t>(n) * sizeof(float));
+    return x;
+  }
+  void store(float* to, Vec x) const { std::memcpy(to, &x, static_cast<size_t>(n) * sizeof(float)); }
+};
+
+// Calls body(i, io) for every vector of n numbers, where io reads and writes it. A loop over floats that the compiler
+// turns into vectors is slower where it has conditions: these become masks and branches of all that follows.
+template <class Body>
+inline void by_vectors(i64 n, Body body) {
+  i64 i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Whole());
+  if (i < n) body(i, First{n - i});
+}
+
+// The sum of n lanes, a power of two: of halves, of their halves ...
+template <int n>
+inline float sum_of(const float* lanes) {
+  typedef float Half __attribute__((vector_size(n * 2), aligned(4), may_alias));
+  const Half sum = *reinterpret_cast<const Half*>(lanes) + *reinterpret_cast<const Half*>(lanes + n / 2);
+  float sums[n / 2];
+  std::memcpy(sums, &sum, sizeof(sum));
+  return sum_of<n / 2>(sums);
+}
+template <>
+inline float sum_of<1>(const float* lanes) {
+  return *lanes;
+}
+inline float sum_of(Vec x) { return sum_of<kLanes>(reinterpret_cast<const float*>(&x)); }
+
+// out[i] = f(in[i] ...) for n numbers.
+template <class Function, class... In>
+inline void map(i64 n, float* out, Function f, const In*... in) {
+  by_vectors(n, [&](i64 i, auto io) { io.store(out + i, f(io.load(in + i)...)); });
+}
+
 // exp(x) for x <= 88 (larger arguments give exp(88)), 0 below -87.3; about 1 ulp. NaN stays NaN.
 // For a float or a Vec, with words as wide.
 template <class Float, class Word>
@@ -72,12 +117,9 @@ inline Float exp_of(Float x) {
   const Float shifted = clamped * 1.44269504f + magic;
   const Float n = shifted - magic;
   const Float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-  Float p = r * 1.98756912e-4f + 1.39819994e-3f;
-  p = p * r + 8.33345205e-3f;
-  p = p * r + 4.16657962e-2f;
-  p = p * r + 1.66666657e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
+  const Float square = r * r;  // the polynomial in parts that need not wait for each other
+  const Float high = r * 1.98756912e-4f + 1.39819994e-3f, middle = r * 8.33345205e-3f + 4.16657962e-2f;
+  const Float p = ((high * square + middle) * square + (r * 1.66666657e-1f + 0.5f)) * square + r + 1.0f;
   Word bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 23) + 0x3f800000u;
@@ -89,27 +131,7 @@ inline Float exp_of(Float x) {
 inline float fast_exp(float x) { return exp_of<float, u32>(x); }
 inline Vec fast_exp(Vec x) { return exp_of<Vec, WordVec>(x); }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
-
-// The standard normal distribution at x, and exp(-x^2 / 2).
-// erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + 0.4 z): P is a least-squares fit of degree 8, relative error 6e-8.
-inline float normal_cdf(float x, float* exp_half_square) {
-  const float z = std::fabs(x) * 0.70710678f;
-  const float t = 1.0f / (1.0f + 0.4f * z);
-  float p = 0.041257817f;
-  p = p * t - 0.14034204f;
-  p = p * t + 0.084033407f;
-  p = p * t + 0.087912902f;
-  p = p * t + 0.079790972f;
-  p = p * t + 0.19337903f;
-  p = p * t + 0.20189106f;
-  p = p * t + 0.22644265f;
-  p = p * t + 0.22563426f;
-  const float e = fast_exp(-z * z);
-  *exp_half_square = e;
-  const float tail = 0.5f * e * t * p;
-  return x > 0.0f ? 1.0f - tail : tail;
-}
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 // 0, 1, 2, ...
 inline WordVec lane_numbers() {

@@ -92,8 +92,8 @@ PC_API void pc_layer_norm(const float* x, const float* w, const float* b, float*
       }
       const float e = rest * share_of_one;
       // Of equal elements the difference may round to less than nothing.
-      const float variance = std::fmax(square * share_of_one - e * e, 0.0f);
-      const float s = 1.0f / std::sqrt(variance + eps);
+      const float variance = square * share_of_one - e * e;
+      const float s = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps);
 #pragma omp simd
       for (i64 h = 0; h < H; ++h) out[h] = ((row[h] - m) * s - e * s) * w[h] + b[h];
       mean[t] = m;

@@ -2,8 +2,31 @@
 #include "common.h"
 
 namespace {
+
 using namespace pc;
-}
+
+// The largest logit and the sum of exponentials relative to it, of each lane's logits so far: a row is read once.
+struct Softmax {
+  Vec top = Vec{} - INFINITY, exps{}, total{};
+
+  // Takes in at most kBlock logits; sums of blocks are added up, so that rounding grows with the blocks, not the logits.
+  static constexpr i64 kBlock = 32 * kLanes;
+  void take(const float* logits, i64 n) {
+    const Vec before = top;
+    Vec sum{}, block{};
+    by_vectors(n, [&](i64 v, auto io) {
+      const Vec x = io.load(logits + v, -INFINITY);
+      top = x > top ? x : top;
+      sum += io.load(logits + v);
+    });
+    const Vec shift = top == -INFINITY ? Vec{} : top;
+    by_vectors(n, [&](i64 v, auto io) { block += fast_exp(io.load(logits + v, -INFINITY) - shift); });
+    exps = exps * fast_exp(before - shift) + block;
+    total += sum;
+  }
+};
+
+}  // namespace
 
 // `sums` [3, T]: of exp(logit - largest), the target's logit, of the logits.
 PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, float* largest, float* sums, i64 T, i64 V,
@@ -12,19 +35,15 @@ PC_API void pc_vocab_statistics(const float* logits, const int32_t* target, floa
     const Range r = share(T, part, parts);
     for (i64 t = r.begin; t < r.end; ++t) {
       const float* row = logits + t * V;
-      float top = row[0], sum = 0.0f, exps = 0.0f;
-#pragma omp simd reduction(max : top) reduction(+ : sum)
-      for (i64 v = 0; v < V; ++v) {
-        top = row[v] > top ? row[v] : top;
-        sum += row[v];
-      }
-#pragma omp simd reduction(+ : exps)
-      for (i64 v = 0; v < V; ++v) exps += fast_exp(row[v] - top);
+      Softmax lanes;
+      for (i64 v = 0; v < V; v += Softmax::kBlock) lanes.take(row + v, V - v < Softmax::kBlock ? V - v : Softmax::kBlock);
+      float top = lanes.top[0];
+      for (int l = 1; l < kLanes; ++l) top = lanes.top[l] > top ? lanes.top[l] : top;
       const i64 at = target[t] - first_row;
       largest[t] = top;
-      sums[t] = exps;
+      sums[t] = sum_of(lanes.exps * fast_exp(lanes.top - top));
       sums[T + t] = at >= 0 && at < V ? row[at] : 0.0f;
-      sums[2 * T + t] = sum;
+      sums[2 * T + t] = sum_of(lanes.total);
     }
   }, kPieces);
 }
@@ -50,10 +69,9 @@ PC_API void pc_vocab_grad_logits(const float* logits, const float* log_sum_exp, 
   parallel(T * V, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     for (i64 t = r.begin; t < r.end; ++t) {
-      const float *row = logits + t * V, lse = log_sum_exp[t], d = target[t] < 0 ? 0.0f : dloss[t];
+      const float lse = log_sum_exp[t], d = target[t] < 0 ? 0.0f : dloss[t];
       float* out = grad + t * V;
-#pragma omp simd
-      for (i64 v = 0; v < V; ++v) out[v] = (fast_exp(row[v] - lse) - uniform_weight) * d;
+      map(V, out, [=](Vec x) { return (fast_exp(x - lse) - uniform_weight) * d; }, logits + t * V);
       const i64 at = target[t] - first_row;
       if (at >= 0 && at < V) out[at] -= target_weight * d;
     }

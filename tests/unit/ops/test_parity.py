@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from unittest import mock
 
 import mindspore as ms
@@ -163,6 +164,19 @@ def test_activations_far_from_zero():
         got = ops.activation(x, None, name).asnumpy()
         np.testing.assert_allclose(got, reference.activation(x, None, name).asnumpy(), rtol=1e-6, atol=1e-6)
     assert np.isnan(ops.activation(Tensor(np.full(20, np.nan, np.float32)), None, "gelu").asnumpy()).all()
+
+
+def test_gelu_is_near_the_exact_one_everywhere():
+    """Polynomials stand for the normal distribution: their ends, and every place between, against float64."""
+    x = np.linspace(-9, 9, 200_001).astype(np.float32)
+    exact = x.astype(np.float64)
+    cdf = np.array([0.5 * math.erfc(-a / math.sqrt(2)) for a in exact])
+    slope = cdf + exact * np.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
+    value, (gradient,) = run(lambda a: ops.activation(a, None, "gelu"), [x], np.ones_like(x))
+    assert (np.abs(value.asnumpy() - exact * cdf) <= 4e-7 * np.maximum(np.abs(exact), 0.1)).all()
+    assert np.abs(gradient.asnumpy() - slope).max() <= 1e-6
+    ends = ops.activation(Tensor(np.array([-np.inf, np.inf, np.nan], np.float32)), None, "gelu").asnumpy()
+    np.testing.assert_array_equal(ends, [np.nan, np.inf, np.nan])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -527,6 +541,21 @@ def test_vocabulary(sizes):
         exact[np.flatnonzero(inside), rows[inside]] -= 1.0 - smoothing
         exact[target.asnumpy() < 0] = 0.0
         close(got, Tensor((exact * dloss.asnumpy()[:, None]).astype(np.float32)), floor=floor)
+
+
+@compares("vocab_statistics")
+def test_vocabulary_with_logits_that_are_no_numbers():
+    """Runs of -infinity, longer than a vector and than a block of them, count nothing; NaN stays."""
+    rng = np.random.default_rng(0)
+    logits, target = 300 * array(rng, 4, 1500), Tensor(np.zeros(4, np.int32))
+    logits[0, :700] = logits[1, 700:] = logits[2, 1::2] = -np.inf
+    logits[3, 9] = np.nan
+    largest, (sum_exp, _, total) = (x.asnumpy() for x in ops.vocab_statistics(Tensor(logits), target, 0))
+    exact = logits[:3].astype(np.float64)
+    np.testing.assert_array_equal(largest[:3], logits[:3].max(1))
+    np.testing.assert_allclose(sum_exp[:3], np.exp(exact - exact.max(1, keepdims=True)).sum(1), rtol=1e-6)
+    np.testing.assert_array_equal(total[:3], -np.inf)
+    assert np.isnan(sum_exp[3]) and np.isnan(total[3])
 
 
 def test_non_contiguous_inputs():
