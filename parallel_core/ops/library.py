@@ -26,9 +26,6 @@ _declared: dict[str, tuple[list[Any], Any]] = {}
 lib: Any = SimpleNamespace()
 """The declared C functions as attributes, from `load` on."""
 
-KEPT_MEMORY_BYTES = 1 << 28
-"""Freed memory that stays in the process for the next step instead of returning to the system."""
-
 _loaded: ctypes.CDLL | None = None
 _threads = 1
 
@@ -45,7 +42,6 @@ def declare(name: str, arguments: str, returns: Any = None) -> None:
 
 
 declare("pc_init", "IP")
-declare("pc_keep_freed_memory", "L")
 declare("pc_open_onednn", "PI", returns=c_int)
 declare("pc_use_bf16_products", "I", returns=c_int)
 declare("pc_fix_shares", "I")
@@ -75,8 +71,30 @@ def start(num_threads: int) -> bool:
     _threads = num_threads
     lib.pc_init(num_threads, sgemm)
     _opens_onednn(_FLOAT32)
-    lib.pc_keep_freed_memory(KEPT_MEMORY_BYTES)
+    keep_freed_memory()
     return bool(sgemm)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+"""Option numbers of glibc's mallopt."""
+
+KEPT_MEMORY_BYTES = 1 << 30
+"""Freed memory that stays in the process for the next step instead of returning to the system."""
+
+
+def keep_freed_memory() -> None:
+    """Make the C allocator reuse what tensors free instead of returning it to the kernel at once.
+
+    With glibc's defaults every large activation is mapped and unmapped anew: a page fault for every page of it, and its
+    zeros to write, which takes a twentieth of a step where logits have 200 MB.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library: only slower
+    for option, value in ((_M_MMAP_THRESHOLD, KEPT_MEMORY_BYTES), (_M_TRIM_THRESHOLD, KEPT_MEMORY_BYTES)):
+        mallopt(option, value)
+    mallopt(_M_TOP_PAD, 1 << 24)
 
 
 def share_alike(alike: bool) -> None:

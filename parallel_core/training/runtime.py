@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from dataclasses import replace
@@ -16,7 +15,7 @@ from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.environment import MEMORY_VARIABLE
 from parallel_core.ops import use_kernels
-from parallel_core.ops.library import default_threads
+from parallel_core.ops.library import default_threads, keep_freed_memory
 from parallel_core.ops.selection import PLAIN
 from parallel_core.ops.thread_pool import limit_threads
 
@@ -45,7 +44,7 @@ def start_runtime(
     limit_device_memory(max_device_memory or os.environ.get(MEMORY_VARIABLE, ""))
     if target == "CPU":
         ms.set_context(pynative_synchronize=True)
-        _keep_freed_memory()
+        keep_freed_memory()
     size = int(os.environ.get("MS_WORKER_NUM", "1"))
     if target == "CPU" and (size == 1 or meeting() is not None):
         if limit:  # without a meeting, joining does it
@@ -75,23 +74,6 @@ def limit_device_memory(size: str) -> str | None:
 @functools.cache  # MindSpore takes it once
 def _set_memory(size: str) -> None:
     ms.runtime.set_memory(max_size=size)
-
-
-def _keep_freed_memory() -> None:
-    """Make the C allocator reuse what tensors free instead of returning it to the kernel at once.
-
-    With glibc's defaults every large activation is mapped and unmapped anew; reuse halves the system time of a run.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library: only slower
-    for option, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 1 << 24)):
-        mallopt(option, value)
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-"""Option numbers of glibc's mallopt."""
 
 
 def start_context(config: AllConfig, rank: int, world_size: int) -> ParallelContext:

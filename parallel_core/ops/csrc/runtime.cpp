@@ -1,6 +1,5 @@
 // The worker threads, and what the kernels take from outside.
 #include <linux/futex.h>
-#include <malloc.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -115,9 +114,3 @@ PC_API void pc_init(int threads, void* sgemm) {
 }
 
 PC_API void pc_fix_shares(int shares) { pc::fixed_shares = shares; }
-
-// Freed buffers stay in the process up to `bytes`: a fresh mapping costs a page fault for every 4 KiB at first touch.
-PC_API void pc_keep_freed_memory(int64_t bytes) {
-  mallopt(M_MMAP_THRESHOLD, static_cast<int>(bytes));
-  mallopt(M_TRIM_THRESHOLD, static_cast<int>(bytes));
-}
