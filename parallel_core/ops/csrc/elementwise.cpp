@@ -1,4 +1,5 @@
 // Bias + activation, rotary positions, dropout and bias + dropout + residual.
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
@@ -204,11 +205,37 @@ PC_API void pc_latent_heads(float* q, float* kv, float* k_pos, float* query, flo
   });
 }
 
+namespace {
+
+// Turns the `pairs` pairs at p = i * step and p + apart, or turns them back. With a constant step they are vectors.
+template <class Step>
+void rotate(Step step, i64 apart, const float* in, const float* c, const float* s, float* out, i64 pairs, bool back) {
+  if (back) {
+#pragma omp simd
+    for (i64 i = 0; i < pairs; ++i) {
+      const i64 p = i * step, q = p + apart;
+      const float a = in[p], b = in[q];
+      out[p] = a * c[p] + b * s[q];
+      out[q] = b * c[q] - a * s[p];
+    }
+  } else {
+#pragma omp simd
+    for (i64 i = 0; i < pairs; ++i) {
+      const i64 p = i * step, q = p + apart;
+      const float a = in[p], b = in[q];
+      out[p] = a * c[p] - b * s[p];
+      out[q] = b * c[q] + a * s[q];
+    }
+  }
+}
+
+}  // namespace
+
 // Rotates the first R of D dims of x [S, B, N, D] by cos and sin [S, 1 or B, R]; `inverse` applies the transpose.
 // Of every `period` heads the last is copied as it is (the values among packed queries, keys and values); 0: of none.
 PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float* y, i64 S, i64 B, i64 N, i64 D, i64 R,
                       int per_batch, int interleaved, int inverse, i64 period) {
-  const i64 half = R / 2, low = interleaved ? 2 : 1, high = interleaved ? 1 : half;
+  const i64 half = R / 2;
   parallel(S * B * N * D, [&](int part, int parts) {
     const Range r = share(S * B, part, parts);
     for (i64 sb = r.begin; sb < r.end; ++sb) {
@@ -221,19 +248,10 @@ PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float*
           std::memcpy(out, in, static_cast<size_t>(D) * sizeof(float));
           continue;
         }
-        if (inverse) {
-          for (i64 i = 0; i < half; ++i) {
-            const i64 p = i * low, q = p + high;
-            out[p] = in[p] * c[p] + in[q] * s[q];
-            out[q] = in[q] * c[q] - in[p] * s[p];
-          }
-        } else {
-          for (i64 i = 0; i < half; ++i) {
-            const i64 p = i * low, q = p + high;
-            out[p] = in[p] * c[p] - in[q] * s[p];
-            out[q] = in[q] * c[q] + in[p] * s[q];
-          }
-        }
+        if (interleaved)
+          rotate(std::integral_constant<int, 2>(), i64{1}, in, c, s, out, half, inverse != 0);
+        else
+          rotate(std::integral_constant<int, 1>(), half, in, c, s, out, half, inverse != 0);
         std::memcpy(out + R, in + R, static_cast<size_t>(D - R) * sizeof(float));
       }
     }
