@@ -19,11 +19,11 @@ from mindspore.ops.composite import GradOperation
 __all__ = [
     "Function",
     "applied_by",
+    "applies",
     "backward",
     "forward_only",
     "in_inner_backward",
     "inner_backward",
-    "is_applied_otherwise",
     "no_grad",
     "records_gradients",
     "run_forward",
@@ -54,9 +54,9 @@ class Function(_Function):
         return super().apply(*args) if _this_thread.apply is None else _this_thread.apply(cls, args)
 
 
-def is_applied_otherwise() -> bool:
-    """Return whether this thread is inside `applied_by`."""
-    return _this_thread.apply is not None
+def applies() -> Callable[[type[Function], tuple[Any, ...]], Any] | None:
+    """Return what this thread is inside of `applied_by`, or None."""
+    return _this_thread.apply
 
 
 @contextmanager

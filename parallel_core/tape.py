@@ -20,8 +20,8 @@ from parallel_core import ops
 from parallel_core.autograd import (
     Function,
     applied_by,
+    applies,
     inner_backward,
-    is_applied_otherwise,
     no_grad,
     records_gradients,
     run_forward,
@@ -38,6 +38,7 @@ __all__ = [
     "is_known",
     "is_on_tape",
     "reshaped",
+    "takes_notes",
 ]
 
 
@@ -123,7 +124,7 @@ _register_hook = Tensor.register_hook
 
 
 def _note_hook(x: Tensor, hook: Any) -> Any:
-    if is_applied_otherwise():
+    if takes_notes():
         raise OffTape("a hook is put on a tensor")
     x.num_hooks = getattr(x, "num_hooks", 0) + 1
     return _register_hook(x, hook)
@@ -308,6 +309,11 @@ def gradients_again(
             _off_tape.add(code)
     with repeated():
         return inner_backward(function, inputs, parameters, grad_output)
+
+
+def takes_notes() -> bool:
+    """Return whether the functions that this thread calls go on a tape."""
+    return isinstance(getattr(applies(), "__self__", None), Tape)
 
 
 class _AsOne(Function):

@@ -56,11 +56,12 @@ class RecordedCalls:
 
     def __init__(self, cell: nn.Cell, parameters: Sequence[Parameter]) -> None:
         self._cell, self._parameters = cell, parameters
-        self._possible, self._on_tape = is_known(cell), False
+        self._possible, self._on_tape = True, False
 
     def start_iteration(self, *, records: bool) -> None:
-        """Look whether hooks have come or gone; `records` says whether calls are to be taken back."""
-        self._on_tape = self._possible and are_compiled() and not has_hooks(self._cell, self._parameters)
+        """Look whether hooks or modules have come or gone; `records` says whether calls are to be taken back."""
+        possible = self._possible and are_compiled() and is_known(self._cell)
+        self._on_tape = possible and not has_hooks(self._cell, self._parameters)
         self._cell.set_grad(records and not self._on_tape)
 
     def call(self, entry: Tensor, start_again: Sequence[Callable[[], None]]) -> tuple[Tensor, TakeBack]:
@@ -91,7 +92,7 @@ class RecordedCalls:
 
         def take_back(gradient: Tensor) -> Tensor:
             (of_entry,), _ = tape.backward(gradient, _deliver)
-            return entry if of_entry is None else of_entry  # a first stage's entry is a stand-in, as is its gradient
+            return _zeros(entry) if of_entry is None else of_entry
 
         return output, take_back
 
@@ -102,6 +103,10 @@ def _deliver(parameter: Parameter, gradient: Tensor | None) -> None:
             completed()
         return
     if gradient is None:  # what the output does not depend on has a gradient of zeros, as in MindSpore's autograd
-        gradient = Tensor(np.zeros(parameter.shape, np.float32), parameter.dtype)
+        gradient = _zeros(parameter)
     for receive in getattr(parameter, "receivers", ()):
         receive(gradient)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return Tensor(np.zeros(x.shape, np.float32), x.dtype)

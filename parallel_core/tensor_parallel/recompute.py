@@ -11,7 +11,7 @@ from typing import Any
 
 from mindspore import Parameter, Tensor
 
-from parallel_core.autograd import Function, inner_backward, is_applied_otherwise, no_grad
+from parallel_core.autograd import Function, applies, inner_backward, no_grad
 from parallel_core.tape import gradients_again
 from parallel_core.tensor_parallel.random import RandomStreams
 
@@ -40,7 +40,7 @@ class _Recompute(Function):
     ) -> Tensor:
         inputs = tensors[:num_inputs]
         ctx.function, ctx.streams, ctx.state = function, streams, streams.get_state()
-        ctx.parameters, ctx.on_tape = tensors[num_inputs:], is_applied_otherwise()
+        ctx.parameters, ctx.on_tape = tensors[num_inputs:], applies() is not None
         ctx.save_for_backward(*inputs)
         with no_grad():
             return function(*inputs)

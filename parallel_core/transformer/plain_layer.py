@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from parallel_core import ops
-from parallel_core.autograd import Function, is_applied_otherwise
+from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.deferral import is_deferring
@@ -24,7 +24,7 @@ from parallel_core.ops.fused import KINDS, takes_activation
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.ops.training_layer import LayerCall, LayerSizes
 from parallel_core.spans import span
-from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape
+from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape, takes_notes
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
@@ -72,7 +72,7 @@ class PlainLayer:
         if not self._possible or more or hidden.dtype != ms.float32 or not ops.are_compiled():
             return False
         # A tape has looked for hooks before.
-        return is_applied_otherwise() or not has_hooks(self._layer, self._parameters)
+        return takes_notes() or not has_hooks(self._layer, self._parameters)
 
     def _parts(self) -> list[nn.Cell]:
         layer = self._layer

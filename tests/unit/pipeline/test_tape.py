@@ -13,7 +13,7 @@ import pytest
 from mindspore import Tensor, mint, nn
 
 from parallel_core import ops, tape
-from parallel_core.autograd import Function
+from parallel_core.autograd import Function, forward_only
 from parallel_core.comm.interface import SoloGroup
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
@@ -290,6 +290,39 @@ def test_hooks_are_called(where: str) -> None:
         norm.register_forward_hook(lambda _, __, output: output.register_hook(lambda g: (note(), g)[1]) and None)
     Run(model)
     assert len(called) == 2
+
+
+def test_hooks_are_called_where_nothing_is_recorded() -> None:
+    """As in generation, where a hook may also be put on a tensor, in vain as in any pass that is not taken back."""
+    model, called = make_model({}), []
+    norm = model.decoder.layers[0].input_layernorm
+    norm.register_forward_hook(lambda _, __, output: called.append(output.register_hook(lambda g: g)))
+    batch = next(batches(1))
+    with forward_only():
+        model(batch["tokens"], None, None, batch["labels"])
+    assert len(called) == 1
+
+
+class Ignores(nn.Cell):
+    """A stage whose output is its own parameter, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = ms.Parameter(np.ones(3, np.float32), name="weight")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.bias_dropout_add(self.weight, None, self.weight, 0.0, (0, 0))
+
+
+def test_an_input_that_nothing_depends_on_has_a_gradient_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "is_known", lambda cell: True)
+    cell, got = Ignores(), []
+    on_gradient(cell.weight, lambda gradient: got.append(gradient.asnumpy().tolist()))
+    calls = recorded.RecordedCalls(cell, [cell.weight])
+    calls.start_iteration(records=True)
+    _, take_back = calls.call(Tensor(np.full(5, 7.0, np.float32)), ())
+    assert take_back(Tensor(np.ones(3, np.float32))).asnumpy().tolist() == [0.0] * 5
+    assert got == [[2.0] * 3]
 
 
 class Double(Function):
