@@ -58,7 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 8,
         "moe_shared_expert_gate": True,
     },
-    "capacity": {"num_experts": 4, "moe_ffn_hidden_size": 8, "moe_expert_capacity_factor": 0.75},
+    # Of a width at which no two tokens are within rounding of each other where one of them is the last to be taken.
+    "capacity": {"num_experts": 4, "moe_ffn_hidden_size": 16, "moe_expert_capacity_factor": 0.75},
     "padded": {
         "num_experts": 4,
         "moe_ffn_hidden_size": 8,
