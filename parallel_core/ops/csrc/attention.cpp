@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "gemm.h"
+#include "kernels.h"
 
 namespace {
 

@@ -1,5 +1,6 @@
 // Linear layers: products by oneDNN, shared between threads along the longer dim; no transposed copies.
 #include "gemm.h"
+#include "kernels.h"
 #include "matmul.h"
 
 namespace {
