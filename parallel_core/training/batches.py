@@ -128,8 +128,8 @@ class BatchSource:
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:
-        if ((tokens < 0) | (tokens >= self._vocab_size)).any():
-            low, high = int(tokens.min()), int(tokens.max())
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._vocab_size:
             raise DataError(
                 f"the data holds token {high if high >= self._vocab_size else low}, outside the model's vocabulary of "
                 f"{self._vocab_size}; it was made with another tokenizer: give the right --tokenizer-model, "
