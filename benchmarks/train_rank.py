@@ -28,6 +28,7 @@ from parallel_core.comm import shm  # noqa: E402
 from parallel_core.expert_parallel import dispatch, functions  # noqa: E402
 from parallel_core.launch.entry import run_as_rank  # noqa: E402
 from parallel_core.ops import build, library  # noqa: E402
+from parallel_core.ops.training_layer import PRODUCT_STEPS  # noqa: E402
 from parallel_core.pipeline.executor import run_steps  # noqa: E402
 from parallel_core.training import step as training_step  # noqa: E402
 from parallel_core.training.step import TrainingStep  # noqa: E402
@@ -35,8 +36,6 @@ from parallel_core.transformer.moe import router  # noqa: E402
 
 EXPERTS = ("pc_grouped_linear", "pc_grouped_linear_grad_input", "pc_grouped_linear_grad_weight")
 MATMULS = ("pc_linear", "pc_linear_grad_input", "pc_linear_grad_weight", *EXPERTS)
-PRODUCTS_IN_LAYERS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 2, 4, 5, 9, 10, 13, 14)}
-"""Steps of a layer that runs as one function that are products, or gradients of weights; see `ops.training_layer`."""
 ROUTING = {
     dispatch: ("permute", "for_ranks", "by_expert"),
     functions._TakeRows: ("forward", "backward"),
@@ -69,7 +68,7 @@ class Clocked:
                 function(layer, step, step + 1)
                 seconds["pc_linear" if step in products else name] += time.perf_counter() - start
 
-        products = PRODUCTS_IN_LAYERS.get(name, ())
+        products = PRODUCT_STEPS.get(name, ())
         made: Any = call_steps if products else call
         setattr(self, name, made)
         return made

@@ -82,7 +82,7 @@ def _forget(function: type[Function], args: tuple[Any, ...]) -> Any:
 
 def run_forward(function: type[Function], context: Any, args: tuple[Any, ...]) -> Any:
     """Return what a function's forward pass gives; functions that it calls itself are not recorded."""
-    before, _this_thread.apply = _this_thread.apply, _forget
+    before, _this_thread.apply = _this_thread.apply, _forget  # as `applied_by`, without a generator for each kernel
     try:
         return function.forward(context, *args)
     finally:

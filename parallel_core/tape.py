@@ -1,9 +1,9 @@
-"""Several functions recorded as one: MindSpore's autograd is called once for a layer, not once for each of its kernels.
+"""Functions that are noted and taken back without MindSpore's autograd, or recorded by it as one.
 
-The modules of a layer run as they stand. While they do, every `autograd.Function` notes itself on a tape instead of
-being handed to MindSpore, which is then given one function for all of them; its backward pass walks the tape. What is
-not a `Function`, an operator of MindSpore's, leaves nothing on a tape. So a tensor that a function takes must be an
-input, a parameter or on the tape; otherwise the tape refuses, and the caller records function by function.
+The modules of a stage or of a layer run as they stand. While they do, every `autograd.Function` notes itself on a tape
+instead of being handed to MindSpore, and the backward pass walks the tape. What is not a `Function`, an operator of
+MindSpore's, leaves nothing on a tape. So a tensor that a function takes must be an input, a parameter or on the tape;
+otherwise the tape refuses, and the caller has MindSpore record function by function.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from typing import Any
 
 from parallel_core.ops import build
 
-_FLOAT32, _BFLOAT16 = 0, 1
-"""As csrc/half.h numbers them."""
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+"""Numbers by which csrc/half.h knows types."""
 
 _TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
 
@@ -70,7 +70,7 @@ def start(num_threads: int) -> bool:
     sgemm = None if path is None else ctypes.cast(ctypes.CDLL(str(path)).dnnl_sgemm, c_void_p).value
     _threads = num_threads
     lib.pc_init(num_threads, sgemm)
-    _opens_onednn(_FLOAT32)
+    _opens_onednn("float32")
     keep_freed_memory()
     return bool(sgemm)
 
@@ -111,7 +111,7 @@ def use_bf16_products(use: bool) -> bool:
 
     They do where the CPU multiplies such numbers faster than float32 ones, and oneDNN does it.
     """
-    use = use and _multiplies_bf16() and _opens_onednn(_BFLOAT16)
+    use = use and _multiplies_bf16() and _opens_onednn("bfloat16")
     lib.pc_use_bf16_products(use)
     return use
 
@@ -157,10 +157,10 @@ def default_threads() -> int:
     return max(1, cores // max(1, int(workers) if workers.isdigit() else 1))
 
 
-def _opens_onednn(kind: int) -> bool:
+def _opens_onednn(kind: str) -> bool:
     """Open oneDNN's matmul primitive; return whether it multiplies numbers of a kind."""
     path = _onednn_path()
-    return path is not None and bool(lib.pc_open_onednn(os.fsencode(path), kind))
+    return path is not None and bool(lib.pc_open_onednn(os.fsencode(path), KINDS[kind]))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.ops import reference
+from parallel_core.ops import library, reference
 from parallel_core.ops.library import declare, lib
 from parallel_core.ops.registry import compiled
 
@@ -35,9 +35,8 @@ def array_of(x: Tensor) -> np.ndarray:
     return x.asnumpy() if array is None or x.data_ptr() != address else array
 
 
-KINDS = {ms.float32: 0, ms.bfloat16: 1, ms.float16: 2}
-"""Numbers by which csrc/half.h knows the types of tensors."""
-_ARRAY_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+KINDS = {getattr(ms, name): kind for name, kind in library.KINDS.items()}
+"""As `library.KINDS`, by the types of tensors."""
 
 declare("pc_convert", "PIPIL")
 declare("pc_add_halves", "PIPIL")
@@ -312,7 +311,7 @@ def _sum_of_squares(flat: np.ndarray) -> float:
 @compiled(reference.add_, halves=["into", "values"])
 def _add_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
-    kinds = _ARRAY_KINDS[into.dtype.name], KINDS[values.dtype]
+    kinds = library.KINDS[into.dtype.name], KINDS[values.dtype]
     if kinds == (0, 0):
         lib.pc_add(into.ctypes.data, values.data_ptr(), into.size)
     else:
@@ -322,7 +321,7 @@ def _add_(into: np.ndarray, values: Tensor) -> None:
 @compiled(reference.write_, halves=["into", "values"])
 def _write_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
-    kinds = _ARRAY_KINDS[into.dtype.name], KINDS[values.dtype]
+    kinds = library.KINDS[into.dtype.name], KINDS[values.dtype]
     if kinds[0] == kinds[1]:
         ctypes.memmove(into.ctypes.data, values.data_ptr(), into.nbytes)
     else:
@@ -331,7 +330,7 @@ def _write_(into: np.ndarray, values: Tensor) -> None:
 
 @compiled(reference.copy_, halves=["into", "values"])
 def _copy_(into: np.ndarray, values: np.ndarray) -> None:
-    kinds = _ARRAY_KINDS[values.dtype.name], _ARRAY_KINDS[into.dtype.name]
+    kinds = library.KINDS[values.dtype.name], library.KINDS[into.dtype.name]
     if kinds[0] == kinds[1]:
         ctypes.memmove(into.ctypes.data, values.ctypes.data, into.nbytes)
     else:
@@ -340,7 +339,7 @@ def _copy_(into: np.ndarray, values: np.ndarray) -> None:
 
 @compiled(reference.scale_, halves=["into"])
 def _scale_(into: np.ndarray, factor: float) -> None:
-    lib.pc_scale(into.ctypes.data, _ARRAY_KINDS[into.dtype.name], factor, into.size)
+    lib.pc_scale(into.ctypes.data, library.KINDS[into.dtype.name], factor, into.size)
 
 
 @compiled(reference.adam_)

@@ -1,4 +1,4 @@
-"""A whole layer's forward and backward pass over memory: two C calls in place of three dozen kernels' callers.
+"""A whole layer's forward and backward pass over memory: one and nine C calls in place of the callers of its kernels.
 
 The steps are the kernels that the layer's modules call, in their order, so the results are the same to the bit. Between
 two steps a caller can put a sum over ranks.
@@ -24,6 +24,8 @@ ATTENDED, FED, FORWARD_STEPS = 5, 10, 11
 """Steps of the forward pass before which what attention gives, or the MLP, is summed over ranks; and all steps."""
 PARAMETER_STEPS = (2, 5, 10, 14)
 """Steps of the backward pass that are the gradients of fc2, fc1, the projection, and of queries, keys and values."""
+PRODUCT_STEPS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 4, 9, 13, *PARAMETER_STEPS)}
+"""Steps of either pass that multiply matrices."""
 SUMS_BEFORE = {5: "dnormed2", 14: "dnormed1"}
 """What is summed over ranks from before such a step to behind it."""
 BACKWARD_STEPS = 17
@@ -148,8 +150,7 @@ _ROUNDED = ("rounded normed1", "rounded context", "rounded normed2", "rounded ac
 _DY = _X + 1 + len(_FORWARD)
 _GRADIENTS = _DY + 1 + len(_BACKWARD) + 2
 _LENGTH = _GRADIENTS + 24
-_ATTENDED, _FED = (_X + 1 + _FORWARD.index(name) for name in ("attended", "fed"))
-_DNORMED = {name: _DY + 1 + _BACKWARD.index(name) for name in ("dnormed2", "dnormed1")}
+_FIELDS = dict(zip(_FORWARD, range(_X + 1, _DY))) | dict(zip(_BACKWARD, range(_DY + 1, _GRADIENTS)))
 
 
 @functools.cache
@@ -213,13 +214,9 @@ class LayerCall:
         """Run the steps [first, last)."""
         lib.pc_layer_forward(self._fields, first, last)
 
-    def put_attended(self, address: int) -> None:
-        """Say where the sum over ranks of what attention gives stands."""
-        self._fields[_ATTENDED] = address
-
-    def put_fed(self, address: int) -> None:
-        """Say where the sum over ranks of what the MLP gives stands."""
-        self._fields[_FED] = address
+    def put_sum(self, name: str, address: int) -> None:
+        """Say where the sum over ranks of `attended`, `fed`, `dnormed2` or `dnormed1` stands."""
+        self._fields[_FIELDS[name]] = address
 
     def start_backward(
         self, dy: int, dx: int, base: int, layout: tuple[LayerSizes, bool, bool], gradients: Sequence[int]
@@ -241,10 +238,6 @@ class LayerCall:
     def backward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""
         lib.pc_layer_backward(self._fields, first, last)
-
-    def put_dnormed(self, name: str, address: int) -> None:
-        """Say where the sum over ranks of `dnormed2` or `dnormed1` stands."""
-        self._fields[_DNORMED[name]] = address
 
 
 def rounds_operands(rows: int) -> bool:

@@ -188,10 +188,10 @@ class _PlainLayer(Function):
             branch = raw.on(array[: x.size].reshape(x.shape))  # it stands first
             call.forward(0, kernel.ATTENDED)
             attended = group.all_reduce_(branch)
-            call.put_attended(attended.data_ptr())
+            call.put_sum("attended", attended.data_ptr())
             call.forward(kernel.ATTENDED, kernel.FED)
             fed = group.all_reduce_(branch)
-            call.put_fed(fed.data_ptr())
+            call.put_sum("fed", fed.data_ptr())
             call.forward(kernel.FED, kernel.FORWARD_STEPS)
         ctx.call, ctx.fixed, ctx.arena, ctx.small = call, fixed, arena, small
         ctx.save_for_backward(x, *weights)
@@ -232,7 +232,7 @@ def _run_backward(
             call.backward(step, step + 1)
         total = None if summed is None else summed.wait()
         if name is not None and total is not None:
-            call.put_dnormed(name, total.data_ptr())
+            call.put_sum(name, total.data_ptr())
         first = step + 1
     call.backward(first, kernel.BACKWARD_STEPS)
 
