@@ -23,6 +23,7 @@ from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.context_parallel.blocks import Blocks, merged
 from parallel_core.layout.sequence import held_order, sequence_order
+from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.mappings import all_to_all
 
 
@@ -106,7 +107,7 @@ class ContextAttention:
         else:
             S, B, _, X = mixed_SBGX.shape
             query, key, value = ops.split_last_dim(mixed_SBGX, (X - both, head_size, both - head_size))
-            query = query.reshape(S, B, -1, head_size)
+            query = reshaped(query, S, B, num_heads // u, head_size)
             if self._ring.size == 1:
                 context = ops.causal_attention(query, key, value, document_start_BS=document_start_BS, **options)
             else:
@@ -116,7 +117,8 @@ class ContextAttention:
     def __call__(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, **options: Any) -> Tensor:
         """Return the context of queries, keys and values that stand apart; the options are those of `packed`."""
         S, B, G, D = key_SBGD.shape
-        mixed = mint.cat((query_SBND.reshape(S, B, G, -1), key_SBGD, value_SBGE), -1)
+        query = reshaped(query_SBND, S, B, G, query_SBND.shape[2] // G * D)
+        mixed = ops.packed_heads(query, key_SBGD, value_SBGE)
         return self.packed(mixed, D, value_size=value_SBGE.shape[-1], **options)
 
 

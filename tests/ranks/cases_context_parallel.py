@@ -15,8 +15,10 @@ from parallel_core.config.schema import FlashAttentionConfig
 from parallel_core.context import ParallelContext
 from parallel_core.context_parallel.attention import ContextAttention, ContextGroups
 from parallel_core.layout.sequence import cut, positions
+from parallel_core.tape import Tape
 from tests.helpers.cases import CaseContext, case
-from tests.ranks.cases_layouts import check, settings, without_rounding
+from tests.ranks.cases_layouts import check as check_layout
+from tests.ranks.cases_layouts import settings, without_rounding
 from tests.ranks.support import (
     LLAMA,
     Tiny,
@@ -24,6 +26,7 @@ from tests.ranks.support import (
     context_of,
     from_rank_0,
     group_of,
+    on_a_tape,
     parallel_context,
     world_group,
 )
@@ -50,6 +53,16 @@ def run(function: Any, mixed: np.ndarray, dout: np.ndarray, **options: Any) -> t
     entry = Tensor(mixed)
     out = cell(entry)
     ((gradient, *_), _) = backward(cell, (entry,), [], Tensor(dout))
+    return out.asnumpy(), gradient.asnumpy()
+
+
+def run_on_tape(
+    function: Any, mixed: np.ndarray, dout: np.ndarray, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same, without MindSpore's autograd."""
+    tape = Tape(lambda x: function(x, D, **options), (Tensor(mixed),), ())
+    out = tape.output
+    ((gradient,), _) = tape.backward(Tensor(dout))
     return out.asnumpy(), gradient.asnumpy()
 
 
@@ -100,8 +113,12 @@ def test_every_exchange_computes_what_one_rank_does(ctx: CaseContext, exchange: 
         want, dwant = run(ops.causal_attention_packed, mixed, dout, softmax_in_fp32=True, **options)
         attention = ContextAttention(groups_of(ctx, 2), exchange)
         mine = positions(S, ctx.world_size, ctx.rank)
-        out, gradient = run(attention.packed, cut(mixed, ctx.world_size, ctx.rank, 0), dout[mine].copy(), **options)
+        given = cut(mixed, ctx.world_size, ctx.rank, 0), dout[mine].copy()
+        out, gradient = run(attention.packed, *given, **options)
         what = f"{exchange}, {N} heads, {G} key heads, {kind}, dropout {rate}"
+        if kernels == "auto":
+            for recorded, noted in zip((out, gradient), run_on_tape(attention.packed, *given, **options)):
+                np.testing.assert_array_equal(recorded, noted, err_msg=what)
         # fp32: sums of 64 products in another order; MindSpore's own exp is off by up to 6e-6
         atol = 3e-6 if kernels == "auto" else 2e-5
         np.testing.assert_allclose(out, want[mine], rtol=0, atol=atol, err_msg=what)
@@ -109,6 +126,11 @@ def test_every_exchange_computes_what_one_rank_does(ctx: CaseContext, exchange: 
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
+def check(ctx: CaseContext, common: Tiny, layout: Tiny) -> None:
+    with on_a_tape():
+        check_layout(ctx, common, layout)
+
+
 SIXTEEN = {"seq_length": 16}
 MANY_KEYS = {**LLAMA.model, "num_query_groups": 8}
 LAYOUTS_OF_4 = [
@@ -182,7 +204,8 @@ def follow(ctx: CaseContext, layout: str, common: Tiny) -> None:
     """Losses, norms and every tensor's gradient (by the norm of the difference) within 1e-6 of one rank's."""
     tiny = settings(layout)
     tiny = common.with_(parallel=tiny.parallel, training=tiny.training, optimizer=tiny.optimizer)
-    losses, norms, gradients = twenty(tiny, context_of(ctx, tiny))
+    with on_a_tape():
+        losses, norms, gradients = twenty(tiny, context_of(ctx, tiny))
     want = from_rank_0(ctx, lambda: twenty_on_one_rank(common))
     np.testing.assert_allclose(losses, want[0], rtol=1e-6)
     np.testing.assert_allclose(norms, want[1], rtol=1e-6)

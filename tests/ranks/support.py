@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from parallel_core.layout.mesh import Mesh
 from parallel_core.layout.shard import Box, region, shard_of
 from parallel_core.ops.documents import remember
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
+from parallel_core.pipeline import recorded
 from parallel_core.pipeline.stage import ForwardStep
 from parallel_core.training.batches import get_batch_on_this_cp_rank
 from parallel_core.training.forward_step import forward_step_with, get_batch
@@ -45,6 +47,22 @@ from parallel_core.transformer.models import make_model
 from tests.helpers.cases import CaseContext
 
 Model = dict[str, Any]
+
+
+@contextmanager
+def on_a_tape() -> Iterator[None]:
+    """Fail if MindSpore's autograd has to record a stage."""
+    logger, said = recorded.logger, list[str]()
+    handler, level = logging.Handler(), logger.level
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert not said, said
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
