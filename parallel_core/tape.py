@@ -9,11 +9,10 @@ otherwise the tape refuses, and the caller has MindSpore record function by func
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
@@ -26,6 +25,7 @@ from parallel_core.autograd import (
     records_gradients,
     run_forward,
 )
+from parallel_core.ops import raw
 
 __all__ = [
     "WRITTEN",
@@ -96,8 +96,8 @@ class _Reshaped(Function):
 
 def has_hooks(cell: nn.Cell, parameters: Sequence[Parameter]) -> bool:
     """Return whether somebody waits for a call or a gradient of a single module or parameter: MindSpore tells them."""
-    return any(_is_hooked(part) for part in _parts(cell)) or any(
-        getattr(p, "num_hooks", 0) > len(getattr(p, "receivers", ())) for p in parameters
+    return any(map(_is_hooked, _parts(cell))) or any(
+        p.num_hooks > len(getattr(p, "receivers", ())) for p in parameters if hasattr(p, "num_hooks")
     )
 
 
@@ -113,11 +113,11 @@ def _is_hooked(cell: nn.Cell) -> bool:
     return bool(cell._forward_hook or cell._forward_pre_hook or cell._backward_hook or cell._backward_pre_hook)
 
 
-def _parts(cell: nn.Cell) -> Iterator[nn.Cell]:
-    yield cell
-    for part in cell._cells.values():
-        if part is not None:
-            yield from _parts(part)
+def _parts(cell: nn.Cell) -> list[nn.Cell]:
+    parts = [cell]
+    for part in parts:
+        parts += [child for child in part._cells.values() if child is not None]
+    return parts
 
 
 _register_hook = Tensor.register_hook
@@ -203,7 +203,10 @@ class Tape:
         self._last = last
 
     def _apply(self, function: type[Function], args: tuple[Any, ...]) -> Any:
-        sources = [self._number(x) if isinstance(x, Tensor) else None for x in args]
+        outer = self._number_of  # parameters, which live as long as the tape: most arguments, and the quickest to tell
+        sources = [
+            outer[id(x)] if id(x) in outer else self._number(x) if isinstance(x, Tensor) else None for x in args
+        ]
         context = _Context()
         result = run_forward(function, context, args)
         results = result if isinstance(result, tuple) else (result,)
@@ -219,9 +222,6 @@ class Tape:
         return result
 
     def _number(self, x: Tensor) -> int | None:
-        number = self._number_of.get(id(x))  # of a parameter, which lives as long as the tape
-        if number is not None:
-            return number
         place = getattr(x, "place_on_tape", None)
         if place is not None and place[0] == self._serial:
             return place[1]
@@ -270,7 +270,7 @@ class Tape:
     def _take_back(self, call: _Call, wanted: list[Tensor | None], gradients: list[Tensor | None]) -> None:
         for i, (shape, dtype) in enumerate(call.shapes):
             if wanted[i] is None:
-                wanted[i] = Tensor(np.zeros(shape, np.float32), dtype)
+                wanted[i] = raw.zeros(shape, dtype)
         for number, got in zip(call.sources, call.function.backward(call.context, *wanted)):
             if number is not None and got is not None:
                 held = gradients[number]

@@ -48,6 +48,12 @@ def new_as(shape: Sequence[int], dtype: Any) -> Tensor:
     return new(shape) if dtype == ms.float32 else Tensor.from_numpy(np.empty(shape, numpy_dtype(dtype)))
 
 
+def zeros(shape: Sequence[int], dtype: Any) -> Tensor:
+    """Return a tensor of zeros of a type in `KINDS`. MindSpore's own way takes as long as a small kernel."""
+    kind = np.float32 if dtype == ms.float32 else numpy_dtype(dtype)
+    return on(np.zeros(shape, kind))
+
+
 @functools.cache
 def numpy_dtype(dtype: Any) -> np.dtype:
     """Return NumPy's type for one of MindSpore's."""

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core.autograd import backward, forget_recording
-from parallel_core.ops import are_compiled
+from parallel_core.ops import are_compiled, raw
 from parallel_core.tape import WRITTEN, OffTape, Tape, has_hooks, is_known
 
 logger = logging.getLogger(__name__)
@@ -109,4 +108,4 @@ def _deliver(parameter: Parameter, gradient: Tensor | None) -> None:
 
 
 def _zeros(x: Tensor) -> Tensor:
-    return Tensor(np.zeros(x.shape, np.float32), x.dtype)
+    return raw.zeros(x.shape, x.dtype)

@@ -14,6 +14,7 @@ from parallel_core.autograd import no_grad
 from parallel_core.comm.interface import Group
 from parallel_core.deferral import deferring
 from parallel_core.errors import ParallelCoreError
+from parallel_core.ops import raw
 from parallel_core.pipeline.recorded import RecordedCalls, TakeBack
 from parallel_core.pipeline.stage_cell import ForwardStep, StageCell
 
@@ -58,10 +59,8 @@ class PipelineStage:
         self._before_forward, self._before_last_backward = before_forward, before_last_backward
         self._before_last_weight_grad, self._after_backward = before_last_weight_grad, after_backward
         self._per_token_loss, self._is_first, self._is_last = per_token_loss, is_first, is_last
-        self._in_flight: dict[int, TakeBack] = {}
-        self._late: dict[int, deque[Callable[[], None]]] = {}
-        self._forward_only = False
-        self._loss_gradient = Tensor(np.float32(1.0))
+        self._in_flight, self._late = dict[int, TakeBack](), dict[int, deque[Callable[[], None]]]()
+        self._forward_only, self._loss_gradient = False, Tensor(np.float32(1.0))
 
     def start_iteration(
         self,
@@ -95,7 +94,8 @@ class PipelineStage:
         if self._cell.training == forward_only or self._cell.model.training == forward_only:
             self._cell.set_train(not forward_only)  # it walks through all cells
         self._calls.start_iteration(records=not forward_only)
-        self._loss_gradient = Tensor(np.float32(loss_scale if self._per_token_loss else loss_scale / num_microbatches))
+        gradient = loss_scale if self._per_token_loss else loss_scale / num_microbatches
+        self._loss_gradient = raw.on(np.array(gradient, np.float32))
 
     @property
     def reports(self) -> list[Any]:
@@ -111,7 +111,7 @@ class PipelineStage:
             )
         self._before_forward(microbatch)
         # Autograd finds a recorded call by its input object, so a stage without an activation gets one of its own.
-        entry = Tensor(np.zeros(1, np.float32)) if activation is None else activation
+        entry = raw.on(np.zeros(1, np.float32)) if activation is None else activation
         if self._forward_only:
             with no_grad():
                 return self._cell(entry)

@@ -35,7 +35,7 @@ class StageCell(nn.Cell):
         self._forward_step_func = forward_step_func
         self._is_first, self._is_last, self._per_token_loss = is_first, is_last, per_token_loss
         self._tokens_group = tokens_group if tokens_group is not None and tokens_group.size > 1 else None
-        self.reports: list[Any] = []
+        self.reports, self._marked = list[Any](), [0]
         self.start(iter(()), False)
 
     def start(self, data: Iterator[Any], non_loss_data: bool) -> None:
@@ -46,12 +46,12 @@ class StageCell(nn.Cell):
     def mark(self) -> None:
         """Remember what was read and reported."""
         self.data.mark()
-        self._num_reported = len(self.reports)
+        self._marked[:] = [len(self.reports)]  # in a list, because an attribute of a Cell takes a kernel's time to set
 
     def go_back(self) -> None:
         """Forget what was reported since `mark`, and read once more what was read."""
         self.data.go_back()
-        del self.reports[self._num_reported :]
+        del self.reports[self._marked[0] :]
 
     def construct(self, entry: Tensor) -> Tensor:
         """Return hidden states; on the last stage the scalar loss, or the output where non-loss data is collected."""

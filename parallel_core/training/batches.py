@@ -21,6 +21,7 @@ from parallel_core.data import (
 )
 from parallel_core.errors import DataError
 from parallel_core.layout.sequence import cut
+from parallel_core.ops import raw
 from parallel_core.ops.documents import remember
 
 TensorBatch = dict[str, Tensor | None]
@@ -118,13 +119,12 @@ class BatchSource:
             **empty,
             "tokens": _int32(part["tokens"]),
             "labels": _int32(part["labels"]),
-            "loss_mask": Tensor.from_numpy(np.array(part["loss_mask"], np.float32, order="C")),
+            "loss_mask": raw.on(np.array(part["loss_mask"], np.float32, order="C")),
         }
         if self._keep_positions:
             batch["position_ids"] = _int32(part["position_ids"])
         if self._keep_mask:
-            starts = arrays["document_start"]
-            batch["document_start"] = remember(_int32(starts), starts)
+            batch["document_start"] = remember(_int32(arrays["document_start"]), arrays["document_start"])
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:
@@ -198,4 +198,4 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _int32(array: np.ndarray) -> Tensor:
-    return Tensor.from_numpy(np.array(array, np.int32, order="C"))
+    return raw.on(np.array(array, np.int32, order="C"))

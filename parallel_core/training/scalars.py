@@ -120,7 +120,9 @@ class ScalarReducer:
         sums = [sum(float(value) for value, _ in of_name) for of_name in pairs]
         counts = [sum(float(number) for _, number in of_name) for of_name in pairs]
         vector = np.array([*head, *sums, *counts], np.float32)
-        return self._world.all_reduce_(Tensor(vector)).asnumpy().astype(np.float64)
+        if self._world.size > 1:
+            vector = self._world.all_reduce_(Tensor(vector)).asnumpy()
+        return vector.astype(np.float64)
 
 
 def _on_host(squares: Any, reports: Sequence[Report]) -> tuple[float, list[Report]]:
