@@ -1,34 +1,43 @@
 """A whole layer's forward and backward pass over memory: one and nine C calls in place of the callers of its kernels.
 
 The steps are the kernels that the layer's modules call, in their order, so the results are the same to the bit. Between
-two steps a caller can put a sum over ranks.
+two steps a caller can put what ranks exchange, or something that it computes itself.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import c_int64
 from itertools import accumulate
 from typing import NamedTuple
 
+import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
+from parallel_core.ops import raw
 from parallel_core.ops.library import declare, lib
 
 declare("pc_layer_forward", "PII")
 declare("pc_layer_backward", "PII")
 
-ATTENDED, FED, FORWARD_STEPS = 5, 10, 11
-"""Steps of the forward pass before which what attention gives, or the MLP, is summed over ranks; and all steps."""
-PARAMETER_STEPS = (2, 5, 10, 14)
-"""Steps of the backward pass that are the gradients of fc2, fc1, the projection, and of queries, keys and values."""
-PRODUCT_STEPS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 4, 9, 13, *PARAMETER_STEPS)}
-"""Steps of either pass that multiply matrices."""
-SUMS_BEFORE = {5: "dnormed2", 14: "dnormed1"}
-"""What is summed over ranks from before such a step to behind it."""
+PROJECTED, ATTENDED, SPREAD, FED, FORWARD_STEPS = 1, 5, 7, 10, 11
+"""Steps of the forward pass before which its arrays `normed1`, `attended`, `normed2` and `fed` can be exchanged."""
 BACKWARD_STEPS = 17
+PRODUCT_STEPS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 2, 4, 5, 9, 10, 13, 14)}
+"""Steps of either pass that multiply matrices."""
+
+
+class GradientSteps(NamedTuple):
+    """The steps of the backward pass that are the gradients of a linear layer."""
+
+    of_input: int
+    of_weight: int
+
+
+FC2, FC1, PROJ, QKV = GradientSteps(1, 2), GradientSteps(4, 5), GradientSteps(9, 10), GradientSteps(13, 14)
 
 _SCRATCH_ALIGNMENT = 16
 
@@ -45,11 +54,13 @@ class LayerSizes(NamedTuple):
         D: head size.
         wide: features of fc1's output on this rank.
         narrow: features of fc2's input on this rank.
+        parts: ranks over which the sequence is cut between the products; norms and sums have one part.
         rotary: channels of a head that turn; 0: none.
         per_batch: whether samples have positions of their own.
         interleaved: whether neighbouring channels turn together.
         activation: its number in `fused.KINDS`; -1: SwiGLU.
         rounds: whether products round their operands to bfloat16, and keep the copies.
+        keeps_parts: whether this rank's parts of what the norms give are kept, of a sequence that is cut.
     """
 
     S: int
@@ -60,79 +71,135 @@ class LayerSizes(NamedTuple):
     D: int
     wide: int
     narrow: int
+    parts: int
     rotary: int
     per_batch: int
     interleaved: int
     activation: int
     rounds: bool
+    keeps_parts: bool
 
     @property
     def packed(self) -> int:
         """Features of queries, keys and values together."""
         return (self.N + 2 * self.G) * self.D
 
+    @property
+    def rows(self) -> int:
+        """Tokens of this rank's part of the sequence."""
+        return self.S // self.parts * self.B
+
+
+Shape = tuple[int, int]
+"""Rows and columns."""
+
 
 class Places(NamedTuple):
-    """Where arrays stand in one allocation: offsets in bytes by name, and floats in all."""
+    """Where arrays stand in one allocation: offsets in bytes and shapes by name, and floats in all.
+
+    Arrays whose names begin with "rounded" have two bytes a number.
+    """
 
     offsets: dict[str, int]
+    shapes: dict[str, Shape]
     floats: int
 
 
-def _places(sizes: Iterable[tuple[str, int]]) -> Places:
-    names, counts = zip(*sizes)
-    ends = list(accumulate(-(-n // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT for n in counts))
-    return Places({name: 4 * start for name, start in zip(names, [0, *ends])}, ends[-1])
+def _places(shapes: dict[str, Shape]) -> Places:
+    counts = [(m * n + 1) // 2 if _is_rounded(name) else m * n for name, (m, n) in shapes.items()]
+    ends = list(accumulate(-(-count // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT for count in counts))
+    return Places({name: 4 * start for name, start in zip(shapes, [0, *ends])}, shapes, ends[-1])
 
 
-def _inputs(z: LayerSizes) -> list[tuple[str, int]]:
-    """Return the inputs of the linear layers that are nothing else's, and their sizes."""
-    T = z.S * z.B
-    return [("normed1", T * z.H), ("normed2", T * z.H), ("activated", T * z.narrow)]
+def _is_rounded(name: str) -> bool:
+    return name.startswith("rounded")
+
+
+class Arrays:
+    """Arrays in one allocation.
+
+    Args:
+        places: where they stand.
+        memory: float32 numbers, at least as many as the places say.
+    """
+
+    def __init__(self, places: Places, memory: np.ndarray) -> None:
+        self._places, self._memory = places, memory
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places.offsets
+
+    def tensor(self, name: str) -> Tensor:
+        """Return an array as a tensor on the same memory, float32 or, if it is a rounded copy, bfloat16."""
+        memory, start, (rows, columns) = self._memory, self._places.offsets[name], self._places.shapes[name]
+        if not _is_rounded(name):
+            return raw.on(memory[start // 4 : start // 4 + rows * columns].reshape(rows, columns))
+        halves = memory.view(raw.numpy_dtype(ms.bfloat16))
+        return Tensor.from_numpy(halves[start // 2 : start // 2 + rows * columns].reshape(rows, columns))
 
 
 @functools.lru_cache(maxsize=64)
 def kept_places(z: LayerSizes) -> Places:
-    """Return what the backward pass needs of the forward pass."""
+    """Return what the backward pass needs of the forward pass, but for tensors that ranks have exchanged."""
     T = z.S * z.B
-    sizes = [
-        ("moments1", 3 * T), ("turned" if z.rotary else "mixed", T * z.packed), ("context", T * z.N * z.D),
-        ("log_sum_exp", T * z.N), ("hidden", T * z.H), ("moments2", 3 * T), ("spread", T * z.wide),
-    ]  # fmt: skip
-    inputs = _inputs(z)
-    if z.rounds:  # copies of two bytes, of the context too
-        inputs = [(f"rounded {name}", (n + 1) // 2) for name, n in [*inputs, ("context", T * z.N * z.D)]]
-    return _places(sizes + inputs)
+    kept = {
+        "moments1": (z.rows, 3), "turned" if z.rotary else "mixed": (T, z.packed), "context": (T, z.N * z.D),
+        "log_sum_exp": (T, z.N), "hidden": (z.rows, z.H), "moments2": (z.rows, 3), "spread": (T, z.wide),
+    }  # fmt: skip
+    inputs = {"activated": (T, z.narrow)}
+    if z.rounds:
+        inputs["context"] = kept["context"]
+        inputs |= {} if z.keeps_parts else dict.fromkeys(_NORMED, (T, z.H))
+        inputs = {f"rounded {name}": shape for name, shape in inputs.items()}
+    return _places(kept | inputs | (_normed(z) if _keeps_normed(z) else {}))
+
+
+_NORMED = ("normed1", "normed2")
+
+
+def _normed(z: LayerSizes) -> dict[str, Shape]:
+    return dict.fromkeys(_NORMED, (z.rows, z.H))
+
+
+def _keeps_normed(z: LayerSizes) -> bool:
+    return z.keeps_parts or not (z.rounds or z.parts > 1)
 
 
 @functools.lru_cache(maxsize=64)
 def passing_places(z: LayerSizes) -> Places:
-    """Return what a forward pass needs for itself; `branch` stands first."""
-    sizes = [("branch", z.S * z.B * z.H)]
-    sizes += [("mixed", z.S * z.B * z.packed)] if z.rotary else []
-    return _places(sizes + _inputs(z) if z.rounds else sizes)
+    """Return what a forward pass needs for itself; `branch` is what attention gives, and then the MLP."""
+    T = z.S * z.B
+    passing = {"branch": (T, z.H)}
+    if z.rotary:
+        passing["mixed"] = T, z.packed
+    if z.rounds:
+        passing["activated"] = T, z.narrow
+    return _places(passing if _keeps_normed(z) else passing | _normed(z))
 
 
 @functools.lru_cache(maxsize=64)
 def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
     """Return the arrays of a backward pass; `shared`: those of the MLP are attention's too, once they are used."""
-    T, H, ND = z.S * z.B, z.H, z.N * z.D
+    T, H = z.S * z.B, z.H
+    part, whole = (z.rows, H), (T, H)
+    of_mlp = {"dactivated": (T, z.narrow), "dspread": (T, z.wide), "dnormed2": whole}
+    of_attention = {"dcontext": (T, z.N * z.D), "dmixed": (T, z.packed), "dnormed1": whole}
+    if drops:
+        of_mlp["dfed"] = of_attention["dattended"] = part
+    more = {"dhidden": part, "sums": (2, H)}
+    if z.rotary:
+        more["dturned"] = T, z.packed
+    if z.rounds:
+        more["rounded"] = T, max(z.wide, z.packed, H)
     if shared:
-        narrow, wide = max(z.narrow, ND), max(z.wide, z.packed)
-        sizes = [("dactivated", T * narrow), ("dspread", T * wide), ("dnormed2", T * H), ("dhidden", T * H)]
-        sizes += [("dfed", T * H)] if drops else []
+        pairs = dict(zip(of_attention, of_mlp))
+        places = _places(more | {one: max(of_attention[other], of_mlp[one]) for other, one in pairs.items()})
+        places.offsets.update({other: places.offsets[one] for other, one in pairs.items()})
+        places.shapes.update(of_mlp | of_attention)
     else:
-        sizes = [
-            ("dactivated", T * z.narrow), ("dspread", T * z.wide), ("dnormed2", T * H), ("dhidden", T * H),
-            ("dcontext", T * ND), ("dmixed", T * z.packed), ("dnormed1", T * H),
-        ]  # fmt: skip
-        sizes += [("dfed", T * H), ("dattended", T * H)] if drops else []
-    sizes += [("dturned", T * z.packed)] if z.rotary else []
-    sizes += [("rounded", (T * max(z.wide, z.packed, H) + 1) // 2)] if z.rounds else []
-    places = _places([*sizes, ("sums", 2 * H)])
-    if shared:
-        twice = {"dcontext": "dactivated", "dmixed": "dspread", "dnormed1": "dnormed2", "dattended": "dfed"}
-        places.offsets.update({name: places.offsets.get(other, 0) for name, other in twice.items()})
+        places = _places(more | of_mlp | of_attention)
+    if not drops:
+        places.offsets["dattended"], places.shapes["dattended"] = places.offsets["dhidden"], part
     return places
 
 
@@ -143,14 +210,16 @@ _FORWARD = (
 _BACKWARD = (
     "dfed", "dactivated", "dspread", "dnormed2", "dhidden", "dattended", "dcontext", "dturned", "dmixed", "dnormed1",
 )  # fmt: skip
-_WEIGHTS = 22
+_NUMBERS = len(LayerSizes._fields) - 2
+_WEIGHTS = _NUMBERS + 6 + 4
 _LINEARS = _WEIGHTS + 4
 _X = _LINEARS + 4 * 5 + 3
 _ROUNDED = ("rounded normed1", "rounded context", "rounded normed2", "rounded activated")
+_ROUNDED_INPUT, _ROUNDED_GRADIENT = 3, 4  # of a linear layer's five fields
 _DY = _X + 1 + len(_FORWARD)
 _GRADIENTS = _DY + 1 + len(_BACKWARD) + 2
 _LENGTH = _GRADIENTS + 24
-_FIELDS = dict(zip(_FORWARD, range(_X + 1, _DY))) | dict(zip(_BACKWARD, range(_DY + 1, _GRADIENTS)))
+_FIELDS = dict(zip(("x", *_FORWARD, "dy", *_BACKWARD, "dx"), range(_X, _GRADIENTS)))
 
 
 @functools.cache
@@ -205,17 +274,21 @@ class LayerCall:
     ) -> None:
         arrays = [kept + k if is_kept else passing + p for k, p, is_kept in zip(*_forward_layout(sizes))]
         arrays[-1] = y
-        self._fields = (c_int64 * _LENGTH)(*sizes[:-1], *seeds, *map(_bits, factors), *weights, *tables, x, *arrays)
+        numbers = *sizes[:_NUMBERS], *seeds, *map(_bits, factors)
+        self._fields = (c_int64 * _LENGTH)(*numbers, *weights, *tables, x, *arrays)
         if sizes.rounds:
             offsets = kept_places(sizes).offsets
-            self._fields[_LINEARS + 3 : _X - 3 : 5] = [kept + offsets[name] for name in _ROUNDED]
+            self._put_in_linears(_ROUNDED_INPUT, [kept + offsets[name] if name in offsets else 0 for name in _ROUNDED])
 
     def forward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""
         lib.pc_layer_forward(self._fields, first, last)
 
-    def put_sum(self, name: str, address: int) -> None:
-        """Say where the sum over ranks of `attended`, `fed`, `dnormed2` or `dnormed1` stands."""
+    def _put_in_linears(self, field: int, addresses: list[int]) -> None:
+        self._fields[_LINEARS + field : _X - 3 : 5] = addresses  # type: ignore[assignment]
+
+    def put(self, name: str, address: int) -> None:
+        """Say where an array stands from now on, such as what ranks have got in exchange for it."""
         self._fields[_FIELDS[name]] = address
 
     def start_backward(
@@ -230,10 +303,13 @@ class LayerCall:
             layout: the arguments of that.
             gradients: of each parameter in the order of the weights its address, 0 for none, and whether to add.
         """
+        offsets = gradient_places(*layout).offsets
         *arrays, sums = [base + offset for offset in _backward_layout(*layout)]
         if layout[0].rounds:  # each copy is used before the next one is made
-            self._fields[_LINEARS + 4 : _X - 3 : 5] = [base + gradient_places(*layout).offsets["rounded"]] * 4
+            self._put_in_linears(_ROUNDED_GRADIENT, [base + offsets["rounded"]] * 4)
         self._fields[_DY:] = [dy, *arrays, dx, sums, *gradients]
+        if "dfed" not in offsets:  # nothing is dropped of what the MLP adds
+            self.put("dfed", dy)
 
     def backward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""

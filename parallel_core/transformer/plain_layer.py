@@ -5,7 +5,6 @@ The modules of `transformer.layer` say what is computed, and compute it wherever
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import mindspore as ms
@@ -22,12 +21,12 @@ from parallel_core.ops import raw
 from parallel_core.ops import training_layer as kernel
 from parallel_core.ops.fused import KINDS, takes_activation
 from parallel_core.ops.small_gradients import bias_gradient
-from parallel_core.ops.training_layer import LayerCall, LayerSizes
-from parallel_core.spans import span
+from parallel_core.ops.training_layer import Arrays, LayerCall, LayerSizes
 from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape, takes_notes
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
+from parallel_core.transformer.plain_run import Run
 
 
 def is_plain(layer: Any, config: TransformerConfig) -> bool:
@@ -84,7 +83,7 @@ class PlainLayer:
         return parts
 
     def _is_whole(self) -> bool:
-        """Return whether no sequence is cut, nothing is computed again, and take note of the layer's parts."""
+        """Return whether nothing is computed again and no attention is of other ranks, and note the layer's parts."""
         layer = self._layer
         attention, mlp = layer.self_attention, layer.mlp
         self.weights = [
@@ -97,21 +96,23 @@ class PlainLayer:
         self._parameters = [weight for weight in self.weights if weight is not None]
         self.group: Group = attention.linear_qkv.tp_group
         self._activation = -1 if mlp.hidden_act == "swiglu" else KINDS[mlp.hidden_act]
-        cut = self.group.size > 1 and attention.linear_qkv.sequence_parallel
+        self._parts_of_sequence = self.group.size if attention.linear_qkv.sequence_parallel else 1
+        self._keeps_parts = self._parts_of_sequence > 1 and attention.linear_qkv.regather_input
         core = attention.core_attention
-        return type(core) is CoreAttention and core.cp_size == 1 and not (cut or attention.recompute_core)
+        return type(core) is CoreAttention and core.cp_size == 1 and not attention.recompute_core
 
     def __call__(self, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
-        """Return the layer's output, in the shape of `hidden`, [S, B, H]."""
+        """Return the layer's output, in the shape of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
         layer = self._layer
         attention = layer.self_attention
-        S, B, _ = hidden.shape
+        S, B, H = hidden.shape
+        S *= self._parts_of_sequence
         options = attention.core_attention.options((S, B), document_start_BS)
         tables = () if attention.rotary is None else attention.rotary.tables(S)
         rate, start = layer.rate(), options["document_start_BS"]
         seeds = (*options["dropout_seed"], *layer.seeds("attention"), *layer.seeds("mlp"))
         factors = layer.input_layernorm.eps, options["scale"] * options["softmax_coefficient"], options["dropout_rate"]
-        key = hidden.shape, kernel.rounds_operands(S * B)
+        key = (S, B, H), kernel.rounds_operands(S * B)
         if key not in self._sizes:
             self._sizes[key] = self._sizes_of(*key, tables)
         start = None if start is None else raw.int32(start)
@@ -124,8 +125,8 @@ class PlainLayer:
         return LayerSizes(
             shape[0], shape[1], shape[2],
             attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
-            self.weights[8].shape[0], self.weights[10].shape[1], turned, int(per_batch),
-            int(self._config.rotary_interleaved), self._activation, rounds,
+            self.weights[8].shape[0], self.weights[10].shape[1], self._parts_of_sequence, turned, int(per_batch),
+            int(self._config.rotary_interleaved), self._activation, rounds, self._keeps_parts,
         )  # fmt: skip
 
     def sums(self) -> list[MainGrad | None] | None:
@@ -162,8 +163,11 @@ class _Fixed(NamedTuple):
 
 
 _NORMS = (0, 1, 2, 3)
-_LINEARS = (4, 6, 8, 10)
-_USES = {4: ("dmixed", "normed1"), 6: ("dattended", "context"), 8: ("dspread", "normed2"), 10: ("dfed", "activated")}
+_QKV, _PROJ, _FC1, _FC2 = _LINEARS = (4, 6, 8, 10)
+_USES = {
+    _QKV: ("dmixed", "normed1"), _PROJ: ("dattended", "context"), _FC1: ("dspread", "normed2"),
+    _FC2: ("dfed", "activated"),
+}  # fmt: skip
 """Of each linear layer the gradient of its output, and its input."""
 
 
@@ -177,23 +181,14 @@ class _PlainLayer(Function):
         words = addresses[:4]
         for i in _LINEARS:
             words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1], 0, 0]
-        arena = np.empty(kernel.kept_places(z).floats, np.float32)
-        array, passing = kernel.scratch.take(kernel.passing_places(z).floats)
-        places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, passing
+        kept, passing = kernel.kept_places(z), kernel.passing_places(z)
+        arena = np.empty(kept.floats, np.float32)
+        array, address = kernel.scratch.take(passing.floats)
+        places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, address
         call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
-        group = fixed.layer.group
-        if group.size == 1:
-            call.forward(0, kernel.FORWARD_STEPS)
-        else:
-            branch = raw.on(array[: x.size].reshape(x.shape))  # it stands first
-            call.forward(0, kernel.ATTENDED)
-            attended = group.all_reduce_(branch)
-            call.put_sum("attended", attended.data_ptr())
-            call.forward(kernel.ATTENDED, kernel.FED)
-            fed = group.all_reduce_(branch)
-            call.put_sum("fed", fed.data_ptr())
-            call.forward(kernel.FED, kernel.FORWARD_STEPS)
-        ctx.call, ctx.fixed, ctx.arena, ctx.small = call, fixed, arena, small
+        ctx.run = Run(call, z, fixed.layer.group, Arrays(kept, arena))
+        ctx.run.forward(Arrays(passing, array))
+        ctx.fixed, ctx.small = fixed, small
         ctx.save_for_backward(x, *weights)
         return y
 
@@ -209,32 +204,13 @@ class _PlainLayer(Function):
         else:
             array, base = kernel.scratch.take(where.floats)
         targets = _targets(ctx, weights, dy, later)
-        ctx.call.start_backward(dy.data_ptr(), dx.data_ptr(), base, layout, targets.words)
-        _run_backward(ctx.call, ctx.fixed.layer.group, array, where, x.shape)
+        ctx.run.call.start_backward(dy.data_ptr(), dx.data_ptr(), base, layout, targets.words)
+        needed = [not later and needs_gradient(weights[i]) for i in (_QKV, _FC1)]
+        ctx.run.backward(dy, Arrays(where, array), (needed[0], needed[1]), later=later)
         gradients = targets.gradients()
         if later:
-            gradients[4:] = _later(ctx, weights, array, dy, where)
+            gradients[4:] = _later(ctx.run, weights, dy)
         return dx, None, *gradients
-
-
-def _run_backward(
-    call: LayerCall, group: Group, array: np.ndarray, where: kernel.Places, shape: tuple[int, ...]
-) -> None:
-    first, size = 0, math.prod(shape)
-    for step in kernel.PARAMETER_STEPS:
-        call.backward(first, step)
-        summed, name = None, kernel.SUMS_BEFORE.get(step)
-        if name is not None and group.size > 1:
-            # The sum is under way while the gradients of the layer's weights are computed.
-            start = where.offsets[name] // 4
-            summed = group.all_reduce_start_(raw.on(array[start : start + size].reshape(shape)))
-        with span("weight-gradient"):
-            call.backward(step, step + 1)
-        total = None if summed is None else summed.wait()
-        if name is not None and total is not None:
-            call.put_sum(name, total.data_ptr())
-        first = step + 1
-    call.backward(first, kernel.BACKWARD_STEPS)
 
 
 class _Sums:
@@ -303,31 +279,12 @@ def _put(into: np.ndarray, values: Tensor, add: bool) -> None:
     (ops.add_ if add else ops.write_)(into.reshape(-1), values)
 
 
-def _later(
-    ctx: Any, weights: list[Any], array: np.ndarray, dy: Tensor, where: kernel.Places
-) -> list[Tensor | None]:
+def _later(run: Run, weights: list[Any], dy: Tensor) -> list[Tensor | None]:
     """Return what a backward pass returns for linear layers whose gradients wait."""
-    z = ctx.fixed.sizes
-    kept = kernel.kept_places(z).offsets
-    T, gradients = z.S * z.B, list[Tensor | None]()
+    gradients = list[Tensor | None]()
     for i, (given, used) in _USES.items():
         weight, bias = weights[i], weights[i + 1]
-        O, I = weight.shape
-        if given in where.offsets:
-            dout = _part(array, where.offsets[given], T, O)
-        else:  # nothing is dropped, so it is the gradient of the sum itself
-            dout = dy if given == "dfed" else _part(array, where.offsets["dhidden"], T, O)
-        operand = _rounded(ctx.arena, kept[f"rounded {used}"], T, I) if z.rounds else _part(ctx.arena, kept[used], T, I)
-        gradients.append(weight_gradient(dout, operand, weight, main_grad_of(weight, dy), None))
-        gradients.append(None if bias is None else bias_gradient(bias, dout))
+        operand, group = run.operand(used)
+        gradients.append(weight_gradient(run.gradient(given), operand, weight, main_grad_of(weight, dy), group))
+        gradients.append(None if bias is None else bias_gradient(bias, run.part_of_gradient(given)))
     return gradients
-
-
-def _part(array: np.ndarray, offset: int, rows: int, columns: int) -> Tensor:
-    start = offset // 4
-    return raw.on(array[start : start + rows * columns].reshape(rows, columns))
-
-
-def _rounded(array: np.ndarray, offset: int, rows: int, columns: int) -> Tensor:
-    halves = array.view(raw.numpy_dtype(ms.bfloat16))
-    return Tensor.from_numpy(halves[offset // 2 : offset // 2 + rows * columns].reshape(rows, columns))

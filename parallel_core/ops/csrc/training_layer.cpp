@@ -1,5 +1,7 @@
 // A layer's forward and backward pass as sequences of its kernels. Steps have numbers, so that a caller whose weights
-// are cut over ranks runs those up to where a sum over the ranks stands, and goes on behind it.
+// are cut over ranks runs those up to where the ranks exchange something, puts the address of what they have got in the
+// place of what they have given, and goes on behind it. Where ranks cut the sequence between the products too, the
+// norms and the sums are of `rows`, the products and attention of all `tokens`.
 #include "half.h"
 #include "kernels.h"
 
@@ -35,6 +37,7 @@ struct NormGradient {
 // The order is that of ops/training_layer.py.
 struct Layer {
   i64 S, B, H, N, G, D, wide, narrow;              // wide: of fc1's output; narrow: of fc2's input
+  i64 parts;                                       // of the sequence, of which norms and sums have one
   i64 rotary, per_batch, interleaved, activation;  // channels that turn, 0: none; -1: SwiGLU
   u64 seeds[6];                                    // of attention, and of what attention and MLP add
   double eps, scale, attention_rate, hidden_rate;
@@ -54,6 +57,7 @@ struct Layer {
   LinearGradient of_qkv, of_proj, of_fc1, of_fc2;
 
   i64 tokens() const { return S * B; }
+  i64 rows() const { return S / parts * B; }
   i64 width() const { return (N / G + 2) * D; }  // of a group in the packed heads
   i64 packed() const { return G * width(); }
 
@@ -98,89 +102,102 @@ void linear_grad(const Linear& l, const float* dy, float* dx, i64 T, i64 I, i64 
   pc_linear_grad_input(dy, l.weight, static_cast<int>(l.kind), dx, l.dout, T, I, O);
 }
 
-void parameter_grad(const Linear& l, const LinearGradient& g, const float* dy, const float* x, i64 T, i64 I, i64 O) {
-  if (g.weight.into) {
-    const int kind = l.rounded ? pc::kBfloat16 : pc::kFloat32;
-    const void *left = l.rounded ? l.dout : static_cast<const void*>(dy), *right = l.rounded ? l.rounded : x;
-    pc_linear_grad_weight(left, kind, right, kind, g.weight.into, T, I, O, static_cast<int>(g.weight.add));
-  }
-  if (g.bias.into) pc_sum_rows(dy, g.bias.into, T, O, static_cast<int>(g.bias.add));
+void weight_grad(const Linear& l, const Gradient& g, const float* dy, const float* x, i64 T, i64 I, i64 O) {
+  if (g.into == nullptr) return;
+  const void *left = l.dout ? l.dout : static_cast<const void*>(dy), *right = l.rounded ? l.rounded : x;
+  const int left_kind = l.dout ? pc::kBfloat16 : pc::kFloat32, right_kind = l.rounded ? pc::kBfloat16 : pc::kFloat32;
+  pc_linear_grad_weight(left, left_kind, right, right_kind, g.into, T, I, O, static_cast<int>(g.add));
+}
+
+void bias_grad(const Gradient& g, const float* dy, i64 T, i64 O) {
+  if (g.into) pc_sum_rows(dy, g.into, T, O, static_cast<int>(g.add));
+}
+
+void attend(const Layer& l) {
+  const float* heads = l.rotary ? l.turned : l.mixed;
+  const float *keys = heads + l.width() - 2 * l.D, *values = heads + l.width() - l.D;
+  i64 shape[29];
+  l.attention_shape(shape);
+  pc_attention(heads, keys, values, l.start, l.context, l.log_sum_exp, shape, static_cast<float>(l.scale),
+               static_cast<float>(l.attention_rate), l.seeds[0], l.seeds[1]);
+}
+
+void attend_grad(const Layer& l) {
+  const float* heads = l.rotary ? l.turned : l.mixed;
+  float* dheads = l.rotary ? l.dturned : l.dmixed;
+  const i64 keys = l.width() - 2 * l.D, values = l.width() - l.D;
+  i64 shape[29];
+  l.attention_shape(shape);
+  pc_attention_grad(heads, heads + keys, heads + values, l.start, l.context, l.dcontext, l.log_sum_exp, dheads,
+                    dheads + keys, dheads + values, shape, static_cast<float>(l.scale),
+                    static_cast<float>(l.attention_rate), l.seeds[0], l.seeds[1]);
+}
+
+void turn(const Layer& l, const float* from, float* to, int inverse) {
+  if (l.rotary)
+    pc_rotary(from, l.cos, l.sin, to, l.S, l.B, l.packed() / l.D, l.D, l.rotary, static_cast<int>(l.per_batch),
+              static_cast<int>(l.interleaved), inverse, l.width() / l.D);
+}
+
+// `residual` and what a branch gives, with its bias and as its mask leaves it.
+void add_branch(const Layer& l, const float* branch, const float* bias, const float* residual, float* y, int seeds) {
+  pc_bias_dropout_add(branch, bias, residual, y, l.rows(), l.H, static_cast<float>(l.hidden_rate), l.seeds[seeds],
+                      l.seeds[seeds + 1]);
+}
+
+// The gradient of what a branch gives, and of its bias. Where nothing is dropped, `into` is where `dy` is.
+void add_branch_grad(const Layer& l, const float* dy, float* into, const Gradient& bias, int seeds) {
+  if (l.hidden_rate != 0.0) add_branch(l, dy, nullptr, nullptr, into, seeds);
+  bias_grad(bias, into, l.rows(), l.H);
 }
 
 void forward_step(const Layer& l, int step) {
-  const i64 T = l.tokens(), H = l.H, X = l.width(), ND = l.N * l.D;
-  const float hidden_rate = static_cast<float>(l.hidden_rate), eps = static_cast<float>(l.eps);
-  const float* heads = l.rotary ? l.turned : l.mixed;
-  i64 shape[29];
+  const i64 T = l.tokens(), R = l.rows(), H = l.H, ND = l.N * l.D;
+  const float eps = static_cast<float>(l.eps);
   switch (step) {
-    case 0: return norm(l.norm1, l.x, l.normed1, l.moments1, T, H, eps);
+    case 0: return norm(l.norm1, l.x, l.normed1, l.moments1, R, H, eps);
     case 1: return linear(l.qkv, l.normed1, l.qkv.bias, l.mixed, T, H, l.packed());
-    case 2:
-      if (l.rotary)
-        pc_rotary(l.mixed, l.cos, l.sin, l.turned, l.S, l.B, l.packed() / l.D, l.D, l.rotary,
-                  static_cast<int>(l.per_batch), static_cast<int>(l.interleaved), 0, X / l.D);
-      return;
-    case 3:
-      l.attention_shape(shape);
-      return pc_attention(heads, heads + X - 2 * l.D, heads + X - l.D, l.start, l.context, l.log_sum_exp, shape,
-                          static_cast<float>(l.scale), static_cast<float>(l.attention_rate), l.seeds[0], l.seeds[1]);
+    case 2: return turn(l, l.mixed, l.turned, 0);
+    case 3: return attend(l);
     case 4: return linear(l.proj, l.context, nullptr, l.attended, T, ND, H);
-    case 5:
-      return pc_bias_dropout_add(l.attended, l.proj.bias, l.x, l.hidden, T, H, hidden_rate, l.seeds[2], l.seeds[3]);
-    case 6: return norm(l.norm2, l.hidden, l.normed2, l.moments2, T, H, eps);
+    case 5: return add_branch(l, l.attended, l.proj.bias, l.x, l.hidden, 2);
+    case 6: return norm(l.norm2, l.hidden, l.normed2, l.moments2, R, H, eps);
     case 7: return linear(l.fc1, l.normed2, nullptr, l.spread, T, H, l.wide);
     case 8:
       if (l.activation < 0) return pc_swiglu(l.spread, l.fc1.bias, l.activated, T, l.narrow);
       return pc_activation(l.spread, l.fc1.bias, l.activated, T, l.narrow, static_cast<int>(l.activation));
     case 9: return linear(l.fc2, l.activated, nullptr, l.fed, T, l.narrow, H);
-    case 10: return pc_bias_dropout_add(l.fed, l.fc2.bias, l.hidden, l.y, T, H, hidden_rate, l.seeds[4], l.seeds[5]);
+    case 10: return add_branch(l, l.fed, l.fc2.bias, l.hidden, l.y, 4);
   }
 }
 
-// The gradient of what is dropped, as the mask leaves it: `dy` itself where nothing is.
-const float* dropped(const Layer& l, const float* dy, float* into, int seeds, bool compute) {
-  if (l.hidden_rate == 0.0) return dy;
-  if (compute)
-    pc_bias_dropout_add(dy, nullptr, nullptr, into, l.tokens(), l.H, static_cast<float>(l.hidden_rate), l.seeds[seeds],
-                        l.seeds[seeds + 1]);
-  return into;
-}
-
 void backward_step(const Layer& l, int step) {
-  const i64 T = l.tokens(), H = l.H, X = l.width(), ND = l.N * l.D;
-  const float* heads = l.rotary ? l.turned : l.mixed;
-  const float* dfed = dropped(l, l.dy, l.dfed, 4, step == 0);
-  const float* dattended = dropped(l, l.dhidden, l.dattended, 2, step == 8);
-  float* dheads = l.rotary ? l.dturned : l.dmixed;
-  i64 shape[29];
+  const i64 T = l.tokens(), R = l.rows(), H = l.H, ND = l.N * l.D;
   switch (step) {
-    case 1: return linear_grad(l.fc2, dfed, l.dactivated, T, l.narrow, H);
-    case 2: return parameter_grad(l.fc2, l.of_fc2, dfed, l.activated, T, l.narrow, H);
+    case 0: return add_branch_grad(l, l.dy, l.dfed, l.of_fc2.bias, 4);
+    case 1: return linear_grad(l.fc2, l.dfed, l.dactivated, T, l.narrow, H);
+    case 2: return weight_grad(l.fc2, l.of_fc2.weight, l.dfed, l.activated, T, l.narrow, H);
     case 3:
       if (l.activation < 0) return pc_swiglu_grad(l.dactivated, l.spread, l.fc1.bias, l.dspread, T, l.narrow);
       return pc_activation_grad(l.dactivated, l.spread, l.fc1.bias, l.dspread, T, l.narrow,
                                 static_cast<int>(l.activation));
     case 4: return linear_grad(l.fc1, l.dspread, l.dnormed2, T, H, l.wide);
-    case 5: return parameter_grad(l.fc1, l.of_fc1, l.dspread, l.normed2, T, H, l.wide);
-    case 6: return norm_grad(l.norm2, l.of_norm2, l.dnormed2, l.hidden, l.moments2, l.dhidden, l.sums, T, H);
-    case 7: return pc_add(l.dhidden, l.dy, T * H);
-    case 9: return linear_grad(l.proj, dattended, l.dcontext, T, ND, H);
-    case 10: return parameter_grad(l.proj, l.of_proj, dattended, l.context, T, ND, H);
-    case 11:
-      l.attention_shape(shape);
-      return pc_attention_grad(heads, heads + X - 2 * l.D, heads + X - l.D, l.start, l.context, l.dcontext,
-                               l.log_sum_exp, dheads, dheads + X - 2 * l.D, dheads + X - l.D, shape,
-                               static_cast<float>(l.scale), static_cast<float>(l.attention_rate), l.seeds[0],
-                               l.seeds[1]);
-    case 12:
-      if (l.rotary)
-        pc_rotary(l.dturned, l.cos, l.sin, l.dmixed, l.S, l.B, l.packed() / l.D, l.D, l.rotary,
-                  static_cast<int>(l.per_batch), static_cast<int>(l.interleaved), 1, X / l.D);
-      return;
+    case 5:
+      weight_grad(l.fc1, l.of_fc1.weight, l.dspread, l.normed2, T, H, l.wide);
+      return bias_grad(l.of_fc1.bias, l.dspread, T, l.wide);
+    case 6: return norm_grad(l.norm2, l.of_norm2, l.dnormed2, l.hidden, l.moments2, l.dhidden, l.sums, R, H);
+    case 7: return pc_add(l.dhidden, l.dy, R * H);
+    case 8: return add_branch_grad(l, l.dhidden, l.dattended, l.of_proj.bias, 2);
+    case 9: return linear_grad(l.proj, l.dattended, l.dcontext, T, ND, H);
+    case 10: return weight_grad(l.proj, l.of_proj.weight, l.dattended, l.context, T, ND, H);
+    case 11: return attend_grad(l);
+    case 12: return turn(l, l.dturned, l.dmixed, 1);
     case 13: return linear_grad(l.qkv, l.dmixed, l.dnormed1, T, H, l.packed());
-    case 14: return parameter_grad(l.qkv, l.of_qkv, l.dmixed, l.normed1, T, H, l.packed());
-    case 15: return norm_grad(l.norm1, l.of_norm1, l.dnormed1, l.x, l.moments1, l.dx, l.sums, T, H);
-    case 16: return pc_add(l.dx, l.dhidden, T * H);
+    case 14:
+      weight_grad(l.qkv, l.of_qkv.weight, l.dmixed, l.normed1, T, H, l.packed());
+      return bias_grad(l.of_qkv.bias, l.dmixed, T, l.packed());
+    case 15: return norm_grad(l.norm1, l.of_norm1, l.dnormed1, l.x, l.moments1, l.dx, l.sums, R, H);
+    case 16: return pc_add(l.dx, l.dhidden, R * H);
   }
 }
 

@@ -1,0 +1,137 @@
+"""One call of a plain layer: its steps in either direction, and between them what ranks exchange.
+
+The exchanges are those of `tensor_parallel.linear`, in the same order, so the sums are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor
+
+from parallel_core.comm.interface import Group
+from parallel_core.ops import training_layer as kernel
+from parallel_core.ops.training_layer import Arrays, GradientSteps, LayerCall, LayerSizes
+from parallel_core.spans import span
+
+
+class Run:
+    """A call's steps, and its arrays as tensors.
+
+    Args:
+        call: the call.
+        sizes: of the layer.
+        group: the tensor parallel group.
+        kept: the arrays that wait for the backward pass.
+    """
+
+    def __init__(self, call: LayerCall, sizes: LayerSizes, group: Group, kept: Arrays) -> None:
+        self.call, self._sizes, self._group, self._kept = call, sizes, group, kept
+        self._exchanged: dict[str, Tensor] = {}
+        self._gradients: Arrays
+        self._done = 0
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+    def forward(self, passing: Arrays) -> None:
+        """Run the forward pass; `passing`: its other arrays."""
+        if self._group.size == 1:
+            self.call.forward(0, kernel.FORWARD_STEPS)
+            return
+        self.call.forward(0, kernel.PROJECTED)
+        self._gather("normed1", passing)
+        self.call.forward(kernel.PROJECTED, kernel.ATTENDED)
+        self._sum("attended", passing)
+        self.call.forward(kernel.ATTENDED, kernel.SPREAD)
+        self._gather("normed2", passing)
+        self.call.forward(kernel.SPREAD, kernel.FED)
+        self._sum("fed", passing)
+        self.call.forward(kernel.FED, kernel.FORWARD_STEPS)
+        self._free("attended", "fed")
+        if self._sizes.keeps_parts or self._sizes.rounds:
+            self._free("normed1", "normed2")
+
+    def _gather(self, name: str, passing: Arrays) -> None:
+        if self._sizes.parts > 1:
+            self._put(name, self._group.all_gather((self._kept if name in self._kept else passing).tensor(name)))
+
+    def _sum(self, name: str, passing: Arrays) -> None:
+        branch = passing.tensor("branch")
+        cut = self._sizes.parts > 1
+        self._put(name, self._group.reduce_scatter(branch) if cut else self._group.all_reduce_(branch))
+
+    def _put(self, name: str, x: Tensor) -> None:
+        """Go on with a tensor that ranks have exchanged; it lives until `_free`."""
+        self._exchanged[name] = x
+        self.call.put(name, x.data_ptr())
+
+    def _free(self, *names: str) -> None:
+        for name in names:
+            self._exchanged.pop(name, None)
+
+    # ---- backward ---------------------------------------------------------------------------------------------------
+    def backward(self, dy: Tensor, gradients: Arrays, gathers: tuple[bool, bool], *, later: bool) -> None:
+        """Run the backward pass.
+
+        Args:
+            dy: gradient of the output.
+            gradients: the arrays of the pass.
+            gathers: whether gradients of the queries' weight and of fc1's are computed now, of inputs of all tokens.
+            later: gradients of the weights of linear layers are asked for later, see `gradient`.
+        """
+        self._dy, self._gradients, self._done = dy, gradients, 0
+        self._to(kernel.FC2.of_input)
+        self._gather_gradient("dfed")
+        self._take_back(kernel.FC2)
+        self._gather_again("normed2", gathers[1])
+        self._take_back(kernel.FC1, "dnormed2")
+        self._to(kernel.PROJ.of_input)
+        if not later:
+            self._free("dfed", "normed2", "dnormed2")
+        self._gather_gradient("dattended")
+        self._take_back(kernel.PROJ)
+        self._gather_again("normed1", gathers[0])
+        self._take_back(kernel.QKV, "dnormed1")
+        self._to(kernel.BACKWARD_STEPS)
+
+    def _to(self, step: int) -> None:
+        self.call.backward(self._done, step)
+        self._done = step
+
+    def _gather_gradient(self, name: str) -> None:
+        if self._sizes.parts > 1:
+            self._put(name, self._group.all_gather(self.part_of_gradient(name)))
+
+    def _gather_again(self, name: str, wanted: bool) -> None:
+        if wanted and self._sizes.keeps_parts:
+            self._put(name, self._group.all_gather(self._kept.tensor(name)))
+
+    def _take_back(self, linear: GradientSteps, name: str = "") -> None:
+        """Run the steps to a linear layer's weight; its input's gradient `name` is summed over the ranks meanwhile."""
+        self._to(linear.of_weight)
+        summed = None
+        if name and self._group.size > 1:
+            cut = self._sizes.parts > 1
+            start = self._group.reduce_scatter_start if cut else self._group.all_reduce_start_
+            summed = start(self._gradients.tensor(name))
+        with span("weight-gradient"):
+            self._to(linear.of_weight + 1)
+        total = None if summed is None else summed.wait()
+        if total is not None:
+            self._put(name, total)
+
+    # ---- what the later gradients of weights are made of ------------------------------------------------------------
+    def part_of_gradient(self, name: str) -> Tensor:
+        """Return the gradient of a linear layer's output as this rank has it, [tokens, features]."""
+        if name == "dfed" and name not in self._gradients:  # nothing is dropped, so it is the gradient of the sum
+            return self._dy
+        return self._gradients.tensor(name)
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the gradient of a linear layer's output, of all tokens."""
+        return self._exchanged[name] if name in self._exchanged else self.part_of_gradient(name)
+
+    def operand(self, name: str) -> tuple[Tensor, Group | None]:
+        """Return a linear layer's input, rounded where products round, and the ranks that have parts of it."""
+        if name in ("normed1", "normed2") and self._sizes.keeps_parts:
+            return self._kept.tensor(name), self._group
+        if name in self._exchanged:
+            return self._exchanged[name], None
+        return self._kept.tensor(f"rounded {name}" if self._sizes.rounds else name), None

@@ -1,0 +1,64 @@
+"""Layers of one function on tensor parallel ranks, against their modules: the same exchanges, the same numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from parallel_core import ops
+from parallel_core.config.schema import TransformerConfig
+from parallel_core.layout.recompute import RecomputePlan
+from parallel_core.tensor_parallel.random import RandomStreams
+from parallel_core.transformer import GPTModel, ModelStage
+from tests.helpers.cases import CaseContext, case
+from tests.ranks.support import kernels, world_group
+from tests.unit.pipeline.test_tape import MODELS, SMALL, Run, recorded_by_mindspore, same
+
+CASES: list[dict[str, Any]] = [
+    {"name": "plain"},
+    {"name": "llama"},
+    {"name": "dropout"},
+    {"name": "dropout", "split": True},
+    {"name": "llama", "split": True},
+    {"name": "dropout", "cut": False},
+    {"name": "dropout", "cut": False, "split": True},
+    {"name": "llama", "regathers": False},
+    {"name": "dropout", "regathers": False, "split": True},
+    {"name": "plain", "frozen": "linear_fc1.weight"},
+    {"name": "plain", "bf16": True},
+    {"name": "llama", "bf16": True, "regathers": False},
+    {"name": "dropout", "bf16": True, "split": True},
+]
+
+
+@case(world_size=2, variants=CASES)
+def test_layers_of_one_function_are_their_modules(
+    ctx: CaseContext, name: str, cut: bool = True, split: bool = False, regathers: bool = True, frozen: str = "",
+    bf16: bool = False,
+) -> None:  # fmt: skip
+    if bf16 and not rounds_products():
+        pytest.skip("this CPU multiplies no bfloat16 numbers")
+    with kernels("auto"), pytest.MonkeyPatch.context() as patch:
+        ops.use_kernels("auto", 1, bf16_products=bf16)
+        runs = []
+        for run in (Run, partial(recorded_by_mindspore, patch)):
+            model = make_model(ctx, MODELS[name], RecomputePlan(regather=2 if regathers else 0), cut)
+            for parameter in model.get_parameters():
+                parameter.requires_grad = not (frozen and parameter.name.endswith(frozen))
+            runs.append(run(model, split=split, streams=model.decoder.streams))
+            assert all(layer._plain._possible == (run is Run) for layer in model.decoder.layers)
+    same(*runs)
+
+
+def rounds_products() -> bool:
+    return "bfloat16 operands" in ops.use_kernels("auto", 1, bf16_products=True)
+
+
+def make_model(ctx: CaseContext, options: dict[str, Any], plan: RecomputePlan, cut: bool) -> GPTModel:
+    streams, group = RandomStreams(7, ctx.rank), world_group(ctx)
+    config = TransformerConfig(**{**SMALL, **options})
+    return GPTModel(
+        ModelStage(config, tp_group=group, sequence_parallel=cut, streams=streams, plan=plan)
+    )
