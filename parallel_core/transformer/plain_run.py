@@ -77,15 +77,14 @@ class Run:
             later: gradients of the weights of linear layers are asked for later, see `gradient`.
         """
         self._dy, self._gradients, self._done = dy, gradients, 0
-        self._to(kernel.FC2.of_input)
-        self._gather_gradient("dfed")
+        self._gather_gradient(kernel.FC2, "dfed")
         self._take_back(kernel.FC2)
         self._gather_again("normed2", gathers[1])
         self._take_back(kernel.FC1, "dnormed2")
         self._to(kernel.PROJ.of_input)
         if not later:
             self._free("dfed", "normed2", "dnormed2")
-        self._gather_gradient("dattended")
+        self._gather_gradient(kernel.PROJ, "dattended")
         self._take_back(kernel.PROJ)
         self._gather_again("normed1", gathers[0])
         self._take_back(kernel.QKV, "dnormed1")
@@ -95,8 +94,9 @@ class Run:
         self.call.backward(self._done, step)
         self._done = step
 
-    def _gather_gradient(self, name: str) -> None:
+    def _gather_gradient(self, linear: GradientSteps, name: str) -> None:
         if self._sizes.parts > 1:
+            self._to(linear.of_input)
             self._put(name, self._group.all_gather(self.part_of_gradient(name)))
 
     def _gather_again(self, name: str, wanted: bool) -> None:
