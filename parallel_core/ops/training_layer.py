@@ -25,6 +25,8 @@ declare("pc_layer_backward", "PII")
 
 PROJECTED, ATTENDED, SPREAD, FED, FORWARD_STEPS = 1, 5, 7, 10, 11
 """Steps of the forward pass before which its arrays `normed1`, `attended`, `normed2` and `fed` can be exchanged."""
+ATTENDS, NARROWED = 3, 9
+"""The step that is attention, and the one that multiplies by fc2's weight."""
 BACKWARD_STEPS = 17
 PRODUCT_STEPS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 2, 4, 5, 9, 10, 13, 14)}
 """Steps of either pass that multiply matrices."""
@@ -40,6 +42,10 @@ class GradientSteps(NamedTuple):
 FC2, FC1, PROJ, QKV = GradientSteps(1, 2), GradientSteps(4, 5), GradientSteps(9, 10), GradientSteps(13, 14)
 
 _SCRATCH_ALIGNMENT = 16
+
+
+Shape = tuple[int, int]
+"""Rows and columns."""
 
 
 class LayerSizes(NamedTuple):
@@ -61,6 +67,8 @@ class LayerSizes(NamedTuple):
         activation: its number in `fused.KINDS`; -1: SwiGLU.
         rounds: whether products round their operands to bfloat16, and keep the copies.
         keeps_parts: whether this rank's parts of what the norms give are kept, of a sequence that is cut.
+        repeats_core: whether the backward pass runs attention again instead of keeping what it gives.
+        repeats_mlp: whether it runs fc1 and the activation again.
     """
 
     S: int
@@ -78,6 +86,8 @@ class LayerSizes(NamedTuple):
     activation: int
     rounds: bool
     keeps_parts: bool
+    repeats_core: bool
+    repeats_mlp: bool
 
     @property
     def packed(self) -> int:
@@ -89,9 +99,20 @@ class LayerSizes(NamedTuple):
         """Tokens of this rank's part of the sequence."""
         return self.S // self.parts * self.B
 
+    def keeps(self, normed: str) -> bool:
+        """Return whether what a norm gives is kept as float32 numbers, on this rank."""
+        if self.repeats_mlp and normed == "normed2":
+            return True
+        return self.keeps_parts or not (self.rounds or self.parts > 1)
 
-Shape = tuple[int, int]
-"""Rows and columns."""
+    def repeated(self) -> dict[str, Shape]:
+        """Return the arrays that the backward pass computes again."""
+        T, repeated = self.S * self.B, dict[str, Shape]()
+        if self.repeats_core:
+            repeated |= {"context": (T, self.N * self.D), "log_sum_exp": (T, self.N)}
+        if self.repeats_mlp:
+            repeated |= {"spread": (T, self.wide), "activated": (T, self.narrow)}
+        return repeated
 
 
 class Places(NamedTuple):
@@ -141,40 +162,36 @@ class Arrays:
 @functools.lru_cache(maxsize=64)
 def kept_places(z: LayerSizes) -> Places:
     """Return what the backward pass needs of the forward pass, but for tensors that ranks have exchanged."""
-    T = z.S * z.B
+    T, normed = z.S * z.B, [name for name in _NORMED if z.keeps(name)]
     kept = {
         "moments1": (z.rows, 3), "turned" if z.rotary else "mixed": (T, z.packed), "context": (T, z.N * z.D),
         "log_sum_exp": (T, z.N), "hidden": (z.rows, z.H), "moments2": (z.rows, 3), "spread": (T, z.wide),
+        "activated": (T, z.narrow), **dict.fromkeys(normed, (z.rows, z.H)),
     }  # fmt: skip
-    inputs = {"activated": (T, z.narrow)}
-    if z.rounds:
-        inputs["context"] = kept["context"]
-        inputs |= {} if z.keeps_parts else dict.fromkeys(_NORMED, (T, z.H))
-        inputs = {f"rounded {name}": shape for name, shape in inputs.items()}
-    return _places(kept | inputs | (_normed(z) if _keeps_normed(z) else {}))
+    for name in z.repeated():
+        del kept[name]
+    if z.rounds:  # copies of what products take, and of the context beside it
+        kept["rounded context"] = T, z.N * z.D
+        kept |= {f"rounded {name}": (T, z.H) for name in _NORMED if not z.keeps(name)}
+        if "activated" in kept:
+            kept["rounded activated"] = kept.pop("activated")
+    return _places(kept)
 
 
 _NORMED = ("normed1", "normed2")
-
-
-def _normed(z: LayerSizes) -> dict[str, Shape]:
-    return dict.fromkeys(_NORMED, (z.rows, z.H))
-
-
-def _keeps_normed(z: LayerSizes) -> bool:
-    return z.keeps_parts or not (z.rounds or z.parts > 1)
 
 
 @functools.lru_cache(maxsize=64)
 def passing_places(z: LayerSizes) -> Places:
     """Return what a forward pass needs for itself; `branch` is what attention gives, and then the MLP."""
     T = z.S * z.B
-    passing = {"branch": (T, z.H)}
+    passing = {"branch": (T, z.H), **z.repeated()}
+    passing |= {name: (z.rows, z.H) for name in _NORMED if not z.keeps(name)}
     if z.rotary:
         passing["mixed"] = T, z.packed
     if z.rounds:
         passing["activated"] = T, z.narrow
-    return _places(passing if _keeps_normed(z) else passing | _normed(z))
+    return _places(passing)
 
 
 @functools.lru_cache(maxsize=64)
@@ -186,7 +203,7 @@ def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
     of_attention = {"dcontext": (T, z.N * z.D), "dmixed": (T, z.packed), "dnormed1": whole}
     if drops:
         of_mlp["dfed"] = of_attention["dattended"] = part
-    more = {"dhidden": part, "sums": (2, H)}
+    more = {"dhidden": part, "sums": (2, H), **z.repeated()}
     if z.rotary:
         more["dturned"] = T, z.packed
     if z.rounds:
@@ -210,7 +227,7 @@ _FORWARD = (
 _BACKWARD = (
     "dfed", "dactivated", "dspread", "dnormed2", "dhidden", "dattended", "dcontext", "dturned", "dmixed", "dnormed1",
 )  # fmt: skip
-_NUMBERS = len(LayerSizes._fields) - 2
+_NUMBERS = LayerSizes._fields.index("rounds")
 _WEIGHTS = _NUMBERS + 6 + 4
 _LINEARS = _WEIGHTS + 4
 _X = _LINEARS + 4 * 5 + 3
@@ -308,6 +325,8 @@ class LayerCall:
         if layout[0].rounds:  # each copy is used before the next one is made
             self._put_in_linears(_ROUNDED_GRADIENT, [base + offsets["rounded"]] * 4)
         self._fields[_DY:] = [dy, *arrays, dx, sums, *gradients]
+        for name in layout[0].repeated():
+            self.put(name, base + offsets[name])
         if "dfed" not in offsets:  # nothing is dropped of what the MLP adds
             self.put("dfed", dy)
 

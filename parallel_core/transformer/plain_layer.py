@@ -27,12 +27,13 @@ from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParall
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
 from parallel_core.transformer.plain_run import Run
+from parallel_core.transformer.recomputed import RecomputedMLP
 
 
 def is_plain(layer: Any, config: TransformerConfig) -> bool:
     """Tell whether a `TransformerLayer` is norm, attention, norm, MLP with nothing else between, whatever attends."""
     attention, mlp = layer.self_attention, layer.mlp
-    if type(attention) is not SelfAttention or type(mlp) is not MLP:
+    if type(attention) is not SelfAttention or type(mlp) not in (MLP, RecomputedMLP):
         return False
     columns = type(attention.linear_qkv), type(mlp.linear_fc1)
     rows = type(attention.linear_proj), type(mlp.linear_fc2)
@@ -77,13 +78,13 @@ class PlainLayer:
         layer = self._layer
         attention, mlp = layer.self_attention, layer.mlp
         parts = [layer.input_layernorm, attention, layer.pre_mlp_layernorm, mlp]
-        if type(attention) is SelfAttention and type(mlp) is MLP:
+        if type(attention) is SelfAttention and isinstance(mlp, MLP):
             parts += [attention.linear_qkv, attention.core_attention, attention.linear_proj]
             parts += [mlp.linear_fc1, mlp.linear_fc2]
         return parts
 
     def _is_whole(self) -> bool:
-        """Return whether nothing is computed again and no attention is of other ranks, and note the layer's parts."""
+        """Return whether attention is this rank's alone, and note the layer's parts."""
         layer = self._layer
         attention, mlp = layer.self_attention, layer.mlp
         self.weights = [
@@ -99,7 +100,8 @@ class PlainLayer:
         self._parts_of_sequence = self.group.size if attention.linear_qkv.sequence_parallel else 1
         self._keeps_parts = self._parts_of_sequence > 1 and attention.linear_qkv.regather_input
         core = attention.core_attention
-        return type(core) is CoreAttention and core.cp_size == 1 and not attention.recompute_core
+        self._repeats = attention.recompute_core, type(mlp) is RecomputedMLP
+        return type(core) is CoreAttention and core.cp_size == 1
 
     def __call__(self, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
         """Return the layer's output, in the shape of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
@@ -126,7 +128,7 @@ class PlainLayer:
             shape[0], shape[1], shape[2],
             attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
             self.weights[8].shape[0], self.weights[10].shape[1], self._parts_of_sequence, turned, int(per_batch),
-            int(self._config.rotary_interleaved), self._activation, rounds, self._keeps_parts,
+            int(self._config.rotary_interleaved), self._activation, rounds, self._keeps_parts, *self._repeats,
         )  # fmt: skip
 
     def sums(self) -> list[MainGrad | None] | None:

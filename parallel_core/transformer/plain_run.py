@@ -45,8 +45,9 @@ class Run:
         self._sum("fed", passing)
         self.call.forward(kernel.FED, kernel.FORWARD_STEPS)
         self._free("attended", "fed")
-        if self._sizes.keeps_parts or self._sizes.rounds:
+        if self._sizes.rounds:
             self._free("normed1", "normed2")
+        self._free(*(name for name in ("normed1", "normed2") if self._sizes.keeps(name)))
 
     def _gather(self, name: str, passing: Arrays) -> None:
         if self._sizes.parts > 1:
@@ -77,6 +78,9 @@ class Run:
             later: gradients of the weights of linear layers are asked for later, see `gradient`.
         """
         self._dy, self._gradients, self._done = dy, gradients, 0
+        if self._sizes.repeats_mlp:
+            self._gather_again("normed2", wanted=True)
+            self.call.forward(kernel.SPREAD, kernel.NARROWED)
         self._gather_gradient(kernel.FC2, "dfed")
         self._take_back(kernel.FC2)
         self._gather_again("normed2", gathers[1])
@@ -85,6 +89,8 @@ class Run:
         if not later:
             self._free("dfed", "normed2", "dnormed2")
         self._gather_gradient(kernel.PROJ, "dattended")
+        if self._sizes.repeats_core:
+            self.call.forward(kernel.ATTENDS, kernel.ATTENDS + 1)
         self._take_back(kernel.PROJ)
         self._gather_again("normed1", gathers[0])
         self._take_back(kernel.QKV, "dnormed1")
@@ -100,7 +106,7 @@ class Run:
             self._put(name, self._group.all_gather(self.part_of_gradient(name)))
 
     def _gather_again(self, name: str, wanted: bool) -> None:
-        if wanted and self._sizes.keeps_parts:
+        if wanted and self._sizes.parts > 1 and self._sizes.keeps(name) and name not in self._exchanged:
             self._put(name, self._group.all_gather(self._kept.tensor(name)))
 
     def _take_back(self, linear: GradientSteps, name: str = "") -> None:
@@ -130,8 +136,8 @@ class Run:
 
     def operand(self, name: str) -> tuple[Tensor, Group | None]:
         """Return a linear layer's input, rounded where products round, and the ranks that have parts of it."""
-        if name in ("normed1", "normed2") and self._sizes.keeps_parts:
-            return self._kept.tensor(name), self._group
-        if name in self._exchanged:
-            return self._exchanged[name], None
-        return self._kept.tensor(f"rounded {name}" if self._sizes.rounds else name), None
+        for kept in (f"rounded {name}", name):
+            if kept in self._kept:
+                is_part = kept in ("normed1", "normed2") and self._sizes.parts > 1
+                return self._kept.tensor(kept), self._group if is_part else None
+        return self._exchanged[name] if name in self._exchanged else self._gradients.tensor(name), None

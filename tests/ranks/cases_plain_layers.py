@@ -14,7 +14,7 @@ from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.transformer import GPTModel, ModelStage
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.support import kernels, world_group
-from tests.unit.pipeline.test_tape import MODELS, SMALL, Run, recorded_by_mindspore, same
+from tests.unit.pipeline.test_tape import MODELS, SMALL, Run, are_plain, recorded_by_mindspore, same
 
 CASES: list[dict[str, Any]] = [
     {"name": "plain"},
@@ -26,6 +26,9 @@ CASES: list[dict[str, Any]] = [
     {"name": "dropout", "cut": False, "split": True},
     {"name": "llama", "regathers": False},
     {"name": "dropout", "regathers": False, "split": True},
+    {"name": "dropout and MLPs again"},
+    {"name": "dropout and MLPs again", "split": True},
+    {"name": "dropout and MLPs again", "regathers": False, "bf16": True},
     {"name": "plain", "frozen": "linear_fc1.weight"},
     {"name": "plain", "bf16": True},
     {"name": "llama", "bf16": True, "regathers": False},
@@ -42,13 +45,14 @@ def test_layers_of_one_function_are_their_modules(
         pytest.skip("this CPU multiplies no bfloat16 numbers")
     with kernels("auto"), pytest.MonkeyPatch.context() as patch:
         ops.use_kernels("auto", 1, bf16_products=bf16)
+        plan = RecomputePlan(core_attention=2 if "again" in name else 0, regather=2 if regathers else 0)
         runs = []
         for run in (Run, partial(recorded_by_mindspore, patch)):
-            model = make_model(ctx, MODELS[name], RecomputePlan(regather=2 if regathers else 0), cut)
+            model = make_model(ctx, MODELS[name], plan, cut)
             for parameter in model.get_parameters():
                 parameter.requires_grad = not (frozen and parameter.name.endswith(frozen))
             runs.append(run(model, split=split, streams=model.decoder.streams))
-            assert all(layer._plain._possible == (run is Run) for layer in model.decoder.layers)
+            assert are_plain(model) == (run is Run)
     same(*runs)
 
 

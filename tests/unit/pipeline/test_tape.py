@@ -22,6 +22,7 @@ from parallel_core.deferral import deferring
 from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.main_grad import on_gradient
+from parallel_core.ops.training_layer import kept_places
 from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
 from parallel_core.pipeline import recorded
 from parallel_core.pipeline.stage import PipelineStage
@@ -122,6 +123,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "untie_embeddings_and_output_weights": True,
     },
     "dropout": {"attention_dropout_rate": 0.1, "hidden_dropout_rate": 0.2},
+    "dropout and MLPs again": {
+        "attention_dropout_rate": 0.1, "hidden_dropout_rate": 0.2, "recompute_granularity": "selective",
+        "recompute_modules": ("core_attn", "mlp"),
+    },
     "norms of queries and keys": {"qk_layernorm": True, "apply_layernorm_1p": True},
     "residual of the norm": {"apply_residual_connection_post_layernorm": True},
     "parallel residual": {"parallel_residual": True},
@@ -150,14 +155,19 @@ def test_a_model_on_a_tape_is_the_one_that_mindspore_records(
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("name", ["plain", "llama", "dropout"])
+@pytest.mark.parametrize("name", ["plain", "llama", "dropout", "dropout and MLPs again"])
 def test_products_of_bfloat16(name: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each operand is rounded once, and the copy multiplied again for the weight's gradient."""
     if "bfloat16 operands" not in ops.use_kernels("auto", 1, bf16_products=True):
         pytest.skip("this CPU multiplies no bfloat16 numbers")
-    models = [make_model(MODELS[name]) for _ in range(2)]
+    plan = RecomputePlan(core_attention=2 if "again" in name else 0)
+    models = [make_model(MODELS[name], plan) for _ in range(2)]
     got = Run(models[0], split=split, streams=streams_of(models[0]))
     same(got, recorded_by_mindspore(monkeypatch, models[1], split=split, streams=streams_of(models[1])))
+
+
+def are_plain(model: GPTModel) -> bool:
+    return all(layer._plain._possible for layer in model.decoder.layers)
 
 
 def streams_of(model: GPTModel) -> RandomStreams:
@@ -170,14 +180,18 @@ PLANS = {
 }
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("model", ["dropout", "dropout and MLPs again"])
 @pytest.mark.parametrize("name", PLANS)
-def test_recomputation_on_a_tape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = MODELS["dropout"]
-    models = [make_model(options, PLANS[name]) for _ in range(2)]
-    got = Run(models[0], streams=streams_of(models[0]))
-    assert not tape._off_tape
-    same(got, recorded_by_mindspore(monkeypatch, models[1], streams=streams_of(models[1])))
-    without = make_model(options)
+def test_recomputation_on_a_tape(name: str, model: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [make_model(MODELS[model], PLANS[name]) for _ in range(2)]
+    got = Run(models[0], split=split, streams=streams_of(models[0]))
+    assert not tape._off_tape and are_plain(models[0])
+    same(got, recorded_by_mindspore(monkeypatch, models[1], split=split, streams=streams_of(models[1])))
+    (sizes,) = models[0].decoder.layers[0]._plain._sizes.values()
+    kept, repeats_mlp = kept_places(sizes).shapes, "MLPs" in model
+    assert ("context" in kept, "spread" in kept) == (name == "full", not repeats_mlp)
+    without = make_model(MODELS["dropout"])
     same(got, Run(without, streams=streams_of(without)), 0.0)
 
 
