@@ -60,7 +60,8 @@ def is_covered(layer: nn.Cell, config: TransformerConfig) -> bool:
         return False
     small = [p for p in layer.get_parameters() if p.ndim == 1]
     whole = layer.self_attention.linear_qkv.tp_group.size == 1
-    return whole and not config.rotary_interleaved and all(p.dtype == ms.float32 for p in small)
+    whole = whole and not (config.rotary_interleaved or config.qk_layernorm or config.apply_layernorm_1p)
+    return whole and all(p.dtype == ms.float32 for p in small)
 
 
 def join_layers(model: nn.Cell, stage: ModelStage, cache: KeyValueCache) -> None:

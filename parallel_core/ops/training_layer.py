@@ -69,6 +69,7 @@ class LayerSizes(NamedTuple):
         keeps_parts: whether this rank's parts of what the norms give are kept, of a sequence that is cut.
         repeats_core: whether the backward pass runs attention again instead of keeping what it gives.
         repeats_mlp: whether it runs fc1 and the activation again.
+        norms_heads: whether queries and keys have norms.
     """
 
     S: int
@@ -88,6 +89,7 @@ class LayerSizes(NamedTuple):
     keeps_parts: bool
     repeats_core: bool
     repeats_mlp: bool
+    norms_heads: bool
 
     @property
     def packed(self) -> int:
@@ -164,10 +166,12 @@ def kept_places(z: LayerSizes) -> Places:
     """Return what the backward pass needs of the forward pass, but for tensors that ranks have exchanged."""
     T, normed = z.S * z.B, [name for name in _NORMED if z.keeps(name)]
     kept = {
-        "moments1": (z.rows, 3), "turned" if z.rotary else "mixed": (T, z.packed), "context": (T, z.N * z.D),
+        "moments1": (z.rows, 3), "heads": (T, z.packed), "context": (T, z.N * z.D),
         "log_sum_exp": (T, z.N), "hidden": (z.rows, z.H), "moments2": (z.rows, 3), "spread": (T, z.wide),
         "activated": (T, z.narrow), **dict.fromkeys(normed, (z.rows, z.H)),
     }  # fmt: skip
+    if z.norms_heads:
+        kept |= {"mixed": (T, z.packed), "moments_q": (T * z.N, 3), "moments_k": (T * z.G, 3)}
     for name in z.repeated():
         del kept[name]
     if z.rounds:  # copies of what products take, and of the context beside it
@@ -176,6 +180,16 @@ def kept_places(z: LayerSizes) -> Places:
         if "activated" in kept:
             kept["rounded activated"] = kept.pop("activated")
     return _places(kept)
+
+
+def _packed_alike(z: LayerSizes, first: str, prefix: str = "") -> dict[str, str]:
+    """Return which of the packed heads are the same array as another; `first`: the one that all are at least."""
+    mixed, headed, heads = (prefix + name for name in ("mixed", "headed", "heads"))
+    if not (z.rotary or z.norms_heads):
+        return dict.fromkeys({mixed, headed, heads} - {first}, first)
+    if z.rotary and z.norms_heads:
+        return {}
+    return {headed: mixed if z.rotary else heads}
 
 
 _NORMED = ("normed1", "normed2")
@@ -187,8 +201,10 @@ def passing_places(z: LayerSizes) -> Places:
     T = z.S * z.B
     passing = {"branch": (T, z.H), **z.repeated()}
     passing |= {name: (z.rows, z.H) for name in _NORMED if not z.keeps(name)}
+    if z.norms_heads:
+        passing["apart"] = 3 * T, z.N * z.D
     if z.rotary:
-        passing["mixed"] = T, z.packed
+        passing["headed" if z.norms_heads else "mixed"] = T, z.packed
     if z.rounds:
         passing["activated"] = T, z.narrow
     return _places(passing)
@@ -203,9 +219,12 @@ def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
     of_attention = {"dcontext": (T, z.N * z.D), "dmixed": (T, z.packed), "dnormed1": whole}
     if drops:
         of_mlp["dfed"] = of_attention["dattended"] = part
-    more = {"dhidden": part, "sums": (2, H), **z.repeated()}
-    if z.rotary:
-        more["dturned"] = T, z.packed
+    more = {"dhidden": part, "sums": (2, max(H, z.D)), **z.repeated()}
+    if z.rotary or z.norms_heads:
+        more["dheads"] = T, z.packed
+    if z.norms_heads:
+        more["apart"] = 3 * T, z.N * z.D
+        more |= {"dheaded": (T, z.packed)} if z.rotary else {}
     if z.rounds:
         more["rounded"] = T, max(z.wide, z.packed, H)
     if shared:
@@ -215,27 +234,29 @@ def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
         places.shapes.update(of_mlp | of_attention)
     else:
         places = _places(more | of_mlp | of_attention)
-    if not drops:
-        places.offsets["dattended"], places.shapes["dattended"] = places.offsets["dhidden"], part
+    alike = _packed_alike(z, "dmixed", "d") | ({} if drops else {"dattended": "dhidden"})
+    places.offsets.update({name: places.offsets[one] for name, one in alike.items()})
+    places.shapes.update({name: places.shapes[one] for name, one in alike.items()})
     return places
 
 
 _FORWARD = (
-    "moments1", "normed1", "mixed", "turned", "context", "log_sum_exp", "attended", "hidden", "moments2", "normed2",
-    "spread", "activated", "fed", "y",
+    "moments1", "normed1", "mixed", "moments_q", "moments_k", "headed", "heads", "context", "log_sum_exp", "attended",
+    "hidden", "moments2", "normed2", "spread", "activated", "fed", "y", "apart",
 )  # fmt: skip
 _BACKWARD = (
-    "dfed", "dactivated", "dspread", "dnormed2", "dhidden", "dattended", "dcontext", "dturned", "dmixed", "dnormed1",
+    "dfed", "dactivated", "dspread", "dnormed2", "dhidden", "dattended", "dcontext", "dheads", "dheaded", "dmixed",
+    "dnormed1",
 )  # fmt: skip
 _NUMBERS = LayerSizes._fields.index("rounds")
 _WEIGHTS = _NUMBERS + 6 + 4
-_LINEARS = _WEIGHTS + 4
+_LINEARS = _WEIGHTS + 8
 _X = _LINEARS + 4 * 5 + 3
 _ROUNDED = ("rounded normed1", "rounded context", "rounded normed2", "rounded activated")
 _ROUNDED_INPUT, _ROUNDED_GRADIENT = 3, 4  # of a linear layer's five fields
 _DY = _X + 1 + len(_FORWARD)
 _GRADIENTS = _DY + 1 + len(_BACKWARD) + 2
-_LENGTH = _GRADIENTS + 24
+_LENGTH = _GRADIENTS + 2 * 16
 _FIELDS = dict(zip(("x", *_FORWARD, "dy", *_BACKWARD, "dx"), range(_X, _GRADIENTS)))
 
 
@@ -249,10 +270,11 @@ def _bits(number: float) -> int:
 @functools.lru_cache(maxsize=64)
 def _forward_layout(z: LayerSizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the offsets of `_FORWARD` in what is kept and in the scratch, and which of them are kept, as 1 or 0."""
-    kept, passing = kept_places(z).offsets, passing_places(z).offsets
-    of_kept = tuple(kept.get(name, 0) for name in _FORWARD)
-    of_scratch = tuple(0 if name in kept else passing.get(name, 0) for name in _FORWARD)
-    return of_kept, of_scratch, tuple(int(name in kept) for name in _FORWARD)
+    kept, passing, alike = kept_places(z).offsets, passing_places(z).offsets, _packed_alike(z, "heads")
+    names = [alike.get(name, name) for name in _FORWARD]
+    of_kept = tuple(kept.get(name, 0) for name in names)
+    of_scratch = tuple(0 if name in kept else passing.get(name, 0) for name in names)
+    return of_kept, of_scratch, tuple(int(name in kept) for name in names)
 
 
 @functools.lru_cache(maxsize=64)
@@ -269,7 +291,8 @@ class LayerCall:
         seeds: of the dropout in attention, and of the two branches: six numbers.
         factors: epsilon of the norms, factor of the scores, rates of the dropout in attention and of the branches.
         weights: addresses, of the norms and their biases, and of each linear layer with its kind and its bias, in the
-            order in which they are used: norm 1, norm 2; queries with keys and values, projection, fc1, fc2.
+            order in which they are used: norm 1, norm 2, those of queries and of keys; queries with keys and values,
+            projection, fc1, fc2.
         tables: addresses of cosines, sines, and the first positions that are seen; 0 where there are none.
         x: address of the input.
         y: address of the output.
@@ -290,9 +313,9 @@ class LayerCall:
         passing: int,
     ) -> None:
         arrays = [kept + k if is_kept else passing + p for k, p, is_kept in zip(*_forward_layout(sizes))]
-        arrays[-1] = y
         numbers = *sizes[:_NUMBERS], *seeds, *map(_bits, factors)
         self._fields = (c_int64 * _LENGTH)(*numbers, *weights, *tables, x, *arrays)
+        self.put("y", y)
         if sizes.rounds:
             offsets = kept_places(sizes).offsets
             self._put_in_linears(_ROUNDED_INPUT, [kept + offsets[name] if name in offsets else 0 for name in _ROUNDED])
@@ -325,7 +348,7 @@ class LayerCall:
         if layout[0].rounds:  # each copy is used before the next one is made
             self._put_in_linears(_ROUNDED_GRADIENT, [base + offsets["rounded"]] * 4)
         self._fields[_DY:] = [dy, *arrays, dx, sums, *gradients]
-        for name in layout[0].repeated():
+        for name in (*layout[0].repeated(), *(["apart"] if layout[0].norms_heads else [])):
             self.put(name, base + offsets[name])
         if "dfed" not in offsets:  # nothing is dropped of what the MLP adds
             self.put("dfed", dy)

@@ -41,7 +41,6 @@ def is_plain(layer: Any, config: TransformerConfig) -> bool:
         set(columns) == {ColumnParallelLinear}
         and set(rows) == {RowParallelLinear}
         and not (layer.residual_after_norm or layer.parallel_residual or config.use_sandwich_norm)
-        and not (config.qk_layernorm or config.apply_layernorm_1p)
         and (config.normalization == "LayerNorm" or config.apply_rmsnorm_fusion)
         and (attention.rotary is None or config.apply_rope_fusion)
         and takes_activation(mlp.hidden_act)
@@ -79,6 +78,7 @@ class PlainLayer:
         attention, mlp = layer.self_attention, layer.mlp
         parts = [layer.input_layernorm, attention, layer.pre_mlp_layernorm, mlp]
         if type(attention) is SelfAttention and isinstance(mlp, MLP):
+            parts += [norm for norm in self._norms_of_heads() if norm is not None]
             parts += [attention.linear_qkv, attention.core_attention, attention.linear_proj]
             parts += [mlp.linear_fc1, mlp.linear_fc2]
         return parts
@@ -90,6 +90,7 @@ class PlainLayer:
         self.weights = [
             layer.input_layernorm.weight, getattr(layer.input_layernorm, "bias", None),
             layer.pre_mlp_layernorm.weight, getattr(layer.pre_mlp_layernorm, "bias", None),
+            *(getattr(norm, name, None) for norm in self._norms_of_heads() for name in ("weight", "bias")),
             attention.linear_qkv.weight, attention.linear_qkv.bias,
             attention.linear_proj.weight, attention.linear_proj.bias,
             mlp.linear_fc1.weight, mlp.linear_fc1.bias, mlp.linear_fc2.weight, mlp.linear_fc2.bias,
@@ -100,8 +101,13 @@ class PlainLayer:
         self._parts_of_sequence = self.group.size if attention.linear_qkv.sequence_parallel else 1
         self._keeps_parts = self._parts_of_sequence > 1 and attention.linear_qkv.regather_input
         core = attention.core_attention
+        self.offset: float = layer.input_layernorm.offset
         self._repeats = attention.recompute_core, type(mlp) is RecomputedMLP
         return type(core) is CoreAttention and core.cp_size == 1
+
+    def _norms_of_heads(self) -> tuple[nn.Cell | None, nn.Cell | None]:
+        attention = self._layer.self_attention
+        return attention.q_layernorm, attention.k_layernorm
 
     def __call__(self, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
         """Return the layer's output, in the shape of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
@@ -127,8 +133,9 @@ class PlainLayer:
         return LayerSizes(
             shape[0], shape[1], shape[2],
             attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
-            self.weights[8].shape[0], self.weights[10].shape[1], self._parts_of_sequence, turned, int(per_batch),
+            self.weights[_FC1].shape[0], self.weights[_FC2].shape[1], self._parts_of_sequence, turned, int(per_batch),
             int(self._config.rotary_interleaved), self._activation, rounds, self._keeps_parts, *self._repeats,
+            self.weights[_NORM_OF_QUERIES] is not None,
         )  # fmt: skip
 
     def sums(self) -> list[MainGrad | None] | None:
@@ -164,8 +171,10 @@ class _Fixed(NamedTuple):
         return [*tables, 0 if self.start is None else self.start.data_ptr()]
 
 
-_NORMS = (0, 1, 2, 3)
-_QKV, _PROJ, _FC1, _FC2 = _LINEARS = (4, 6, 8, 10)
+_NORMS = range(8)
+"""Where the weights of norms stand among all, each with its bias behind it; and those of linear layers, likewise."""
+_NORM_WEIGHTS, _NORM_OF_QUERIES = _NORMS[::2], 4
+_QKV, _PROJ, _FC1, _FC2 = _LINEARS = (8, 10, 12, 14)
 _USES = {
     _QKV: ("dmixed", "normed1"), _PROJ: ("dattended", "context"), _FC1: ("dspread", "normed2"),
     _FC2: ("dfed", "activated"),
@@ -179,8 +188,10 @@ class _PlainLayer(Function):
         x, y, z = x.contiguous(), raw.new(x.shape), fixed.sizes
         # Norms and biases are read as float32; matrices as they are.
         small = [None if w is None or i in _LINEARS else raw.wide(w) for i, w in enumerate(weights)]
+        if fixed.layer.offset:
+            small = [_shifted(w, fixed.layer.offset) if i in _NORM_WEIGHTS else w for i, w in enumerate(small)]
         addresses = [0 if w is None else w.data_ptr() for w in small]
-        words = addresses[:4]
+        words = addresses[: _NORMS.stop]
         for i in _LINEARS:
             words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1], 0, 0]
         kept, passing = kernel.kept_places(z), kernel.passing_places(z)
@@ -211,8 +222,12 @@ class _PlainLayer(Function):
         ctx.run.backward(dy, Arrays(where, array), (needed[0], needed[1]), later=later)
         gradients = targets.gradients()
         if later:
-            gradients[4:] = _later(ctx.run, weights, dy)
+            gradients[_NORMS.stop :] = _later(ctx.run, weights, dy)
         return dx, None, *gradients
+
+
+def _shifted(weight: Tensor | None, offset: float) -> Tensor | None:
+    return None if weight is None else raw.on(raw.array_of(weight) + np.float32(offset))
 
 
 class _Sums:

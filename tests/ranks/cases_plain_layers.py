@@ -29,6 +29,8 @@ CASES: list[dict[str, Any]] = [
     {"name": "dropout and MLPs again"},
     {"name": "dropout and MLPs again", "split": True},
     {"name": "dropout and MLPs again", "regathers": False, "bf16": True},
+    {"name": "norms of queries and keys"},
+    {"name": "norms of queries and keys that turn"},
     {"name": "plain", "frozen": "linear_fc1.weight"},
     {"name": "plain", "bf16": True},
     {"name": "llama", "bf16": True, "regathers": False},

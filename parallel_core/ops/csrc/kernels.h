@@ -33,3 +33,4 @@ PC_API void pc_activation_grad(const float* dy, const float* x, const float* bia
 PC_API void pc_swiglu(const float* x, const float* bias, float* y, pc::i64 T, pc::i64 F);
 PC_API void pc_swiglu_grad(const float* dy, const float* x, const float* bias, float* dx, pc::i64 T, pc::i64 F);
 PC_API void pc_add(float* into, const float* values, pc::i64 n);
+PC_API void pc_copy_rows(const float* from, pc::i64 from_stride, float* to, pc::i64 to_stride, pc::i64 width, pc::i64 rows);

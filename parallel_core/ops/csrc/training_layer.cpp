@@ -41,19 +41,22 @@ struct Layer {
   i64 rotary, per_batch, interleaved, activation;  // channels that turn, 0: none; -1: SwiGLU
   u64 seeds[6];                                    // of attention, and of what attention and MLP add
   double eps, scale, attention_rate, hidden_rate;
-  Norm norm1, norm2;
+  Norm norm1, norm2, norm_q, norm_k;  // of queries and keys without a weight: they stay as they are
   Linear qkv, proj, fc1, fc2;
   const float *cos, *sin;
   const int32_t* start;
 
   const float* x;
-  float *moments1, *normed1, *mixed, *turned, *context, *log_sum_exp, *attended, *hidden, *moments2, *normed2, *spread,
-      *activated, *fed, *y;
+  float *moments1, *normed1, *mixed, *moments_q, *moments_k, *headed, *heads, *context, *log_sum_exp, *attended, *hidden,
+      *moments2, *normed2, *spread, *activated, *fed, *y;
+  // Packed queries, keys and values are mixed, then headed with their norms, then heads that have turned: one array
+  // where a step has nothing to do. [3, T * N * D] is for one kind of them.
+  float* apart;
 
   const float* dy;
-  float *dfed, *dactivated, *dspread, *dnormed2, *dhidden, *dattended, *dcontext, *dturned, *dmixed, *dnormed1, *dx,
-      *sums;  // [2, H]
-  NormGradient of_norm1, of_norm2;
+  float *dfed, *dactivated, *dspread, *dnormed2, *dhidden, *dattended, *dcontext, *dheads, *dheaded, *dmixed, *dnormed1,
+      *dx, *sums;  // [2, H or D]
+  NormGradient of_norm1, of_norm2, of_norm_q, of_norm_k;
   LinearGradient of_qkv, of_proj, of_fc1, of_fc2;
 
   i64 tokens() const { return S * B; }
@@ -113,23 +116,65 @@ void bias_grad(const Gradient& g, const float* dy, i64 T, i64 O) {
   if (g.into) pc_sum_rows(dy, g.into, T, O, static_cast<int>(g.add));
 }
 
+// Queries, keys or values of all groups: columns [first, first + size) of a group's packed heads.
+struct Columns {
+  i64 first, size;
+};
+
+void take(const Layer& l, Columns c, const float* packed, float* apart) {
+  pc_copy_rows(packed + c.first, l.width(), apart, c.size, c.size, l.tokens() * l.G);
+}
+
+void put(const Layer& l, Columns c, const float* apart, float* packed) {
+  pc_copy_rows(apart, c.size, packed + c.first, l.width(), c.size, l.tokens() * l.G);
+}
+
+void norm_columns(const Layer& l, Columns c, const Norm& n, float* moments) {
+  float* normed = l.apart + l.tokens() * l.N * l.D;
+  take(l, c, l.mixed, l.apart);
+  norm(n, l.apart, normed, moments, l.tokens() * l.G * c.size / l.D, l.D, static_cast<float>(l.eps));
+  put(l, c, normed, l.headed);
+}
+
+void norm_columns_grad(const Layer& l, Columns c, const Norm& n, const NormGradient& g, const float* moments) {
+  const i64 room = l.tokens() * l.N * l.D;
+  float *dy = l.apart + room, *dx = dy + room;
+  take(l, c, l.mixed, l.apart);
+  take(l, c, l.dheaded, dy);
+  norm_grad(n, g, dy, l.apart, moments, dx, l.sums, l.tokens() * l.G * c.size / l.D, l.D);
+  put(l, c, dx, l.dmixed);
+}
+
+void norm_heads(const Layer& l) {
+  if (l.norm_q.weight == nullptr) return;
+  const i64 X = l.width(), D = l.D;
+  norm_columns(l, {0, X - 2 * D}, l.norm_q, l.moments_q);
+  norm_columns(l, {X - 2 * D, D}, l.norm_k, l.moments_k);
+  pc_copy_rows(l.mixed + X - D, X, l.headed + X - D, X, D, l.tokens() * l.G);
+}
+
+void norm_heads_grad(const Layer& l) {
+  if (l.norm_q.weight == nullptr) return;
+  const i64 X = l.width(), D = l.D;
+  norm_columns_grad(l, {0, X - 2 * D}, l.norm_q, l.of_norm_q, l.moments_q);
+  norm_columns_grad(l, {X - 2 * D, D}, l.norm_k, l.of_norm_k, l.moments_k);
+  pc_copy_rows(l.dheaded + X - D, X, l.dmixed + X - D, X, D, l.tokens() * l.G);
+}
+
 void attend(const Layer& l) {
-  const float* heads = l.rotary ? l.turned : l.mixed;
-  const float *keys = heads + l.width() - 2 * l.D, *values = heads + l.width() - l.D;
+  const float *keys = l.heads + l.width() - 2 * l.D, *values = l.heads + l.width() - l.D;
   i64 shape[29];
   l.attention_shape(shape);
-  pc_attention(heads, keys, values, l.start, l.context, l.log_sum_exp, shape, static_cast<float>(l.scale),
+  pc_attention(l.heads, keys, values, l.start, l.context, l.log_sum_exp, shape, static_cast<float>(l.scale),
                static_cast<float>(l.attention_rate), l.seeds[0], l.seeds[1]);
 }
 
 void attend_grad(const Layer& l) {
-  const float* heads = l.rotary ? l.turned : l.mixed;
-  float* dheads = l.rotary ? l.dturned : l.dmixed;
   const i64 keys = l.width() - 2 * l.D, values = l.width() - l.D;
   i64 shape[29];
   l.attention_shape(shape);
-  pc_attention_grad(heads, heads + keys, heads + values, l.start, l.context, l.dcontext, l.log_sum_exp, dheads,
-                    dheads + keys, dheads + values, shape, static_cast<float>(l.scale),
+  pc_attention_grad(l.heads, l.heads + keys, l.heads + values, l.start, l.context, l.dcontext, l.log_sum_exp, l.dheads,
+                    l.dheads + keys, l.dheads + values, shape, static_cast<float>(l.scale),
                     static_cast<float>(l.attention_rate), l.seeds[0], l.seeds[1]);
 }
 
@@ -157,7 +202,9 @@ void forward_step(const Layer& l, int step) {
   switch (step) {
     case 0: return norm(l.norm1, l.x, l.normed1, l.moments1, R, H, eps);
     case 1: return linear(l.qkv, l.normed1, l.qkv.bias, l.mixed, T, H, l.packed());
-    case 2: return turn(l, l.mixed, l.turned, 0);
+    case 2:
+      norm_heads(l);
+      return turn(l, l.headed, l.heads, 0);
     case 3: return attend(l);
     case 4: return linear(l.proj, l.context, nullptr, l.attended, T, ND, H);
     case 5: return add_branch(l, l.attended, l.proj.bias, l.x, l.hidden, 2);
@@ -191,7 +238,9 @@ void backward_step(const Layer& l, int step) {
     case 9: return linear_grad(l.proj, l.dattended, l.dcontext, T, ND, H);
     case 10: return weight_grad(l.proj, l.of_proj.weight, l.dattended, l.context, T, ND, H);
     case 11: return attend_grad(l);
-    case 12: return turn(l, l.dturned, l.dmixed, 1);
+    case 12:
+      turn(l, l.dheads, l.dheaded, 1);
+      return norm_heads_grad(l);
     case 13: return linear_grad(l.qkv, l.dmixed, l.dnormed1, T, H, l.packed());
     case 14:
       weight_grad(l.qkv, l.of_qkv.weight, l.dmixed, l.normed1, T, H, l.packed());
