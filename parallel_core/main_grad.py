@@ -22,9 +22,9 @@ class MainGrad(Protocol):
         """Return whether `accumulate` sums gradients that are computed from tensors of a type."""
 
     def accumulate(self, write: Callable[[Any, bool], None], *, lookup: bool = False) -> Tensor | None:
-        """Call `write(memory, add)`, which overwrites float32 memory in the parameter's shape or adds to it.
+        """Call `write(memory, add)`, which overwrites memory in the parameter's shape or adds to it.
 
-        The memory is a NumPy array, or a tensor where it is a device's.
+        The memory is a NumPy array, or a tensor where it is a device's; sums of 16 bits take each gradient as a whole.
 
         Inside `deferring` the call is left for later. `lookup`: an embedding's rows are added, see `in_order`.
 
@@ -33,10 +33,13 @@ class MainGrad(Protocol):
         """
 
     takes_writes: bool
-    """Whether sums are float32 numbers on the host, so that there is `reserve`."""
+    """Whether sums are numbers on the host, so that there is `reserve`."""
 
-    def reserve(self) -> tuple[int, bool]:
-        """Return (address, add): the caller overwrites the memory there next, or adds to it. Not inside `deferring`."""
+    def reserve(self) -> tuple[int, int, bool]:
+        """Return (address, kind of its numbers, add): the caller overwrites the memory there next, or adds to it.
+
+        Not inside `deferring`. The kind is as `library.KINDS` has it.
+        """
 
     def accumulate_later(self, compute: Callable[[], Tensor]) -> Tensor | None:
         """Inside `deferring`: leave `compute()`, which returns the gradient, for later. Returns as `accumulate`."""

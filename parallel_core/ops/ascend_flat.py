@@ -88,11 +88,14 @@ class AscendFlat:
         eps: float,
         weight_decay: float,
         grad_scale: float = 1.0,
+        rounded: Any = None,
     ) -> None:
         """Do one AdamW update by the fused operator; see `ops.adam_`."""
         gradient, v = gradient.tensor().astype(ms.float32) * grad_scale, exp_avg_sq.tensor()
         constants = lr, *betas, weight_decay, eps, False, False
         AdamW()(self._data, exp_avg.tensor(), v, v, gradient, _updates_before(step), *constants)
+        if rounded is not None:
+            rounded.copy_(self)
 
     def sgd_(
         self,
@@ -103,8 +106,11 @@ class AscendFlat:
         momentum: float,
         weight_decay: float,
         grad_scale: float = 1.0,
+        rounded: Any = None,
     ) -> None:
         """Do one update by SGD with momentum."""
         buffer = momentum_buffer.tensor()
         buffer.mul_(momentum).add_(gradient.tensor().astype(ms.float32) * grad_scale + self._data * weight_decay)
         self._data.sub_(buffer * lr)
+        if rounded is not None:
+            rounded.copy_(self)

@@ -47,12 +47,14 @@ def _grouped_linear_grad_weight(dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray)
     return dw
 
 
-@compiled(reference_experts.grouped_linear_grad_weight_, integers=["counts"], needs_gemm=True)
+@compiled(reference_experts.grouped_linear_grad_weight_, integers=["counts"], halves=["into_EOI"], needs_gemm=True)
 def _grouped_linear_grad_weight_(
     into_EOI: np.ndarray, dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray, add: bool
 ) -> None:
     """Nothing of the weights' size is allocated."""
-    _put_weight_gradient(into_EOI.ctypes.data, dy_NO, x_NI, counts, add=add)
+    raw.through_float32(
+        into_EOI, add, lambda memory, more: _put_weight_gradient(memory.ctypes.data, dy_NO, x_NI, counts, add=more)
+    )
 
 
 def _put_weight_gradient(address: int, dy: Tensor, x: Tensor, counts: np.ndarray, *, add: bool) -> None:

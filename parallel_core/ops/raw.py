@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -39,6 +39,7 @@ KINDS = {getattr(ms, name): kind for name, kind in library.KINDS.items()}
 """As `library.KINDS`, by the types of tensors."""
 
 declare("pc_convert", "PIPIL")
+declare("pc_widen_each", "PLP")
 declare("pc_add_halves", "PIPIL")
 declare("pc_scale", "PIFL")
 
@@ -75,6 +76,25 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == ms.float32 else converted(x, ms.float32)
 
 
+def wide_addresses(tensors: Sequence[Tensor | None]) -> tuple[list[int], Any]:
+    """Return where each tensor's numbers stand as float32, 0 for None, and what the caller keeps alive until then.
+
+    Small tensors of 16 bits are widened by one call, which takes as long as one tensor would.
+    """
+    given = [x for x in tensors if x is not None]
+    if all(x.dtype == ms.float32 for x in given):
+        return [0 if x is None else x.data_ptr() for x in tensors], given
+    words = [word for x in given for word in (x.data_ptr(), KINDS[x.dtype], x.size)]
+    memory = np.empty(sum(words[2::3]), np.float32)
+    address = memory.ctypes.data
+    lib.pc_widen_each((ctypes.c_int64 * len(words))(*words), len(given), address)
+    found = []
+    for x in tensors:
+        found.append(0 if x is None else address)
+        address += 0 if x is None else 4 * x.size
+    return found, memory
+
+
 def pointer(x: Tensor | None) -> int | None:
     """Return the address of a contiguous tensor's elements; the caller keeps the tensor alive."""
     return None if x is None else x.data_ptr()
@@ -98,8 +118,8 @@ _IN_NUMPY = (ms.float32, ms.int32)
 declare("pc_rounds_operand", "L", returns=ctypes.c_int)
 declare("pc_linear", "PPIPPPLLL")
 declare("pc_linear_grad_input", "PPIPPLLL")
-declare("pc_linear_grad_weight", "PIPIPLLLI")
-declare("pc_sum_rows", "PPLLI")
+declare("pc_linear_grad_weight", "PIPIPILLLI")
+declare("pc_sum_rows", "PPILLI")
 
 
 @compiled(reference.linear, halves=["weight_OI", "bias_O"], needs_gemm=True)
@@ -166,24 +186,24 @@ def _foreign(*operands: Tensor) -> str:
 )  # fmt: skip
 def _linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     dw = new((dy_TO.shape[-1], x_TI.shape[-1]))
-    _put_weight_gradient(dw.data_ptr(), dy_TO, x_TI, add=False)
+    _put_weight_gradient(dw.data_ptr(), 0, dy_TO, x_TI, add=False)
     return dw
 
 
 @compiled(
-    reference.linear_grad_weight_, halves=["dy_TO", "x_TI"], needs_gemm=True,
+    reference.linear_grad_weight_, halves=["into_OI", "dy_TO", "x_TI"], needs_gemm=True,
     refuses=lambda into_OI, dy_TO, x_TI, add: _foreign(dy_TO, x_TI),
 )  # fmt: skip
 def _linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
     """Nothing of the weight's size is allocated."""
-    _put_weight_gradient(into_OI.ctypes.data, dy_TO, x_TI, add=add)
+    _put_weight_gradient(into_OI.ctypes.data, library.KINDS[into_OI.dtype.name], dy_TO, x_TI, add=add)
 
 
-def _put_weight_gradient(address: int, dy: Tensor, x: Tensor, *, add: bool) -> None:
+def _put_weight_gradient(address: int, kind: int, dy: Tensor, x: Tensor, *, add: bool) -> None:
     dy, x = dy.contiguous(), x.contiguous()
     O, I = dy.shape[-1], x.shape[-1]
     operands = dy.data_ptr(), KINDS[dy.dtype], x.data_ptr(), KINDS[x.dtype]
-    lib.pc_linear_grad_weight(*operands, address, dy.size // O, I, O, add)
+    lib.pc_linear_grad_weight(*operands, address, kind, dy.size // O, I, O, add)
 
 
 @compiled(reference.linear_grad_bias)
@@ -191,23 +211,47 @@ def _linear_grad_bias(dy_TO: Tensor) -> Tensor:
     return sum_rows(dy_TO, dy_TO.shape[-1])
 
 
-@compiled(reference.linear_grad_bias_)
+@compiled(reference.linear_grad_bias_, halves=["into_O"])
 def _linear_grad_bias_(into_O: np.ndarray, dy_TO: Tensor, add: bool) -> None:
     dy = dy_TO.contiguous()
-    lib.pc_sum_rows(dy.data_ptr(), into_O.ctypes.data, dy.size // into_O.size, into_O.size, add)
+    O, kind = into_O.size, library.KINDS[into_O.dtype.name]
+    lib.pc_sum_rows(dy.data_ptr(), into_O.ctypes.data, kind, dy.size // O, O, add)
 
 
 def sum_rows(x: Tensor, width: int) -> Tensor:
     """Return the sum over all dims but the last, [width], of a float32 tensor."""
     x = x.contiguous()
     total = new((width,))
-    lib.pc_sum_rows(x.data_ptr(), total.data_ptr(), x.size // width, width, 0)
+    lib.pc_sum_rows(x.data_ptr(), total.data_ptr(), 0, x.size // width, width, 0)
     return total
+
+
+_room = np.empty(0, np.float32)
+
+
+def through_float32(into: np.ndarray, add: bool, write: Callable[[np.ndarray, bool], None]) -> None:
+    """Call `write(float32 memory, add)` for C-contiguous memory of a type in `KINDS`: itself, or room that goes to it.
+
+    Sums of 16 bits take what is written as a whole, each number rounded once; the next call uses the room again.
+    """
+    global _room
+    if into.dtype == np.float32:
+        return write(into, add)
+    if _room.size < into.size:
+        _room = np.empty(into.size, np.float32)
+    room = _room[: into.size]
+    write(room.reshape(into.shape), False)
+    kind, target = library.KINDS[into.dtype.name], into.ctypes.data
+    if add:
+        lib.pc_add_halves(target, kind, room.ctypes.data, 0, into.size)
+    else:
+        lib.pc_convert(room.ctypes.data, 0, target, kind, into.size)
+    return None
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
 declare("pc_embedding", "PPPLLLL")
-declare("pc_embedding_grad", "PPPLLLLI")
+declare("pc_embedding_grad", "PPPILLLLI")
 
 
 @compiled(reference.embedding, integers=["ids_T"], halves=["table_VH"])
@@ -225,16 +269,17 @@ def _embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row
     dy, ids = dy_TH.contiguous(), int32(ids_T)
     T, H = dy.shape
     grad = new((num_rows, H))
-    lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), grad.data_ptr(), T, num_rows, H, first_row, 0)
+    lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), grad.data_ptr(), 0, T, num_rows, H, first_row, 0)
     return grad
 
 
-@compiled(reference.embedding_grad_table_, integers=["ids_T"])
+@compiled(reference.embedding_grad_table_, integers=["ids_T"], halves=["into_VH"])
 def _embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
     """Nothing of the table's size is allocated."""
     dy, ids = dy_TH.contiguous(), int32(ids_T)
     V, H = into_VH.shape
-    lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), into_VH.ctypes.data, ids.size, V, H, first_row, add)
+    into = into_VH.ctypes.data, library.KINDS[into_VH.dtype.name]
+    lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), *into, ids.size, V, H, first_row, add)
 
 
 # ---- cross entropy --------------------------------------------------------------------------------------------------
@@ -304,14 +349,14 @@ def _vocab_grad_logits(
 
 
 # ---- flat buffers ---------------------------------------------------------------------------------------------------
-declare("pc_sum_of_squares", "PL", returns=ctypes.c_double)
+declare("pc_sum_of_squares", "PIL", returns=ctypes.c_double)
 declare("pc_add", "PPL")
-declare("pc_adam", "PPPPLFFFFFFFFF")
+declare("pc_adam", "PPIPPPILFFFFFFFFF")
 
 
-@compiled(reference.sum_of_squares)
+@compiled(reference.sum_of_squares, halves=["flat"])
 def _sum_of_squares(flat: np.ndarray) -> float:
-    return lib.pc_sum_of_squares(flat.ctypes.data, flat.size)
+    return lib.pc_sum_of_squares(flat.ctypes.data, library.KINDS[flat.dtype.name], flat.size)
 
 
 @compiled(reference.add_, halves=["into", "values"])
@@ -348,7 +393,7 @@ def _scale_(into: np.ndarray, factor: float) -> None:
     lib.pc_scale(into.ctypes.data, library.KINDS[into.dtype.name], factor, into.size)
 
 
-@compiled(reference.adam_)
+@compiled(reference.adam_, halves=["grad", "rounded"])
 def _adam_(
     param: np.ndarray,
     grad: np.ndarray,
@@ -361,13 +406,17 @@ def _adam_(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    rounded: np.ndarray | None = None,
 ) -> None:
     beta1, beta2 = betas
+    copy = (None, 0) if rounded is None else (rounded.ctypes.data, library.KINDS[rounded.dtype.name])
     lib.pc_adam(
         param.ctypes.data,
         grad.ctypes.data,
+        library.KINDS[grad.dtype.name],
         exp_avg.ctypes.data,
         exp_avg_sq.ctypes.data,
+        *copy,
         param.size,
         grad_scale,
         beta1,

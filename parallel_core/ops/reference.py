@@ -84,7 +84,7 @@ def linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
 
 @kernel
 def linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
-    """Write the gradient of `linear` for the weight to float32 `into_OI`, or add it."""
+    """Write the gradient of `linear` for the weight to `into_OI`, or add it."""
     put(into_OI, linear_grad_weight(dy_TO, x_TI), add)
 
 
@@ -96,7 +96,7 @@ def linear_grad_bias(dy_TO: Tensor) -> Tensor:
 
 @kernel
 def linear_grad_bias_(into_O: np.ndarray, dy_TO: Tensor, add: bool) -> None:
-    """Write the gradient of `linear` for the bias to float32 `into_O`, or add it."""
+    """Write the gradient of `linear` for the bias to `into_O`, or add it."""
     put(into_O, linear_grad_bias(dy_TO), add)
 
 
@@ -124,7 +124,7 @@ def embedding_grad_table(dy_TH: Tensor, ids_T: Tensor, num_rows: int, first_row:
 
 @kernel
 def embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, first_row: int, add: bool) -> None:
-    """Write the gradient of `embedding` for the table to float32 `into_VH`, or add it."""
+    """Write the gradient of `embedding` for the table to `into_VH`, or add it."""
     put(into_VH, embedding_grad_table(dy_TH, ids_T, into_VH.shape[0], first_row), add)
 
 
@@ -775,10 +775,10 @@ def total(x: Tensor, y: Tensor) -> Tensor:
 # ---- flat buffers (NumPy views of CPU memory; no autograd) ----------------------------------------------------------
 @kernel
 def sum_of_squares(flat: np.ndarray) -> float:
-    """Return the sum of squares of a 1-D float32 array, accumulated blockwise in float64."""
+    """Return the sum of squares of a 1-D array of 32 or 16 bits, accumulated blockwise in float64."""
     block = 1 << 16
     return float(
-        sum(float(np.dot(part, part)) for part in (flat[i : i + block] for i in range(0, flat.size, block)))
+        sum(float(np.dot(p, p)) for p in (_wide(flat[i : i + block]) for i in range(0, flat.size, block)))
     )
 
 
@@ -819,12 +819,13 @@ def adam_(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    rounded: np.ndarray | None = None,
 ) -> None:
     """Do one AdamW update (decoupled weight decay, bias correction) on 1-D float32 arrays, in place.
 
     Args:
         param: master weights, overwritten.
-        grad: gradient; grad_scale * grad is what the update uses.
+        grad: gradient, float32 or of 16 bits; grad_scale * grad is what the update uses.
         exp_avg: first moment, overwritten.
         exp_avg_sq: second moment, overwritten.
         step: number of this update, from 1.
@@ -833,13 +834,14 @@ def adam_(
         eps: added to the root of the second moment.
         weight_decay: multiplied by lr and the weight.
         grad_scale: factor of the gradient (clipping and unscaling).
+        rounded: overwritten with the new weights, rounded to its dtype.
     """
     beta1, beta2 = betas
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
     block = 1 << 15  # temporaries stay in cache
     for i in range(0, param.size, block):
         p, m, v = param[i : i + block], exp_avg[i : i + block], exp_avg_sq[i : i + block]
-        g = grad[i : i + block] * np.float32(grad_scale)
+        g = _wide(grad[i : i + block]) * np.float32(grad_scale)
         if weight_decay:
             p *= np.float32(1 - lr * weight_decay)
         m *= np.float32(beta1)
@@ -847,3 +849,9 @@ def adam_(
         v *= np.float32(beta2)
         v += np.float32(1 - beta2) * g * g
         p -= np.float32(lr / correction1) * m / (np.sqrt(v) / np.float32(correction2) + np.float32(eps))
+        if rounded is not None:
+            rounded[i : i + block] = p
+
+
+def _wide(numbers: np.ndarray) -> np.ndarray:
+    return numbers.astype(np.float32, copy=False)

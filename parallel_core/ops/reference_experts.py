@@ -63,7 +63,7 @@ def grouped_linear_grad_weight(dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray) 
 def grouped_linear_grad_weight_(
     into_EOI: np.ndarray, dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray, add: bool
 ) -> None:
-    """Write the gradient of `grouped_linear` for the weights to float32 `into_EOI`, or add it."""
+    """Write the gradient of `grouped_linear` for the weights to `into_EOI`, or add it."""
     put(into_EOI, grouped_linear_grad_weight(dy_NO, x_NI, counts), add)
 
 

@@ -170,7 +170,9 @@ def _guarded(
             if x is not None and x.dtype not in types:
                 return fall_back(f"{parameter} is {x.dtype}", args, kwargs)
         for i, parameter in arrays:
-            x = args[i] if i < given else kwargs[parameter]
+            x = args[i] if i < given else kwargs.get(parameter)
+            if x is None:
+                continue
             known = x.dtype == _NUMPY_FLOAT32 or (parameter in halves and x.dtype.name in HALF_NAMES)
             if not known or not x.flags.c_contiguous:
                 return fall_back(f"{parameter} is {x.dtype}, or not contiguous", args, kwargs)
@@ -209,7 +211,7 @@ def _checked(function: Implementation, integers: Sequence[str]) -> tuple[list[_P
     types = get_type_hints(function)
     floating = [_Parameter(i, name) for i, name in enumerate(names) if name not in integers]
     tensors = [p for p in floating if types[p.name] in (Tensor, Tensor | None)]
-    arrays = [p for p in floating if types[p.name] is np.ndarray]
+    arrays = [p for p in floating if types[p.name] in (np.ndarray, np.ndarray | None)]
     for parameter in set(floating) - set(tensors) - set(arrays):
         if {Tensor, np.ndarray} & set(get_args(types[parameter.name])):
             raise TypeError(f"{function.__name__}: {parameter.name} holds tensors or arrays whose type is unchecked")

@@ -17,12 +17,12 @@ def local_rows(ids_T: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Te
 
 
 def put(into: Any, value: Tensor, add: bool) -> None:
-    """Write a tensor to a float32 array of its shape, or to such a part of a device's memory, or add it."""
+    """Write a tensor to an array of its shape, or to such a part of a device's memory, or add it, in float32."""
     value = value if value.dtype == ms.float32 else value.astype(ms.float32)
     if not isinstance(into, np.ndarray):
         write = into.add_ if add else into.copy_
         write(value)
     elif add:
-        into += value.asnumpy()
+        np.add(into, value.asnumpy(), out=into, casting="unsafe")
     else:
         into[:] = value.asnumpy()

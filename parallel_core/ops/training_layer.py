@@ -256,7 +256,7 @@ _ROUNDED = ("rounded normed1", "rounded context", "rounded normed2", "rounded ac
 _ROUNDED_INPUT, _ROUNDED_GRADIENT = 3, 4  # of a linear layer's five fields
 _DY = _X + 1 + len(_FORWARD)
 _GRADIENTS = _DY + 1 + len(_BACKWARD) + 2
-_LENGTH = _GRADIENTS + 2 * 16
+_LENGTH = _GRADIENTS + 3 * 16
 _FIELDS = dict(zip(("x", *_FORWARD, "dy", *_BACKWARD, "dx"), range(_X, _GRADIENTS)))
 
 
@@ -341,7 +341,8 @@ class LayerCall:
             dx: address of the input's.
             base: address of memory for `gradient_places`.
             layout: the arguments of that.
-            gradients: of each parameter in the order of the weights its address, 0 for none, and whether to add.
+            gradients: of each parameter in the order of the weights its address, 0 for none, the kind of its numbers,
+                and whether to add.
         """
         offsets = gradient_places(*layout).offsets
         *arrays, sums = [base + offset for offset in _backward_layout(*layout)]

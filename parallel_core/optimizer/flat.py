@@ -54,7 +54,7 @@ class Flat(Protocol):
         """Return this memory in a shape, the host's array or a device's tensor; None: kernels cannot add to it."""
 
     def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
-        """Do one AdamW update of these master weights; see `ops.adam_`."""
+        """Do one AdamW update of these master weights; `rounded`, if not None, gets them too; see `ops.adam_`."""
 
     def sgd_(self, gradient: Flat, momentum_buffer: Flat, **options: Any) -> None:
         """Do one update of these master weights by SGD with momentum; see `CpuFlat.sgd_`."""
@@ -104,7 +104,7 @@ class CpuFlat:
 
     def sum_of_squares(self) -> float:
         """Return the sum of squares, accumulated in float64."""
-        return ops.sum_of_squares(_widened(self._array))
+        return ops.sum_of_squares(self._array)
 
     def load(self, values: np.ndarray) -> None:
         """Overwrite with NumPy values."""
@@ -118,9 +118,12 @@ class CpuFlat:
         """Return the array itself."""
         return self._array.reshape(shape)
 
-    def adam_(self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, **options: Any) -> None:
+    def adam_(
+        self, gradient: Flat, exp_avg: Flat, exp_avg_sq: Flat, *, rounded: Flat | None = None, **options: Any
+    ) -> None:
         """Do one AdamW update."""
-        ops.adam_(self._array, _widened(gradient.numpy()), exp_avg.numpy(), exp_avg_sq.numpy(), **options)
+        copy = None if rounded is None else rounded.numpy()
+        ops.adam_(self._array, gradient.numpy(), exp_avg.numpy(), exp_avg_sq.numpy(), rounded=copy, **options)
 
     def sgd_(
         self,
@@ -131,6 +134,7 @@ class CpuFlat:
         momentum: float,
         weight_decay: float,
         grad_scale: float = 1.0,
+        rounded: Flat | None = None,
     ) -> None:
         """Do p -= lr * b, with b = momentum * b + grad_scale * g + weight_decay * p."""
         buffer = momentum_buffer.numpy()
@@ -138,14 +142,8 @@ class CpuFlat:
         buffer += gradient.numpy().astype(np.float32) * np.float32(grad_scale)
         buffer += self._array * np.float32(weight_decay)
         self._array -= np.float32(lr) * buffer
-
-
-def _widened(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.float32:
-        return array
-    wide = np.empty(array.shape, np.float32)
-    ops.copy_(wide, array)
-    return wide
+        if rounded is not None:
+            rounded.copy_(self)
 
 
 def on_host(numbers: Sequence[Any]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint
 
 from parallel_core.deferral import defer, is_deferring
+from parallel_core.ops.library import KINDS
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 
@@ -41,7 +42,7 @@ class MainGrad:
         self.apart: Flat | None = None
         """What lookups have added, where it is kept apart."""
         self.apart_begun = False
-        self.apart_numel = self._multiple = self._address = 0
+        self.apart_numel = self._multiple = self._address = self._kind = 0
         self.takes_writes = False
         self._placeholder: Tensor | None = None
         self._lent = False
@@ -50,8 +51,9 @@ class MainGrad:
         memory = storage.memory(parameter.shape)
         if memory is not None:
             self._memory, self._on_host = memory, isinstance(memory, np.ndarray)
-            self.takes_writes = self._on_host and memory.dtype == np.float32
-            self._address = memory.ctypes.data if self.takes_writes else 0
+            self.takes_writes = self._on_host
+            if self._on_host:
+                self._address, self._kind = memory.ctypes.data, KINDS[memory.dtype.name]
             parameter.main_grad = self
 
     def takes(self, dtype: Any) -> bool:
@@ -70,15 +72,12 @@ class MainGrad:
         """See `main_grad.MainGrad.accumulate`."""
         if lookup and self._multiple and self.begun:
             return self._contribute(lambda: self._write_apart(write))
-        if not self._on_host or self._memory.dtype == np.float32:
-            return self._contribute(lambda: write(self._memory, self.begun))
-        # Products are summed in float32; sums of 16 bits take each as a whole, from room that all parameters share.
-        return self._contribute(lambda: self._add(_written(self._shape, lambda room: write(room, False))))
+        return self._contribute(lambda: write(self._memory, self.begun))
 
-    def reserve(self) -> tuple[int, bool]:
+    def reserve(self) -> tuple[int, int, bool]:
         """See `main_grad.MainGrad.reserve`."""
         add, self.begun = self.begun, True
-        return self._address, add
+        return self._address, self._kind, add
 
     def _write_apart(self, write: Callable[[Any, bool], None]) -> None:
         size = math.prod(self._shape)
@@ -141,17 +140,3 @@ class MainGrad:
             self.flat.add_(gradient)
         else:
             self.flat.write_(gradient)
-
-
-_room = np.empty(0, np.float32)
-
-
-def _written(shape: Sequence[int], write: Callable[[np.ndarray], None]) -> Tensor:
-    """Return what `write` writes, as a tensor on memory that the next call overwrites."""
-    global _room
-    size = math.prod(shape)
-    if _room.size < size:
-        _room = np.empty(size, np.float32)
-    room = _room[:size].reshape(shape)
-    write(room)
-    return Tensor.from_numpy(room)

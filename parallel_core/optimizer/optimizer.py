@@ -171,13 +171,15 @@ class Optimizer:
         self.step_count += 1
         for segment in self.segments:
             self._update(segment, scheduler, factor)
-        self._write_parameters()
+        self.gather_parameters()
         self.scaler.update(False)
         return StepResult(True, norm)
 
     def _update(self, segment: Segment, scheduler: OptimizerParamScheduler, factor: float) -> None:
-        config, shard = self.config, segment.shard
-        gradient = self.ddp.buffers[segment.buffer].grads.part(segment.start, segment.end)
+        config, shard, buffer = self.config, segment.shard, self.ddp.buffers[segment.buffer]
+        gradient = buffer.grads.part(segment.start, segment.end)
+        is_master = self._masters[segment.buffer] is None
+        rounded = None if is_master else buffer.params.part(segment.start, segment.end)
         decoupled = shard.is_embedding_or_output and config.decoupled_lr > 0
         lr = scheduler.get_lr(config.decoupled_lr, config.decoupled_min_lr) if decoupled else scheduler.get_lr()
         weight_decay = scheduler.get_wd() if shard.decays else 0.0
@@ -192,6 +194,7 @@ class Optimizer:
                 eps=config.eps,
                 weight_decay=weight_decay,
                 grad_scale=factor,
+                rounded=rounded,
             )
         else:
             self.master(segment).sgd_(
@@ -201,15 +204,8 @@ class Optimizer:
                 momentum=config.sgd_momentum,
                 weight_decay=weight_decay,
                 grad_scale=factor,
+                rounded=rounded,
             )
-
-    def _write_parameters(self) -> None:
-        """Cast the masters back to the parameters and gather them where they are sharded."""
-        for segment in self.segments:
-            if self._masters[segment.buffer] is not None:
-                params = self.ddp.buffers[segment.buffer].params
-                params.part(segment.start, segment.end).copy_(self.master(segment))
-        self.gather_parameters()
 
     def gather_parameters(self) -> None:
         """Give every data parallel rank all parameters; with overlap, waiting is left to the next forward pass."""

@@ -141,7 +141,7 @@ class PlainLayer:
     def sums(self) -> list[MainGrad | None] | None:
         """Return where each weight's gradient is summed, None for one without any.
 
-        None in place of the list: one of them is summed in another way than by writing float32 numbers on the host, or
+        None in place of the list: one of them is summed in another way than by writing numbers on the host, or
         somebody wants to see it.
         """
         found: list[MainGrad | None] = []
@@ -187,10 +187,10 @@ class _PlainLayer(Function):
     def forward(ctx: Any, x: Tensor, fixed: _Fixed, *weights: Any) -> Tensor:
         x, y, z = x.contiguous(), raw.new(x.shape), fixed.sizes
         # Norms and biases are read as float32; matrices as they are.
-        small = [None if w is None or i in _LINEARS else raw.wide(w) for i, w in enumerate(weights)]
+        small = [None if i in _LINEARS else w for i, w in enumerate(weights)]
         if fixed.layer.offset:
             small = [_shifted(w, fixed.layer.offset) if i in _NORM_WEIGHTS else w for i, w in enumerate(small)]
-        addresses = [0 if w is None else w.data_ptr() for w in small]
+        addresses, kept_alive = raw.wide_addresses(small)
         words = addresses[: _NORMS.stop]
         for i in _LINEARS:
             words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1], 0, 0]
@@ -201,7 +201,7 @@ class _PlainLayer(Function):
         call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
         ctx.run = Run(call, z, fixed.layer.group, Arrays(kept, arena))
         ctx.run.forward(Arrays(passing, array))
-        ctx.fixed, ctx.small = fixed, small
+        ctx.fixed, ctx.small = fixed, kept_alive
         ctx.save_for_backward(x, *weights)
         return y
 
@@ -227,7 +227,7 @@ class _PlainLayer(Function):
 
 
 def _shifted(weight: Tensor | None, offset: float) -> Tensor | None:
-    return None if weight is None else raw.on(raw.array_of(weight) + np.float32(offset))
+    return None if weight is None else raw.on(raw.array_of(raw.wide(weight)) + np.float32(offset))
 
 
 class _Sums:
@@ -236,7 +236,7 @@ class _Sums:
     def __init__(self, sums: list[MainGrad | None]) -> None:
         self.words: list[int] = []
         for sum_ in sums:
-            self.words += (0, 0) if sum_ is None else sum_.reserve()
+            self.words += (0, 0, 0) if sum_ is None else sum_.reserve()
         self._sums = sums
 
     def gradients(self) -> list[Any]:
@@ -248,7 +248,7 @@ class _Targets:
 
     def __init__(self, targets: list[_Target]) -> None:
         self._targets = targets
-        self.words = [word for target in targets for word in (target.address, target.add)]
+        self.words = [word for target in targets for word in (target.address, 0, 0)]
 
     def gradients(self) -> list[Any]:
         return [target.gradient() for target in self._targets]
@@ -272,7 +272,7 @@ class _Target:
     """
 
     def __init__(self, weight: Any, dy: Tensor, is_norm: bool, later: bool) -> None:
-        self.address = self.add = 0
+        self.address = 0
         self._weight, self._is_norm = weight, is_norm
         self._own: Tensor | None = None
         self._main_grad: Any = None

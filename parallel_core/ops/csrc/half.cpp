@@ -23,15 +23,20 @@ PC_API void pc_convert(const void* from, int from_kind, void* to, int to_kind, i
   });
 }
 
+// Each of `count` arrays as float32, one behind another in `to`. arrays: their addresses, kinds and numbers of elements.
+PC_API void pc_widen_each(const i64* arrays, i64 count, float* to) {
+  for (i64 i = 0; i < count; ++i) {
+    const i64 n = arrays[3 * i + 2];
+    widen(reinterpret_cast<const void*>(arrays[3 * i]), static_cast<int>(arrays[3 * i + 1]), to, n);
+    to += n;
+  }
+}
+
 // into += from, each element rounded once
 PC_API void pc_add_halves(void* into, int into_kind, const void* from, int from_kind, i64 n) {
   each_block(n, [&](i64 first, i64 length, float* block) {
-    float more[2048];
-    widen(at(into, into_kind, first), into_kind, block, length);
-    widen(at(from, from_kind, first), from_kind, more, length);
-#pragma omp simd
-    for (i64 i = 0; i < length; ++i) block[i] += more[i];
-    narrow(block, at(into, into_kind, first), into_kind, length);
+    widen(at(from, from_kind, first), from_kind, block, length);
+    put(block, at(into, into_kind, first), into_kind, length, true);
   });
 }
 

@@ -113,6 +113,20 @@ inline void narrow(const float* from, void* to, int kind, i64 n) {
   for (; i < n; ++i) y[i] = to_float16(from[i]);
 }
 
+// to = from, or to += from, each element rounded once
+inline void put(const float* from, void* to, int kind, i64 n, bool add) {
+  if (!add) return narrow(from, to, kind, n);
+  constexpr i64 kBlock = 1024;
+  float sums[kBlock];
+  for (i64 first = 0; first < n; first += kBlock) {
+    const i64 length = n - first < kBlock ? n - first : kBlock;
+    widen(at(to, kind, first), kind, sums, length);
+#pragma omp simd
+    for (i64 i = 0; i < length; ++i) sums[i] += from[first + i];
+    narrow(sums, at(to, kind, first), kind, length);
+  }
+}
+
 // Calls body(first, n, block) for every block of a flat range, with room for its elements in float32, on all threads.
 template <class Body>
 void each_block(i64 n, Body body) {

@@ -14,9 +14,9 @@ PC_API void pc_linear(const float* x, const void* weight, int kind, const float*
                       pc::i64 I, pc::i64 O);
 PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, void* rounded, pc::i64 T,
                                  pc::i64 I, pc::i64 O);
-PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, float* dw, pc::i64 T, pc::i64 I,
-                                  pc::i64 O, int add);
-PC_API void pc_sum_rows(const float* dy, float* sum, pc::i64 T, pc::i64 O, int add);
+PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, void* dw, int dw_kind,
+                                  pc::i64 T, pc::i64 I, pc::i64 O, int add);
+PC_API void pc_sum_rows(const float* dy, void* sum, int kind, pc::i64 T, pc::i64 O, int add);
 PC_API void pc_rotary(const float* x, const float* cos, const float* sin, float* y, pc::i64 S, pc::i64 B, pc::i64 N,
                       pc::i64 D, pc::i64 R, int per_batch, int interleaved, int inverse, pc::i64 period);
 PC_API void pc_attention(const float* q, const float* k, const float* v, const int32_t* document_start, float* out,

@@ -56,22 +56,13 @@ bool far_lines(bool ta, bool tb, i64 N, i64 K, i64 lda) {
 #endif
 }
 
-// C [M, N] = op(A) op(B) + beta * C on all threads. Each thread computes a block of rows or of columns of C.
-void product(bool ta, bool tb, i64 M, i64 N, i64 K, const float* A, i64 lda, const float* B, i64 ldb, bool add,
-             float* C) {
-  if (far_lines(ta, tb, N, K, lda)) {
-    const Strided a = {A, ta ? 1 : lda, ta ? lda : 1}, b = {B, tb ? 1 : ldb, tb ? ldb : 1};
-    return primitive_product(kFloat32, M, N, K, a, b, C, add);
-  }
-  parallel(M * N * K / 64, [&](int part, int parts) {
-    const bool rows = M >= N;
-    const Range r = share(rows ? M : N, part, parts);
-    if (r.begin == r.end) return;
-    const float* a = rows ? A + r.begin * (ta ? 1 : lda) : A;
-    const float* b = rows ? B : B + r.begin * (tb ? ldb : 1);
-    float* c = C + r.begin * (rows ? N : 1);
-    const i64 m = rows ? r.end - r.begin : M, n = rows ? N : r.end - r.begin;
-    sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, K, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, N);
+// C [M, N] = op(A) op(B) (+ C) on all threads. Each thread computes a block of rows or of columns of C.
+void product(bool ta, bool tb, i64 M, i64 N, i64 K, const float* A, i64 lda, const float* B, i64 ldb, Target C) {
+  const Strided a = {A, kFloat32, ta ? 1 : lda, ta ? lda : 1}, b = {B, kFloat32, tb ? 1 : ldb, tb ? ldb : 1};
+  if (far_lines(ta, tb, N, K, lda)) return primitive_product(M, N, K, a, b, C);
+  by_blocks(M, N, K, C, [&](int, i64 i, i64 j, i64 m, i64 n, float* c, i64 row, bool add) {
+    sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, K, 1.0f, A + i * a.row, lda, B + j * b.column, ldb, add ? 1.0f : 0.0f, c,
+          row);
   });
 }
 
@@ -133,12 +124,14 @@ PC_API void pc_linear(const float* x, const void* weight, int kind, const float*
                       i64 I, i64 O) {
   if (bf16_products && T > kFewRows) {
     const uint16_t *a = room_or(rounded, T * I), *b = as_bf16(weight, kind, O * I, 1);
-    primitive_product(kBfloat16, T, O, I, {a, I, 1}, {b, 1, I}, y, false, x);
-    return add_bias(bias, y, T, O);
+    primitive_product(T, O, I, {a, kBfloat16, I, 1}, {b, kBfloat16, 1, I}, {y, kFloat32, false}, x);
+  } else if (T <= kFewRows) {
+    return few_rows(x, widened(weight, kind, O * I, wide_weight), bias, y, T, I, O);
+  } else if (products_with[kind]) {
+    primitive_product(T, O, I, {x, kFloat32, I, 1}, {weight, kind, 1, I}, {y, kFloat32, false});
+  } else {
+    product(false, true, T, O, I, x, I, widened(weight, kind, O * I, wide_weight), I, {y, kFloat32, false});
   }
-  const float* w = widened(weight, kind, O * I, wide_weight);
-  if (T <= kFewRows) return few_rows(x, w, bias, y, T, I, O);
-  product(false, true, T, O, I, x, I, w, I, false, y);
   add_bias(bias, y, T, O);
 }
 
@@ -147,31 +140,34 @@ PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, 
                                  i64 O) {
   if (bf16_products) {
     const uint16_t *a = room_or(rounded, T * O), *b = as_bf16(weight, kind, O * I, 1);
-    return primitive_product(kBfloat16, T, I, O, {a, O, 1}, {b, I, 1}, dx, false, dy);
+    return primitive_product(T, I, O, {a, kBfloat16, O, 1}, {b, kBfloat16, I, 1}, {dx, kFloat32, false}, dy);
   }
-  const float* w = widened(weight, kind, O * I, wide_weight);
-  product(false, false, T, I, O, dy, O, w, I, false, dx);
+  if (products_with[kind])
+    return primitive_product(T, I, O, {dy, kFloat32, O, 1}, {weight, kind, I, 1}, {dx, kFloat32, false});
+  product(false, false, T, I, O, dy, O, widened(weight, kind, O * I, wide_weight), I, {dx, kFloat32, false});
 }
 
-// dw [O, I] = dy [T, O]^T x [T, I], added to dw if `add`. Of 16 bits are only the copies that the two above have made.
-PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, float* dw, i64 T, i64 I, i64 O,
-                                  int add) {
+// dw [O, I] = dy [T, O]^T x [T, I], added to dw if `add`. Operands of 16 bits are only the copies that the two above
+// have made.
+PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, void* dw, int dw_kind, i64 T,
+                                  i64 I, i64 O, int add) {
+  const Target target = {dw, dw_kind, add != 0};
   if (bf16_products) {
     const uint16_t *a = as_bf16(dy, dy_kind, T * O, 0), *b = as_bf16(x, x_kind, T * I, 1);
-    return primitive_product(kBfloat16, O, I, T, {a, 1, O}, {b, I, 1}, dw, add != 0);
+    return primitive_product(O, I, T, {a, kBfloat16, 1, O}, {b, kBfloat16, I, 1}, target);
   }
-  product(true, false, O, I, T, static_cast<const float*>(dy), O, static_cast<const float*>(x), I, add != 0, dw);
+  product(true, false, O, I, T, static_cast<const float*>(dy), O, static_cast<const float*>(x), I, target);
 }
 
-// sum over T of dy [T, O]; a thread owns columns, so the result does not depend on the thread count.
-PC_API void pc_sum_rows(const float* dy, float* sum, i64 T, i64 O, int add) {
+// sum over T of dy [T, O], in `sum` or onto it; a thread owns columns, so the result does not depend on the threads.
+PC_API void pc_sum_rows(const float* dy, void* sum, int kind, i64 T, i64 O, int add) {
   parallel(T * O, [&](int part, int parts) {
     const Range r = share(O, part, parts);
-    if (!add) std::memset(sum + r.begin, 0, static_cast<size_t>(r.end - r.begin) * sizeof(float));
     constexpr i64 kColumns = 512, kRows = 64;
-    float block[kColumns];
+    float block[kColumns], total[kColumns];
     for (i64 o = r.begin; o < r.end; o += kColumns) {
       const i64 n = r.end - o < kColumns ? r.end - o : kColumns;
+      std::memset(total, 0, sizeof(total));
       for (i64 t0 = 0; t0 < T; t0 += kRows) {  // blockwise, so that rounding grows with 64 + T / 64, not T
         const i64 t1 = t0 + kRows < T ? t0 + kRows : T;
         std::memset(block, 0, sizeof(block));
@@ -180,8 +176,9 @@ PC_API void pc_sum_rows(const float* dy, float* sum, i64 T, i64 O, int add) {
 #pragma omp simd
           for (i64 i = 0; i < n; ++i) block[i] += row[i];
         }
-        for (i64 i = 0; i < n; ++i) sum[o + i] += block[i];
+        for (i64 i = 0; i < n; ++i) total[i] += block[i];
       }
+      put(total, at(sum, kind, o), kind, n, add != 0);
     }
   });
 }

@@ -9,7 +9,7 @@
 
 namespace pc {
 
-bool bf16_products = false, float32_products = false;
+bool bf16_products = false, float32_products = false, products_with[3] = {};
 
 namespace {
 
@@ -19,7 +19,7 @@ struct Argument {
   Handle memory;
 };
 
-constexpr int kCpu = 1, kBf16 = 2, kF32 = 3;                  // dnnl_cpu, dnnl_bf16, dnnl_f32
+constexpr int kCpu = 1, kTypes[3] = {3, 2, 1};               // dnnl_cpu; dnnl_f32, dnnl_bf16, dnnl_f16, by kind
 constexpr int kSource = 1, kDestination = 17, kWeights = 33;  // DNNL_ARG_...
 
 struct Library {
@@ -78,13 +78,13 @@ Library dnnl;
 struct Matmul {
   Handle primitive = nullptr, a = nullptr, b = nullptr, c = nullptr;
 
-  // Kind of the operands, sizes M, N, K, strides of A, of B, of C's rows, and whether C is added to.
-  using Key = std::array<i64, 10>;
+  // Kinds of A and B, sizes M, N, K, strides of A, of B, of C's rows, and whether C is added to.
+  using Key = std::array<i64, 11>;
 
   bool make(const Key& key) {
-    const auto [kind, M, N, K, a_row, a_col, b_row, b_col, c_row, add] = key;
+    const auto [a_kind, b_kind, M, N, K, a_row, a_col, b_row, b_col, c_row, add] = key;
     const i64 shapes[3][2] = {{M, K}, {K, N}, {M, N}}, strides[3][2] = {{a_row, a_col}, {b_row, b_col}, {c_row, 1}};
-    const int type = kind == kBfloat16 ? kBf16 : kF32, types[3] = {type, type, kF32};
+    const int types[3] = {kTypes[a_kind], kTypes[b_kind], kTypes[kFloat32]};
     Handle descs[3] = {}, attributes = nullptr, post = nullptr, operation = nullptr;
     bool made = dnnl.attr_create(&attributes) == 0;
     if (made && add) {
@@ -137,7 +137,7 @@ std::vector<Part> state;
 
 }  // namespace
 
-void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add, const float* wide) {
+void primitive_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const float* wide) {
   const bool rows = M >= N;
   const auto round = [&](i64 first, i64 last) {
     uint16_t* to = static_cast<uint16_t*>(const_cast<void*>(A.data));
@@ -150,28 +150,25 @@ void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, flo
     }, kPieces);
   }
   if (static_cast<int>(state.size()) < shares()) state.resize(static_cast<size_t>(shares()));
-  parallel(M * N * K / 64, [&](int part, int parts) {
-    const Range r = share(rows ? M : N, part, parts);
-    const i64 n = r.end - r.begin;
-    if (n == 0) return;
-    if (wide != nullptr && rows) round(r.begin, r.end);
-    const Matmul::Key key = {kind, rows ? n : M, rows ? N : n, K, A.row, A.column, B.row, B.column, N, add};
-    const bool done = state[static_cast<size_t>(part)].run(key, rows ? at(A.data, kind, r.begin * A.row) : A.data,
-                                                           rows ? B.data : at(B.data, kind, r.begin * B.column),
-                                                           C + r.begin * (rows ? N : 1));
-    if (!done) __builtin_trap();  // `pc_open_onednn` has run one of the kind: only memory can lack
+  by_blocks(M, N, K, C, [&](int part, i64 i, i64 j, i64 m, i64 n, float* c, i64 row, bool add) {
+    if (wide != nullptr && rows) round(i, i + m);
+    const Matmul::Key key = {A.kind, B.kind, m, n, K, A.row, A.column, B.row, B.column, row, add};
+    const bool done = state[static_cast<size_t>(part)].run(key, at(A.data, A.kind, i * A.row),
+                                                           at(B.data, B.kind, j * B.column), c);
+    if (!done) __builtin_trap();  // `pc_open_onednn` has run one of the kinds: only memory can lack
   });
 }
 
 namespace {
 
 // Returns whether [1 2; 3 4] times itself, added to ones, is what it should be.
-bool multiplies(Kind kind) {
+bool multiplies(Kind a_kind, Kind b_kind) {
   const float numbers[4] = {1.0f, 2.0f, 3.0f, 4.0f};
-  float operand[4], square[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-  narrow(numbers, operand, kind, 4);
+  float a[4], b[4], square[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  narrow(numbers, a, a_kind, 4);
+  narrow(numbers, b, b_kind, 4);
   Part part;
-  return part.run({kind, 2, 2, 2, 2, 1, 2, 1, 2, 1}, operand, operand, square) && square[0] == 8.0f &&
+  return part.run({a_kind, b_kind, 2, 2, 2, 2, 1, 2, 1, 2, 1}, a, b, square) && square[0] == 8.0f &&
          square[1] == 11.0f && square[2] == 16.0f && square[3] == 23.0f;
 }
 
@@ -180,11 +177,15 @@ bool multiplies(Kind kind) {
 }  // namespace pc
 
 // Returns whether the library at `path` has the primitive, and it multiplies numbers of `kind` as it should. From then
-// on it takes float32 products that sgemm is slow at.
+// on it takes float32 products that sgemm is slow at, and those with weights of 16 bits.
 PC_API int pc_open_onednn(const char* path, int kind) {
   static const bool opened = pc::dnnl.open(path);
-  pc::float32_products = opened && pc::multiplies(pc::kFloat32);
-  return pc::float32_products && (kind == pc::kFloat32 || pc::multiplies(pc::kBfloat16));
+  pc::float32_products = opened && pc::multiplies(pc::kFloat32, pc::kFloat32);
+#if defined(__AVX512F__)  // elsewhere the library may do it number by number
+  for (const pc::Kind narrow : {pc::kBfloat16, pc::kFloat16})
+    pc::products_with[narrow] = pc::float32_products && pc::multiplies(pc::kFloat32, narrow);
+#endif
+  return pc::float32_products && (kind == pc::kFloat32 || pc::multiplies(pc::kBfloat16, pc::kBfloat16));
 }
 
 // Returns what was set before.

@@ -1,22 +1,58 @@
-// Products by the matmul primitive of the oneDNN library that MindSpore ships, summed in float32.
+// Products of matrices on all threads, and those by the matmul primitive of the oneDNN library that MindSpore ships.
 #pragma once
 
 #include "half.h"
 
 namespace pc {
 
-extern bool bf16_products;     // linear layers round the operands of their products to bfloat16
-extern bool float32_products;  // the primitive multiplies float32 numbers as it should
+extern bool bf16_products;       // linear layers round the operands of their products to bfloat16
+extern bool float32_products;    // the primitive multiplies float32 numbers as it should
+extern bool products_with[3];    // it multiplies float32 numbers by those of a kind of 16 bits, which it packs as they are
 
 // A matrix of which element (i, j) is data[i * row + j * column].
 struct Strided {
   const void* data;
+  int kind;
   i64 row, column;
 };
 
-// C [M, N] = A [M, K] B [K, N] (+ C) on all threads; A and B both float32 or both bfloat16. With `wide`, A is the room
-// for these numbers [M, K] in bfloat16: they are rounded first, by the thread that multiplies them where rows are shared.
-void primitive_product(Kind kind, i64 M, i64 N, i64 K, Strided A, Strided B, float* C, bool add,
-                       const float* wide = nullptr);
+// Where a product goes: to a matrix [M, N], or onto what stands there.
+struct Target {
+  void* data;
+  int kind;
+  bool add;
+};
+
+// Divides `target` [M, N] along its longer dim and calls multiply(part, i, j, m, n, c, row, add) for blocks of it: the
+// block [m, n] at (i, j) is written to c, or added to it, with `row` numbers from row to row. A block of a matrix of
+// 16 bits is multiplied in float32 first, in room that stays in the thread's cache, and each number is rounded once.
+template <class Multiply>
+void by_blocks(i64 M, i64 N, i64 K, Target target, Multiply multiply) {
+  const bool rows = M >= N, narrows = target.kind != kFloat32;
+  const i64 length = rows ? M : N, across = rows ? N : M;
+  constexpr i64 kRoom = 1 << 18, kLeast = 64;
+  const i64 most = !narrows ? length : kRoom / across > kLeast ? kRoom / across : kLeast;
+  parallel(M * N * K / 64, [&](int part, int parts) {
+    static thread_local std::vector<float> room;
+    const Range r = share(length, part, parts);
+    for (i64 first = r.begin; first < r.end; first += most) {
+      const i64 count = r.end - first < most ? r.end - first : most;
+      const i64 i = rows ? first : 0, j = rows ? 0 : first, m = rows ? count : M, n = rows ? N : count;
+      void* to = at(target.data, target.kind, i * N + j);
+      if (!narrows) {
+        multiply(part, i, j, m, n, static_cast<float*>(to), N, target.add);
+        continue;
+      }
+      if (static_cast<i64>(room.size()) < m * n) room.resize(static_cast<size_t>(m * n));
+      multiply(part, i, j, m, n, room.data(), n, false);
+      for (i64 row = 0; row < m; ++row) put(room.data() + row * n, at(to, target.kind, row * N), target.kind, n, target.add);
+    }
+  });
+}
+
+// C [M, N] = A [M, K] B [K, N] (+ C) on all threads; A and B both float32 or both bfloat16, or A float32 and B of a
+// kind in `products_with`. With `wide`, A is the room for these numbers [M, K] in bfloat16: they are rounded first, by
+// the thread that multiplies them where rows are shared.
+void primitive_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const float* wide = nullptr);
 
 }  // namespace pc

@@ -21,9 +21,9 @@ struct Norm {
   const float *weight, *bias;  // without a bias it is RMSNorm
 };
 
-struct Gradient {  // of a parameter: where it is written or added; null: it has none
-  float* into;
-  i64 add;
+struct Gradient {  // of a parameter: where it is written or added, to numbers of which kind; null: it has none
+  void* into;
+  i64 kind, add;
 };
 
 struct LinearGradient {
@@ -81,10 +81,7 @@ void norm(const Norm& n, const float* x, float* y, float* moments, i64 T, i64 H,
 
 void give(const Gradient& g, const float* values, i64 n) {
   if (g.into == nullptr) return;
-  if (g.add)
-    pc_add(g.into, values, n);
-  else
-    std::memcpy(g.into, values, static_cast<size_t>(n) * sizeof(float));
+  pc::put(values, g.into, static_cast<int>(g.kind), n, g.add != 0);
 }
 
 void norm_grad(const Norm& n, const NormGradient& g, const float* dy, const float* x, const float* moments, float* dx,
@@ -109,11 +106,12 @@ void weight_grad(const Linear& l, const Gradient& g, const float* dy, const floa
   if (g.into == nullptr) return;
   const void *left = l.dout ? l.dout : static_cast<const void*>(dy), *right = l.rounded ? l.rounded : x;
   const int left_kind = l.dout ? pc::kBfloat16 : pc::kFloat32, right_kind = l.rounded ? pc::kBfloat16 : pc::kFloat32;
-  pc_linear_grad_weight(left, left_kind, right, right_kind, g.into, T, I, O, static_cast<int>(g.add));
+  pc_linear_grad_weight(left, left_kind, right, right_kind, g.into, static_cast<int>(g.kind), T, I, O,
+                        static_cast<int>(g.add));
 }
 
 void bias_grad(const Gradient& g, const float* dy, i64 T, i64 O) {
-  if (g.into) pc_sum_rows(dy, g.into, T, O, static_cast<int>(g.add));
+  if (g.into) pc_sum_rows(dy, g.into, static_cast<int>(g.kind), T, O, static_cast<int>(g.add));
 }
 
 // Queries, keys or values of all groups: columns [first, first + size) of a group's packed heads.

@@ -1,5 +1,8 @@
 // Cross entropy over a part of the vocabulary, and the embedding table.
-#include "common.h"
+#include <algorithm>
+#include <vector>
+
+#include "half.h"
 
 namespace {
 
@@ -92,20 +95,32 @@ PC_API void pc_embedding(const int32_t* ids, const char* table, char* out, i64 T
   }, kPieces);
 }
 
-// Adds row t of dy to row ids[t] of `grad` (set to zero first unless `add`). A thread owns rows of the table and
-// takes the tokens in order, so the result does not depend on the thread count.
-PC_API void pc_embedding_grad(const float* dy, const int32_t* ids, float* grad, i64 T, i64 V, i64 H, i64 first_row,
-                              int add) {
+// Adds the sum of the rows t of dy with ids[t] = row to each row of `grad` (set to zero first unless `add`). A thread
+// owns rows of the table and takes the tokens in order, so the result does not depend on the thread count.
+PC_API void pc_embedding_grad(const float* dy, const int32_t* ids, void* grad, int kind, i64 T, i64 V, i64 H,
+                              i64 first_row, int add) {
+  std::vector<int32_t> first(static_cast<size_t>(V), -1), next(static_cast<size_t>(T));  // of each row's tokens
+  for (i64 t = T - 1; t >= 0; --t) {
+    const i64 row = ids[t] - first_row;
+    if (row < 0 || row >= V) continue;
+    next[static_cast<size_t>(t)] = first[static_cast<size_t>(row)];
+    first[static_cast<size_t>(row)] = static_cast<int32_t>(t);
+  }
   parallel((T + V) * H, [&](int part, int parts) {
     const Range r = share(V, part, parts);
-    if (!add) std::memset(grad + r.begin * H, 0, static_cast<size_t>((r.end - r.begin) * H) * sizeof(float));
-    for (i64 t = 0; t < T; ++t) {
-      const i64 row = ids[t] - first_row;
-      if (row < r.begin || row >= r.end) continue;
-      const float* in = dy + t * H;
-      float* out = grad + row * H;
+    if (!add) std::memset(at(grad, kind, r.begin * H), 0, static_cast<size_t>((r.end - r.begin) * H * bytes_of(kind)));
+    std::vector<float> sum(static_cast<size_t>(H));
+    for (i64 row = r.begin; row < r.end; ++row) {
+      int32_t t = first[static_cast<size_t>(row)];
+      if (t < 0) continue;
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (; t >= 0; t = next[static_cast<size_t>(t)]) {
+        const float* in = dy + t * H;
+        float* out = sum.data();
 #pragma omp simd
-      for (i64 h = 0; h < H; ++h) out[h] += in[h];
+        for (i64 h = 0; h < H; ++h) out[h] += in[h];
+      }
+      put(sum.data(), at(grad, kind, row * H), kind, H, true);
     }
-  }, kPieces);
+  });
 }

@@ -655,6 +655,64 @@ def bf16_products(kernels):
     library.use_bf16_products(False)
 
 
+@pytest.mark.parametrize(("T", "I", "O"), [(3, 5, 7), (70, 129, 33), (96, 4100, 65), (40, 65, 4100)])
+@pytest.mark.parametrize("dtype", HALVES)
+@compares("linear", "linear_grad_input")
+def test_products_with_weights_of_16_bits(T, I, O, dtype):
+    """They are read as they are: the results are those of the same numbers in float32."""
+    rng = np.random.default_rng(T)
+    x, dy, w, b = (Tensor(array(rng, *shape)) for shape in ((T, I), (T, O), (O, I), (O,)))
+    w, b = w.astype(dtype), b.astype(dtype)
+    wide = [Tensor(t.astype(ms.float32).asnumpy()) for t in (w, b)]
+    close(ops.linear(x, w, b), reference.linear(x, *wide), SUMMED)
+    close(ops.linear_grad_input(dy, w), reference.linear_grad_input(dy, wide[0]), SUMMED)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@compares("linear_grad_weight_", "linear_grad_bias_", "embedding_grad_table_", "grouped_linear_grad_weight_")
+def test_sums_of_16_bits_take_a_gradient_as_a_whole(dtype):
+    """Products and sums are made in float32, and what is added is rounded once: each number is the nearest, or next."""
+    rng = np.random.default_rng(5)
+    T, I, O = 96, 65, 4100  # more than one block of a thread
+    x, dy = Tensor(array(rng, T, I)), Tensor(array(rng, T, O))
+    ids, counts = Tensor(rng.integers(0, 9, T).astype(np.int32)), np.array([40, 0, 56], np.int64)
+    wide = {
+        "linear_grad_weight_": (reference.linear_grad_weight(dy, x), (dy, x)),
+        "linear_grad_bias_": (reference.linear_grad_bias(dy), (dy,)),
+        "embedding_grad_table_": (reference.embedding_grad_table(x, ids, 11, 2), (x, ids, 2)),
+        "grouped_linear_grad_weight_": (reference_experts.grouped_linear_grad_weight(x, dy, counts), (x, dy, counts)),
+    }
+    for name, (gradient, operands) in wide.items():
+        for add in (False, True):
+            into = Tensor(array(rng, *gradient.shape)).astype(dtype).asnumpy()
+            exact = gradient.asnumpy().astype(np.float64) + (into.astype(np.float64) if add else 0.0)
+            for module in (ops, reference_experts if name.startswith("grouped") else reference):
+                got = into.copy()
+                getattr(module, name)(got, *operands, add)
+                step = np.abs(exact) * (2.0**-8 if dtype == ms.bfloat16 else 2.0**-11)
+                assert (np.abs(got.astype(np.float64) - exact) <= 1.01 * step + 1e-4).all(), (name, module.__name__)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@compares("adam_", "sum_of_squares")
+def test_an_update_reads_gradients_of_16_bits_and_writes_such_weights(dtype):
+    rng, n = np.random.default_rng(1), 5000
+    grad = Tensor(array(rng, n)).astype(dtype).asnumpy()
+    state = [array(rng, n), array(rng, n), np.abs(array(rng, n))]
+    options = {"step": 2, "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.7}
+    found = []
+    for module, gradient in ((ops, grad), (reference, grad), (ops, grad.astype(np.float32))):
+        (param, m, v), copy = (a.copy() for a in state), np.zeros_like(grad)
+        module.adam_(param, gradient, m, v, rounded=copy, **options)
+        np.testing.assert_array_equal(copy, param.astype(grad.dtype))
+        found.append((param, m, v))
+    for got, want, wide in zip(*found):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
+        np.testing.assert_array_equal(got, wide)
+    assert ops.sum_of_squares(grad) == ops.sum_of_squares(grad.astype(np.float32))
+    assert abs(reference.sum_of_squares(grad) / ops.sum_of_squares(grad) - 1) < 1e-6
+
+
 @pytest.mark.parametrize(("T", "I", "O"), [(33, 8, 24), (512, 256, 100), (128, 1031, 7), (64, 64, 1030)])
 @pytest.mark.parametrize("weight_type", [ms.float32, *HALVES])
 def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, bf16_products):
