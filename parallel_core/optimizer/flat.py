@@ -143,7 +143,7 @@ class CpuFlat:
         buffer += self._array * np.float32(weight_decay)
         self._array -= np.float32(lr) * buffer
         if rounded is not None:
-            rounded.copy_(self)
+            rounded.copy_(cast(Flat, self))
 
 
 def on_host(numbers: Sequence[Any]) -> list[float]:
