@@ -62,8 +62,8 @@ def be_a_rank(arguments: argparse.Namespace, folder: str) -> None:
 
     start_shift = clocked("send", group.shift_start)
     group.shift_start = shifting  # type: ignore[method-assign]
-    ops.attention_block = clocked("attend", ops.attention_block)
-    ops.attention_block_grad = clocked("attend", ops.attention_block_grad)
+    ops.attention_of_meetings = clocked("attend", ops.attention_of_meetings)
+    ops.attention_of_meetings_grad = clocked("attend", ops.attention_of_meetings_grad)
 
     N, D, S = arguments.heads, arguments.head_size, arguments.sequence // world
 

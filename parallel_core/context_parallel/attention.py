@@ -11,17 +11,16 @@ X = (N / G + 1) * D + E.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import mindspore as ms
 from mindspore import Tensor, mint
 
 from parallel_core import ops
 from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group, SoloGroup
-from parallel_core.context_parallel.blocks import Blocks, merged
+from parallel_core.context_parallel.blocks import Chunks, Meetings
 from parallel_core.layout.sequence import held_order, sequence_order
 from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.mappings import all_to_all
@@ -104,14 +103,15 @@ class ContextAttention:
             context = ops.causal_attention_packed(
                 mixed_SBGX, head_size, document_start_BS=document_start_BS, softmax_in_fp32=True, **options
             )
-        else:
+        elif self._ring.size == 1:
             S, B, _, X = mixed_SBGX.shape
             query, key, value = ops.split_last_dim(mixed_SBGX, (X - both, head_size, both - head_size))
             query = reshaped(query, S, B, num_heads // u, head_size)
-            if self._ring.size == 1:
-                context = ops.causal_attention(query, key, value, document_start_BS=document_start_BS, **options)
-            else:
-                context = self._function.apply(query, key, value, document_start_BS, self._ring, options)
+            context = ops.causal_attention(query, key, value, document_start_BS=document_start_BS, **options)
+        else:
+            query, keys = ops.split_last_dim(mixed_SBGX, (mixed_SBGX.shape[3] - both, both))
+            options |= {"head_size": head_size}
+            context = self._function.apply(query, keys, document_start_BS, self._ring, options)
         return all_to_all(_to_ranks(context, u), self._heads, 0, 2) if u > 1 else context
 
     def __call__(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGE: Tensor, **options: Any) -> Tensor:
@@ -128,58 +128,31 @@ class _AllGather(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
+        ctx: Any, query: Tensor, keys: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
     ) -> Tensor:
-        blocks = Blocks(query.shape[0], group.size, group.rank, start, options)
-        kv, shapes = _together(key, value), (key.shape, value.shape)
-        k, v = _gathered(kv, shapes, group)
-        parts = [
-            ops.attention_block(block.rows(query), k[:end], v[:end], block.start, **block.options(0))
-            for block, end in ((block, block.first + blocks.length) for block in blocks.own)
-        ]
-        out = mint.cat([part for part, _ in parts], 0)
-        ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
-        ctx.blocks, ctx.group, ctx.shapes = blocks, group, shapes
+        chunks = Chunks(query.shape[0], group.size, group.rank, start)
+        ctx.options = {**options, "length": chunks.length, "meetings": chunks.with_all()}
+        gathered = _gathered(keys, group)
+        out, log_sum_exp = ops.attention_of_meetings(query, gathered, None, None, start, **ctx.options)
+        out = ops.cast(out, query.dtype)
+        ctx.save_for_backward(query, keys, out, log_sum_exp)
+        ctx.start, ctx.group = start, group
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, kv, out, *log_sum_exps = ctx.saved_tensors
-        blocks: Blocks = ctx.blocks
-        k, v = _gathered(kv, ctx.shapes, ctx.group)
-        dqs: list[Tensor] = []
-        sums: list[Any] = [None, None]  # of keys and of values
-        for block, lse in zip(reversed(blocks.own), reversed(log_sum_exps)):  # the one that sees most keys first
-            end = block.first + blocks.length
-            dq, *seen = ops.attention_block_grad(
-                block.rows(query), k[:end], v[:end], block.start, block.rows(out), block.rows(dout), lse,
-                **block.options(0),
-            )  # fmt: skip
-            dqs.insert(0, dq)
-            sums = [_sum_of_first(total, part) for total, part in zip(sums, seen)]
-        order, size = held_order(ctx.group.size), ctx.group.size
-        of_ranks = [_reordered(_longer(x, blocks.total), order).reshape(size, -1) for x in sums]
-        mine = ctx.group.reduce_scatter(mint.cat(of_ranks, 1).reshape(-1), 0)
-        return mint.cat(dqs, 0), *_apart(ops.cast(mine, kv.dtype), ctx.shapes), None, None, None
+        query, keys, out, log_sum_exp = ctx.saved_tensors
+        gathered, group = _gathered(keys, ctx.group), ctx.group
+        dquery, dkeys = ops.attention_of_meetings_grad(
+            query, gathered, out, dout, log_sum_exp, None, ctx.start, **ctx.options
+        )
+        mine = group.reduce_scatter(ops.reordered(dkeys, held_order(group.size)), 0)
+        return ops.cast(dquery, query.dtype), ops.cast(mine, keys.dtype), None, None, None
 
 
-def _sum_of_first(total: Tensor | None, part: Tensor) -> Tensor:
-    """Return the sum of a gradient and that of its first rows, in float32: the ranks' sums are added."""
-    part = ops.cast(part, ms.float32)
-    return part if total is None else mint.cat((total[: part.shape[0]] + part, total[part.shape[0] :]), 0)
-
-
-def _longer(x: Tensor, length: int) -> Tensor:
-    """Return `length` rows: the last ones, which no query of this rank sees, have no gradient."""
-    rest = length - x.shape[0]
-    return mint.cat((x, mint.zeros((rest, *x.shape[1:]), dtype=x.dtype)), 0) if rest else x
-
-
-def _gathered(kv: Tensor, shapes: _Shapes, group: Group) -> tuple[Tensor, ...]:
-    """Return the keys and the values of the whole sequence, in order."""
-    of_ranks = group.all_gather(kv, 0).reshape(group.size, -1)
-    parts = [_apart(of_ranks[rank], shapes) for rank in range(group.size)]
-    return tuple(_reordered(mint.cat(one, 0), sequence_order(group.size)) for one in zip(*parts))
+def _gathered(keys: Tensor, group: Group) -> Tensor:
+    """Return the keys and values of the whole sequence, in order."""
+    return ops.reordered(group.all_gather(keys, 0), sequence_order(group.size))
 
 
 # ---- ring -----------------------------------------------------------------------------------------------------------
@@ -188,63 +161,40 @@ class _Ring(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
+        ctx: Any, query: Tensor, keys: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
     ) -> Tensor:
-        blocks = Blocks(query.shape[0], group.size, group.rank, start, options)
-        kv = visiting = _together(key, value)
-        shapes = key.shape, value.shape
-        found: list[tuple[Tensor, Tensor] | None] = [None, None]
-        for step in range(group.size):
-            arriving = group.shift_start(visiting) if step < group.size - 1 else None  # travels while this computes
-            k, v = _apart(visiting, shapes)
-            for place, block, theirs in blocks.pairs((group.rank - step) % group.size):
-                part = ops.attention_block(
-                    block.rows(query), theirs.rows(k), theirs.rows(v), block.start, **block.options(theirs.first)
-                )
-                found[place] = merged(found[place], part)
-            visiting = visiting if arriving is None else arriving.wait()
-        parts = [part for part in found if part is not None]
-        out = ops.cast(mint.cat([part for part, _ in parts], 0), query.dtype)
-        ctx.save_for_backward(query, kv, out, *(lse for _, lse in parts))
-        ctx.blocks, ctx.group, ctx.shapes = blocks, group, shapes
+        chunks = Chunks(query.shape[0], group.size, group.rank, start)
+        options = {**options, "length": chunks.length}
+        out: Tensor | None = None
+        log_sum_exp: Tensor | None = None
+        for met, visiting in _visits(keys, chunks, group):
+            out, log_sum_exp = ops.attention_of_meetings(
+                query, visiting, out, log_sum_exp, start, meetings=met, **options
+            )
+        out = ops.cast(out, query.dtype)
+        ctx.save_for_backward(query, keys, out, log_sum_exp)
+        ctx.start, ctx.group, ctx.chunks, ctx.options = start, group, chunks, options
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, visiting, out, *log_sum_exps = ctx.saved_tensors
-        blocks, group = ctx.blocks, ctx.group
-        dqs: list[Tensor | None] = [None, None]
+        query, keys, out, log_sum_exp = ctx.saved_tensors
+        dquery: Tensor | None = None
         home: Any = None  # the gradients of the keys that visit, on their way round
-        for step in range(group.size):
-            arriving = group.shift_start(visiting) if step < group.size - 1 else None
-            k, v = _apart(visiting, ctx.shapes)
-            dks: list[Tensor | None] = [None, None]
-            dvs: list[Tensor | None] = [None, None]
-            for place, block, theirs in blocks.pairs((group.rank - step) % group.size):
-                dq, dk, dv = ops.attention_block_grad(
-                    block.rows(query), theirs.rows(k), theirs.rows(v), block.start, block.rows(out), block.rows(dout),
-                    log_sum_exps[place], **block.options(theirs.first),
-                )  # fmt: skip
-                dqs[place] = _sum(dqs[place], dq)
-                dks[theirs.place], dvs[theirs.place] = _sum(dks[theirs.place], dk), _sum(dvs[theirs.place], dv)
-            dkv = mint.cat([_or_zeros(part, like).reshape(-1) for like, two in ((k, dks), (v, dvs)) for part in two], 0)
-            dkv = dkv if home is None else dkv + home.wait()
-            home = group.shift_start(dkv)
-            visiting = visiting if arriving is None else arriving.wait()
-        dk, dv = _apart(ops.cast(home.wait(), query.dtype), ctx.shapes)
-        dq = mint.cat([_or_zeros(part, query) for part in dqs], 0)
-        return ops.cast(dq, query.dtype), dk, dv, None, None, None
+        for met, visiting in _visits(keys, ctx.chunks, ctx.group):
+            dquery, dkeys = ops.attention_of_meetings_grad(
+                query, visiting, out, dout, log_sum_exp, dquery, ctx.start, meetings=met, **ctx.options
+            )
+            home = ctx.group.shift_start(dkeys if home is None else ops.total(dkeys, home.wait()))
+        return ops.cast(dquery, query.dtype), ops.cast(home.wait(), keys.dtype), None, None, None
 
 
-def _sum(total: Tensor | None, part: Tensor) -> Tensor:
-    """Return the sum in float32: in a narrower type every rank of the ring would add its rounding."""
-    part = ops.cast(part, ms.float32)
-    return part if total is None else total + part
-
-
-def _or_zeros(part: Tensor | None, like: Tensor) -> Tensor:
-    """Return a chunk's gradient, zeros where nothing saw it."""
-    return mint.zeros((like.shape[0] // 2, *like.shape[1:]), dtype=ms.float32) if part is None else part
+def _visits(keys: Tensor, chunks: Chunks, group: Group) -> Iterator[tuple[Meetings, Tensor]]:
+    """Yield what this rank's queries meet of each rank's keys and values, and these, which travel on meanwhile."""
+    for step in range(group.size):
+        arriving = group.shift_start(keys) if step < group.size - 1 else None
+        yield chunks.with_rank((group.rank - step) % group.size), keys
+        keys = keys if arriving is None else arriving.wait()
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
@@ -283,11 +233,11 @@ class _Reorder(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: tuple[int, ...]) -> Tensor:
         ctx.back = tuple(order.index(i) for i in range(len(order)))
-        return _reordered(x, order)
+        return ops.reordered(x, order)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _reordered(dy, ctx.back), None
+        return ops.reordered(dy, ctx.back), None
 
 
 def _to_sequence(x: Tensor, size: int) -> Tensor:
@@ -296,22 +246,3 @@ def _to_sequence(x: Tensor, size: int) -> Tensor:
 
 def _to_ranks(x: Tensor, size: int) -> Tensor:
     return _Reorder.apply(x, held_order(size))
-
-
-def _reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    length = x.shape[0] // len(order)
-    return mint.cat([x[i * length : (i + 1) * length] for i in order], 0)
-
-
-_Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-"""Of keys and values."""
-
-
-def _together(key: Tensor, value: Tensor) -> Tensor:
-    """Return keys and values one behind the other, 1-D: they travel as one, and are told apart without a copy."""
-    return mint.cat((key.reshape(-1), value.reshape(-1)), 0)
-
-
-def _apart(kv: Tensor, shapes: _Shapes) -> tuple[Tensor, Tensor]:
-    middle = math.prod(shapes[0])
-    return kv[:middle].reshape(shapes[0]), kv[middle:].reshape(shapes[1])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mindspore as ms
 from mindspore import Tensor
 
-from parallel_core.ops import reference_experts, reference_layer  # noqa: F401 - they register kernels
+from parallel_core.ops import reference_experts, reference_layer, reference_meetings  # noqa: F401 - they register kernels
 from parallel_core.ops.library import exact_products, product_precision
 from parallel_core.ops.reference import ACTIVATIONS, attention_mask
 from parallel_core.ops.registry import KERNELS, doors
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a door has the type of its reference
     from parallel_core.ops.reference import *  # noqa: F403
     from parallel_core.ops.reference_experts import *  # noqa: F403
     from parallel_core.ops.reference_layer import *  # noqa: F403
+    from parallel_core.ops.reference_meetings import *  # noqa: F403
 
 globals().update(doors())
 

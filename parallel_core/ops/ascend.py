@@ -15,9 +15,10 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
 
-from parallel_core.ops import reference
+from parallel_core.ops import reference, reference_meetings
 from parallel_core.ops.ascend_random import drop_bits
 from parallel_core.ops.documents import ends_of, window_of
+from parallel_core.ops.meetings import Meeting, attend_by_blocks, gradients_by_blocks
 from parallel_core.ops.registry import KERNELS, on_ascend
 
 _FULL_MASK, _CAUSAL, _CAUSAL_FROM_END, _BAND = 1, 2, 3, 4
@@ -25,6 +26,7 @@ _FULL_MASK, _CAUSAL, _CAUSAL_FROM_END, _BAND = 1, 2, 3, 4
 counted from the first query and key, from the last ones, or with a window before it."""
 _CORNER = 2048
 """Rows and columns of the mask that stands for a causal one of any size."""
+_FLOATS = ms.float32, ms.float16, ms.bfloat16
 _ANY = 2**31 - 1
 """Tokens before and after a query that it may see, for the mask to say which."""
 _MOST_SEQUENCES = 1024
@@ -408,6 +410,48 @@ def join_blocks(
     )  # fmt: skip
     log_sum_exp = finite + mint.log(total[..., 0])
     return joined, mint.where(some, log_sum_exp, ops.full_like(top, -np.inf))
+
+
+@on_ascend(reference_meetings.attention_of_meetings, dtypes=_FLOATS, integers=["start_BP"])
+def attention_of_meetings(
+    query_SBGW: Tensor,
+    keys_TBGY: Tensor,
+    out_SBX: Tensor | None,
+    log_sum_exp_CBNL: Tensor | None,
+    start_BP: Tensor | None,
+    *,
+    meetings: tuple[Meeting, ...],
+    length: int,
+    head_size: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return `reference_meetings.attention_of_meetings` by what is selected for its blocks."""
+    functions = KERNELS["attention_block"].door, KERNELS["join_blocks"].door
+    return attend_by_blocks(
+        *functions, query_SBGW, keys_TBGY, out_SBX, log_sum_exp_CBNL, start_BP, meetings, length, head_size, options
+    )
+
+
+@on_ascend(reference_meetings.attention_of_meetings_grad, dtypes=_FLOATS, integers=["start_BP"])
+def attention_of_meetings_grad(
+    query_SBGW: Tensor,
+    keys_TBGY: Tensor,
+    out_SBX: Tensor,
+    dout_SBX: Tensor,
+    log_sum_exp_CBNL: Tensor,
+    dquery_SBGW: Tensor | None,
+    start_BP: Tensor | None,
+    *,
+    meetings: tuple[Meeting, ...],
+    length: int,
+    head_size: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return `reference_meetings.attention_of_meetings_grad` by what is selected for its blocks."""
+    return gradients_by_blocks(
+        KERNELS["attention_block_grad"].door, query_SBGW, keys_TBGY, out_SBX, dout_SBX, log_sum_exp_CBNL, dquery_SBGW,
+        start_BP, meetings, length, head_size, options,
+    )  # fmt: skip
 
 
 def _eight_times(x_BNS: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from ctypes import c_int64
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
-from parallel_core.ops import raw, reference
+from parallel_core.ops import raw, reference, reference_meetings
 from parallel_core.ops.library import declare, lib
+from parallel_core.ops.meetings import Meeting
 from parallel_core.ops.registry import compiled
 
 _WORD = (1 << 64) - 1
@@ -65,69 +67,102 @@ def _backward(
     )
 
 
-# ---- blocks (no autograd) -------------------------------------------------------------------------------------------
-@compiled(reference.attention_block, integers=["start_BS"])
-def _attention_block(
-    query_SBND: Tensor,
-    key_TBGD: Tensor,
-    value_TBGE: Tensor,
-    start_BS: Tensor | None,
+# ---- runs of positions that meet (no autograd) -----------------------------------------------------------------------
+declare("pc_attention_meetings", "PPPPLPPPPLFFUU")
+declare("pc_attention_meetings_grad", "PPPPLPPPPPPPPLFFUU")
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(rows: tuple[tuple[int, ...], ...]) -> Any:
+    """Return integers as a C array, the same one for the layers and microbatches of a model."""
+    flat = [number for row in rows for number in row]
+    return (c_int64 * len(flat))(*flat)
+
+
+def _of_meetings(
+    query: Tensor, keys: Tensor, length: int, head_size: int, heads: tuple[int, int] | None
+) -> tuple[int, int, Any]:
+    """Return the number of heads, the size of a value, and what the kernels are told of shapes."""
+    (_, B, G, W), Y = query.shape, keys.shape[-1]
+    N, E = W // head_size * G, Y - head_size
+    sizes = length, 0, B, N, G, head_size, E, 0, 0, *(heads or (0, N))
+    return N, E, _numbers((sizes, (B * G * W, G * W, W), *((B * G * Y, G * Y, Y),) * 2))
+
+
+def _places(query: Tensor, keys: Tensor, head_size: int) -> _Addresses:
+    at = keys.data_ptr()
+    return query.data_ptr(), at, at + 4 * head_size
+
+
+def _starts(start: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return the first visible positions as the kernels read them, and how many there are of a sample."""
+    return (None, 0) if start is None else (raw.int32(start), start.shape[1])
+
+
+@compiled(reference_meetings.attention_of_meetings, integers=["start_BP"])
+def _attention_of_meetings(
+    query_SBGW: Tensor,
+    keys_TBGY: Tensor,
+    out_SBX: Tensor | None,
+    log_sum_exp_CBNL: Tensor | None,
+    start_BP: Tensor | None,
     *,
-    q_first: int,
-    k_first: int,
+    meetings: tuple[Meeting, ...],
+    length: int,
+    head_size: int,
     scale: float,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
     heads: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positions are numbers of the kernel, so a block of a sequence costs its share of the whole."""
-    query, key, value = query_SBND.contiguous(), key_TBGD.contiguous(), value_TBGE.contiguous()
-    places, start = (q_first, k_first), None if start_BS is None else raw.int32(start_BS)
-    problem = _problem(query, key, value, places, heads, start, scale, dropout_rate, dropout_seed)
-    return _forward((query.data_ptr(), key.data_ptr(), value.data_ptr()), problem)
+    """One call for all meetings; each goes on with the softmax of the one before, in its memory."""
+    query, keys = query_SBGW.contiguous(), keys_TBGY.contiguous()
+    N, E, shape = _of_meetings(query, keys, length, head_size, heads)
+    S, B = query.shape[:2]
+    if out_SBX is None or log_sum_exp_CBNL is None:
+        out = raw.on(np.zeros((S, B, N * E), np.float32))
+        log_sum_exp = raw.on(np.full((S // length, B, N, length), -np.inf, np.float32))
+    else:
+        out, log_sum_exp = out_SBX.contiguous(), log_sum_exp_CBNL.contiguous()
+    start, positions = _starts(start_BP)
+    lib.pc_attention_meetings(
+        *_places(query, keys, head_size), raw.pointer(start), positions, out.data_ptr(), log_sum_exp.data_ptr(), shape,
+        _numbers(meetings), len(meetings), scale, dropout_rate, dropout_seed[0] & _WORD, dropout_seed[1] & _WORD,
+    )  # fmt: skip
+    return out, log_sum_exp
 
 
-@compiled(reference.attention_block_grad, integers=["start_BS"])
-def _attention_block_grad(
-    query_SBND: Tensor,
-    key_TBGD: Tensor,
-    value_TBGE: Tensor,
-    start_BS: Tensor | None,
+@compiled(reference_meetings.attention_of_meetings_grad, integers=["start_BP"])
+def _attention_of_meetings_grad(
+    query_SBGW: Tensor,
+    keys_TBGY: Tensor,
     out_SBX: Tensor,
     dout_SBX: Tensor,
-    log_sum_exp_BNS: Tensor,
+    log_sum_exp_CBNL: Tensor,
+    dquery_SBGW: Tensor | None,
+    start_BP: Tensor | None,
     *,
-    q_first: int,
-    k_first: int,
+    meetings: tuple[Meeting, ...],
+    length: int,
+    head_size: int,
     scale: float,
     dropout_rate: float = 0.0,
     dropout_seed: tuple[int, int] = (0, 0),
     heads: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights are computed again from the log-sum-exp over all blocks."""
-    query, key, value = query_SBND.contiguous(), key_TBGD.contiguous(), value_TBGE.contiguous()
-    places, start = (q_first, k_first), None if start_BS is None else raw.int32(start_BS)
-    problem = _problem(query, key, value, places, heads, start, scale, dropout_rate, dropout_seed)
-    dq, dk, dv = raw.new(query.shape), raw.new(key.shape), raw.new(value.shape)
-    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    gradients = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    _backward(addresses, problem, out_SBX.contiguous(), dout_SBX, log_sum_exp_BNS.contiguous(), gradients)
-    return dq, dk, dv
-
-
-declare("pc_join_blocks", "PPPPPPLLLL")
-
-
-@compiled(reference.join_blocks)
-def _join_blocks(
-    out_SBX: Tensor, log_sum_exp_BNS: Tensor, other_SBX: Tensor, other_log_sum_exp_BNS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One pass over both."""
-    (B, N, S), X = log_sum_exp_BNS.shape, out_SBX.shape[-1]
-    inputs = [x.contiguous() for x in (out_SBX, log_sum_exp_BNS, other_SBX, other_log_sum_exp_BNS)]
-    out, log_sum_exp = raw.new((S, B, X)), raw.new((B, N, S))
-    lib.pc_join_blocks(*(x.data_ptr() for x in (*inputs, out, log_sum_exp)), S, B, N, X // N)
-    return out, log_sum_exp
+    """The weights are computed again from the log-sum-exp over all keys."""
+    query, keys = query_SBGW.contiguous(), keys_TBGY.contiguous()
+    _, _, shape = _of_meetings(query, keys, length, head_size, heads)
+    out, dout, log_sum_exp = out_SBX.contiguous(), dout_SBX.contiguous(), log_sum_exp_CBNL.contiguous()
+    dquery = raw.on(np.zeros(query.shape, np.float32)) if dquery_SBGW is None else dquery_SBGW.contiguous()
+    dkeys = raw.on(np.zeros(keys.shape, np.float32))
+    start, positions = _starts(start_BP)
+    lib.pc_attention_meetings_grad(
+        *_places(query, keys, head_size), raw.pointer(start), positions,
+        out.data_ptr(), dout.data_ptr(), log_sum_exp.data_ptr(), *_places(dquery, dkeys, head_size), shape,
+        _numbers(meetings), len(meetings), scale, dropout_rate, dropout_seed[0] & _WORD, dropout_seed[1] & _WORD,
+    )  # fmt: skip
+    return dquery, dkeys
 
 
 # ---- whole sequences ------------------------------------------------------------------------------------------------
@@ -145,7 +180,7 @@ class _Attention(Function):
         heads: tuple[int, int] | None,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        ctx.problem = _problem(query, key, value, (0, 0), heads, start, scale, rate, seed)
+        ctx.problem = _problem(query, key, value, heads, start, scale, rate, seed)
         out, ctx.log_sum_exp = _forward((query.data_ptr(), key.data_ptr(), value.data_ptr()), ctx.problem)
         ctx.save_for_backward(query, key, value, out)
         return out
@@ -194,7 +229,6 @@ def _problem(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    first: tuple[int, int],
     heads: tuple[int, int] | None,
     start: Tensor | None,
     scale: float,
@@ -203,7 +237,7 @@ def _problem(
 ) -> _Problem:
     (S, B, N, D), (T, _, G, E) = query.shape, value.shape
     strides = (B * N * D, N * D, N // G * D), (B * G * D, G * D, D), (B * G * E, G * E, E)
-    sizes = S, T, B, N, G, D, E, *first, *(heads or (0, N))
+    sizes = S, T, B, N, G, D, E, 0, 0, *(heads or (0, N))
     return _Problem(sizes, sum(strides, ()), start, scale, rate, seed)
 
 

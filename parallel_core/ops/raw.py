@@ -111,6 +111,12 @@ def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return on(array_of(x).reshape(shape)) if x.dtype in _IN_NUMPY else x.reshape(shape)
 
 
+@compiled(reference.reordered)
+def _reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    runs = array_of(x.contiguous()).reshape(len(order), -1)
+    return on(runs.take(order, 0).reshape(x.shape))
+
+
 _IN_NUMPY = (ms.float32, ms.int32)
 
 

@@ -736,6 +736,13 @@ def packed_heads(query_SBGX: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Te
 
 
 @kernel
+def reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return the rows, cut into `len(order)` equal runs, in another order; no autograd."""
+    length = x.shape[0] // len(order)
+    return mint.cat([x[i * length : (i + 1) * length] for i in order], 0)
+
+
+@kernel
 def shifted(x: Tensor, offset: float) -> Tensor:
     """Return x + offset."""
     return x + offset

@@ -221,7 +221,7 @@ def _checked(function: Implementation, integers: Sequence[str]) -> tuple[list[_P
 def _own_options(reference: Implementation, function: Implementation) -> set[str]:
     """Return the names of the options that `function` has beyond the reference's parameters.
 
-    Where the reference says `**options`, `function` may spell them out.
+    Where the reference says `**options`, `function` may spell them out, or say so too.
 
     Raises:
         TypeError: if the other parameters differ in name, order, kind or default.
@@ -230,7 +230,7 @@ def _own_options(reference: Implementation, function: Implementation) -> set[str
     open_ended = [name for name, parameter in want.items() if parameter.kind is parameter.VAR_KEYWORD]
     for name in open_ended:
         del want[name]
-    added = [parameter for name, parameter in got.items() if name not in want]
+    added = [parameter for name, parameter in got.items() if name not in want and name not in open_ended]
     shared = [(p.name, p.kind, p.default) for name, p in got.items() if name in want]
     optional = all(p.kind is p.KEYWORD_ONLY and (open_ended or p.default is not p.empty) for p in added)
     if shared != [(p.name, p.kind, p.default) for p in want.values()] or not optional:

@@ -171,8 +171,10 @@ struct Attention {
   float scale, rate;
   Dropout dropout;
   const int32_t* document_start;  // [B, S] or null
+  i64 start_stride;               // from one sample's to the next one's
+  bool further = false;           // results are given of other keys, or gradients, and these are joined or added
 
-  const int32_t* start(i64 b) const { return document_start ? document_start + b * n.S : nullptr; }
+  const int32_t* start(i64 b) const { return document_start ? document_start + b * start_stride : nullptr; }
 
   // The factors of four keys from `key` on for the vector of queries from `query` on.
   void keep(Vec* factors, i64 b, i64 head, i64 query, i64 key) const {
@@ -207,6 +209,13 @@ struct Attention {
     Vec top[kVecs], sum[kVecs] = {};
     std::fill(top, top + kVecs, Vec{} - INFINITY);
     std::fill(o, o + kQ * Ep, 0.0f);
+    if (further) {  // what is known is one more key of that weight
+      pack(out + q0 * out_stride, out_stride, q1 - q0, n.E, Ep, 1.0f, o);
+      for (i64 i = 0; i < q1 - q0; ++i) {
+        top[i / kLanes][i % kLanes] = lse[q0 + i];
+        sum[i / kLanes][i % kLanes] = lse[q0 + i] == -INFINITY ? 0.0f : 1.0f;
+      }
+    }
     for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK) {
       const Tile tile{sight, k0, std::min(kK, seen.end - k0)};
       tile.scores(k + k0 * Dp, Dp, n.D, q.lanes, p);
@@ -215,7 +224,7 @@ struct Attention {
         const i64 keys = tile.end(i);
         float* weights = p + i * kLanes;
         const Vec shrink = softmax(weights, keys, top[i], sum[i]);
-        for (i64 l = 0; k0 > seen.begin && l < kLanes; ++l)
+        for (i64 l = 0; (further || k0 > seen.begin) && l < kLanes; ++l)
           if (shrink[l] != 1.0f)
             for (i64 d = 0; d < Ep; d += kLanes) vec(o + (i * kLanes + l) * Ep + d) *= shrink[l];
         for (i64 t = 0; rate > 0.0f && t < keys; t += 4) {
@@ -224,7 +233,7 @@ struct Attention {
           for (i64 j = 0; j < std::min<i64>(4, keys - t); ++j) vec(weights + (t + j) * kQ) *= factors[j];
         }
       }
-      tile.by_query(q1 - q0, Ep, p, v + k0 * Ep, o, k0 > seen.begin);
+      tile.by_query(q1 - q0, Ep, p, v + k0 * Ep, o, further || k0 > seen.begin);
     }
     for (i64 i = 0; i < q1 - q0; ++i) {
       const float total = sum[i / kLanes][i % kLanes], largest = top[i / kLanes][i % kLanes];
@@ -293,14 +302,20 @@ struct Attention {
           const i64 end = std::min(first + most, T), count = end - first;
           pack(k + ks.at(first, b, g), ks.s, count, D, Dp, 1.0f, kp);
           pack(v + vs.at(first, b, g), vs.s, count, E, Ep, 1.0f, vp);
-          std::fill(dkp.data, dkp.data + count * Dp, 0.0f);
-          std::fill(dvp.data, dvp.data + count * Ep, 0.0f);
+          if (further) {
+            pack(dk + dks.at(first, b, g), dks.s, count, D, Dp, 1.0f, dkp);
+            pack(dv + dvs.at(first, b, g), dvs.s, count, E, Ep, 1.0f, dvp);
+          } else {
+            std::fill(dkp.data, dkp.data + count * Dp, 0.0f);
+            std::fill(dvp.data, dvp.data + count * Ep, 0.0f);
+          }
           for (i64 h = 0; h < heads; ++h)
             for (i64 q0 = 0; q0 < S; q0 += kQ) {
               const i64 q1 = std::min(q0 + kQ, S), rows = q1 - q0, head = g * heads + h;
               const Sight sight(n, start(b), q0, q1);
               const Range seen = sight.keys(rows, first, end);
-              if (seen.begin >= seen.end && first > 0) continue;
+              const bool add = further || first > 0;
+              if (seen.begin >= seen.end && add) continue;
               const i64 o_at = os.at(q0, b, g) + h * E;
               float* dq_at = dq + dqs.at(q0, b, g) + h * D;
               query.take(q + qs.at(q0, b, g) + h * D, qs.s, rows, scale);
@@ -334,7 +349,7 @@ struct Attention {
                 const float* from = dqb + i * Dp;
                 float* to = dq_at + i * dqs.s;
 #pragma omp simd
-                for (i64 d = 0; d < D; ++d) to[d] = (first > 0 ? to[d] : 0.0f) + scale * from[d];
+                for (i64 d = 0; d < D; ++d) to[d] = (add ? to[d] : 0.0f) + scale * from[d];
               }
             }
           for (i64 t = 0; t < count; ++t) {
@@ -352,7 +367,7 @@ constexpr i64 kNumbers = 11;  // of a Shape
 Attention make(const i64* shape, const int32_t* start, float scale, float rate, u64 seed0, u64 seed1) {
   const Shape n{shape[0], shape[1], shape[2], shape[3], shape[4],  shape[5],
                 shape[6], shape[7], shape[8], shape[9], shape[10]};
-  return {n, scale, rate, Dropout(rate, seed0, seed1), start};
+  return {n, scale, rate, Dropout(rate, seed0, seed1), start, n.S};
 }
 
 Strides strides(const i64* s) { return {s[0], s[1], s[2]}; }
@@ -410,25 +425,55 @@ PC_API void pc_attention_grad(const float* q, const float* k, const float* v, co
                 strides(shape + kNumbers + 15));
 }
 
-// Attention over two sets of keys from the attention over each, a and b [S, B, N, E] with log-sum-exps [B, N, S].
-PC_API void pc_join_blocks(const float* a, const float* a_lse, const float* b, const float* b_lse, float* out,
-                           float* out_lse, i64 S, i64 B, i64 N, i64 E) {
-  constexpr float kNothing = -1e30f;  // what is below has seen no key
-  parallel(S * B * N * E, [&](int part, int parts) {
-    const Range r = share(S, part, parts);
-    for (i64 s = r.begin; s < r.end; ++s)
-      for (i64 bn = 0; bn < B * N; ++bn) {
-        const float la = a_lse[bn * S + s], lb = b_lse[bn * S + s], top = std::max(la, lb);
-        const float* from_a = a + (s * B * N + bn) * E;
-        const float* from_b = b + (s * B * N + bn) * E;
-        float* to = out + (s * B * N + bn) * E;
-        float weight_a = la > kNothing ? std::exp(la - top) : 0.0f, weight_b = lb > kNothing ? std::exp(lb - top) : 0.0f;
-        const float total = weight_a + weight_b;
-        out_lse[bn * S + s] = total > 0.0f ? top + std::log(total) : -INFINITY;
-        if (total > 0.0f) weight_a /= total, weight_b /= total;
-        for (i64 e = 0; e < E; ++e) to[e] = weight_a * from_a[e] + weight_b * from_b[e];
-      }
-  });
+// A run of queries, and a run of keys that they see some of: the rows where they begin, and the positions of these.
+struct Meeting {
+  i64 query_row, q_first, key_row, k_first, num_keys;
+};
+
+// Calls body(attention, rows of queries, rows of keys) for `count` meetings. `shape` has the queries of each for S;
+// document_start [B, positions] is of the whole sequence.
+template <class Body>
+void for_meetings(const i64* shape, const i64* meetings, i64 count, const int32_t* document_start, i64 positions,
+                  float scale, float rate, u64 seed0, u64 seed1, Body body) {
+  for (i64 i = 0; i < count; ++i) {
+    Meeting m;
+    std::memcpy(&m, meetings + i * static_cast<i64>(sizeof(m) / sizeof(i64)), sizeof(m));
+    Attention a = make(shape, document_start ? document_start + m.q_first : nullptr, scale, rate, seed0, seed1);
+    a.n.T = m.num_keys;
+    a.n.q_first = m.q_first;
+    a.n.k_first = m.k_first;
+    a.start_stride = positions;
+    a.further = true;
+    body(a, m.query_row, m.key_row);
+  }
+}
+
+// What queries see of further keys, joined with out [rows, B, N * E] and lse [rows / S, B, N, S], the attention over
+// those before: 0 and -infinity where there were none.
+PC_API void pc_attention_meetings(const float* q, const float* k, const float* v, const int32_t* document_start,
+                                  i64 positions, float* out, float* lse, const i64* shape, const i64* meetings,
+                                  i64 count, float scale, float rate, u64 seed0, u64 seed1) {
+  const Strides qs = strides(shape + kNumbers), ks = strides(shape + kNumbers + 3), vs = strides(shape + kNumbers + 6);
+  for_meetings(shape, meetings, count, document_start, positions, scale, rate, seed0, seed1,
+               [&](const Attention& a, i64 row, i64 key_row) {
+                 const i64 heads = row * a.n.B * a.n.N;
+                 a.forward(q + row * qs.s, qs, k + key_row * ks.s, ks, v + key_row * vs.s, vs, out + heads * a.n.E,
+                           lse + heads);
+               });
+}
+
+// Adds to dq, dk and dv, whose strides are those of q, k and v; out and lse are over all keys.
+PC_API void pc_attention_meetings_grad(const float* q, const float* k, const float* v, const int32_t* document_start,
+                                       i64 positions, const float* out, const float* dout, const float* lse, float* dq,
+                                       float* dk, float* dv, const i64* shape, const i64* meetings, i64 count,
+                                       float scale, float rate, u64 seed0, u64 seed1) {
+  const Strides qs = strides(shape + kNumbers), ks = strides(shape + kNumbers + 3), vs = strides(shape + kNumbers + 6);
+  for_meetings(shape, meetings, count, document_start, positions, scale, rate, seed0, seed1,
+               [&](const Attention& a, i64 row, i64 key_row) {
+                 const i64 heads = row * a.n.B * a.n.N, keys = key_row * ks.s, values = key_row * vs.s;
+                 a.backward(q + row * qs.s, qs, k + keys, ks, v + values, vs, out + heads * a.n.E,
+                            dout + heads * a.n.E, lse + heads, dq + row * qs.s, qs, dk + keys, ks, dv + values, vs);
+               });
 }
 
 // Attention of S new tokens of B sequences to those in a cache, where their keys and values are put first.

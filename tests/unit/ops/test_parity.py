@@ -13,7 +13,17 @@ import pytest
 from mindspore import Tensor, mint
 
 from parallel_core import ops
-from parallel_core.ops import build, library, raw, reference, reference_experts, reference_layer, registry
+from parallel_core.ops import (
+    build,
+    library,
+    raw,
+    reference,
+    reference_experts,
+    reference_layer,
+    reference_meetings,
+    registry,
+)
+from parallel_core.ops.meetings import Meeting
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -260,43 +270,65 @@ def test_packed_attention(shape):
 
 @pytest.mark.parametrize(("q_first", "k_first", "T"), [(0, 0, 40), (48, 16, 70), (0, 33, 20), (100, 0, 33)])
 @pytest.mark.parametrize("shape", [(40, 2, 4, 2, 8, 8), (33, 1, 4, 4, 20, 12)])
-@compares("attention_block", "attention_block_grad")
-def test_attention_blocks(shape, q_first, k_first, T):
+@compares("attention_of_meetings", "attention_of_meetings_grad")
+def test_attention_of_a_meeting(shape, q_first, k_first, T):
     """Queries and keys at runs of positions: queries that see no key, other value sizes, more keys than queries."""
     S, B, N, G, D, E = shape
     rng = np.random.default_rng(S)
-    start = np.minimum(rng.integers(0, q_first + S, (B, S)), q_first + np.arange(S)).astype(np.int32)
-    tensors = [Tensor(array(rng, *dims)) for dims in ((S, B, N, D), (T, B, G, D), (T, B, G, E))]
-    places = {"q_first": q_first, "k_first": k_first, "scale": D**-0.5}
+    start = np.zeros((B, q_first + S + 5), np.int32)
+    start[:, q_first : q_first + S] = np.minimum(rng.integers(0, q_first + S, (B, S)), q_first + np.arange(S))
+    inputs = [Tensor(array(rng, *dims)) for dims in ((S, B, G, N // G * D), (T, B, G, D + E))]
+    meetings = (Meeting(0, q_first, 0, k_first, T),)
+    options = {"meetings": meetings, "length": S, "head_size": D, "scale": D**-0.5}
     dout = Tensor(array(rng, S, B, N * E))
-    (out, lse), (want, want_lse) = (f(*tensors, Tensor(start), **places) for f in blocks("attention_block"))
+    (out, lse), (want, want_lse) = (
+        f(*inputs, None, None, Tensor(start), **options) for f in both_of("attention_of_meetings")
+    )
     close(out, want, 2e-6, floor=1.0)
     blind = np.isinf(want_lse.asnumpy())
     np.testing.assert_array_equal(np.isinf(lse.asnumpy()), blind)
-    assert (out.asnumpy().reshape(S, B, N, E)[blind.transpose(2, 0, 1)] == 0).all()
+    assert (out.asnumpy().reshape(S, B, N, E)[blind[0].transpose(2, 0, 1)] == 0).all()
     np.testing.assert_allclose(lse.asnumpy()[~blind], want_lse.asnumpy()[~blind], atol=2e-5)  # MindSpore's exp and log
-    gradients = [f(*tensors, Tensor(start), want, dout, want_lse, **places) for f in blocks("attention_block_grad")]
-    for got, wanted in zip(*gradients):
+    functions = both_of("attention_of_meetings_grad")
+    for got, wanted in zip(*(f(*inputs, want, dout, want_lse, None, Tensor(start), **options) for f in functions)):
         close(got, wanted, 2e-5, floor=1.0)
 
 
-@compares("join_blocks")
-def test_joined_blocks():
+@compares("attention_of_meetings", "attention_of_meetings_grad")
+def test_meetings_one_after_another():
     """Rows that have seen no key on the one side, on the other, on both; scores whose exponentials overflow."""
     rng = np.random.default_rng(4)
-    S, B, N, E = 33, 2, 3, 12
-    outs, logs = array(rng, 2, S, B, N * E), 300 * array(rng, 2, B, N, S)
-    logs[0, :, :, ::3] = logs[1, :, :, ::5] = -np.inf
-    inputs = [Tensor(x) for x in (outs[0], logs[0], outs[1], logs[1])]
-    (out, log), (want, want_log) = (f(*inputs) for f in blocks("join_blocks"))
-    close(out, want, 1e-5, floor=1.0)
-    np.testing.assert_allclose(log.asnumpy(), want_log.asnumpy(), rtol=1e-6)
-    np.testing.assert_allclose(log.asnumpy(), np.logaddexp(*logs.astype(np.float64)), rtol=3e-7)
-    assert np.isinf(log.asnumpy()[:, :, ::15]).all() and np.isfinite(out.asnumpy()).all()
+    length, B, N, G, D = 33, 2, 4, 2, 12
+    start = np.zeros((B, 5 * length), np.int32)
+    start[0, 3 * length + 3 : 4 * length] = 3 * length + 3  # these see none of the keys before their own
+    start[1, 3 * length :] = 2 * length + 7
+    query, keys = (Tensor(array(rng, 2 * length, B, G, width)) for width in (N // G * D, 2 * D))
+    later = Tensor(array(rng, length, B, G, 2 * D))
+    dout = Tensor(array(rng, 2 * length, B, N * D))
+    first = (Meeting(length, 3 * length, 0, 2 * length, 2 * length), Meeting(0, 4 * length, length, length, length))
+    then = (Meeting(0, 4 * length, 0, 4 * length, length),)
+    options = {"length": length, "head_size": D, "scale": 30.0}
+    results = []
+    for attend, attend_grad in zip(both_of("attention_of_meetings"), both_of("attention_of_meetings_grad")):
+        found = attend(query, keys, None, None, Tensor(start), meetings=first, **options)
+        found = [x.asnumpy().copy() for x in attend(query, later, *found, Tensor(start), meetings=then, **options)]
+        results.append(found)
+        given = [Tensor(x) for x in results[0]]
+        dquery, of_later = attend_grad(
+            query, later, given[0], dout, given[1], None, Tensor(start), meetings=then, **options
+        )
+        of_both = attend_grad(query, keys, given[0], dout, given[1], dquery, Tensor(start), meetings=first, **options)
+        results[-1] = [*found, of_later.asnumpy(), *(x.asnumpy() for x in of_both)]
+    (out, log, *gradients), (want, want_log, *wanted) = results
+    close(Tensor(out), Tensor(want), 2e-5, floor=1.0)
+    np.testing.assert_allclose(log, want_log, rtol=1e-6)
+    assert np.isfinite(log).all() and np.abs(log).max() > 88.0
+    for got, one in zip(gradients, wanted):
+        close(Tensor(got), Tensor(one), 1e-4)  # scores of 300 are off by 3e-5
 
 
-def blocks(name):
-    return getattr(ops, name), getattr(reference, name)
+def both_of(name):
+    return getattr(ops, name), getattr(reference_meetings, name)
 
 
 def test_packed_attention_is_attention():
@@ -463,6 +495,13 @@ def test_gradients_written_in_place(add):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
     exact = dy.asnumpy().T @ x.asnumpy() + (before[0] if add else 0)
     np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
+
+
+@compares("reordered")
+def test_rows_in_another_order():
+    x = Tensor(array(np.random.default_rng(0), 12, 2, 3))
+    for order in ((2, 0, 1), (0, 3, 2, 1)):
+        np.testing.assert_array_equal(ops.reordered(x, order).asnumpy(), reference.reordered(x, order).asnumpy())
 
 
 @compares("packed_heads", "shifted")

@@ -14,8 +14,18 @@ import pytest
 from mindspore import Tensor
 
 from parallel_core import ops
-from parallel_core.ops import build, library, reference, reference_experts, reference_layer, registry
+from parallel_core.ops import (
+    build,
+    library,
+    reference,
+    reference_experts,
+    reference_layer,
+    reference_meetings,
+    registry,
+)
 from parallel_core.ops.registry import KERNELS, compiled, doors, kernel, on_ascend
+
+REFERENCES = (reference, reference_experts, reference_layer, reference_meetings)
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -114,7 +124,8 @@ def test_an_implementation_for_ascend_is_selected_there_and_may_have_options_of_
 
     with mock.patch.object(ms, "get_context", lambda name: "Ascend"):
         sentence = ops.use_kernels()
-    named = ("activation, add_rms_norm, attention_block, attention_block_grad, bidirectional_attention, "
+    named = ("activation, add_rms_norm, attention_block, attention_block_grad, "
+             "attention_of_meetings, attention_of_meetings_grad, bidirectional_attention, "
              "causal_attention, causal_attention_packed, embedding, embedding_grad_table_, gather_rows, "
              "grouped_linear, grouped_linear_grad_input, grouped_linear_grad_weight, grouped_linear_grad_weight_, "
              "join_blocks, latent_heads, linear_grad_weight_, rms_norm, rotary, rotary_packed, scaled, "
@@ -176,13 +187,13 @@ def test_every_public_function_of_the_reference_is_in_ops():
     """A function that `@kernel` was forgotten on would have a type, but not exist."""
     public = {
         name
-        for module in (reference, reference_experts, reference_layer)
+        for module in REFERENCES
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     assert public == KERNELS.keys() ^ SHARED and public <= set(ops.__all__)
     for name in KERNELS:
-        module = next(m for m in (reference, reference_experts, reference_layer) if hasattr(m, name))
+        module = next(m for m in REFERENCES if hasattr(m, name))
         assert getattr(ops, name) is KERNELS[name].door and getattr(module, name) is KERNELS[name].reference
         assert getattr(ops, name).__doc__ == getattr(module, name).__doc__
 
