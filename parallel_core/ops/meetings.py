@@ -1,4 +1,4 @@
-"""Runs of queries and runs of keys that meet, and their attention by the functions that a device has for one of each."""
+"""Runs of queries and runs of keys that meet; their attention by the functions that a device has for one of each."""
 
 from __future__ import annotations
 
