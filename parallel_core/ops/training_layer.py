@@ -23,11 +23,14 @@ from parallel_core.ops.library import declare, lib
 declare("pc_layer_forward", "PII")
 declare("pc_layer_backward", "PII")
 
-PROJECTED, ATTENDED, SPREAD, FED, FORWARD_STEPS = 1, 5, 7, 10, 11
+PROJECTED, ATTENDED, SPREAD, FED = 1, 5, 7, 10
 """Steps of the forward pass before which its arrays `normed1`, `attended`, `normed2` and `fed` can be exchanged."""
+ATTENTION_STEPS, MLP_STEPS = range(6), range(6, 11)
+"""Which steps of the forward pass belong to either half of a layer."""
 ATTENDS, NARROWED = 3, 9
 """The step that is attention, and the one that multiplies by fc2's weight."""
-BACKWARD_STEPS = 17
+MLP_GRADIENTS, ATTENTION_GRADIENTS = range(8), range(8, 17)
+"""Which steps of the backward pass do."""
 PRODUCT_STEPS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 2, 4, 5, 9, 10, 13, 14)}
 """Steps of either pass that multiply matrices."""
 
@@ -49,7 +52,7 @@ Shape = tuple[int, int]
 
 
 class LayerSizes(NamedTuple):
-    """What a layer is to its kernels.
+    """What a layer, or its attention or MLP with norm and sum, is to its kernels; sizes of what is not there are 0.
 
     Attributes:
         S: positions.
@@ -67,9 +70,11 @@ class LayerSizes(NamedTuple):
         activation: its number in `fused.KINDS`; -1: SwiGLU.
         rounds: whether products round their operands to bfloat16, and keep the copies.
         keeps_parts: whether this rank's parts of what the norms give are kept, of a sequence that is cut.
+        attends: whether attention is a part of it.
+        feeds: whether the MLP is.
+        norms_heads: whether queries and keys have norms.
         repeats_core: whether the backward pass runs attention again instead of keeping what it gives.
         repeats_mlp: whether it runs fc1 and the activation again.
-        norms_heads: whether queries and keys have norms.
     """
 
     S: int
@@ -87,9 +92,11 @@ class LayerSizes(NamedTuple):
     activation: int
     rounds: bool
     keeps_parts: bool
+    attends: bool
+    feeds: bool
+    norms_heads: bool
     repeats_core: bool
     repeats_mlp: bool
-    norms_heads: bool
 
     @property
     def packed(self) -> int:
@@ -164,22 +171,34 @@ class Arrays:
 @functools.lru_cache(maxsize=64)
 def kept_places(z: LayerSizes) -> Places:
     """Return what the backward pass needs of the forward pass, but for tensors that ranks have exchanged."""
-    T, normed = z.S * z.B, [name for name in _NORMED if z.keeps(name)]
-    kept = {
-        "moments1": (z.rows, 3), "heads": (T, z.packed), "context": (T, z.N * z.D),
-        "log_sum_exp": (T, z.N), "hidden": (z.rows, z.H), "moments2": (z.rows, 3), "spread": (T, z.wide),
-        "activated": (T, z.narrow), **dict.fromkeys(normed, (z.rows, z.H)),
-    }  # fmt: skip
+    kept = (_kept_by_attention(z) if z.attends else {}) | (_kept_by_mlp(z) if z.feeds else {})
+    return _places(kept | {"hidden": (z.rows, z.H)} if z.attends and z.feeds else kept)
+
+
+def _kept_by_attention(z: LayerSizes) -> dict[str, Shape]:
+    T = z.S * z.B
+    kept = {"moments1": (z.rows, 3), "heads": (T, z.packed), **_kept_of_norm(z, "normed1")}
+    if not z.repeats_core:
+        kept |= {"context": (T, z.N * z.D), "log_sum_exp": (T, z.N)}
     if z.norms_heads:
         kept |= {"mixed": (T, z.packed), "moments_q": (T * z.N, 3), "moments_k": (T * z.G, 3)}
-    for name in z.repeated():
-        del kept[name]
-    if z.rounds:  # copies of what products take, and of the context beside it
+    if z.rounds:  # beside the context itself, which attention's gradient is made of
         kept["rounded context"] = T, z.N * z.D
-        kept |= {f"rounded {name}": (T, z.H) for name in _NORMED if not z.keeps(name)}
-        if "activated" in kept:
-            kept["rounded activated"] = kept.pop("activated")
-    return _places(kept)
+    return kept
+
+
+def _kept_by_mlp(z: LayerSizes) -> dict[str, Shape]:
+    T = z.S * z.B
+    kept = {"moments2": (z.rows, 3), **_kept_of_norm(z, "normed2")}
+    if not z.repeats_mlp:
+        kept |= {"spread": (T, z.wide), "rounded activated" if z.rounds else "activated": (T, z.narrow)}
+    return kept
+
+
+def _kept_of_norm(z: LayerSizes, name: str) -> dict[str, Shape]:
+    if z.keeps(name):
+        return {name: (z.rows, z.H)}
+    return {f"rounded {name}": (z.S * z.B, z.H)} if z.rounds else {}
 
 
 def _packed_alike(z: LayerSizes, first: str, prefix: str = "") -> dict[str, str]:
@@ -192,15 +211,12 @@ def _packed_alike(z: LayerSizes, first: str, prefix: str = "") -> dict[str, str]
     return {headed: mixed if z.rotary else heads}
 
 
-_NORMED = ("normed1", "normed2")
-
-
 @functools.lru_cache(maxsize=64)
 def passing_places(z: LayerSizes) -> Places:
     """Return what a forward pass needs for itself; `branch` is what attention gives, and then the MLP."""
     T = z.S * z.B
     passing = {"branch": (T, z.H), **z.repeated()}
-    passing |= {name: (z.rows, z.H) for name in _NORMED if not z.keeps(name)}
+    passing |= {name: (z.rows, z.H) for name in ("normed1", "normed2") if not z.keeps(name)}
     if z.norms_heads:
         passing["apart"] = 3 * T, z.N * z.D
     if z.rotary:
@@ -213,31 +229,47 @@ def passing_places(z: LayerSizes) -> Places:
 @functools.lru_cache(maxsize=64)
 def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
     """Return the arrays of a backward pass; `shared`: those of the MLP are attention's too, once they are used."""
-    T, H = z.S * z.B, z.H
-    part, whole = (z.rows, H), (T, H)
-    of_mlp = {"dactivated": (T, z.narrow), "dspread": (T, z.wide), "dnormed2": whole}
-    of_attention = {"dcontext": (T, z.N * z.D), "dmixed": (T, z.packed), "dnormed1": whole}
-    if drops:
-        of_mlp["dfed"] = of_attention["dattended"] = part
-    more = {"dhidden": part, "sums": (2, max(H, z.D)), **z.repeated()}
-    if z.rotary or z.norms_heads:
-        more["dheads"] = T, z.packed
-    if z.norms_heads:
-        more["apart"] = 3 * T, z.N * z.D
-        more |= {"dheaded": (T, z.packed)} if z.rotary else {}
+    of_attention = _gradients_of_attention(z, drops) if z.attends else {}
+    of_mlp = _gradients_of_mlp(z, drops) if z.feeds else {}
+    more = {"sums": (2, max(z.H, z.D)), **_gradients_of_heads(z), **z.repeated()}
+    alike = _packed_alike(z, "dmixed", "d") if z.attends else {}
+    if z.attends and z.feeds:
+        more["dhidden"] = z.rows, z.H
+        alike |= {} if drops else {"dattended": "dhidden"}
     if z.rounds:
-        more["rounded"] = T, max(z.wide, z.packed, H)
-    if shared:
+        more["rounded"] = z.S * z.B, max(z.wide, z.packed, z.H)
+    if shared and z.attends and z.feeds:
         pairs = dict(zip(of_attention, of_mlp))
         places = _places(more | {one: max(of_attention[other], of_mlp[one]) for other, one in pairs.items()})
         places.offsets.update({other: places.offsets[one] for other, one in pairs.items()})
         places.shapes.update(of_mlp | of_attention)
     else:
         places = _places(more | of_mlp | of_attention)
-    alike = _packed_alike(z, "dmixed", "d") | ({} if drops else {"dattended": "dhidden"})
     places.offsets.update({name: places.offsets[one] for name, one in alike.items()})
     places.shapes.update({name: places.shapes[one] for name, one in alike.items()})
     return places
+
+
+def _gradients_of_attention(z: LayerSizes, drops: bool) -> dict[str, Shape]:
+    T = z.S * z.B
+    gradients = {"dcontext": (T, z.N * z.D), "dmixed": (T, z.packed), "dnormed1": (T, z.H)}
+    return gradients | {"dattended": (z.rows, z.H)} if drops else gradients
+
+
+def _gradients_of_mlp(z: LayerSizes, drops: bool) -> dict[str, Shape]:
+    """Return its arrays in the order of those of attention, of which each can be in the place of one of these."""
+    T = z.S * z.B
+    gradients = {"dactivated": (T, z.narrow), "dspread": (T, z.wide), "dnormed2": (T, z.H)}
+    return gradients | {"dfed": (z.rows, z.H)} if drops else gradients
+
+
+def _gradients_of_heads(z: LayerSizes) -> dict[str, Shape]:
+    T = z.S * z.B
+    gradients = {"dheads": (T, z.packed)} if z.rotary or z.norms_heads else {}
+    if z.norms_heads:
+        gradients |= {"dheaded": (T, z.packed)} if z.rotary else {}
+        gradients["apart"] = 3 * T, z.N * z.D
+    return gradients
 
 
 _FORWARD = (
@@ -294,8 +326,8 @@ class LayerCall:
             order in which they are used: norm 1, norm 2, those of queries and of keys; queries with keys and values,
             projection, fc1, fc2.
         tables: addresses of cosines, sines, and the first positions that are seen; 0 where there are none.
-        x: address of the input.
-        y: address of the output.
+        x: address of the input, which is `hidden` where there is no attention.
+        y: address of the output, which is `hidden` where there is no MLP.
         kept: address of memory for `kept_places`.
         passing: address of memory for `passing_places`.
     """
@@ -315,7 +347,9 @@ class LayerCall:
         arrays = [kept + k if is_kept else passing + p for k, p, is_kept in zip(*_forward_layout(sizes))]
         numbers = *sizes[:_NUMBERS], *seeds, *map(_bits, factors)
         self._fields = (c_int64 * _LENGTH)(*numbers, *weights, *tables, x, *arrays)
-        self.put("y", y)
+        self.put("y" if sizes.feeds else "hidden", y)
+        if not sizes.attends:
+            self.put("hidden", x)
         if sizes.rounds:
             offsets = kept_places(sizes).offsets
             self._put_in_linears(_ROUNDED_INPUT, [kept + offsets[name] if name in offsets else 0 for name in _ROUNDED])
@@ -351,8 +385,16 @@ class LayerCall:
         self._fields[_DY:] = [dy, *arrays, dx, sums, *gradients]
         for name in (*layout[0].repeated(), *(["apart"] if layout[0].norms_heads else [])):
             self.put(name, base + offsets[name])
-        if "dfed" not in offsets:  # nothing is dropped of what the MLP adds
-            self.put("dfed", dy)
+        self._put_ends(layout[0], dy, dx, drops=layout[1])
+
+    def _put_ends(self, z: LayerSizes, dy: int, dx: int, *, drops: bool) -> None:
+        """Say where gradients are that are no arrays of the pass: the output's, the input's, and a half's `hidden`."""
+        if not z.attends:
+            self.put("dhidden", dx)
+        elif not z.feeds:
+            self.put("dhidden", dy)
+        if not drops:  # what a branch adds has the gradient of the sum
+            self.put("dfed" if z.feeds else "dattended", dy)
 
     def backward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""

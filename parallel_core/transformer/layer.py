@@ -82,18 +82,21 @@ class TransformerLayer(nn.Cell):
 
         What follows the document starts is for the attention block alone.
         """
-        if self._plain.takes(hidden, more):
-            return self._plain(hidden, document_start_BS)
+        whole = self._plain.parts(hidden, more).whole
+        if whole is not None:
+            return whole(hidden, document_start_BS)
         return self._recorded(hidden, document_start_BS, *more)
 
     def _run(self, hidden: Tensor, document_start_BS: Tensor | None = None, *more: Tensor) -> Tensor:
-        layer_input = hidden
-        branch, bias, residual = self.attend(hidden, document_start_BS, *more)
-        if self._norms_sum and bias is None and not self.rate() and branch.dtype == residual.dtype:
-            normed, hidden = self.pre_mlp_layernorm.of_sum(branch, residual)
-            return self.after_mlp(*self._fed(normed, hidden))
-        hidden = self.after_attention(branch, bias, residual)
-        return self.after_mlp(*self.feed(hidden, layer_input))
+        _, attention, mlp = self._plain.parts(hidden, more)
+        if attention is not None:
+            attended = attention(hidden, document_start_BS)
+        else:
+            branch, bias, residual = self.attend(hidden, document_start_BS, *more)
+            if mlp is None and self._norms_sum and bias is None and not self.rate() and branch.dtype == residual.dtype:
+                return self.after_mlp(*self._fed(*self.pre_mlp_layernorm.of_sum(branch, residual)))
+            attended = self.after_attention(branch, bias, residual)
+        return self.after_mlp(*self.feed(attended, hidden)) if mlp is None else mlp(attended)
 
     def attend(self, hidden: Tensor, *masks: Tensor | None) -> Branch:
         """Return attention's branch; arguments as for calling."""

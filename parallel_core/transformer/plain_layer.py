@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
 from parallel_core.autograd import Function
@@ -32,25 +32,66 @@ from parallel_core.transformer.recomputed import RecomputedMLP
 
 def is_plain(layer: Any, config: TransformerConfig) -> bool:
     """Tell whether a `TransformerLayer` is norm, attention, norm, MLP with nothing else between, whatever attends."""
-    attention, mlp = layer.self_attention, layer.mlp
-    if type(attention) is not SelfAttention or type(mlp) not in (MLP, RecomputedMLP):
-        return False
-    columns = type(attention.linear_qkv), type(mlp.linear_fc1)
-    rows = type(attention.linear_proj), type(mlp.linear_fc2)
+    return attends_plainly(layer, config) and feeds_plainly(layer, config)
+
+
+def attends_plainly(layer: Any, config: TransformerConfig) -> bool:
+    """Tell whether the first half of a layer is norm, attention and sum, whatever attends."""
+    attention = layer.self_attention
     return (
-        set(columns) == {ColumnParallelLinear}
-        and set(rows) == {RowParallelLinear}
-        and not (layer.residual_after_norm or layer.parallel_residual or config.use_sandwich_norm)
-        and (config.normalization == "LayerNorm" or config.apply_rmsnorm_fusion)
+        type(attention) is SelfAttention
+        and type(attention.linear_qkv) is ColumnParallelLinear
+        and type(attention.linear_proj) is RowParallelLinear
         and (attention.rotary is None or config.apply_rope_fusion)
-        and takes_activation(mlp.hidden_act)
-        and (config.apply_swiglu_fusion or not config.is_gated)
-        and layer.compute_dtype == ms.float32
+        and _has_plain_sums(layer, config)
     )
 
 
+def feeds_plainly(layer: Any, config: TransformerConfig) -> bool:
+    """Tell whether the second half of a layer is norm, MLP and sum."""
+    mlp = layer.mlp
+    return (
+        type(mlp) in (MLP, RecomputedMLP)
+        and type(mlp.linear_fc1) is ColumnParallelLinear
+        and type(mlp.linear_fc2) is RowParallelLinear
+        and takes_activation(mlp.hidden_act)
+        and (config.apply_swiglu_fusion or not config.is_gated)
+        and _has_plain_sums(layer, config)
+    )
+
+
+def _has_plain_sums(layer: Any, config: TransformerConfig) -> bool:
+    return (
+        not (layer.residual_after_norm or layer.parallel_residual or config.use_sandwich_norm)
+        and (config.normalization == "LayerNorm" or config.apply_rmsnorm_fusion)
+        and bool(layer.compute_dtype == ms.float32)
+    )
+
+
+_NORM1, _NORM2, _NORM_Q, _NORM_K = _NORMS = (0, 2, 4, 6)
+_QKV, _PROJ, _FC1, _FC2 = _LINEARS = (8, 10, 12, 14)
+"""Where the weights of norms and of linear layers stand among all, each with its bias behind it."""
+_ALL = 16
+_USES = {
+    _QKV: ("dmixed", "normed1"), _PROJ: ("dattended", "context"), _FC1: ("dspread", "normed2"),
+    _FC2: ("dfed", "activated"),
+}  # fmt: skip
+"""Of each linear layer the gradient of its output, and its input."""
+
+
+class PlainParts(NamedTuple):
+    """What can be called as one function, each of hidden states and document starts; None: nothing of that kind."""
+
+    whole: Part | None = None
+    """All of the layer."""
+    attention: Part | None = None
+    """The hidden states with attention's branch, of those before its norm."""
+    mlp: Part | None = None
+    """The same with the MLP's branch."""
+
+
 class PlainLayer:
-    """Calls a layer as one function, where it is plain and nobody looks into it.
+    """Knows what of a layer can be called as one function.
 
     Args:
         layer: the layer.
@@ -59,84 +100,118 @@ class PlainLayer:
 
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
-        self._possible, self._known_parts = False, list[nn.Cell]()
-        self._sizes: dict[tuple[tuple[int, ...], bool], LayerSizes] = {}
+        self._known_cells, self._parameters = list[nn.Cell](), list[Parameter]()
+        self.found = PlainParts()
 
-    def takes(self, hidden: Tensor, more: tuple[Any, ...]) -> bool:
-        """Return whether it computes what the layer does of `hidden`, and of `more` than that and document starts."""
-        parts = self._parts()
-        if parts != self._known_parts:  # on the first call, and when somebody has put another module in its place
-            self._known_parts = parts
-            self._possible = is_plain(self._layer, self._config) and is_known(self._layer) and self._is_whole()
-        if not self._possible or more or hidden.dtype != ms.float32 or not ops.are_compiled():
-            return False
+    def parts(self, hidden: Tensor, more: tuple[Any, ...]) -> PlainParts:
+        """Return what computes as the layer does of `hidden`: what is plain, where nobody looks into it.
+
+        Args:
+            hidden: what the layer is given.
+            more: what its attention is given beside document starts.
+        """
+        cells = self._cells()
+        if cells != self._known_cells:  # on the first call, and when somebody has put another module in its place
+            self._known_cells, self._parameters = cells, list(self._layer.get_parameters())
+            self.found = self._look()
+        found = PlainParts(None, None, self.found.mlp) if more else self.found
+        if found == _NOTHING or hidden.dtype != ms.float32 or not ops.are_compiled():
+            return _NOTHING
         # A tape has looked for hooks before.
-        return takes_notes() or not has_hooks(self._layer, self._parameters)
+        return found if takes_notes() or not has_hooks(self._layer, self._parameters) else _NOTHING
 
-    def _parts(self) -> list[nn.Cell]:
+    def _cells(self) -> list[nn.Cell]:
         layer = self._layer
         attention, mlp = layer.self_attention, layer.mlp
-        parts = [layer.input_layernorm, attention, layer.pre_mlp_layernorm, mlp]
-        if type(attention) is SelfAttention and isinstance(mlp, MLP):
-            parts += [norm for norm in self._norms_of_heads() if norm is not None]
-            parts += [attention.linear_qkv, attention.core_attention, attention.linear_proj]
-            parts += [mlp.linear_fc1, mlp.linear_fc2]
-        return parts
+        cells = [layer.input_layernorm, attention, layer.pre_mlp_layernorm, mlp]
+        if type(attention) is SelfAttention:
+            cells += [attention.linear_qkv, attention.core_attention, attention.linear_proj]
+            cells += [norm for norm in (attention.q_layernorm, attention.k_layernorm) if norm is not None]
+        if isinstance(mlp, MLP):
+            cells += [mlp.linear_fc1, mlp.linear_fc2]
+        return cells
 
-    def _is_whole(self) -> bool:
-        """Return whether attention is this rank's alone, and note the layer's parts."""
-        layer = self._layer
+    def _look(self) -> PlainParts:
+        layer, config = self._layer, self._config
+        if not is_known(layer):
+            return _NOTHING
+        feeds, attends = feeds_plainly(layer, config), attends_plainly(layer, config)
+        if attends:
+            core = layer.self_attention.core_attention
+            attends = type(core) is CoreAttention and core.cp_size == 1
+        return PlainParts(
+            Part(layer, config, attends=True, feeds=True) if attends and feeds else None,
+            Part(layer, config, attends=True) if attends else None,
+            Part(layer, config, feeds=True) if feeds else None,
+        )
+
+
+_NOTHING = PlainParts()
+
+
+class Part:
+    """A layer, its attention with norm and sum, or its MLP with them, as one function; see `PlainParts`."""
+
+    def __init__(self, layer: Any, config: TransformerConfig, *, attends: bool = False, feeds: bool = False) -> None:
+        self._layer, self._config, self._attends, self._feeds = layer, config, attends, feeds
         attention, mlp = layer.self_attention, layer.mlp
-        self.weights = [
-            layer.input_layernorm.weight, getattr(layer.input_layernorm, "bias", None),
-            layer.pre_mlp_layernorm.weight, getattr(layer.pre_mlp_layernorm, "bias", None),
-            *(getattr(norm, name, None) for norm in self._norms_of_heads() for name in ("weight", "bias")),
-            attention.linear_qkv.weight, attention.linear_qkv.bias,
-            attention.linear_proj.weight, attention.linear_proj.bias,
-            mlp.linear_fc1.weight, mlp.linear_fc1.bias, mlp.linear_fc2.weight, mlp.linear_fc2.bias,
-        ]  # fmt: skip
-        self._parameters = [weight for weight in self.weights if weight is not None]
-        self.group: Group = attention.linear_qkv.tp_group
-        self._activation = -1 if mlp.hidden_act == "swiglu" else KINDS[mlp.hidden_act]
-        self._parts_of_sequence = self.group.size if attention.linear_qkv.sequence_parallel else 1
-        self._keeps_parts = self._parts_of_sequence > 1 and attention.linear_qkv.regather_input
-        core = attention.core_attention
-        self.offset: float = layer.input_layernorm.offset
-        self._repeats = attention.recompute_core, type(mlp) is RecomputedMLP
-        return type(core) is CoreAttention and core.cp_size == 1
+        cells: dict[int, nn.Cell | None] = {}
+        if attends:
+            cells |= {_NORM1: layer.input_layernorm, _NORM_Q: attention.q_layernorm, _NORM_K: attention.k_layernorm}
+            cells |= {_QKV: attention.linear_qkv, _PROJ: attention.linear_proj}
+        if feeds:
+            cells |= {_NORM2: layer.pre_mlp_layernorm, _FC1: mlp.linear_fc1, _FC2: mlp.linear_fc2}
+        self.weights: list[Any] = [None] * _ALL
+        for i, cell in cells.items():
+            if cell is not None:
+                self.weights[i : i + 2] = cell.weight, getattr(cell, "bias", None)
+        first: Any = attention.linear_qkv if attends else mlp.linear_fc1
+        self.group: Group = first.tp_group
+        self._parts = self.group.size if first.sequence_parallel else 1
+        self._keeps_parts = self._parts > 1 and first.regather_input
+        norm = layer.input_layernorm if attends else layer.pre_mlp_layernorm
+        self._eps, self.offset = norm.eps, float(norm.offset)
+        self._sizes: dict[tuple[tuple[int, int, int], bool], LayerSizes] = {}
 
-    def _norms_of_heads(self) -> tuple[nn.Cell | None, nn.Cell | None]:
-        attention = self._layer.self_attention
-        return attention.q_layernorm, attention.k_layernorm
-
-    def __call__(self, hidden: Tensor, document_start_BS: Tensor | None) -> Tensor:
-        """Return the layer's output, in the shape of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
+    def __call__(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        """Return the output, in the shape of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
         layer = self._layer
-        attention = layer.self_attention
         S, B, H = hidden.shape
-        S *= self._parts_of_sequence
-        options = attention.core_attention.options((S, B), document_start_BS)
-        tables = () if attention.rotary is None else attention.rotary.tables(S)
-        rate, start = layer.rate(), options["document_start_BS"]
-        seeds = (*options["dropout_seed"], *layer.seeds("attention"), *layer.seeds("mlp"))
-        factors = layer.input_layernorm.eps, options["scale"] * options["softmax_coefficient"], options["dropout_rate"]
+        S *= self._parts
+        seeds, scale, rate = (0, 0), 0.0, 0.0
+        tables, start = tuple[Tensor, ...](), None
+        if self._attends:
+            attention = layer.self_attention
+            options = attention.core_attention.options((S, B), document_start_BS)
+            seeds, rate, start = options["dropout_seed"], options["dropout_rate"], options["document_start_BS"]
+            scale = options["scale"] * options["softmax_coefficient"]
+            tables = () if attention.rotary is None else attention.rotary.tables(S)
+        for which, is_there in (("attention", self._attends), ("mlp", self._feeds)):
+            seeds += layer.seeds(which) if is_there else (0, 0)
         key = (S, B, H), kernel.rounds_operands(S * B)
         if key not in self._sizes:
             self._sizes[key] = self._sizes_of(*key, tables)
         start = None if start is None else raw.int32(start)
-        fixed = _Fixed(self, self._sizes[key], seeds, (*factors, rate), tables, start)
+        fixed = _Fixed(self, self._sizes[key], seeds, (self._eps, scale, rate, layer.rate()), tables, start)
         return _PlainLayer.apply(hidden, fixed, *self.weights)
 
-    def _sizes_of(self, shape: tuple[int, ...], rounds: bool, tables: tuple[Tensor, ...]) -> LayerSizes:
-        attention = self._layer.self_attention
-        turned, per_batch = (tables[0].shape[-1], tables[0].shape[1] > 1) if tables else (0, False)
-        return LayerSizes(
-            shape[0], shape[1], shape[2],
-            attention.num_groups * attention.heads_per_group, attention.num_groups, attention.head_size,
-            self.weights[_FC1].shape[0], self.weights[_FC2].shape[1], self._parts_of_sequence, turned, int(per_batch),
-            int(self._config.rotary_interleaved), self._activation, rounds, self._keeps_parts, *self._repeats,
-            self.weights[_NORM_OF_QUERIES] is not None,
-        )  # fmt: skip
+    def _sizes_of(self, shape: tuple[int, int, int], rounds: bool, tables: tuple[Tensor, ...]) -> LayerSizes:
+        sizes = dict[str, Any](dict.fromkeys(LayerSizes._fields, 0), **dict(zip("SBH", shape)))
+        sizes |= {"parts": self._parts, "keeps_parts": self._keeps_parts, "rounds": rounds}
+        if self._attends:
+            attention = self._layer.self_attention
+            G = attention.num_groups
+            sizes |= {"attends": True, "G": G, "N": G * attention.heads_per_group, "D": attention.head_size}
+            sizes |= {"norms_heads": self.weights[_NORM_Q] is not None, "repeats_core": attention.recompute_core}
+        if tables:
+            sizes |= {"rotary": tables[0].shape[-1], "per_batch": int(tables[0].shape[1] > 1)}
+            sizes["interleaved"] = int(self._config.rotary_interleaved)
+        if self._feeds:
+            mlp = self._layer.mlp
+            sizes |= {"feeds": True, "wide": self.weights[_FC1].shape[0], "narrow": self.weights[_FC2].shape[1]}
+            sizes["activation"] = -1 if mlp.hidden_act == "swiglu" else KINDS[mlp.hidden_act]
+            sizes["repeats_mlp"] = type(mlp) is RecomputedMLP
+        return LayerSizes(**sizes)
 
     def sums(self) -> list[MainGrad | None] | None:
         """Return where each weight's gradient is summed, None for one without any.
@@ -157,9 +232,9 @@ class PlainLayer:
 
 
 class _Fixed(NamedTuple):
-    """What a call of a layer is told beside its tensors."""
+    """What a call is told beside its tensors."""
 
-    layer: PlainLayer
+    part: Part
     sizes: LayerSizes
     seeds: tuple[int, ...]
     factors: tuple[float, ...]
@@ -171,35 +246,26 @@ class _Fixed(NamedTuple):
         return [*tables, 0 if self.start is None else self.start.data_ptr()]
 
 
-_NORMS = range(8)
-"""Where the weights of norms stand among all, each with its bias behind it; and those of linear layers, likewise."""
-_NORM_WEIGHTS, _NORM_OF_QUERIES = _NORMS[::2], 4
-_QKV, _PROJ, _FC1, _FC2 = _LINEARS = (8, 10, 12, 14)
-_USES = {
-    _QKV: ("dmixed", "normed1"), _PROJ: ("dattended", "context"), _FC1: ("dspread", "normed2"),
-    _FC2: ("dfed", "activated"),
-}  # fmt: skip
-"""Of each linear layer the gradient of its output, and its input."""
-
-
 class _PlainLayer(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: _Fixed, *weights: Any) -> Tensor:
         x, y, z = x.contiguous(), raw.new(x.shape), fixed.sizes
         # Norms and biases are read as float32; matrices as they are.
         small = [None if i in _LINEARS else w for i, w in enumerate(weights)]
-        if fixed.layer.offset:
-            small = [_shifted(w, fixed.layer.offset) if i in _NORM_WEIGHTS else w for i, w in enumerate(small)]
+        if fixed.part.offset:
+            small = [_shifted(w, fixed.part.offset) if i in _NORMS else w for i, w in enumerate(small)]
         addresses, kept_alive = raw.wide_addresses(small)
-        words = addresses[: _NORMS.stop]
+        words = addresses[:_QKV]
         for i in _LINEARS:
-            words += [weights[i].data_ptr(), raw.KINDS[weights[i].dtype], addresses[i + 1], 0, 0]
+            weight = weights[i]
+            words += [0, 0] if weight is None else [weight.data_ptr(), raw.KINDS[weight.dtype]]
+            words += [addresses[i + 1], 0, 0]
         kept, passing = kernel.kept_places(z), kernel.passing_places(z)
         arena = np.empty(kept.floats, np.float32)
         array, address = kernel.scratch.take(passing.floats)
         places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, address
         call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
-        ctx.run = Run(call, z, fixed.layer.group, Arrays(kept, arena))
+        ctx.run = Run(call, z, fixed.part.group, Arrays(kept, arena))
         ctx.run.forward(Arrays(passing, array))
         ctx.fixed, ctx.small = fixed, kept_alive
         ctx.save_for_backward(x, *weights)
@@ -218,11 +284,11 @@ class _PlainLayer(Function):
             array, base = kernel.scratch.take(where.floats)
         targets = _targets(ctx, weights, dy, later)
         ctx.run.call.start_backward(dy.data_ptr(), dx.data_ptr(), base, layout, targets.words)
-        needed = [not later and needs_gradient(weights[i]) for i in (_QKV, _FC1)]
+        needed = [not later and weights[i] is not None and needs_gradient(weights[i]) for i in (_QKV, _FC1)]
         ctx.run.backward(dy, Arrays(where, array), (needed[0], needed[1]), later=later)
         gradients = targets.gradients()
         if later:
-            gradients[_NORMS.stop :] = _later(ctx.run, weights, dy)
+            gradients[_QKV:] = _later(ctx.run, weights, dy)
         return dx, None, *gradients
 
 
@@ -255,10 +321,10 @@ class _Targets:
 
 
 def _targets(ctx: Any, weights: list[Any], dy: Tensor, later: bool) -> _Sums | _Targets:
-    sums = None if later or not is_on_tape(ctx) else ctx.fixed.layer.sums()
+    sums = None if later or not is_on_tape(ctx) else ctx.fixed.part.sums()
     if sums is not None:
         return _Sums(sums)
-    return _Targets([_Target(weight, dy, i in _NORMS, later) for i, weight in enumerate(weights)])
+    return _Targets([_Target(weight, dy, i < _QKV, later) for i, weight in enumerate(weights)])
 
 
 class _Target:
@@ -301,6 +367,9 @@ def _later(run: Run, weights: list[Any], dy: Tensor) -> list[Tensor | None]:
     gradients = list[Tensor | None]()
     for i, (given, used) in _USES.items():
         weight, bias = weights[i], weights[i + 1]
+        if weight is None:
+            gradients += [None, None]
+            continue
         operand, group = run.operand(used)
         gradients.append(weight_gradient(run.gradient(given), operand, weight, main_grad_of(weight, dy), group))
         gradients.append(None if bias is None else bias_gradient(bias, run.part_of_gradient(given)))

@@ -32,22 +32,31 @@ class Run:
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, passing: Arrays) -> None:
         """Run the forward pass; `passing`: its other arrays."""
+        z = self._sizes
         if self._group.size == 1:
-            self.call.forward(0, kernel.FORWARD_STEPS)
+            first = kernel.ATTENTION_STEPS if z.attends else kernel.MLP_STEPS
+            last = kernel.MLP_STEPS if z.feeds else kernel.ATTENTION_STEPS
+            self.call.forward(first.start, last.stop)
             return
-        self.call.forward(0, kernel.PROJECTED)
+        if z.attends:
+            self._attend(passing)
+        if z.feeds:
+            self._feed(passing)
+        self._free("attended", "fed", *(name for name in ("normed1", "normed2") if z.rounds or z.keeps(name)))
+
+    def _attend(self, passing: Arrays) -> None:
+        self.call.forward(kernel.ATTENTION_STEPS.start, kernel.PROJECTED)
         self._gather("normed1", passing)
         self.call.forward(kernel.PROJECTED, kernel.ATTENDED)
         self._sum("attended", passing)
-        self.call.forward(kernel.ATTENDED, kernel.SPREAD)
+        self.call.forward(kernel.ATTENDED, kernel.ATTENTION_STEPS.stop)
+
+    def _feed(self, passing: Arrays) -> None:
+        self.call.forward(kernel.MLP_STEPS.start, kernel.SPREAD)
         self._gather("normed2", passing)
         self.call.forward(kernel.SPREAD, kernel.FED)
         self._sum("fed", passing)
-        self.call.forward(kernel.FED, kernel.FORWARD_STEPS)
-        self._free("attended", "fed")
-        if self._sizes.rounds:
-            self._free("normed1", "normed2")
-        self._free(*(name for name in ("normed1", "normed2") if self._sizes.keeps(name)))
+        self.call.forward(kernel.FED, kernel.MLP_STEPS.stop)
 
     def _gather(self, name: str, passing: Arrays) -> None:
         if self._sizes.parts > 1:
@@ -77,24 +86,34 @@ class Run:
             gathers: whether gradients of the queries' weight and of fc1's are computed now, of inputs of all tokens.
             later: gradients of the weights of linear layers are asked for later, see `gradient`.
         """
-        self._dy, self._gradients, self._done = dy, gradients, 0
+        z = self._sizes
+        self._dy, self._gradients = dy, gradients
+        self._done = (kernel.MLP_GRADIENTS if z.feeds else kernel.ATTENTION_GRADIENTS).start
+        if z.feeds:
+            self._take_back_mlp(gathers[1])
+            if not later:
+                self._free("dfed", "normed2", "dnormed2")
+        if z.attends:
+            self._take_back_attention(gathers[0])
+
+    def _take_back_mlp(self, gathers: bool) -> None:
         if self._sizes.repeats_mlp:
             self._gather_again("normed2", wanted=True)
             self.call.forward(kernel.SPREAD, kernel.NARROWED)
         self._gather_gradient(kernel.FC2, "dfed")
         self._take_back(kernel.FC2)
-        self._gather_again("normed2", gathers[1])
+        self._gather_again("normed2", gathers)
         self._take_back(kernel.FC1, "dnormed2")
-        self._to(kernel.PROJ.of_input)
-        if not later:
-            self._free("dfed", "normed2", "dnormed2")
+        self._to(kernel.MLP_GRADIENTS.stop)
+
+    def _take_back_attention(self, gathers: bool) -> None:
         self._gather_gradient(kernel.PROJ, "dattended")
         if self._sizes.repeats_core:
             self.call.forward(kernel.ATTENDS, kernel.ATTENDS + 1)
         self._take_back(kernel.PROJ)
-        self._gather_again("normed1", gathers[0])
+        self._gather_again("normed1", gathers)
         self._take_back(kernel.QKV, "dnormed1")
-        self._to(kernel.BACKWARD_STEPS)
+        self._to(kernel.ATTENTION_GRADIENTS.stop)
 
     def _to(self, step: int) -> None:
         self.call.backward(self._done, step)
@@ -126,9 +145,8 @@ class Run:
     # ---- what the later gradients of weights are made of ------------------------------------------------------------
     def part_of_gradient(self, name: str) -> Tensor:
         """Return the gradient of a linear layer's output as this rank has it, [tokens, features]."""
-        if name == "dfed" and name not in self._gradients:  # nothing is dropped, so it is the gradient of the sum
-            return self._dy
-        return self._gradients.tensor(name)
+        # Where nothing is dropped, the gradient of what is added last is that of the sum.
+        return self._gradients.tensor(name) if name in self._gradients else self._dy
 
     def gradient(self, name: str) -> Tensor:
         """Return the gradient of a linear layer's output, of all tokens."""

@@ -9,12 +9,13 @@ import pytest
 
 from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
+from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.transformer import GPTModel, ModelStage
 from tests.helpers.cases import CaseContext, case
 from tests.ranks.support import kernels, world_group
-from tests.unit.pipeline.test_tape import MODELS, SMALL, Run, are_plain, recorded_by_mindspore, same
+from tests.unit.pipeline.test_tape import MODELS, PLAIN_PARTS, SMALL, Run, plain_parts, recorded_by_mindspore, same
 
 CASES: list[dict[str, Any]] = [
     {"name": "plain"},
@@ -31,6 +32,10 @@ CASES: list[dict[str, Any]] = [
     {"name": "dropout and MLPs again", "regathers": False, "bf16": True},
     {"name": "norms of queries and keys"},
     {"name": "norms of queries and keys that turn"},
+    {"name": "latent attention"},
+    {"name": "latent attention", "split": True},
+    {"name": "experts"},
+    {"name": "experts", "split": True},
     {"name": "plain", "frozen": "linear_fc1.weight"},
     {"name": "plain", "bf16": True},
     {"name": "llama", "bf16": True, "regathers": False},
@@ -54,7 +59,7 @@ def test_layers_of_one_function_are_their_modules(
             for parameter in model.get_parameters():
                 parameter.requires_grad = not (frozen and parameter.name.endswith(frozen))
             runs.append(run(model, split=split, streams=model.decoder.streams))
-            assert are_plain(model) == (run is Run)
+            assert plain_parts(model) == {PLAIN_PARTS.get(name, (True, True)) if run is Run else (False, False)}
     same(*runs)
 
 
@@ -63,8 +68,6 @@ def rounds_products() -> bool:
 
 
 def make_model(ctx: CaseContext, options: dict[str, Any], plan: RecomputePlan, cut: bool) -> GPTModel:
-    streams, group = RandomStreams(7, ctx.rank), world_group(ctx)
-    config = TransformerConfig(**{**SMALL, **options})
-    return GPTModel(
-        ModelStage(config, tp_group=group, sequence_parallel=cut, streams=streams, plan=plan)
-    )
+    config, streams = TransformerConfig(**{**SMALL, **options}), RandomStreams(7, ctx.rank)
+    shared = {"streams": streams, "plan": plan, "ledger": RoutingLedger(config.moe)}
+    return GPTModel(ModelStage(config, tp_group=world_group(ctx), sequence_parallel=cut, **shared))
