@@ -312,12 +312,12 @@ def _split_last_dim(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
     return _SplitLastDim.apply(x, widths)
 
 
-class _PackedHeads(Function):
+class _JoinedLastDim(Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = query.contiguous(), key.contiguous(), value.contiguous()
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        parts = tuple(part.contiguous() for part in given)
         ctx.widths = [part.shape[-1] for part in parts]
-        mixed = raw.new((*query.shape[:-1], sum(ctx.widths)))
+        mixed = raw.new((*parts[0].shape[:-1], sum(ctx.widths)))
         _copy_parts(mixed, parts, into_parts=False)
         return mixed
 
@@ -330,7 +330,12 @@ class _PackedHeads(Function):
 
 @compiled(reference.packed_heads)
 def _packed_heads(query_SBGX: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
-    return _PackedHeads.apply(query_SBGX, key_SBGD, value_SBGD)
+    return _JoinedLastDim.apply(query_SBGX, key_SBGD, value_SBGD)
+
+
+@compiled(reference.side_by_side)
+def _side_by_side(x: Tensor, y: Tensor) -> Tensor:
+    return _JoinedLastDim.apply(x, y)
 
 
 # ---- dropout and residual -------------------------------------------------------------------------------------------
@@ -371,12 +376,16 @@ def _add_dropped(x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: 
     return y
 
 
-def _another_shape(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> str:
-    return "" if x.shape == residual.shape else "the residual has another shape"
+def _another_shape(x: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> str:
+    return "" if residual is None or x.shape == residual.shape else "the residual has another shape"
 
 
 @compiled(reference.bias_dropout_add, halves=["bias"], refuses=_another_shape)
-def _bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
+def _bias_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
+) -> Tensor:
+    if bias is None and residual is None and not rate:
+        return x
     return _BiasDropoutAdd.apply(x, bias, residual, rate, seed)
 
 
@@ -440,6 +449,67 @@ class _Shifted(Function):
 @compiled(reference.shifted)
 def _shifted(x: Tensor, offset: float) -> Tensor:
     return _Shifted.apply(x, offset)
+
+
+class _Multiplied(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Any) -> Tensor:
+        ctx.factor = factor
+        return raw.on(np.asarray(raw.array_of(x.contiguous()) * factor))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return raw.on(np.asarray(raw.array_of(dy.contiguous()) * ctx.factor)), None
+
+
+@compiled(reference.multiplied)
+def _multiplied(x: Tensor, factor: float) -> Tensor:
+    return _Multiplied.apply(x, np.float32(factor))
+
+
+@compiled(reference.multiplied_by, refuses=lambda x, factors: _two_shapes(x, factors))
+def _multiplied_by(x: Tensor, factors: Tensor) -> Tensor:
+    return _Multiplied.apply(x, raw.array_of(factors.contiguous()))
+
+
+class _PlusMultiple(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, factor: float) -> Tensor:
+        ctx.factor = np.float32(factor)
+        return raw.on(np.asarray(raw.array_of(x.contiguous()) + ctx.factor * raw.array_of(y.contiguous())))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, raw.on(np.asarray(ctx.factor * raw.array_of(dy.contiguous()))), None
+
+
+@compiled(reference.plus_multiple, refuses=lambda x, y, factor: _two_shapes(x, y))
+def _plus_multiple(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    return _PlusMultiple.apply(x, y, factor)
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        with np.errstate(over="ignore"):
+            ctx.gates = np.float32(1.0) / (np.float32(1.0) + np.exp(-raw.array_of(scores.contiguous())))
+        return raw.on(raw.array_of(x.contiguous()) * ctx.gates)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), gates, dy = ctx.saved_tensors, ctx.gates, raw.array_of(dy.contiguous())
+        through = np.einsum("...h,...h->...", dy, raw.array_of(x.contiguous()))[..., None]
+        return raw.on(dy * gates), raw.on(through * gates * (1.0 - gates))
+
+
+def _no_rows(x: Tensor, scores: Tensor) -> str:
+    return "" if scores.shape == (*x.shape[:-1], 1) else "there is not one score for each row"
+
+
+@compiled(reference.gated, refuses=_no_rows)
+def _gated(x: Tensor, scores: Tensor) -> Tensor:
+    return _Gated.apply(x, scores)
 
 
 def _scalar(value: float) -> Tensor:

@@ -722,17 +722,26 @@ def dropout(x: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
 
 
 @kernel
-def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, rate: float, seed: tuple[int, int]) -> Tensor:
-    """Return residual + dropout(x + bias), in the residual's dtype."""
+def bias_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, rate: float, seed: tuple[int, int]
+) -> Tensor:
+    """Return residual + dropout(x + bias), in the residual's dtype; without one, the rest in that of `x`."""
     if bias is not None:
         x = x + bias.astype(x.dtype)
-    return residual + dropout(x, rate, seed).astype(residual.dtype)
+    x = dropout(x, rate, seed)
+    return x if residual is None else residual + x.astype(residual.dtype)
 
 
 @kernel
 def packed_heads(query_SBGX: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
     """Return queries, keys and values of each group next to each other, as the projection leaves them."""
     return mint.cat((query_SBGX, key_SBGD, value_SBGD), -1)
+
+
+@kernel
+def side_by_side(x: Tensor, y: Tensor) -> Tensor:
+    """Return the last dims of both, one behind the other."""
+    return mint.cat((x, y), -1)
 
 
 @kernel
@@ -746,6 +755,30 @@ def reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
 def shifted(x: Tensor, offset: float) -> Tensor:
     """Return x + offset."""
     return x + offset
+
+
+@kernel
+def multiplied(x: Tensor, factor: float) -> Tensor:
+    """Return x * factor."""
+    return x * factor
+
+
+@kernel
+def multiplied_by(x: Tensor, factors: Tensor) -> Tensor:
+    """Return x * factors, tensors of one shape; the factors have no gradient."""
+    return x * factors
+
+
+@kernel
+def plus_multiple(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    """Return x + factor * y, tensors of one shape."""
+    return x + factor * y
+
+
+@kernel
+def gated(x: Tensor, scores: Tensor) -> Tensor:
+    """Return x * sigmoid(scores), one score for each row: [.., H] and [.., 1]."""
+    return x * mint.sigmoid(scores)
 
 
 @kernel

@@ -68,8 +68,9 @@ class StageCell(nn.Cell):
         num_tokens = constant(num_tokens)
         loss = self._objective(loss_sum, num_tokens)
         for name, total, number, weight in getattr(self.model, "take_auxiliary_losses", list)():
+            number = constant(number)
             part = self._objective(total, number)
-            loss = loss + weight * part
+            loss = ops.plus_multiple(loss, part, weight)
             report = {**report, name: (total, number) if self._per_token_loss else (part, 1.0)}
         self.reports.append((num_tokens, report))
         return loss

@@ -95,7 +95,7 @@ class ColumnParallelLinear(nn.Cell):
             Y [S, B, output_size / tp] (all of output_size with `gather_output`), and the bias if it was not added.
         """
         added = None if self.skip_bias_add else self.bias
-        y = _linear(
+        y = linear(
             x,
             self.weight if weight is None else weight,
             added,
@@ -172,7 +172,7 @@ class RowParallelLinear(nn.Cell):
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
         alone = self.tp_group.size == 1 and not self.skip_bias_add
-        y = _linear(x, self.weight, self.bias if alone else None, self.tp_group)
+        y = linear(x, self.weight, self.bias if alone else None, self.tp_group)
         if self.skip_bias_add and left_open(self):
             return y, self.bias
         if self.sequence_parallel:
@@ -186,7 +186,7 @@ class RowParallelLinear(nn.Cell):
         return y, None
 
 
-def _linear(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -52,7 +52,7 @@ class LanguageModelEmbedding(nn.Cell):
         """
         hidden = ops.cast(self.word_embeddings(ops.transposed(tokens_BS)), self.residual_dtype)
         if self.multiplier != 1.0:
-            hidden = hidden * self.multiplier
+            hidden = ops.multiplied(hidden, self.multiplier)
         if self.position_embeddings is not None:
             positions = self.position_embeddings(tokens_BS.shape, position_ids_BS)
             hidden = ops.bias_dropout_add(hidden, None, ops.cast(positions, self.residual_dtype), 0.0, (0, 0))

@@ -124,11 +124,10 @@ class TransformerLayer(nn.Cell):
         self, branch: Tensor, bias: Tensor | None, residual: Tensor, post_norm: nn.Cell | None, which: str
     ) -> Tensor:
         rate, seed = self.rate(), self.seeds(which)
-        if post_norm is None:
-            return ops.bias_dropout_add(branch, bias, residual, rate, seed)
-        if bias is not None:
-            branch = branch + ops.cast(bias, branch.dtype)
-        return residual + ops.cast(post_norm(ops.dropout(branch, rate, seed)), residual.dtype)
+        if post_norm is not None:
+            branch = ops.cast(post_norm(ops.bias_dropout_add(branch, bias, None, rate, seed)), residual.dtype)
+            bias, rate, seed = None, 0.0, (0, 0)
+        return ops.bias_dropout_add(branch, bias, residual, rate, seed)
 
     def seeds(self, which: str) -> tuple[int, int]:
         """Return the seeds of the next dropout of a branch, attention or mlp."""

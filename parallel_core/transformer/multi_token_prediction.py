@@ -19,6 +19,7 @@ from parallel_core import ops
 from parallel_core.comm.interface import Group
 from parallel_core.errors import ConfigError
 from parallel_core.layout.sequence import chunk_ids, sequence_order
+from parallel_core.tape import constant
 from parallel_core.tensor_parallel import mappings
 from parallel_core.tensor_parallel.embedding import embedding_lookup
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear
@@ -109,7 +110,7 @@ class MultiTokenPredictionLayer(nn.Cell):
         return self._run(hidden, embedded, *masks)
 
     def _run(self, hidden: Tensor, embedded: Tensor, *masks: Tensor) -> Tensor:
-        both = mint.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
+        both = ops.side_by_side(self.enorm(embedded), self.hnorm(hidden))
         joined, _ = self.eh_proj(ops.cast(both, self.compute_dtype))
         if self.sequence_parallel:  # all positions of some channels become some positions of all channels
             joined = mappings.all_to_all(joined, self.tp_group, 0, 2)
@@ -159,10 +160,10 @@ class MultiTokenPrediction(nn.Cell):
         tokens, labels, mask = batch
         mask = Tensor(np.ones(labels.shape, np.float32)) if mask is None else mask
         for depth, layer in enumerate(self.layers):
-            tokens, labels, mask = (self._rolled(x) for x in (tokens, labels, mask))
+            tokens, labels, mask = (constant(self._rolled(x)) for x in (tokens, labels, mask))
             hidden = layer(hidden, self._embedded(tokens, model.word_embeddings(), depth), document_start)
-            total = (model.loss_of(model.logits_of(hidden), labels) * mask).sum()
-            self._losses.append(AuxiliaryLoss(f"mtp_{depth + 1} loss", total, mask.sum(), self.weight))
+            total, number = ops.masked_sum(model.loss_of(model.logits_of(hidden), labels), mask)
+            self._losses.append(AuxiliaryLoss(f"mtp_{depth + 1} loss", total, number, self.weight))
 
     def take_losses(self) -> list[AuxiliaryLoss]:
         """Return the losses of the last call, and forget them."""
@@ -186,7 +187,7 @@ class MultiTokenPrediction(nn.Cell):
             rows = mappings.reduce_from_tensor_model_parallel_region(rows, self.tp_group)
         hidden = ops.cast(rows, self.residual_dtype)
         if self.multiplier != 1.0:
-            hidden = hidden * self.multiplier
+            hidden = ops.multiplied(hidden, self.multiplier)
         cut = self.sequence_parallel and self.tp_group.size > 1
         rate = self.dropout_rate if self.streams.training else 0.0
         return ops.dropout(hidden, rate, self.streams.seeds(f"mtp.layers.{depth}.embedding.dropout", cut) if rate

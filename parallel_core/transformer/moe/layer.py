@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from mindspore import Parameter, Tensor, mint, nn
+from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
+from parallel_core.comm.interface import SoloGroup
 from parallel_core.expert_parallel.dispatch import make_dispatcher
 from parallel_core.layout.shard import TensorShard
 from parallel_core.tape import reshaped
+from parallel_core.tensor_parallel.linear import linear
 from parallel_core.tensor_parallel.parameter import make_parameter
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.mlp import MLP
@@ -75,6 +77,5 @@ class MoELayer(nn.Cell):
             return None
         output, _ = self.shared_experts(hidden)
         if self.shared_gate is not None:
-            gate = mint.matmul(hidden, ops.cast(self.shared_gate, hidden.dtype).reshape(-1, 1))
-            output = output * mint.sigmoid(gate)
+            output = ops.gated(output, linear(hidden, self.shared_gate, None, SoloGroup()))
         return output

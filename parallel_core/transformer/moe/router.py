@@ -68,7 +68,7 @@ class TopKRouter(nn.Cell):
             batch: samples in the microbatch.
         """
         if self.moe.moe_input_jitter_eps and self.streams.training:
-            x_TH = x_TH * self._jitter(x_TH)
+            x_TH = ops.multiplied_by(x_TH, tape_constant(self._jitter(x_TH)))
         logits, _ = self.gate(ops.cast(x_TH, ms.float32) if self.moe.moe_router_dtype else x_TH)
         logits = ops.cast(logits, ms.float32)
         if self.moe.moe_router_force_load_balancing:

@@ -497,6 +497,32 @@ def test_gradients_written_in_place(add):
     np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
 
 
+@compares("side_by_side", "multiplied", "multiplied_by", "plus_multiple", "gated", "bias_dropout_add")
+def test_what_layers_put_between_their_parts():
+    rng = np.random.default_rng(0)
+    x, y, factors = array(rng, 5, 2, 8), array(rng, 5, 2, 8), Tensor(array(rng, 5, 2, 8))
+    bias, scores = array(rng, 8), 100.0 * array(rng, 5, 2, 1)
+
+    def functions(module):
+        yield module.side_by_side, [x, scores]
+        yield functools.partial(module.multiplied, factor=3.5), [x]
+        yield functools.partial(module.multiplied_by, factors=factors), [x]
+        yield functools.partial(module.plus_multiple, factor=0.3), [x, y]
+        yield module.gated, [x, scores / 100.0]
+        yield lambda x, b: module.bias_dropout_add(x, b, None, 0.0, (0, 0)), [x, bias]
+
+    for (fused, inputs), (plain, _) in zip(functions(ops), functions(reference)):
+        compare(fused, plain, inputs, rng, summed=(1,))
+    one = Tensor(np.float32(2.0))
+    assert float(ops.multiplied(one, 3.0)) == 6.0 and float(ops.plus_multiple(one, one, 3.0)) == 8.0
+    gates = ops.gated(Tensor(np.ones((5, 2, 8), np.float32)), Tensor(scores)).asnumpy()
+    assert np.isfinite(gates).all() and gates.min() < 1e-30 and gates.max() == 1.0
+    for module in (ops, reference):
+        kept = module.bias_dropout_add(Tensor(x), Tensor(bias), None, 0.5, (1, 2)).asnumpy() != 0.0
+        assert 0.0 < kept.mean() < 1.0
+    assert ops.bias_dropout_add(one, None, None, 0.0, (0, 0)) is one
+
+
 @compares("reordered")
 def test_rows_in_another_order():
     x = Tensor(array(np.random.default_rng(0), 12, 2, 3))

@@ -17,6 +17,7 @@ from parallel_core.autograd import Function, forward_only
 from parallel_core.comm.interface import SoloGroup
 from parallel_core.config.experts import MoEConfig
 from parallel_core.config.latent_attention import MLAConfig
+from parallel_core.config.multi_token import MTPConfig
 from parallel_core.config.schema import FlashAttentionConfig, TransformerConfig
 from parallel_core.deferral import deferring
 from parallel_core.expert_parallel.ledger import RoutingLedger
@@ -137,6 +138,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "experts": {"moe": MoEConfig(**EXPERTS, moe_aux_loss_coeff=(0.01,)), "add_bias_linear": False},
     "shared expert": {"moe": MoEConfig(**EXPERTS, moe_shared_expert_intermediate_size=8)},
+    "gate of the shared expert": {
+        "moe": MoEConfig(**EXPERTS, moe_shared_expert_intermediate_size=8, moe_shared_expert_gate=True),
+    },
+    "jitter": {"moe": MoEConfig(**EXPERTS, moe_input_jitter_eps=0.01)},
+    "further tokens": {**ROPE, "mtp": MTPConfig(mtp_num_layers=2), "hidden_dropout_rate": 0.1},
+    "norms of branches": {"use_sandwich_norm": True, "hidden_dropout_rate": 0.1, "embedding_multiplier": 2.0},
     "latent attention": {
         **ROPE, "add_bias_linear": False, "kv_channels": 6,
         "mla": MLAConfig(multi_latent_attention=True, q_lora_rank=8, kv_lora_rank=8, qk_head_dim=4,
@@ -147,7 +154,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 PLAIN_PARTS = {
     "residual of the norm": (False, False), "parallel residual": (False, False), "experts": (True, False),
-    "shared expert": (True, False), "latent attention": (False, True),
+    "norms of branches": (False, False), "shared expert": (True, False), "gate of the shared expert": (True, False),
+    "jitter": (True, False), "latent attention": (False, True),
 }  # fmt: skip
 """Whether attention and the MLP are functions of their own, where not both."""
 
