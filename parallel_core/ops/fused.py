@@ -403,7 +403,7 @@ def _two_shapes(x: Tensor, y: Tensor) -> str:
 
 @compiled(reference.total, refuses=_two_shapes)
 def _total(x: Tensor, y: Tensor) -> Tensor:
-    return _add_dropped(x, None, y, 0.0, (0, 0))
+    return _add_dropped(x, None, y, 0.0, (0, 0)) if x.size else x  # rows of experts that got no token
 
 
 def _not_alike(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> str:

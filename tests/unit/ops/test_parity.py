@@ -568,6 +568,8 @@ def test_sums_and_shapes():
     before = x.asnumpy().copy()
     close(ops.total(x, y), reference.total(x, y), 0.0)
     assert np.array_equal(x.asnumpy(), before)
+    none = Tensor(np.zeros(0, np.float32))
+    assert ops.total(none, none).shape == (0,)
     for tensor in (x, Tensor(rng.integers(0, 9, (4, 6)).astype(np.int32)), x.astype(ms.bfloat16)):
         got = ops.shaped(tensor, (tensor.size,))
         assert got.dtype == tensor.dtype and np.array_equal(got.asnumpy(), tensor.reshape(-1).asnumpy())
