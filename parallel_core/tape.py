@@ -191,7 +191,7 @@ class Tape:
         for number, x in enumerate(inputs):
             if x is not None:
                 x.place_on_tape = self._serial, number
-        self._num_inputs, self._parameters = len(inputs), parameters
+        self._num_inputs, self.parameters = len(inputs), parameters
         self._number_of = {id(p): len(inputs) + i for i, p in enumerate(parameters)}
         self._count = self._num_outer = len(inputs) + len(parameters)
         self._uses = [0] * self._count
@@ -255,7 +255,7 @@ class Tape:
         return gradients[: self._num_inputs], gradients[self._num_inputs : self._num_outer]
 
     def _deliver_unused(self, deliver: Deliver) -> None:
-        for number, parameter in enumerate(self._parameters, self._num_inputs):
+        for number, parameter in enumerate(self.parameters, self._num_inputs):
             if not self._uses[number]:
                 deliver(parameter, None)
 
@@ -264,7 +264,7 @@ class Tape:
             if number is not None and self._num_inputs <= number < self._num_outer:
                 self._uses[number] -= 1
                 if not self._uses[number]:
-                    deliver(self._parameters[number - self._num_inputs], gradients[number])
+                    deliver(self.parameters[number - self._num_inputs], gradients[number])
                     gradients[number] = None
 
     def _take_back(self, call: _Call, wanted: list[Tensor | None], gradients: list[Tensor | None]) -> None:
@@ -325,4 +325,10 @@ class _AsOne(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_inputs, of_parameters = ctx.tape.backward(gradient)
-        return (None, *of_inputs, *of_parameters)
+        parameters = ctx.tape.parameters
+        return (None, *of_inputs, *(_told(*pair) for pair in zip(parameters, of_parameters)))
+
+
+def _told(parameter: Parameter, gradient: Any) -> Tensor | None:
+    """Return a gradient for MindSpore, which has to know that one has been written to its sum."""
+    return parameter.main_grad.accumulate(lambda *_: None) if gradient is WRITTEN else gradient
