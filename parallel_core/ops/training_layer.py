@@ -31,6 +31,8 @@ ATTENDS, NARROWED = 3, 9
 """The step that is attention, and the one that multiplies by fc2's weight."""
 MLP_GRADIENTS, ATTENTION_GRADIENTS = range(8), range(8, 17)
 """Which steps of the backward pass do."""
+ATTENTION_GRADIENT = 11
+"""The one that is attention's."""
 PRODUCT_STEPS = {"pc_layer_forward": (1, 4, 7, 9), "pc_layer_backward": (1, 2, 4, 5, 9, 10, 13, 14)}
 """Steps of either pass that multiply matrices."""
 
@@ -75,6 +77,7 @@ class LayerSizes(NamedTuple):
         norms_heads: whether queries and keys have norms.
         repeats_core: whether the backward pass runs attention again instead of keeping what it gives.
         repeats_mlp: whether it runs fc1 and the activation again.
+        attends_apart: whether a caller attends between two steps, as where other ranks have parts of a sequence.
     """
 
     S: int
@@ -97,6 +100,7 @@ class LayerSizes(NamedTuple):
     norms_heads: bool
     repeats_core: bool
     repeats_mlp: bool
+    attends_apart: bool
 
     @property
     def packed(self) -> int:
@@ -117,7 +121,7 @@ class LayerSizes(NamedTuple):
     def repeated(self) -> dict[str, Shape]:
         """Return the arrays that the backward pass computes again."""
         T, repeated = self.S * self.B, dict[str, Shape]()
-        if self.repeats_core:
+        if self.repeats_core and not self.attends_apart:
             repeated |= {"context": (T, self.N * self.D), "log_sum_exp": (T, self.N)}
         if self.repeats_mlp:
             repeated |= {"spread": (T, self.wide), "activated": (T, self.narrow)}
@@ -155,17 +159,25 @@ class Arrays:
 
     def __init__(self, places: Places, memory: np.ndarray) -> None:
         self._places, self._memory = places, memory
+        self._elsewhere: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places.offsets
 
     def tensor(self, name: str) -> Tensor:
         """Return an array as a tensor on the same memory, float32 or, if it is a rounded copy, bfloat16."""
+        if name in self._elsewhere:
+            return self._elsewhere[name]
         memory, start, (rows, columns) = self._memory, self._places.offsets[name], self._places.shapes[name]
         if not _is_rounded(name):
             return raw.on(memory[start // 4 : start // 4 + rows * columns].reshape(rows, columns))
         halves = memory.view(raw.numpy_dtype(ms.bfloat16))
         return Tensor.from_numpy(halves[start // 2 : start // 2 + rows * columns].reshape(rows, columns))
+
+
+    def put(self, name: str, x: Tensor) -> None:
+        """Let an array be this tensor."""
+        self._elsewhere[name] = x
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,8 +189,10 @@ def kept_places(z: LayerSizes) -> Places:
 
 def _kept_by_attention(z: LayerSizes) -> dict[str, Shape]:
     T = z.S * z.B
-    kept = {"moments1": (z.rows, 3), "heads": (T, z.packed), **_kept_of_norm(z, "normed1")}
-    if not z.repeats_core:
+    kept = {"moments1": (z.rows, 3), **_kept_of_norm(z, "normed1")}
+    if z.repeats_core or not z.attends_apart:
+        kept["heads"] = T, z.packed
+    if not (z.repeats_core or z.attends_apart):
         kept |= {"context": (T, z.N * z.D), "log_sum_exp": (T, z.N)}
     if z.norms_heads:
         kept |= {"mixed": (T, z.packed), "moments_q": (T * z.N, 3), "moments_k": (T * z.G, 3)}
@@ -201,6 +215,11 @@ def _kept_of_norm(z: LayerSizes, name: str) -> dict[str, Shape]:
     return {f"rounded {name}": (z.S * z.B, z.H)} if z.rounds else {}
 
 
+def like_heads(z: LayerSizes) -> tuple[str, ...]:
+    """Return the gradients of packed heads that are the same array as attention's."""
+    return ("dheads", *(() if z.rotary else ("dheaded",)), *(() if z.rotary or z.norms_heads else ("dmixed",)))
+
+
 def _packed_alike(z: LayerSizes, first: str, prefix: str = "") -> dict[str, str]:
     """Return which of the packed heads are the same array as another; `first`: the one that all are at least."""
     mixed, headed, heads = (prefix + name for name in ("mixed", "headed", "heads"))
@@ -219,6 +238,8 @@ def passing_places(z: LayerSizes) -> Places:
     passing |= {name: (z.rows, z.H) for name in ("normed1", "normed2") if not z.keeps(name)}
     if z.norms_heads:
         passing["apart"] = 3 * T, z.N * z.D
+    if z.attends_apart and not z.repeats_core:
+        passing["heads"] = T, z.packed
     if z.rotary:
         passing["headed" if z.norms_heads else "mixed"] = T, z.packed
     if z.rounds:

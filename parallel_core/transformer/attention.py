@@ -65,7 +65,11 @@ class CoreAttention(nn.Cell):
 
     def packed(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the context [S, B, N * D] of packed queries, keys and values (see `ops.causal_attention_packed`)."""
-        return self._attend_packed(mixed_SBGX, self.head_size, **self.options(mixed_SBGX.shape[:2], document_start_BS))
+        return self.attend_packed(mixed_SBGX, self.options(mixed_SBGX.shape[:2], document_start_BS))
+
+    def attend_packed(self, mixed_SBGX: Tensor, options: dict[str, Any]) -> Tensor:
+        """Return the same by the kernel's options."""
+        return self._attend_packed(mixed_SBGX, self.head_size, **options)
 
     def options(self, shape: tuple[int, int], document_start_BS: Tensor | None) -> dict[str, Any]:
         """Return the kernel's options for queries of `shape` (S, B); document starts are of whole sequences."""
@@ -128,7 +132,7 @@ class SelfAttention(nn.Cell):
         self.num_groups = config.num_query_groups // size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.streams, self.recompute_core = stage.streams, recompute_core
-        self._positions = stage.positions
+        self.positions = stage.positions
         common: dict[str, Any] = {
             "tp_group": stage.tp_group,
             "sequence_parallel": stage.sequence_parallel,
@@ -180,7 +184,7 @@ class SelfAttention(nn.Cell):
             mixed = self._normed(mixed, self.q_layernorm, self.k_layernorm)
         if self.rotary is not None:
             if positions is None:
-                positions = self._positions(mixed.shape[0])
+                positions = self.positions(mixed.shape[0])
             mixed = self.rotary(mixed, self.head_size, positions)
         if self.recompute_core:
             masks = () if document_start_BS is None else (document_start_BS,)

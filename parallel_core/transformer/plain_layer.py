@@ -5,6 +5,7 @@ The modules of `transformer.layer` say what is computed, and compute it wherever
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import mindspore as ms
@@ -26,7 +27,7 @@ from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape, takes_n
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
-from parallel_core.transformer.plain_run import Run
+from parallel_core.transformer.plain_run import Attend, Run
 from parallel_core.transformer.recomputed import RecomputedMLP
 
 
@@ -137,8 +138,7 @@ class PlainLayer:
             return _NOTHING
         feeds, attends = feeds_plainly(layer, config), attends_plainly(layer, config)
         if attends:
-            core = layer.self_attention.core_attention
-            attends = type(core) is CoreAttention and core.cp_size == 1
+            attends = type(layer.self_attention.core_attention) is CoreAttention
         return PlainParts(
             Part(layer, config, attends=True, feeds=True) if attends and feeds else None,
             Part(layer, config, attends=True) if attends else None,
@@ -180,19 +180,22 @@ class Part:
         S *= self._parts
         seeds, scale, rate = (0, 0), 0.0, 0.0
         tables, start = tuple[Tensor, ...](), None
+        attend: Attend | None = None
         if self._attends:
             attention = layer.self_attention
-            options = attention.core_attention.options((S, B), document_start_BS)
+            core = attention.core_attention
+            options = core.options((S, B), document_start_BS)
+            attend = None if core.cp_size == 1 else partial(core.attend_packed, options=options)
             seeds, rate, start = options["dropout_seed"], options["dropout_rate"], options["document_start_BS"]
             scale = options["scale"] * options["softmax_coefficient"]
-            tables = () if attention.rotary is None else attention.rotary.tables(S)
+            tables = () if attention.rotary is None else attention.rotary.tables(S, attention.positions(S))
         for which, is_there in (("attention", self._attends), ("mlp", self._feeds)):
             seeds += layer.seeds(which) if is_there else (0, 0)
         key = (S, B, H), kernel.rounds_operands(S * B)
         if key not in self._sizes:
             self._sizes[key] = self._sizes_of(*key, tables)
         start = None if start is None else raw.int32(start)
-        fixed = _Fixed(self, self._sizes[key], seeds, (self._eps, scale, rate, layer.rate()), tables, start)
+        fixed = _Fixed(self, self._sizes[key], seeds, (self._eps, scale, rate, layer.rate()), tables, start, attend)
         return _PlainLayer.apply(hidden, fixed, *self.weights)
 
     def _sizes_of(self, shape: tuple[int, int, int], rounds: bool, tables: tuple[Tensor, ...]) -> LayerSizes:
@@ -203,6 +206,7 @@ class Part:
             G = attention.num_groups
             sizes |= {"attends": True, "G": G, "N": G * attention.heads_per_group, "D": attention.head_size}
             sizes |= {"norms_heads": self.weights[_NORM_Q] is not None, "repeats_core": attention.recompute_core}
+            sizes["attends_apart"] = attention.core_attention.cp_size > 1
         if tables:
             sizes |= {"rotary": tables[0].shape[-1], "per_batch": int(tables[0].shape[1] > 1)}
             sizes["interleaved"] = int(self._config.rotary_interleaved)
@@ -240,6 +244,7 @@ class _Fixed(NamedTuple):
     factors: tuple[float, ...]
     tables: tuple[Tensor, ...]
     start: Tensor | None
+    attend: Attend | None
 
     def addresses(self) -> list[int]:
         tables = [table.data_ptr() for table in self.tables] or [0, 0]
@@ -265,7 +270,7 @@ class _PlainLayer(Function):
         array, address = kernel.scratch.take(passing.floats)
         places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, address
         call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
-        ctx.run = Run(call, z, fixed.part.group, Arrays(kept, arena))
+        ctx.run = Run(call, z, fixed.part.group, Arrays(kept, arena), fixed.attend)
         ctx.run.forward(Arrays(passing, array))
         ctx.fixed, ctx.small = fixed, kept_alive
         ctx.save_for_backward(x, *weights)

@@ -5,12 +5,20 @@ The exchanges are those of `tensor_parallel.linear`, in the same order, so the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from mindspore import Tensor
 
+from parallel_core import ops
 from parallel_core.comm.interface import Group
 from parallel_core.ops import training_layer as kernel
 from parallel_core.ops.training_layer import Arrays, GradientSteps, LayerCall, LayerSizes
 from parallel_core.spans import span
+from parallel_core.tape import Tape
+
+Attend = Callable[[Tensor], Tensor]
+"""Returns the context [S, B, N * D] of packed heads [S, B, G, (N / G + 2) * D]."""
 
 
 class Run:
@@ -21,10 +29,14 @@ class Run:
         sizes: of the layer.
         group: the tensor parallel group.
         kept: the arrays that wait for the backward pass.
+        attend: made of `Function`s, what attends in place of the step that does; None: that step.
     """
 
-    def __init__(self, call: LayerCall, sizes: LayerSizes, group: Group, kept: Arrays) -> None:
-        self.call, self._sizes, self._group, self._kept = call, sizes, group, kept
+    def __init__(
+        self, call: LayerCall, sizes: LayerSizes, group: Group, kept: Arrays, attend: Attend | None = None
+    ) -> None:
+        self.call, self._sizes, self._group, self._kept, self._core = call, sizes, group, kept, attend
+        self._attended: Tape | None = None
         self._exchanged: dict[str, Tensor] = {}
         self._gradients: Arrays
         self._done = 0
@@ -36,8 +48,28 @@ class Run:
         if self._group.size == 1:
             first = kernel.ATTENTION_STEPS if z.attends else kernel.MLP_STEPS
             last = kernel.MLP_STEPS if z.feeds else kernel.ATTENTION_STEPS
-            self.call.forward(first.start, last.stop)
-            return
+            self._steps(first.start, last.stop, passing)
+        else:
+            self._forward_of_ranks(passing)
+        if z.repeats_core:
+            self._attended = None
+            self._free("context")
+
+    def _steps(self, first: int, last: int, passing: Arrays) -> None:
+        """Run the steps [first, last) of the forward pass."""
+        if self._core is not None and first <= kernel.ATTENDS < last:
+            self.call.forward(first, kernel.ATTENDS)
+            self._attend_apart(self._core, (self._kept if "heads" in self._kept else passing).tensor("heads"))
+            first = kernel.ATTENDS + 1
+        self.call.forward(first, last)
+
+    def _attend_apart(self, attend: Attend, heads: Tensor) -> None:
+        z = self._sizes
+        self._attended = Tape(attend, (ops.shaped(heads, (z.S, z.B, z.G, z.packed // z.G)),), ())
+        self._put("context", self._attended.output)
+
+    def _forward_of_ranks(self, passing: Arrays) -> None:
+        z = self._sizes
         if z.attends:
             self._attend(passing)
         if z.feeds:
@@ -47,7 +79,7 @@ class Run:
     def _attend(self, passing: Arrays) -> None:
         self.call.forward(kernel.ATTENTION_STEPS.start, kernel.PROJECTED)
         self._gather("normed1", passing)
-        self.call.forward(kernel.PROJECTED, kernel.ATTENDED)
+        self._steps(kernel.PROJECTED, kernel.ATTENDED, passing)
         self._sum("attended", passing)
         self.call.forward(kernel.ATTENDED, kernel.ATTENTION_STEPS.stop)
 
@@ -109,15 +141,29 @@ class Run:
     def _take_back_attention(self, gathers: bool) -> None:
         self._gather_gradient(kernel.PROJ, "dattended")
         if self._sizes.repeats_core:
-            self.call.forward(kernel.ATTENDS, kernel.ATTENDS + 1)
+            self._steps(kernel.ATTENDS, kernel.ATTENDS + 1, self._kept)
         self._take_back(kernel.PROJ)
         self._gather_again("normed1", gathers)
         self._take_back(kernel.QKV, "dnormed1")
         self._to(kernel.ATTENTION_GRADIENTS.stop)
 
     def _to(self, step: int) -> None:
+        """Run the backward pass up to a step."""
+        if self._attended is not None and self._done <= kernel.ATTENTION_GRADIENT < step:
+            self.call.backward(self._done, kernel.ATTENTION_GRADIENT)
+            self._take_back_apart(self._attended)
+            self._done = kernel.ATTENTION_GRADIENT + 1
         self.call.backward(self._done, step)
         self._done = step
+
+    def _take_back_apart(self, attended: Tape) -> None:
+        z = self._sizes
+        dcontext = ops.shaped(self._gradients.tensor("dcontext"), (z.S, z.B, z.N * z.D))
+        of_heads: Any = attended.backward(dcontext)[0][0]
+        dheads = ops.shaped(of_heads, (z.S * z.B, z.packed))
+        for name in kernel.like_heads(z):
+            self._gradients.put(name, dheads)
+            self.call.put(name, dheads.data_ptr())
 
     def _gather_gradient(self, linear: GradientSteps, name: str) -> None:
         if self._sizes.parts > 1:
