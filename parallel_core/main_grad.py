@@ -51,6 +51,11 @@ def main_grad_of(parameter: Tensor, gradient: Tensor) -> MainGrad | None:
     return main_grad if main_grad is not None and main_grad.takes(gradient.dtype) else None
 
 
+def everyone_takes_written(parameter: Tensor) -> bool:
+    """Return whether all that `on_gradient` calls can do without the gradient, where it has been written."""
+    return len(getattr(parameter, "receivers", ())) <= len(getattr(parameter, "completions", ()))
+
+
 def on_gradient(
     parameter: Parameter, receive: Callable[[Tensor], None], completed: Callable[[], None] | None = None
 ) -> None:

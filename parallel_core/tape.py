@@ -20,6 +20,7 @@ from parallel_core.autograd import (
     Function,
     applied_by,
     applies,
+    in_inner_backward,
     inner_backward,
     no_grad,
     records_gradients,
@@ -36,9 +37,9 @@ __all__ = [
     "gradients_again",
     "has_hooks",
     "is_known",
-    "is_on_tape",
     "reshaped",
     "takes_notes",
+    "takes_written",
 ]
 
 
@@ -161,12 +162,13 @@ WRITTEN = _Written()
 """What a `Function.backward` on a tape returns for a parameter whose gradient it has written to `MainGrad.reserve`."""
 
 
-def is_on_tape(context: Any) -> bool:
-    """Return whether a function's context is one of a tape, not of MindSpore."""
-    return isinstance(context, _Context)
-
-
 _serials = itertools.count()
+_takes_written = False
+
+
+def takes_written() -> bool:
+    """Return whether it is a tape that calls a `Function.backward` here, so that it may return `WRITTEN`."""
+    return _takes_written and not in_inner_backward()
 
 
 class Tape:
@@ -238,8 +240,16 @@ class Tape:
                 None: nothing used it.
 
         Returns:
-            Gradients of the inputs, and of the parameters if there is no `deliver`.
+            Gradients of the inputs, and of the parameters if there is no `deliver`; these may be `WRITTEN`.
         """
+        global _takes_written
+        before, _takes_written = _takes_written, True
+        try:
+            return self._backward(gradient, deliver)
+        finally:
+            _takes_written = before
+
+    def _backward(self, gradient: Tensor, deliver: Deliver | None) -> Gradients:
         gradients: list[Tensor | None] = [None] * self._count
         gradients[self._last] = gradient
         if deliver:

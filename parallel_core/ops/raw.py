@@ -12,14 +12,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.ops import library, reference
+from parallel_core.ops import library, memory, reference
 from parallel_core.ops.library import declare, lib
 from parallel_core.ops.registry import compiled
 
 
 def new(shape: Sequence[int]) -> Tensor:
     """Return an uninitialised float32 tensor."""
-    return on(np.empty(shape, np.float32))
+    return on(memory.empty(shape))
 
 
 def on(array: np.ndarray) -> Tensor:
@@ -46,7 +46,7 @@ declare("pc_scale", "PIFL")
 
 def new_as(shape: Sequence[int], dtype: Any) -> Tensor:
     """Return an uninitialised tensor of a type in `KINDS`."""
-    return new(shape) if dtype == ms.float32 else Tensor.from_numpy(np.empty(shape, numpy_dtype(dtype)))
+    return new(shape) if dtype == ms.float32 else on(memory.empty(shape, numpy_dtype(dtype)))
 
 
 def zeros(shape: Sequence[int], dtype: Any) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.ops import raw
+from parallel_core.ops import memory
 from parallel_core.ops.library import declare, lib
 
 declare("pc_layer_forward", "PII")
@@ -437,7 +438,7 @@ class _Scratch:
     def take(self, floats: int) -> tuple[np.ndarray, int]:
         """Return an array of at least so many floats, and its address."""
         if self._array.size < floats:
-            self._array = np.empty(floats, np.float32)
+            self._array = memory.empty((floats,))
             self._address = self._array.ctypes.data
         return self._array, self._address
 

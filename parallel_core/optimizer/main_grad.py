@@ -11,9 +11,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint
 
 from parallel_core.deferral import defer, is_deferring
+from parallel_core.main_grad import everyone_takes_written
 from parallel_core.ops.library import KINDS
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
+from parallel_core.tape import WRITTEN, takes_written
 
 
 class MainGrad:
@@ -46,7 +48,7 @@ class MainGrad:
         self.takes_writes = False
         self._placeholder: Tensor | None = None
         self._lent = False
-        self._shape, self._dtype = parameter.shape, parameter.dtype
+        self._parameter, self._shape, self._dtype = parameter, parameter.shape, parameter.dtype
         parameter.late_grad = self
         memory = storage.memory(parameter.shape)
         if memory is not None:
@@ -100,7 +102,9 @@ class MainGrad:
             self.begun = True
         return self._lend()
 
-    def _lend(self) -> Tensor | None:
+    def _lend(self) -> Any:
+        if takes_written() and everyone_takes_written(self._parameter):
+            return WRITTEN
         if self._lent:
             return None  # autograd would have to add two placeholders, in a tensor of the parameter's size
         if self._placeholder is None:  # of the parameter's dtype: a cast would make it an ordinary tensor

@@ -17,13 +17,13 @@ from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.deferral import is_deferring
-from parallel_core.main_grad import MainGrad, main_grad_of, needs_gradient
-from parallel_core.ops import raw
+from parallel_core.main_grad import MainGrad, everyone_takes_written, main_grad_of, needs_gradient
+from parallel_core.ops import memory, raw
 from parallel_core.ops import training_layer as kernel
 from parallel_core.ops.fused import KINDS, takes_activation
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.ops.training_layer import Arrays, LayerCall, LayerSizes
-from parallel_core.tape import WRITTEN, has_hooks, is_known, is_on_tape, takes_notes
+from parallel_core.tape import WRITTEN, has_hooks, is_known, takes_notes, takes_written
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
@@ -229,7 +229,7 @@ class Part:
                 found.append(None)
                 continue
             sum_ = getattr(weight, "main_grad", None)
-            if sum_ is None or not sum_.takes_writes or len(weight.receivers) > len(weight.completions):
+            if sum_ is None or not sum_.takes_writes or not everyone_takes_written(weight):
                 return None
             found.append(sum_)
         return found
@@ -266,7 +266,7 @@ class _PlainLayer(Function):
             words += [0, 0] if weight is None else [weight.data_ptr(), raw.KINDS[weight.dtype]]
             words += [addresses[i + 1], 0, 0]
         kept, passing = kernel.kept_places(z), kernel.passing_places(z)
-        arena = np.empty(kept.floats, np.float32)
+        arena = memory.empty((kept.floats,))
         array, address = kernel.scratch.take(passing.floats)
         places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, address
         call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
@@ -283,7 +283,7 @@ class _PlainLayer(Function):
         layout = ctx.fixed.sizes, ctx.fixed.factors[3] > 0.0, not later
         where = kernel.gradient_places(*layout)
         if later:
-            array = np.empty(where.floats, np.float32)
+            array = memory.empty((where.floats,))
             base = array.ctypes.data
         else:
             array, base = kernel.scratch.take(where.floats)
@@ -326,7 +326,7 @@ class _Targets:
 
 
 def _targets(ctx: Any, weights: list[Any], dy: Tensor, later: bool) -> _Sums | _Targets:
-    sums = None if later or not is_on_tape(ctx) else ctx.fixed.part.sums()
+    sums = None if later or not takes_written() else ctx.fixed.part.sums()
     if sums is not None:
         return _Sums(sums)
     return _Targets([_Target(weight, dy, i < _QKV, later) for i, weight in enumerate(weights)])

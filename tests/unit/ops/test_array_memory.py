@@ -1,0 +1,58 @@
+"""Memory that large arrays leave to the next ones of their size."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from parallel_core.ops import memory
+
+FLOATS = memory.LARGE_BYTES // 4 + 12345
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits():
+    gc.collect()
+    memory._waiting.clear()
+
+
+def test_an_array_gets_the_memory_of_a_former_one_of_its_size_in_any_shape_and_type():
+    first = memory.empty((FLOATS, 2))
+    address = first.ctypes.data
+    del first
+    assert memory.waiting_bytes() == FLOATS * 8
+    second = memory.empty((2, FLOATS * 2), np.float16)
+    assert (second.ctypes.data, second.shape, second.dtype) == (address, (2, FLOATS * 2), np.float16)
+    assert memory.waiting_bytes() == 0
+
+
+def test_memory_is_in_use_as_long_as_a_view_of_it_or_a_tensor():
+    from parallel_core.ops import raw
+
+    array = memory.empty((FLOATS,))
+    array[:] = np.arange(FLOATS)
+    view, tensor = array[5:10].reshape(5, 1)[1:], raw.on(array)
+    del array
+    others = [memory.empty((FLOATS,)) for _ in range(3)]
+    for other in others:
+        other[:] = -1
+    np.testing.assert_array_equal(view[:, 0], [6, 7, 8, 9])
+    assert tensor.asnumpy()[FLOATS - 1] == FLOATS - 1
+    del view
+    assert memory.waiting_bytes() == 0
+    del tensor
+    gc.collect()
+    assert memory.waiting_bytes() == FLOATS * 4
+
+
+def test_what_waits_is_given_back_when_an_array_of_another_size_is_asked_for():
+    kept = memory.empty((FLOATS,))
+    for size in range(FLOATS + 1, FLOATS + 20):  # sequences of all lengths, as in generation
+        memory.empty((size,))[:] = 1
+        assert memory.waiting_bytes() == size * 4
+    assert kept.shape == (FLOATS,)
+
+
+def test_small_arrays_are_numpys():
+    array = memory.empty((3, 4))
+    assert array.base is None and array.shape == (3, 4) and array.dtype == np.float32
