@@ -8,6 +8,7 @@ same from one microbatch to the next, so nothing is ever cut up; where they are 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections import defaultdict
@@ -51,10 +52,8 @@ def _new(size: int) -> mmap.mmap:
     _waiting.clear()
     memory = mmap.mmap(-1, size, flags=_FLAGS)
     if size >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # of a kernel without such pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without such pages
     return memory
 
 

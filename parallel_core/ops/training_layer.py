@@ -17,8 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from parallel_core.ops import raw
-from parallel_core.ops import memory
+from parallel_core.ops import memory, raw
 from parallel_core.ops.library import declare, lib
 
 declare("pc_layer_forward", "PII")
