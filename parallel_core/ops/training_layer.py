@@ -1,4 +1,4 @@
-"""A whole layer's forward and backward pass over memory: one and nine C calls in place of the callers of its kernels.
+"""A whole layer's forward and backward pass over memory: one and ten C calls in place of the callers of its kernels.
 
 The steps are the kernels that the layer's modules call, in their order, so the results are the same to the bit. Between
 two steps a caller can put what ranks exchange, or something that it computes itself.
