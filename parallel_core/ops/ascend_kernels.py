@@ -91,11 +91,11 @@ def activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
 
 
 @on_ascend(reference.embedding, dtypes=_FLOATS, integers=["ids_T"])
-def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
+def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int, dtype: Any = None) -> Tensor:
     """Return `reference.embedding` by a gather in the table's type. Not verified: never run on an NPU."""
     rows, inside = local_rows(ids_T, first_row, table_VH.shape[0])
     out = ops.gather(table_VH, rows, 0)
-    return out * inside.astype(out.dtype).reshape(-1, 1)
+    return reference.cast(out * inside.astype(out.dtype).reshape(-1, 1), dtype or table_VH.dtype)
 
 
 @on_ascend(reference.embedding_grad_table_, dtypes=(ms.float32,), integers=["ids_T"])

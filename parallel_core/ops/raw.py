@@ -256,17 +256,21 @@ def through_float32(into: np.ndarray, add: bool, write: Callable[[np.ndarray, bo
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
-declare("pc_embedding", "PPPLLLL")
+declare("pc_embedding", "PPIPILLLL")
 declare("pc_embedding_grad", "PPPILLLLI")
 
 
-@compiled(reference.embedding, integers=["ids_T"], halves=["table_VH"])
-def _embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
+def _narrower(ids_T: Tensor, table_VH: Tensor, first_row: int, dtype: Any = None) -> str:
+    return "" if dtype in (None, table_VH.dtype, ms.float32) else f"{table_VH.dtype} becomes {dtype}"
+
+
+@compiled(reference.embedding, integers=["ids_T"], halves=["table_VH"], refuses=_narrower)
+def _embedding(ids_T: Tensor, table_VH: Tensor, first_row: int, dtype: Any = None) -> Tensor:
     ids, table = int32(ids_T), table_VH.contiguous()
-    T, (V, H) = ids.shape[0], table.shape
-    out = new_as((T, H), table.dtype)
-    row_bytes = H * table.itemsize
-    lib.pc_embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), T, V, row_bytes, first_row)
+    T, (V, H), dtype = ids.shape[0], table.shape, dtype or table.dtype
+    out = new_as((T, H), dtype)
+    kinds = KINDS[table.dtype], KINDS[dtype]
+    lib.pc_embedding(ids.data_ptr(), table.data_ptr(), kinds[0], out.data_ptr(), kinds[1], T, V, H, first_row)
     return out
 
 

@@ -106,13 +106,16 @@ def _rows(x: Tensor) -> Tensor:
 
 # ---- embedding (no autograd) ----------------------------------------------------------------------------------------
 @kernel
-def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int) -> Tensor:
-    """Return rows `ids - first_row` of the table, and zeros for ids outside it, [T, H]; no autograd."""
+def embedding(ids_T: Tensor, table_VH: Tensor, first_row: int, dtype: Any = None) -> Tensor:
+    """Return rows `ids - first_row` of the table, and zeros for ids outside it, [T, H]; no autograd.
+
+    They have the type `dtype`; None: the table's.
+    """
     rows, inside = local_rows(ids_T, first_row, table_VH.shape[0])
     # The CPU has no gather for bfloat16; the way over float32 is exact.
     wide = table_VH.astype(ms.float32) if table_VH.dtype == ms.bfloat16 else table_VH
     out = ops.gather(wide, rows, 0)
-    return cast(out * inside.astype(out.dtype).reshape(-1, 1), table_VH.dtype)
+    return cast(out * inside.astype(out.dtype).reshape(-1, 1), dtype or table_VH.dtype)
 
 
 @kernel

@@ -178,34 +178,25 @@ class Optimizer:
     def _update(self, segment: Segment, scheduler: OptimizerParamScheduler, factor: float) -> None:
         config, shard, buffer = self.config, segment.shard, self.ddp.buffers[segment.buffer]
         gradient = buffer.grads.part(segment.start, segment.end)
-        is_master = self._masters[segment.buffer] is None
-        rounded = None if is_master else buffer.params.part(segment.start, segment.end)
+        masters = self._masters[segment.buffer]
+        rounded = None if masters is None else buffer.params.part(segment.start, segment.end)
         decoupled = shard.is_embedding_or_output and config.decoupled_lr > 0
         lr = scheduler.get_lr(config.decoupled_lr, config.decoupled_min_lr) if decoupled else scheduler.get_lr()
         weight_decay = scheduler.get_wd() if shard.decays else 0.0
+        options = {"lr": lr, "weight_decay": weight_decay, "grad_scale": factor, "rounded": rounded}
         if config.optimizer_type == "adam":
             self.master(segment).adam_(
                 gradient,
                 self.state_part(segment, "exp_avg"),
                 self.state_part(segment, "exp_avg_sq"),
                 step=self.step_count if config.adam_bias_correction else _LONG_AFTER,
-                lr=lr,
                 betas=config.betas,
                 eps=config.eps,
-                weight_decay=weight_decay,
-                grad_scale=factor,
-                rounded=rounded,
+                **options,
             )
         else:
-            self.master(segment).sgd_(
-                gradient,
-                self.state_part(segment, "momentum_buffer"),
-                lr=lr,
-                momentum=config.sgd_momentum,
-                weight_decay=weight_decay,
-                grad_scale=factor,
-                rounded=rounded,
-            )
+            momentum = self.state_part(segment, "momentum_buffer")
+            self.master(segment).sgd_(gradient, momentum, momentum=config.sgd_momentum, **options)
 
     def gather_parameters(self) -> None:
         """Give every data parallel rank all parameters; with overlap, waiting is left to the next forward pass."""

@@ -26,7 +26,7 @@ class VocabParallelEmbedding(nn.Cell):
         tp_group: the tensor parallel group.
         init_method: initial value of the full table.
         reduce_scatter_embeddings: return this rank's part along dim 0 only (sequence parallelism).
-        params_dtype: dtype of the table and of the output.
+        params_dtype, dtype: of the table, and of the output as a MindSpore type; None: the table's.
         name: global name of the layer; its parameter is `{name}.weight`.
 
     Backward:
@@ -45,10 +45,11 @@ class VocabParallelEmbedding(nn.Cell):
         init_method: InitMethod,
         reduce_scatter_embeddings: bool = False,
         params_dtype: str = "float32",
+        dtype: Any = None,
         name: str = "embedding",
     ) -> None:
         super().__init__(auto_prefix=True)
-        self.tp_group, self.reduce_scatter_embeddings = tp_group, reduce_scatter_embeddings
+        self.tp_group, self.reduce_scatter_embeddings, self.dtype = tp_group, reduce_scatter_embeddings, dtype
         rows = Cut("tp", 0, tp_group.rank, tp_group.size)
         shape = (num_embeddings, embedding_dim)
         shard = TensorShard.cut(f"{name}.weight", shape, rows, is_embedding_or_output=True)
@@ -64,32 +65,32 @@ class VocabParallelEmbedding(nn.Cell):
         Returns:
             [*ids.shape, embedding_dim], or with dim 0 divided by the group's size.
         """
-        partial = embedding_lookup(ids, self.weight, self.first_row)
+        partial = embedding_lookup(ids, self.weight, self.first_row, self.dtype)
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(partial, self.tp_group)
         return mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group)
 
 
-def embedding_lookup(ids: Tensor, table: Tensor, first_row: int = 0) -> Tensor:
-    """Return rows `ids - first_row` of the [R, H] table, zeros for ids outside it: [*ids.shape, H].
+def embedding_lookup(ids: Tensor, table: Tensor, first_row: int = 0, dtype: Any = None) -> Tensor:
+    """Return rows `ids - first_row` of the [R, H] table, zeros for ids outside: [*ids.shape, H] of `dtype` or its own.
 
     Backward: dense gradient of the table. Communication: none.
     """
-    return _LocalEmbedding.apply(ids, table, first_row)
+    return _LocalEmbedding.apply(ids, table, first_row, dtype)
 
 
 class _LocalEmbedding(Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, first_row: int, dtype: Any) -> Tensor:
         ctx.first_row, ctx.weight = first_row, weight
         ids_T = ops.shaped(ids.contiguous(), (ids.size,))
         ctx.save_for_backward(ids_T)
-        return ops.shaped(ops.embedding(ids_T, weight, first_row), (*ids.shape, weight.shape[1]))
+        return ops.shaped(ops.embedding(ids_T, weight, first_row, dtype), (*ids.shape, weight.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not needs_gradient(ctx.weight):
-            return None, None, None
+            return None, None, None, None
         (ids_T,) = ctx.saved_tensors
         first_row, weight = ctx.first_row, ctx.weight
         dy_TH = ops.shaped(ops.cast(dy, ms.float32).contiguous(), (ids_T.size, dy.shape[-1]))
@@ -99,8 +100,8 @@ class _LocalEmbedding(Function):
                 weight,
                 lambda: ops.cast(ops.embedding_grad_table(dy_TH, ids_T, weight.shape[0], first_row), weight.dtype),
             )
-            return None, dw, None
+            return None, dw, None, None
         dw = main_grad.accumulate(
             lambda into_VH, add: ops.embedding_grad_table_(into_VH, dy_TH, ids_T, first_row, add), lookup=True
         )
-        return None, dw, None
+        return None, dw, None, None

@@ -36,6 +36,7 @@ class LanguageModelEmbedding(nn.Cell):
             init_method=stage.embedding_init(f"{name}.word_embeddings.weight"),
             reduce_scatter_embeddings=stage.sequence_parallel,
             params_dtype=config.embedding_init_dtype,
+            dtype=self.residual_dtype,
             name=f"{name}.word_embeddings",
         )
         self.position_embeddings: LearnedPositions | None = None
@@ -50,12 +51,12 @@ class LanguageModelEmbedding(nn.Cell):
             tokens_BS: int32 token ids.
             position_ids_BS: int32 positions; None: those that this rank holds of a sequence, 0..S-1 of a whole one.
         """
-        hidden = ops.cast(self.word_embeddings(ops.transposed(tokens_BS)), self.residual_dtype)
+        hidden = self.word_embeddings(ops.transposed(tokens_BS))
         if self.multiplier != 1.0:
             hidden = ops.multiplied(hidden, self.multiplier)
         if self.position_embeddings is not None:
             positions = self.position_embeddings(tokens_BS.shape, position_ids_BS)
-            hidden = ops.bias_dropout_add(hidden, None, ops.cast(positions, self.residual_dtype), 0.0, (0, 0))
+            hidden = ops.bias_dropout_add(hidden, None, positions, 0.0, (0, 0))
         rate = self.dropout_rate if self.streams.training else 0.0
         if rate:
             hidden = ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut))
@@ -73,7 +74,7 @@ class LearnedPositions(nn.Cell):
     def __init__(self, stage: ModelStage, name: str) -> None:
         super().__init__(auto_prefix=True)
         config = stage.config
-        self.tp_group, self._positions = stage.tp_group, stage.positions
+        self.tp_group, self._positions, self._dtype = stage.tp_group, stage.positions, stage.residual_dtype
         self.cut = stage.sequence_parallel and stage.tp_group.size > 1
         shard = TensorShard.cut(
             f"{name}.weight",
@@ -84,7 +85,7 @@ class LearnedPositions(nn.Cell):
         self._plain_ids_SB: Tensor | None = None
 
     def construct(self, shape: Sequence[int], position_ids_BS: Tensor | None) -> Tensor:
-        """Return the rows, [S, B, H] or [S / tp, B, H] with sequence parallelism.
+        """Return the rows, [S, B, H] or [S / tp, B, H] with sequence parallelism, in the residual stream's dtype.
 
         Args:
             shape: (B, S) of this context parallel rank.
@@ -101,11 +102,12 @@ class LearnedPositions(nn.Cell):
             )
         if position_ids_BS is not None:
             ids_SB = position_ids_BS.transpose(1, 0)
-            return embedding_lookup(local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB, table)
+            ids_SB = local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB
+            return embedding_lookup(ids_SB, table, dtype=self._dtype)
         count = length // self.tp_group.size if self.cut else length
         if self._plain_ids_SB is None or self._plain_ids_SB.shape != (count, samples):
             first = self.tp_group.rank * count if self.cut else 0
             held = self._positions(length)
             ids_S = (np.arange(length) if held is None else held)[first : first + count].astype(np.int32)
             self._plain_ids_SB = Tensor(np.repeat(ids_S[:, None], samples, axis=1))
-        return embedding_lookup(self._plain_ids_SB, table)
+        return embedding_lookup(self._plain_ids_SB, table, dtype=self._dtype)

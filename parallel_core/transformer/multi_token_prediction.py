@@ -180,12 +180,12 @@ class MultiTokenPrediction(nn.Cell):
         """Return the word embeddings as the first stage has them, with dropout of their own."""
         if table is None:
             raise ConfigError("multi-token prediction is on the last stage, with a copy of the word embeddings")
-        rows = embedding_lookup(tokens_BS.transpose(1, 0), table, self.tp_group.rank * table.shape[0])
+        first_row = self.tp_group.rank * table.shape[0]
+        rows = embedding_lookup(tokens_BS.transpose(1, 0), table, first_row, self.residual_dtype)
         if self.sequence_parallel:
-            rows = mappings.reduce_scatter_to_sequence_parallel_region(rows, self.tp_group)
+            hidden = mappings.reduce_scatter_to_sequence_parallel_region(rows, self.tp_group)
         else:
-            rows = mappings.reduce_from_tensor_model_parallel_region(rows, self.tp_group)
-        hidden = ops.cast(rows, self.residual_dtype)
+            hidden = mappings.reduce_from_tensor_model_parallel_region(rows, self.tp_group)
         if self.multiplier != 1.0:
             hidden = ops.multiplied(hidden, self.multiplier)
         cut = self.sequence_parallel and self.tp_group.size > 1

@@ -81,22 +81,29 @@ PC_API void pc_vocab_grad_logits(const float* logits, const float* log_sum_exp, 
   }, kPieces);
 }
 
-// Rows of `bytes` bytes, whatever the numbers in them.
-PC_API void pc_embedding(const int32_t* ids, const char* table, char* out, i64 T, i64 V, i64 bytes, i64 first_row) {
-  parallel(T * bytes / 4, [&](int part, int parts) {
+// Rows of the table as they are, or as float32; zeros for ids outside of it.
+PC_API void pc_embedding(const int32_t* ids, const void* table, int kind, void* out, int out_kind, i64 T, i64 V, i64 H,
+                         i64 first_row) {
+  const i64 bytes = H * bytes_of(out_kind);
+  parallel(T * H, [&](int part, int parts) {
     const Range r = share(T, part, parts);
     for (i64 t = r.begin; t < r.end; ++t) {
       const i64 row = ids[t] - first_row;
-      if (row >= 0 && row < V)
-        std::memcpy(out + t * bytes, table + row * bytes, static_cast<size_t>(bytes));
+      const void* from = at(table, kind, row * H);
+      void* to = at(out, out_kind, t * H);
+      if (row < 0 || row >= V)
+        std::memset(to, 0, static_cast<size_t>(bytes));
+      else if (kind == out_kind)
+        std::memcpy(to, from, static_cast<size_t>(bytes));
       else
-        std::memset(out + t * bytes, 0, static_cast<size_t>(bytes));
+        widen(from, kind, static_cast<float*>(to), H);
     }
   }, kPieces);
 }
 
-// Adds the sum of the rows t of dy with ids[t] = row to each row of `grad` (set to zero first unless `add`). A thread
-// owns rows of the table and takes the tokens in order, so the result does not depend on the thread count.
+// Adds the rows t of dy with ids[t] = row to each row of `grad` (set to zero first unless `add`), one by one, or to a row
+// of 16 bits their sum. A thread owns rows of the table and takes the tokens in order, so the result does not depend on
+// the thread count.
 PC_API void pc_embedding_grad(const float* dy, const int32_t* ids, void* grad, int kind, i64 T, i64 V, i64 H,
                               i64 first_row, int add) {
   std::vector<int32_t> first(static_cast<size_t>(V), -1), next(static_cast<size_t>(T));  // of each row's tokens
@@ -109,18 +116,19 @@ PC_API void pc_embedding_grad(const float* dy, const int32_t* ids, void* grad, i
   parallel((T + V) * H, [&](int part, int parts) {
     const Range r = share(V, part, parts);
     if (!add) std::memset(at(grad, kind, r.begin * H), 0, static_cast<size_t>((r.end - r.begin) * H * bytes_of(kind)));
-    std::vector<float> sum(static_cast<size_t>(H));
+    std::vector<float> sum(kind == kFloat32 ? 0 : static_cast<size_t>(H));
     for (i64 row = r.begin; row < r.end; ++row) {
       int32_t t = first[static_cast<size_t>(row)];
       if (t < 0) continue;
+      void* to = at(grad, kind, row * H);
       std::fill(sum.begin(), sum.end(), 0.0f);
+      float* out = kind == kFloat32 ? static_cast<float*>(to) : sum.data();
       for (; t >= 0; t = next[static_cast<size_t>(t)]) {
         const float* in = dy + t * H;
-        float* out = sum.data();
 #pragma omp simd
         for (i64 h = 0; h < H; ++h) out[h] += in[h];
       }
-      put(sum.data(), at(grad, kind, row * H), kind, H, true);
+      if (kind != kFloat32) put(out, to, kind, H, true);
     }
   });
 }

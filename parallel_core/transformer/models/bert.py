@@ -143,16 +143,14 @@ class BertEmbedding(LanguageModelEmbedding):
             tokens_BS: int32 token ids.
             tokentype_ids_BS: int32, the segment of each token; None: all of the first one.
         """
-        words = ops.cast(self.word_embeddings(tokens_BS.transpose(1, 0)), self.residual_dtype)
+        words = self.word_embeddings(tokens_BS.transpose(1, 0))
         if tokentype_ids_BS is None:
             tokentype_ids_BS = Tensor(np.zeros(tokens_BS.shape, np.int32))
         types_SB = tokentype_ids_BS.transpose(1, 0)
-        segments = embedding_lookup(
-            local_part(types_SB, self.tp_group, 0) if self.cut else types_SB.contiguous(), self.tokentype_embeddings
-        )
-        hidden = words + ops.cast(segments, self.residual_dtype)
+        types_SB = local_part(types_SB, self.tp_group, 0) if self.cut else types_SB.contiguous()
+        hidden = words + embedding_lookup(types_SB, self.tokentype_embeddings, dtype=self.residual_dtype)
         if self.position_embeddings is not None:
-            hidden = hidden + ops.cast(self.position_embeddings(tokens_BS.shape, None), self.residual_dtype)
+            hidden = hidden + self.position_embeddings(tokens_BS.shape, None)
         hidden = ops.cast(self.layernorm(hidden), self.residual_dtype)
         rate = self.dropout_rate if self.streams.training else 0.0
         return ops.dropout(hidden, rate, self.streams.seeds("embedding.dropout", self.cut)) if rate else hidden
