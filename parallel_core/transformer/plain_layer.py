@@ -21,8 +21,9 @@ from parallel_core.main_grad import MainGrad, everyone_takes_written, main_grad_
 from parallel_core.ops import memory, raw
 from parallel_core.ops import training_layer as kernel
 from parallel_core.ops.fused import KINDS, takes_activation
+from parallel_core.ops.layer_places import Arrays, LayerSizes
 from parallel_core.ops.small_gradients import bias_gradient
-from parallel_core.ops.training_layer import Arrays, LayerCall, LayerSizes
+from parallel_core.ops.training_layer import LayerCall, Layout
 from parallel_core.tape import WRITTEN, has_hooks, is_known, takes_notes, takes_written
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
@@ -171,7 +172,7 @@ class Part:
         self._keeps_parts = self._parts > 1 and first.regather_input
         norm = layer.input_layernorm if attends else layer.pre_mlp_layernorm
         self._eps, self.offset = norm.eps, float(norm.offset)
-        self._sizes: dict[tuple[tuple[int, int, int], bool], LayerSizes] = {}
+        self._layouts: dict[tuple[tuple[int, int, int], bool], Layout] = {}
 
     def __call__(self, hidden: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
         """Return the output, in the shape of `hidden`, [S, B, H] ([S / tp, B, H] when cut)."""
@@ -192,10 +193,11 @@ class Part:
         for which, is_there in (("attention", self._attends), ("mlp", self._feeds)):
             seeds += layer.seeds(which) if is_there else (0, 0)
         key = (S, B, H), kernel.rounds_operands(S * B)
-        if key not in self._sizes:
-            self._sizes[key] = self._sizes_of(*key, tables)
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = Layout(self._sizes_of(*key, tables))
         start = None if start is None else raw.int32(start)
-        fixed = _Fixed(self, self._sizes[key], seeds, (self._eps, scale, rate, layer.rate()), tables, start, attend)
+        fixed = _Fixed(self, layout, seeds, (self._eps, scale, rate, layer.rate()), tables, start, attend)
         return _PlainLayer.apply(hidden, fixed, *self.weights)
 
     def _sizes_of(self, shape: tuple[int, int, int], rounds: bool, tables: tuple[Tensor, ...]) -> LayerSizes:
@@ -239,7 +241,7 @@ class _Fixed(NamedTuple):
     """What a call is told beside its tensors."""
 
     part: Part
-    sizes: LayerSizes
+    layout: Layout
     seeds: tuple[int, ...]
     factors: tuple[float, ...]
     tables: tuple[Tensor, ...]
@@ -254,7 +256,7 @@ class _Fixed(NamedTuple):
 class _PlainLayer(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: _Fixed, *weights: Any) -> Tensor:
-        x, y, z = x.contiguous(), raw.new(x.shape), fixed.sizes
+        x, y, layout = x.contiguous(), raw.new(x.shape), fixed.layout
         # Norms and biases are read as float32; matrices as they are.
         small = [None if i in _LINEARS else w for i, w in enumerate(weights)]
         if fixed.part.offset:
@@ -265,13 +267,12 @@ class _PlainLayer(Function):
             weight = weights[i]
             words += [0, 0] if weight is None else [weight.data_ptr(), raw.KINDS[weight.dtype]]
             words += [addresses[i + 1], 0, 0]
-        kept, passing = kernel.kept_places(z), kernel.passing_places(z)
-        arena = memory.empty((kept.floats,))
-        array, address = kernel.scratch.take(passing.floats)
+        arena = memory.empty((layout.kept.floats,))
+        array, address = kernel.scratch.take(layout.passing.floats)
         places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, address
-        call = LayerCall(z, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
-        ctx.run = Run(call, z, fixed.part.group, Arrays(kept, arena), fixed.attend)
-        ctx.run.forward(Arrays(passing, array))
+        call = LayerCall(layout, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
+        ctx.run = Run(call, layout.sizes, fixed.part.group, Arrays(layout.kept, arena), fixed.attend)
+        ctx.run.forward(Arrays(layout.passing, array))
         ctx.fixed, ctx.small = fixed, kept_alive
         ctx.save_for_backward(x, *weights)
         return y
@@ -280,15 +281,17 @@ class _PlainLayer(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
         dy, dx, later = dy.contiguous(), raw.new(x.shape), is_deferring()
-        layout = ctx.fixed.sizes, ctx.fixed.factors[3] > 0.0, not later
-        where = kernel.gradient_places(*layout)
+        options = {"drops": ctx.fixed.factors[3] > 0.0, "shared": not later}
+        where = ctx.fixed.layout.gradients(**options).places
         if later:
             array = memory.empty((where.floats,))
             base = array.ctypes.data
         else:
             array, base = kernel.scratch.take(where.floats)
         targets = _targets(ctx, weights, dy, later)
-        ctx.run.call.start_backward(dy.data_ptr(), dx.data_ptr(), base, layout, targets.words)
+        ctx.run.call.start_backward(
+            ctx.fixed.layout, dy.data_ptr(), dx.data_ptr(), base, targets.words, **options
+        )
         needed = [not later and weights[i] is not None and needs_gradient(weights[i]) for i in (_QKV, _FC1)]
         ctx.run.backward(dy, Arrays(where, array), (needed[0], needed[1]), later=later)
         gradients = targets.gradients()

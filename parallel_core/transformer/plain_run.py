@@ -13,7 +13,8 @@ from mindspore import Tensor
 from parallel_core import ops
 from parallel_core.comm.interface import Group
 from parallel_core.ops import training_layer as kernel
-from parallel_core.ops.training_layer import Arrays, GradientSteps, LayerCall, LayerSizes
+from parallel_core.ops.layer_places import Arrays, LayerSizes, like_heads
+from parallel_core.ops.training_layer import GradientSteps, LayerCall
 from parallel_core.spans import span
 from parallel_core.tape import Tape
 
@@ -161,7 +162,7 @@ class Run:
         dcontext = ops.shaped(self._gradients.tensor("dcontext"), (z.S, z.B, z.N * z.D))
         of_heads: Any = attended.backward(dcontext)[0][0]
         dheads = ops.shaped(of_heads, (z.S * z.B, z.packed))
-        for name in kernel.like_heads(z):
+        for name in like_heads(z):
             self._gradients.put(name, dheads)
             self.call.put(name, dheads.data_ptr())
 

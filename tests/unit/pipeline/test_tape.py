@@ -23,7 +23,6 @@ from parallel_core.deferral import deferring
 from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.main_grad import on_gradient
-from parallel_core.ops.training_layer import kept_places
 from parallel_core.optimizer.grad_buffer import ParamAndGradBuffer
 from parallel_core.pipeline import recorded
 from parallel_core.pipeline.stage import PipelineStage
@@ -208,8 +207,8 @@ def test_recomputation_on_a_tape(name: str, model: str, split: bool, monkeypatch
     got = Run(models[0], split=split, streams=streams_of(models[0]))
     assert not tape._off_tape and plain_parts(models[0]) == {(True, True)}
     same(got, recorded_by_mindspore(monkeypatch, models[1], split=split, streams=streams_of(models[1])))
-    (sizes,) = models[0].decoder.layers[0]._plain.found.whole._sizes.values()
-    kept, repeats_mlp = kept_places(sizes).shapes, "MLPs" in model
+    (layout,) = models[0].decoder.layers[0]._plain.found.whole._layouts.values()
+    kept, repeats_mlp = layout.kept.shapes, "MLPs" in model
     assert ("context" in kept, "spread" in kept) == (name == "full", not repeats_mlp)
     without = make_model(MODELS["dropout"])
     same(got, Run(without, streams=streams_of(without)), 0.0)
