@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
@@ -71,6 +72,7 @@ def as_one(
 
 
 _CONSTANT = (-1, -1)
+_FLOATS = ms.float32, ms.bfloat16, ms.float16, ms.float64
 
 
 def constant(x: Tensor) -> Tensor:
@@ -227,7 +229,7 @@ class Tape:
         place = getattr(x, "place_on_tape", None)
         if place is not None and place[0] == self._serial:
             return place[1]
-        if place is _CONSTANT or not x.is_floating_point() or (isinstance(x, Parameter) and not x.requires_grad):
+        if place is _CONSTANT or x.dtype not in _FLOATS or (isinstance(x, Parameter) and not x.requires_grad):
             return None
         raise OffTape(f"an operator of MindSpore's made a tensor {x.dtype} {list(x.shape)}")
 

@@ -520,7 +520,7 @@ class _MaskedSum(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         ctx.mask = raw.array_of(mask.contiguous())
-        total = np.sum(raw.array_of(values.contiguous()) * ctx.mask, dtype=np.float64)
+        total = (raw.array_of(values.contiguous()) * ctx.mask).sum(dtype=np.float64)
         return _scalar(total), _scalar(ctx.mask.sum(dtype=np.float64))
 
     @staticmethod

@@ -18,6 +18,13 @@ from parallel_core.ops import build
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Numbers by which csrc/half.h knows types."""
 
+
+@functools.cache
+def kind_of(dtype: Any) -> int:
+    """Return the number of one of NumPy's types, which take as long as a small kernel to tell their names."""
+    return KINDS[dtype.name]
+
+
 _TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}
 
 _declared: dict[str, tuple[list[Any], Any]] = {}

@@ -202,7 +202,7 @@ def _linear_grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
 )  # fmt: skip
 def _linear_grad_weight_(into_OI: np.ndarray, dy_TO: Tensor, x_TI: Tensor, add: bool) -> None:
     """Nothing of the weight's size is allocated."""
-    _put_weight_gradient(into_OI.ctypes.data, library.KINDS[into_OI.dtype.name], dy_TO, x_TI, add=add)
+    _put_weight_gradient(into_OI.ctypes.data, library.kind_of(into_OI.dtype), dy_TO, x_TI, add=add)
 
 
 def _put_weight_gradient(address: int, kind: int, dy: Tensor, x: Tensor, *, add: bool) -> None:
@@ -220,7 +220,7 @@ def _linear_grad_bias(dy_TO: Tensor) -> Tensor:
 @compiled(reference.linear_grad_bias_, halves=["into_O"])
 def _linear_grad_bias_(into_O: np.ndarray, dy_TO: Tensor, add: bool) -> None:
     dy = dy_TO.contiguous()
-    O, kind = into_O.size, library.KINDS[into_O.dtype.name]
+    O, kind = into_O.size, library.kind_of(into_O.dtype)
     lib.pc_sum_rows(dy.data_ptr(), into_O.ctypes.data, kind, dy.size // O, O, add)
 
 
@@ -247,7 +247,7 @@ def through_float32(into: np.ndarray, add: bool, write: Callable[[np.ndarray, bo
         _room = np.empty(into.size, np.float32)
     room = _room[: into.size]
     write(room.reshape(into.shape), False)
-    kind, target = library.KINDS[into.dtype.name], into.ctypes.data
+    kind, target = library.kind_of(into.dtype), into.ctypes.data
     if add:
         lib.pc_add_halves(target, kind, room.ctypes.data, 0, into.size)
     else:
@@ -288,7 +288,7 @@ def _embedding_grad_table_(into_VH: np.ndarray, dy_TH: Tensor, ids_T: Tensor, fi
     """Nothing of the table's size is allocated."""
     dy, ids = dy_TH.contiguous(), int32(ids_T)
     V, H = into_VH.shape
-    into = into_VH.ctypes.data, library.KINDS[into_VH.dtype.name]
+    into = into_VH.ctypes.data, library.kind_of(into_VH.dtype)
     lib.pc_embedding_grad(dy.data_ptr(), ids.data_ptr(), *into, ids.size, V, H, first_row, add)
 
 
@@ -366,13 +366,13 @@ declare("pc_adam", "PPIPPPILFFFFFFFFF")
 
 @compiled(reference.sum_of_squares, halves=["flat"])
 def _sum_of_squares(flat: np.ndarray) -> float:
-    return lib.pc_sum_of_squares(flat.ctypes.data, library.KINDS[flat.dtype.name], flat.size)
+    return lib.pc_sum_of_squares(flat.ctypes.data, library.kind_of(flat.dtype), flat.size)
 
 
 @compiled(reference.add_, halves=["into", "values"])
 def _add_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
-    kinds = library.KINDS[into.dtype.name], KINDS[values.dtype]
+    kinds = library.kind_of(into.dtype), KINDS[values.dtype]
     if kinds == (0, 0):
         lib.pc_add(into.ctypes.data, values.data_ptr(), into.size)
     else:
@@ -382,7 +382,7 @@ def _add_(into: np.ndarray, values: Tensor) -> None:
 @compiled(reference.write_, halves=["into", "values"])
 def _write_(into: np.ndarray, values: Tensor) -> None:
     values = values.contiguous()
-    kinds = library.KINDS[into.dtype.name], KINDS[values.dtype]
+    kinds = library.kind_of(into.dtype), KINDS[values.dtype]
     if kinds[0] == kinds[1]:
         ctypes.memmove(into.ctypes.data, values.data_ptr(), into.nbytes)
     else:
@@ -391,7 +391,7 @@ def _write_(into: np.ndarray, values: Tensor) -> None:
 
 @compiled(reference.copy_, halves=["into", "values"])
 def _copy_(into: np.ndarray, values: np.ndarray) -> None:
-    kinds = library.KINDS[values.dtype.name], library.KINDS[into.dtype.name]
+    kinds = library.kind_of(values.dtype), library.kind_of(into.dtype)
     if kinds[0] == kinds[1]:
         ctypes.memmove(into.ctypes.data, values.ctypes.data, into.nbytes)
     else:
@@ -400,7 +400,7 @@ def _copy_(into: np.ndarray, values: np.ndarray) -> None:
 
 @compiled(reference.scale_, halves=["into"])
 def _scale_(into: np.ndarray, factor: float) -> None:
-    lib.pc_scale(into.ctypes.data, library.KINDS[into.dtype.name], factor, into.size)
+    lib.pc_scale(into.ctypes.data, library.kind_of(into.dtype), factor, into.size)
 
 
 @compiled(reference.adam_, halves=["grad", "rounded"])
@@ -419,11 +419,11 @@ def _adam_(
     rounded: np.ndarray | None = None,
 ) -> None:
     beta1, beta2 = betas
-    copy = (None, 0) if rounded is None else (rounded.ctypes.data, library.KINDS[rounded.dtype.name])
+    copy = (None, 0) if rounded is None else (rounded.ctypes.data, library.kind_of(rounded.dtype))
     lib.pc_adam(
         param.ctypes.data,
         grad.ctypes.data,
-        library.KINDS[grad.dtype.name],
+        library.kind_of(grad.dtype),
         exp_avg.ctypes.data,
         exp_avg_sq.ctypes.data,
         *copy,

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, mint
 
 from parallel_core.deferral import defer, is_deferring
 from parallel_core.main_grad import everyone_takes_written
-from parallel_core.ops.library import KINDS
+from parallel_core.ops.library import kind_of
 from parallel_core.optimizer import flat
 from parallel_core.optimizer.flat import Flat
 from parallel_core.tape import WRITTEN, takes_written
@@ -55,7 +55,7 @@ class MainGrad:
             self._memory, self._on_host = memory, isinstance(memory, np.ndarray)
             self.takes_writes = self._on_host
             if self._on_host:
-                self._address, self._kind = memory.ctypes.data, KINDS[memory.dtype.name]
+                self._address, self._kind = memory.ctypes.data, kind_of(memory.dtype)
             parameter.main_grad = self
 
     def takes(self, dtype: Any) -> bool:
