@@ -1,7 +1,8 @@
 """Named stretches of a rank's time, told to whoever listens: timers, the timeline, what explains a hang.
 
 `with span("forward-compute", microbatch=3):` costs a fraction of a microsecond while nobody listens. Names are those of
-Megatron-LM's timers, and so are the levels: 1 for the parts of an iteration, 2 for what happens within them.
+Megatron-LM's timers, and so are the levels: 1 for the parts of an iteration, 2 for what happens within them. Parts of a
+layer have level 3.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def span(name: str, level: int = 2, **details: Any) -> _Span | _Nothing:
 
     Args:
         name: what happens.
-        level: 1 or 2, as Megatron-LM's timers have it.
+        level: 1 or 2, as Megatron-LM's timers have it, or 3.
         details: what tells this span from others of its name (microbatch, chunk, group).
     """
     return _Span(name, level, details) if _listeners else _NOTHING

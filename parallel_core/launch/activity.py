@@ -25,6 +25,8 @@ from parallel_core.files import create_file, read_regular
 from parallel_core.records import Record, parse_json
 
 _BYTES = 4096
+_DEEPEST = 2
+"""Level of the spans that are told; one costs as much as a small kernel."""
 STACK_SIGNAL = signal.SIGUSR1
 """What makes a rank write its stack."""
 _MAX_STACK_BYTES = 1 << 20
@@ -44,7 +46,7 @@ def stack_path(log_dir: Path, rank: int) -> Path:
 
 
 class Activity(spans.Listener):
-    """Writes the open spans of the thread that makes it into a file."""
+    """Writes the open spans of the thread that makes it into a file, but for parts of layers, which come too often."""
 
     def __init__(self, path: Path) -> None:
         with create_file(path) as file:
@@ -55,15 +57,17 @@ class Activity(spans.Listener):
         self._open: list[tuple[str, dict[str, Any], float]] = []
         self._write()
 
-    def begin(self, name: str, level: int, details: dict[str, Any]) -> None:  # noqa: ARG002
+    def begin(self, name: str, level: int, details: dict[str, Any]) -> None:
         """Take note of a span that begins."""
-        if threading.get_ident() == self._thread:
+        if level <= _DEEPEST and threading.get_ident() == self._thread:
             self._open.append((name, details, time.time()))
             self._write()
 
     def end(self, name: str, level: int, start_ns: int, end_ns: int, details: dict[str, Any]) -> None:  # noqa: ARG002
         """Take note of a span that ended; one that was told of only afterwards is none of the open ones."""
-        if threading.get_ident() == self._thread and self._open and self._open[-1][:2] == (name, details):
+        if level > _DEEPEST or threading.get_ident() != self._thread or not self._open:
+            return
+        if self._open[-1][:2] == (name, details):
             self._open.pop()
             self._write()
 

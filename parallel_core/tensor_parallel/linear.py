@@ -269,7 +269,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         summed = ctx.group.all_reduce_start_(dx)
     else:
         summed = None
-    with span("weight-gradient"):
+    with span("weight-gradient", 3):
         dw = weight_gradient(operand, x, weight, main_grad_of(weight, dy), gather)
     return dx if summed is None else summed.wait(), dw
 

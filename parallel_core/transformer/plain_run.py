@@ -183,7 +183,7 @@ class Run:
             cut = self._sizes.parts > 1
             start = self._group.reduce_scatter_start if cut else self._group.all_reduce_start_
             summed = start(self._gradients.tensor(name))
-        with span("weight-gradient"):
+        with span("weight-gradient", 3):
             self._to(linear.of_weight + 1)
         total = None if summed is None else summed.wait()
         if total is not None:
