@@ -62,6 +62,7 @@ def be_a_rank(arguments: argparse.Namespace, folder: str) -> None:
 
     start_shift = clocked("send", group.shift_start)
     group.shift_start = shifting  # type: ignore[method-assign]
+    group.passing = lambda: None  # type: ignore[method-assign] # in one call there would be nothing to see
     ops.attention_of_meetings = clocked("attend", ops.attention_of_meetings)
     ops.attention_of_meetings_grad = clocked("attend", ops.attention_of_meetings_grad)
 

@@ -13,6 +13,7 @@ import pstats
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,17 +45,19 @@ ROUTING = {
     router._Route: ("forward", "backward"),
 }
 """What a mixture of experts does beside its products and its exchange: choosing experts, and putting rows in order."""
+RINGS = ("pc_ring_attention", "pc_ring_attention_grad")
+"""Kernels that communicate: what they send and receive counts as theirs, what they wait for does not."""
 WARM_UP = 2
 
 
 class Clocked:
-    """A library whose functions add their seconds to `seconds`."""
+    """A library whose functions add their seconds to `seconds`, but for those in which `RINGS` have `waited`."""
 
-    def __init__(self, loaded: Any, seconds: Counter[str]) -> None:
-        self._loaded, self._seconds = loaded, seconds
+    def __init__(self, loaded: Any, seconds: Counter[str], waited: Callable[[], float] = lambda: 0.0) -> None:
+        self._loaded, self._seconds, self._waited = loaded, seconds, waited
 
     def __getattr__(self, name: str) -> Any:
-        function, seconds = getattr(self._loaded, name), self._seconds
+        function, seconds, waited = getattr(self._loaded, name), self._seconds, self._waited
 
         def call(*arguments: Any) -> Any:
             start = time.perf_counter()
@@ -68,8 +71,14 @@ class Clocked:
                 function(layer, step, step + 1)
                 seconds["pc_linear" if step in products else name] += time.perf_counter() - start
 
+        def call_and_wait(*arguments: Any) -> Any:
+            before = waited()
+            result = call(*arguments)
+            seconds[name] -= waited() - before
+            return result
+
         products = PRODUCT_STEPS.get(name, ())
-        made: Any = call_steps if products else call
+        made: Any = call_steps if products else call_and_wait if name in RINGS else call
         setattr(self, name, made)
         return made
 
@@ -115,7 +124,7 @@ class Recorder:
         try:
             ops.use_kernels()  # imports the modules that declare the functions of `library.lib`
             library.load()
-            kernels = Clocked(SimpleNamespace(**vars(library.lib)), self.seconds)
+            kernels = Clocked(SimpleNamespace(**vars(library.lib)), self.seconds, self._waited)
             vars(library.lib).update({name: getattr(kernels, name) for name in vars(library.lib)})
             shm._library = Clocked(shm.library(), self.seconds)  # type: ignore[assignment]
         except build.BuildError as error:

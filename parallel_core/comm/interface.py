@@ -17,6 +17,8 @@ from parallel_core.errors import CommError
 if TYPE_CHECKING:
     from mindspore import Tensor
 
+    from parallel_core.comm.passing import Passing
+
 
 class Handle(abc.ABC):
     """A transfer under way."""
@@ -107,6 +109,10 @@ class Group(abc.ABC):
         """
         sent = self.send(x, (self.rank + 1) % self.size)
         return _Shift(sent, self.receive(x.shape, x.dtype, (self.rank - 1) % self.size))
+
+    def passing(self) -> Passing | None:
+        """Return what compiled code does `shift_start` with; None: it cannot, or somebody watches what is sent."""
+        return None
 
     @abc.abstractmethod
     def barrier(self) -> None:

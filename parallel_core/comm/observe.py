@@ -24,6 +24,8 @@ _OPERATIONS = {
 class _Observed:
     """The compiled functions of one group, of which each operation is a span, and the waiting in it another."""
 
+    watches = True
+
     def __init__(self, library: Any, group: ShmGroup, handle: Any) -> None:
         self._library = library
         for symbol, name in _OPERATIONS.items():

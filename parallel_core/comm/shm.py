@@ -7,6 +7,7 @@ Its creator tells the others (process, descriptor), and they open it through /pr
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from mindspore import Tensor, mint
 from parallel_core.comm.interface import Done, Group, Handle
 from parallel_core.comm.meeting import Meeting
 from parallel_core.comm.objects import gather_objects
+from parallel_core.comm.passing import Passing
 from parallel_core.errors import CommError
 from parallel_core.ops import build
 
@@ -94,6 +96,14 @@ def library() -> ctypes.CDLL:
             function.argtypes, function.restype = arguments, result
         _library = loaded
     return _library
+
+
+@functools.cache
+def _message_functions() -> tuple[int, int]:
+    """Return the addresses of the functions that send and receive."""
+    addresses = (ctypes.cast(getattr(build.load(), name), c_void_p).value for name in ("pcs_send", "pcs_receive"))
+    send, receive = (address or 0 for address in addresses)
+    return send, receive
 
 
 class ShmGroup(Group):
@@ -309,6 +319,15 @@ class ShmGroup(Group):
             self._check(status, f"receive(from={self.ranks[src]})", out)
         return out
 
+    def passing(self) -> Passing | None:
+        """Return the functions of messages, unless somebody watches them."""
+        if getattr(self.library, "watches", False):
+            return None
+        return Passing(self.handle, *_message_functions(), _DTYPES[ms.float32][0], self.timeout_s, self._check_passing)
+
+    def _check_passing(self, status: int, x: Tensor) -> None:
+        self._check(status, "receive in a ring", x)
+
     # ---- errors -----------------------------------------------------------------------------------------------------
     def _cut(self, x: Tensor, dim: int) -> list[int]:
         shape = list(x.shape)
@@ -350,6 +369,8 @@ def _describe(operation: str, first: int, second: int) -> str:
 
 class _Closed:
     """Stands in for the library of a closed group: its memory is gone, and to touch it would end the process."""
+
+    watches = True
 
     def __init__(self, name: str) -> None:
         self._name = name

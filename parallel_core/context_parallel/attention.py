@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import mindspore as ms
 from mindspore import Tensor, mint
 
 from parallel_core import ops
@@ -22,6 +23,7 @@ from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group, SoloGroup
 from parallel_core.context_parallel.blocks import Chunks, Meetings
 from parallel_core.layout.sequence import held_order, sequence_order
+from parallel_core.ops.fused_attention import Ring
 from parallel_core.tape import reshaped
 from parallel_core.tensor_parallel.mappings import all_to_all
 
@@ -157,43 +159,72 @@ def _gathered(keys: Tensor, group: Group) -> Tensor:
 
 # ---- ring -----------------------------------------------------------------------------------------------------------
 class _Ring(Function):
-    """Keys and values visit every rank; in backward their gradients travel with them and come home."""
+    """Keys and values visit every rank; in backward their gradients travel with them and come home.
+
+    Where messages are functions of C, as over shared memory, all of it is one call, in the order of the calls here.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, start: Tensor | None, group: Group, options: dict[str, Any]
     ) -> Tensor:
         chunks = Chunks(query.shape[0], group.size, group.rank, start)
-        options = {**options, "length": chunks.length}
-        out: Tensor | None = None
-        log_sum_exp: Tensor | None = None
-        for met, visiting in _visits(keys, chunks, group):
-            out, log_sum_exp = ops.attention_of_meetings(
-                query, visiting, out, log_sum_exp, start, meetings=met, **options
-            )
-        out = ops.cast(out, query.dtype)
+        ctx.start, ctx.group, ctx.visits = start, group, chunks.visits()
+        ctx.options = {**options, "length": chunks.length}
+        ctx.in_one_call = _ring_of_one_call(ctx) if query.dtype == ms.float32 else None
+        if ctx.in_one_call is not None:
+            out, log_sum_exp = ctx.in_one_call.attend(query, keys, start)
+        else:
+            out, log_sum_exp = _attend(ctx, query, keys)
         ctx.save_for_backward(query, keys, out, log_sum_exp)
-        ctx.start, ctx.group, ctx.chunks, ctx.options = start, group, chunks, options
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, out, log_sum_exp = ctx.saved_tensors
-        dquery: Tensor | None = None
-        home: Any = None  # the gradients of the keys that visit, on their way round
-        for met, visiting in _visits(keys, ctx.chunks, ctx.group):
-            dquery, dkeys = ops.attention_of_meetings_grad(
-                query, visiting, out, dout, log_sum_exp, dquery, ctx.start, meetings=met, **ctx.options
-            )
-            home = ctx.group.shift_start(dkeys if home is None else ops.total(dkeys, home.wait()))
-        return ops.cast(dquery, query.dtype), ops.cast(home.wait(), keys.dtype), None, None, None
+        if ctx.in_one_call is not None:
+            dquery, dkeys = ctx.in_one_call.take_back(query, keys, out, dout, log_sum_exp, ctx.start)
+        else:
+            dquery, dkeys = _take_back(ctx, query, keys, out, dout, log_sum_exp)
+        return dquery, dkeys, None, None, None
 
 
-def _visits(keys: Tensor, chunks: Chunks, group: Group) -> Iterator[tuple[Meetings, Tensor]]:
+def _ring_of_one_call(ctx: Any) -> Ring | None:
+    """Return what computes and communicates in one C call, where kernels and messages are functions of C."""
+    group = ctx.group
+    passing = group.passing() if ops.are_compiled() else None
+    if passing is None:
+        return None
+    next_, previous = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    fields = passing.group, passing.send, passing.receive, passing.float32, next_, previous
+    return Ring(fields, passing.limit_s, passing.check, ctx.visits, ctx.options)
+
+
+def _attend(ctx: Any, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    found: tuple[Any, Any] = (None, None)
+    for met, visiting in _visits(keys, ctx.visits, ctx.group):
+        found = ops.attention_of_meetings(query, visiting, *found, ctx.start, meetings=met, **ctx.options)
+    return ops.cast(found[0], query.dtype), found[1]
+
+
+def _take_back(
+    ctx: Any, query: Tensor, keys: Tensor, out: Tensor, dout: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor]:
+    dquery: Any = None
+    home: Any = None  # the gradients of the keys that visit, on their way round
+    for met, visiting in _visits(keys, ctx.visits, ctx.group):
+        dquery, dkeys = ops.attention_of_meetings_grad(
+            query, visiting, out, dout, log_sum_exp, dquery, ctx.start, meetings=met, **ctx.options
+        )
+        home = ctx.group.shift_start(dkeys if home is None else ops.total(dkeys, home.wait()))
+    return ops.cast(dquery, query.dtype), ops.cast(home.wait(), keys.dtype)
+
+
+def _visits(keys: Tensor, visits: tuple[Meetings, ...], group: Group) -> Iterator[tuple[Meetings, Tensor]]:
     """Yield what this rank's queries meet of each rank's keys and values, and these, which travel on meanwhile."""
-    for step in range(group.size):
+    for step, met in enumerate(visits):
         arriving = group.shift_start(keys) if step < group.size - 1 else None
-        yield chunks.with_rank((group.rank - step) % group.size), keys
+        yield met, keys
         keys = keys if arriving is None else arriving.wait()
 
 

@@ -36,6 +36,10 @@ class Chunks:
         """Return where this rank's queries see some of another rank's keys, which stand as it holds them."""
         return _of_ranks(self.length, self._size, self._rank, other, self._lowest)
 
+    def visits(self) -> tuple[Meetings, ...]:
+        """Return the same for this rank, the one before it, and so on round the ring."""
+        return tuple(self.with_rank((self._rank - step) % self._size) for step in range(self._size))
+
     def with_all(self) -> Meetings:
         """Return what this rank's queries see of all keys, which stand in the order of the sequence."""
         return _of_sequence(self.length, self._size, self._rank)

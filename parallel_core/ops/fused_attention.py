@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from ctypes import c_int64
+import struct
+from collections.abc import Callable
+from ctypes import c_int, c_int64
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,18 +74,19 @@ declare("pc_attention_meetings", "PPPPLPPPPLFFUU")
 declare("pc_attention_meetings_grad", "PPPPLPPPPPPPPLFFUU")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=512)
 def _numbers(rows: tuple[tuple[int, ...], ...]) -> Any:
     """Return integers as a C array, the same one for the layers and microbatches of a model."""
     flat = [number for row in rows for number in row]
     return (c_int64 * len(flat))(*flat)
 
 
+@functools.lru_cache(maxsize=64)
 def _of_meetings(
-    query: Tensor, keys: Tensor, length: int, head_size: int, heads: tuple[int, int] | None
+    query: tuple[int, ...], keys: tuple[int, ...], length: int, head_size: int, heads: tuple[int, int] | None
 ) -> tuple[int, int, Any]:
     """Return the number of heads, the size of a value, and what the kernels are told of shapes."""
-    (_, B, G, W), Y = query.shape, keys.shape[-1]
+    (_, B, G, W), Y = query, keys[-1]
     N, E = W // head_size * G, Y - head_size
     sizes = length, 0, B, N, G, head_size, E, 0, 0, *(heads or (0, N))
     return N, E, _numbers((sizes, (B * G * W, G * W, W), *((B * G * Y, G * Y, Y),) * 2))
@@ -97,6 +100,13 @@ def _places(query: Tensor, keys: Tensor, head_size: int) -> _Addresses:
 def _starts(start: Tensor | None) -> tuple[Tensor | None, int]:
     """Return the first visible positions as the kernels read them, and how many there are of a sample."""
     return (None, 0) if start is None else (raw.int32(start), start.shape[1])
+
+
+def _nothing(query: tuple[int, ...], length: int, N: int, E: int) -> tuple[Tensor, Tensor]:
+    """Return the attention to no keys of queries of a shape."""
+    S, B = query[:2]
+    log_sum_exp = np.full((S // length, B, N, length), -np.inf, np.float32)
+    return raw.on(np.zeros((S, B, N * E), np.float32)), raw.on(log_sum_exp)
 
 
 @compiled(reference_meetings.attention_of_meetings, integers=["start_BP"])
@@ -117,11 +127,9 @@ def _attention_of_meetings(
 ) -> tuple[Tensor, Tensor]:
     """One call for all meetings; each goes on with the softmax of the one before, in its memory."""
     query, keys = query_SBGW.contiguous(), keys_TBGY.contiguous()
-    N, E, shape = _of_meetings(query, keys, length, head_size, heads)
-    S, B = query.shape[:2]
+    N, E, shape = _of_meetings(query.shape, keys.shape, length, head_size, heads)
     if out_SBX is None or log_sum_exp_CBNL is None:
-        out = raw.on(np.zeros((S, B, N * E), np.float32))
-        log_sum_exp = raw.on(np.full((S // length, B, N, length), -np.inf, np.float32))
+        out, log_sum_exp = _nothing(query.shape, length, N, E)
     else:
         out, log_sum_exp = out_SBX.contiguous(), log_sum_exp_CBNL.contiguous()
     start, positions = _starts(start_BP)
@@ -152,7 +160,7 @@ def _attention_of_meetings_grad(
 ) -> tuple[Tensor, Tensor]:
     """The weights are computed again from the log-sum-exp over all keys."""
     query, keys = query_SBGW.contiguous(), keys_TBGY.contiguous()
-    _, _, shape = _of_meetings(query, keys, length, head_size, heads)
+    _, _, shape = _of_meetings(query.shape, keys.shape, length, head_size, heads)
     out, dout, log_sum_exp = out_SBX.contiguous(), dout_SBX.contiguous(), log_sum_exp_CBNL.contiguous()
     dquery = raw.on(np.zeros(query.shape, np.float32)) if dquery_SBGW is None else dquery_SBGW.contiguous()
     dkeys = raw.on(np.zeros(keys.shape, np.float32))
@@ -163,6 +171,82 @@ def _attention_of_meetings_grad(
         _numbers(meetings), len(meetings), scale, dropout_rate, dropout_seed[0] & _WORD, dropout_seed[1] & _WORD,
     )  # fmt: skip
     return dquery, dkeys
+
+
+# ---- a ring of ranks, whose keys visit each other in one call --------------------------------------------------------
+declare("pc_ring_attention", "PPPPLPLPPPPPLFFUU", returns=c_int)
+declare("pc_ring_attention_grad", "PPPPLPLPPPPPPPPLFFUU", returns=c_int)
+
+
+class Ring:
+    """What one rank's queries meet on a ring, and how keys get round it.
+
+    Args:
+        fields: addresses of the collectives' group and of its functions that send and receive; the number of the type
+            float32; places of the next rank and of the one before.
+        limit_s: time limit of a message.
+        check: raises what the status of messages means, of the tensor that was passed on.
+        visits: what is met of this rank's keys, of those of the rank before it, ...
+        options: those of `attention_of_meetings` but the meetings.
+    """
+
+    def __init__(
+        self,
+        fields: tuple[int, ...],
+        limit_s: float,
+        check: Callable[[int, Tensor], None],
+        visits: tuple[tuple[Meeting, ...], ...],
+        options: dict[str, Any],
+    ) -> None:
+        self._fields, self._check = _fields(fields, limit_s), check
+        counts = tuple(map(len, visits))
+        self._met, self._counts, self._ranks = _numbers(sum(visits, ())), _numbers((counts,)), len(visits)
+        self._length, self._head_size, self._heads = options["length"], options["head_size"], options["heads"]
+        seed = options["dropout_seed"]
+        self._factors = options["scale"], options["dropout_rate"], seed[0] & _WORD, seed[1] & _WORD
+
+    def attend(self, query_SBGW: Tensor, keys_SBGY: Tensor, start_BP: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what `attention_of_meetings` gives over the keys of all ranks."""
+        N, E, shape = _of_meetings(query_SBGW.shape, keys_SBGY.shape, self._length, self._head_size, self._heads)
+        out, log_sum_exp = _nothing(query_SBGW.shape, self._length, N, E)
+        start, positions = _starts(start_BP)
+        room, n = np.empty(keys_SBGY.size, np.float32), keys_SBGY.size
+        status = lib.pc_ring_attention(
+            self._fields, query_SBGW.data_ptr(), keys_SBGY.data_ptr(), room.ctypes.data, n,
+            raw.pointer(start), positions,
+            out.data_ptr(), log_sum_exp.data_ptr(), shape, self._met, self._counts, self._ranks, *self._factors,
+        )  # fmt: skip
+        self._check(status, keys_SBGY)
+        return out, log_sum_exp
+
+    def take_back(
+        self,
+        query_SBGW: Tensor,
+        keys_SBGY: Tensor,
+        out_SBX: Tensor,
+        dout_SBX: Tensor,
+        log_sum_exp_CBNL: Tensor,
+        start_BP: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of this rank's queries, and of its keys from the queries of all ranks."""
+        _, _, shape = _of_meetings(query_SBGW.shape, keys_SBGY.shape, self._length, self._head_size, self._heads)
+        dquery, dkeys = raw.on(np.zeros(query_SBGW.shape, np.float32)), raw.new(keys_SBGY.shape)
+        start, positions = _starts(start_BP)
+        room, n = np.empty(2 * dkeys.size, np.float32), dkeys.size
+        addresses = [x.data_ptr() for x in (out_SBX, dout_SBX.contiguous(), log_sum_exp_CBNL, dquery, dkeys)]
+        status = lib.pc_ring_attention_grad(
+            self._fields, query_SBGW.data_ptr(), keys_SBGY.data_ptr(), room.ctypes.data, n,
+            raw.pointer(start), positions,
+            *addresses, shape, self._met, self._counts, self._ranks, *self._factors,
+        )  # fmt: skip
+        self._check(status, keys_SBGY)
+        return dquery, dkeys
+
+
+@functools.lru_cache(maxsize=16)
+def _fields(fields: tuple[int, ...], limit_s: float) -> Any:
+    (limit,) = struct.unpack("q", struct.pack("d", limit_s))
+    return (c_int64 * (len(fields) + 1))(*fields, limit)
 
 
 # ---- whole sequences ------------------------------------------------------------------------------------------------

@@ -476,6 +476,74 @@ PC_API void pc_attention_meetings_grad(const float* q, const float* k, const flo
                });
 }
 
+// A ring of ranks that pass memory on: functions of the collectives' library, what they know of the ring by, and the
+// fields of a float32 message.
+struct Ring {
+  void* group;
+  int (*send_to)(void* group, const void* x, i64 bytes, int dtype, int to, double limit);
+  int (*receive_from)(void* group, void* x, i64 bytes, int dtype, int from, double limit);
+  i64 dtype, next, previous;
+  double limit;
+
+  int send(const float* x, i64 n) const {
+    return send_to(group, x, n * static_cast<i64>(sizeof(float)), static_cast<int>(dtype), static_cast<int>(next), limit);
+  }
+  int receive(float* x, i64 n) const {
+    return receive_from(group, x, n * static_cast<i64>(sizeof(float)), static_cast<int>(dtype),
+                        static_cast<int>(previous), limit);
+  }
+};
+
+// Calls body(keys, first meeting, meetings) for the n numbers of this rank's keys and those of all others, which visit
+// one after another in `room`, and travel on while the body computes. Returns the status of what failed, or 0.
+template <class Body>
+int for_visits(const Ring& ring, const float* keys, float* room, i64 n, const i64* meetings, const i64* counts,
+               i64 ranks, Body body) {
+  for (i64 r = 0; r < ranks; meetings += counts[r++] * static_cast<i64>(sizeof(Meeting) / sizeof(i64))) {
+    const bool last = r + 1 == ranks;
+    if (const int status = last ? 0 : ring.send(keys, n)) return status;
+    if (const int status = body(r, keys, meetings, counts[r])) return status;
+    if (const int status = last ? 0 : ring.receive(room, n)) return status;
+    keys = room;
+  }
+  return 0;
+}
+
+// pc_attention_meetings with the keys of all ranks; `keys` has n numbers, the values stand D behind the keys.
+PC_API int pc_ring_attention(const void* passing, const float* q, const float* keys, float* room, i64 n,
+                             const int32_t* document_start, i64 positions, float* out, float* lse, const i64* shape,
+                             const i64* meetings, const i64* counts, i64 ranks, float scale, float rate, u64 seed0,
+                             u64 seed1) {
+  return for_visits(*static_cast<const Ring*>(passing), keys, room, n, meetings, counts, ranks,
+                    [&](i64, const float* k, const i64* met, i64 count) {
+                      pc_attention_meetings(q, k, k + shape[5], document_start, positions, out, lse, shape, met, count,
+                                            scale, rate, seed0, seed1);
+                      return 0;
+                    });
+}
+
+// pc_attention_meetings_grad with the keys of all ranks; dkeys are the gradients of this rank's, from all queries. They
+// travel a step behind the keys, and come home last. `room` is for 2 n numbers.
+PC_API int pc_ring_attention_grad(const void* passing, const float* q, const float* keys, float* room, i64 n,
+                                  const int32_t* document_start, i64 positions, const float* out, const float* dout,
+                                  const float* lse, float* dq, float* dkeys, const i64* shape, const i64* meetings,
+                                  const i64* counts, i64 ranks, float scale, float rate, u64 seed0, u64 seed1) {
+  const Ring& ring = *static_cast<const Ring*>(passing);
+  float* home = room + n;
+  const int status = for_visits(
+      ring, keys, room, n, meetings, counts, ranks, [&](i64 r, const float* k, const i64* met, i64 count) {
+        std::fill(dkeys, dkeys + n, 0.0f);
+        pc_attention_meetings_grad(q, k, k + shape[5], document_start, positions, out, dout, lse, dq, dkeys,
+                                   dkeys + shape[5], shape, met, count, scale, rate, seed0, seed1);
+        if (r > 0) {
+          if (const int failed = ring.receive(home, n)) return failed;
+          pc_add(dkeys, home, n);
+        }
+        return ring.send(dkeys, n);
+      });
+  return status ? status : ring.receive(dkeys, n);
+}
+
 // Attention of S new tokens of B sequences to those in a cache, where their keys and values are put first.
 // q, k, v [S, B, ..] with strides; keys [rows, G, T, D]; values [rows, G, T, E]; sequence b is row rows[b] and has
 // firsts[b] tokens already. shape: S, B, N, G, D, E, T, window, then the strides of q, k and v. out [S, B, N * E].
