@@ -4,7 +4,7 @@ python benchmarks/train.py [--sizes A,B] [--layouts tp1,tp2,tp2sp,pp2,pp2vpp2,dp
 python benchmarks/train.py --sizes L,XL --layouts core1,cp2,cp2gather,cp2a2a,tp2sp [--steps 7]      # long sequences
 python benchmarks/train.py --sizes M --layouts tp1,tp2sp,ep2                        # 8 experts, 2 for each token
                            [--peer-python PYTHON --peer-script train_mcore.py] [--kernels auto|local] [--bf16]
-                           [--profile]
+                           [--fp16] [--profile]
 python benchmarks/train.py --sizes G                                                # GPT-2 124M, sequences of 1024
 python benchmarks/train.py --sizes S --layouts tp1,tp2,dp4,pp8,zb4,cp4,tp16 --rounds 1          # many ranks on one host
 python benchmarks/train.py --sizes SM --layouts tp1,ep2,ep4,ep8,tp2ep4 --rounds 1               # the same with experts
@@ -342,6 +342,8 @@ def measure(name: str, size_name: str, arguments: argparse.Namespace) -> dict[st
     size, layout = SIZES[size_name], layout_named(name)
     if arguments.bf16:
         layout = replace(layout, ours=(*layout.ours, "--bf16"), peer=(*layout.peer, "--bf16"))
+    if arguments.fp16:  # with a loss scale that skips no step
+        layout = replace(layout, ours=(*layout.ours, "--fp16", "--initial-loss-scale", "1024"))
     ours: list[dict[str, Any]] = []
     peer: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
@@ -428,6 +430,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help=f"of each run; the first {WARM_UP} do not count")
     parser.add_argument("--kernels", default="auto", choices=["auto", "local"])
     parser.add_argument("--bf16", action="store_true", help="both train with --bf16")
+    parser.add_argument("--fp16", action="store_true", help="ours trains with --fp16, the peer in float32")
     parser.add_argument("--profile", action="store_true", help="name the ten most expensive functions (slows the run)")
     parser.add_argument("--peer-python", default=os.environ.get("PEER_PYTHON"))
     parser.add_argument("--peer-script", default=os.environ.get("PEER_SCRIPT"))
