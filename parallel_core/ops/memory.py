@@ -3,7 +3,7 @@
 A C library that is told to keep what is freed cuts it up for what is smaller, so that the next large array needs new
 memory, and a process grows to a fourth more than it uses; one that gives it back has the system write zeros to every
 page of the next array. Here an array gets the memory of a former one of its very size. In training the sizes are the
-same from one microbatch to the next, so nothing is ever cut up; where they are not, all that waits is given back.
+same from one microbatch to the next, so nothing is ever cut up; where they are not, memory that waits is given back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +21,50 @@ LARGE_BYTES = 1 << 20
 
 _HUGE_PAGE_BYTES = 1 << 21
 _FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
-_waiting: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
-"""Memory that nothing uses, by its size."""
+_SLACK = 8
+"""More than has been in use at once there may be by one part of so many."""
+
+
+class _Waiting:
+    """Memory that nothing uses, by its size, and how much is in use."""
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, list[mmap.mmap]] = {}
+        self.waiting = self._used = self._most_used = 0
+
+    def take(self, size: int) -> mmap.mmap:
+        """Return memory of a size.
+
+        Where new memory is needed, so much is given back of the size whose memory came last longest ago that all
+        together is little more than has been in use at once. Arrays that follow one another thus do not drive each
+        other out.
+        """
+        self._used += size
+        self._most_used = max(self._most_used, self._used)
+        found = self._by_size.get(size)
+        if found:
+            self.waiting -= size
+            return found.pop()
+        while self.waiting and self._used + self.waiting > self._most_used + self._most_used // _SLACK:
+            oldest = next(iter(self._by_size))
+            for _ in self._by_size.pop(oldest):
+                self.waiting -= oldest
+        return _new(size)
+
+    def put(self, memory: mmap.mmap) -> None:
+        """Let memory wait that nothing uses any more."""
+        size = len(memory)
+        self._used -= size
+        self.waiting += size
+        self._by_size[size] = [*self._by_size.pop(size, ()), memory]
+
+    def clear(self) -> None:
+        """Give back all that waits, and forget how much has been in use."""
+        self._by_size.clear()
+        self.waiting, self._most_used = 0, self._used
+
+
+_waiting = _Waiting()
 
 
 class _Lease:
@@ -33,8 +74,8 @@ class _Lease:
         self._memory = memory
         self.__array_interface__ = np.frombuffer(memory, np.uint8).__array_interface__
 
-    def __del__(self, waiting: defaultdict[int, list[mmap.mmap]] = _waiting) -> None:  # also when Python ends
-        waiting[len(self._memory)].append(self._memory)
+    def __del__(self, waiting: _Waiting = _waiting) -> None:  # also when Python ends
+        waiting.put(self._memory)
 
 
 def empty(shape: Sequence[int], kind: Any = np.float32) -> np.ndarray:
@@ -43,13 +84,10 @@ def empty(shape: Sequence[int], kind: Any = np.float32) -> np.ndarray:
     size = math.prod(shape) * kind.itemsize
     if size < LARGE_BYTES or not _FLAGS:
         return np.empty(shape, kind)
-    waiting = _waiting.get(size)
-    memory = waiting.pop() if waiting else _new(size)
-    return np.asarray(_Lease(memory)).view(kind).reshape(shape)
+    return np.asarray(_Lease(_waiting.take(size))).view(kind).reshape(shape)
 
 
 def _new(size: int) -> mmap.mmap:
-    _waiting.clear()
     memory = mmap.mmap(-1, size, flags=_FLAGS)
     if size >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # of a kernel without such pages
@@ -59,4 +97,4 @@ def _new(size: int) -> mmap.mmap:
 
 def waiting_bytes() -> int:
     """Return how much memory waits for an array of its size."""
-    return sum(size * len(waiting) for size, waiting in _waiting.items())
+    return _waiting.waiting

@@ -53,6 +53,16 @@ def test_what_waits_is_given_back_when_an_array_of_another_size_is_asked_for():
     assert kept.shape == (FLOATS,)
 
 
+def test_arrays_of_different_sizes_that_follow_one_another_do_not_drive_each_other_out(monkeypatch):
+    asked, new = [], memory._new
+    monkeypatch.setattr(memory, "_new", lambda size: (asked.append(size), new(size))[1])
+    kept = memory.empty((20 * FLOATS,))
+    for _ in range(5):
+        for size in (FLOATS, FLOATS + 100):
+            memory.empty((size,))
+    assert asked == [kept.nbytes, FLOATS * 4, FLOATS * 4 + 400]
+
+
 def test_small_arrays_are_numpys():
     array = memory.empty((3, 4))
     assert array.base is None and array.shape == (3, 4) and array.dtype == np.float32
