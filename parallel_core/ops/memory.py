@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +32,9 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._by_size: dict[int, list[mmap.mmap]] = {}
-        self.waiting = self._used = self._most_used = 0
+        self._waiting = self._used = self._most_used = 0
+        self._returned: deque[mmap.mmap] = deque()
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> mmap.mmap:
         """Return memory of a size.
@@ -39,29 +43,43 @@ class _Waiting:
         together is little more than has been in use at once. Arrays that follow one another thus do not drive each
         other out.
         """
-        self._used += size
-        self._most_used = max(self._most_used, self._used)
-        found = self._by_size.get(size)
-        if found:
-            self.waiting -= size
-            return found.pop()
-        while self.waiting and self._used + self.waiting > self._most_used + self._most_used // _SLACK:
-            oldest = next(iter(self._by_size))
-            for _ in self._by_size.pop(oldest):
-                self.waiting -= oldest
+        with self._lock:
+            self._sort()
+            self._used += size
+            self._most_used = max(self._most_used, self._used)
+            found = self._by_size.get(size)
+            if found:
+                self._waiting -= size
+                return found.pop()
+            while self._waiting and self._used + self._waiting > self._most_used + self._most_used // _SLACK:
+                oldest = next(iter(self._by_size))
+                self._waiting -= oldest * len(self._by_size.pop(oldest))
         return _new(size)
 
     def put(self, memory: mmap.mmap) -> None:
-        """Let memory wait that nothing uses any more."""
-        size = len(memory)
-        self._used -= size
-        self.waiting += size
-        self._by_size[size] = [*self._by_size.pop(size, ()), memory]
+        """Let memory wait that nothing uses any more; called by any thread, and by Python in the midst of `take`."""
+        self._returned.append(memory)
+
+    def _sort(self) -> None:
+        while self._returned:
+            memory = self._returned.popleft()
+            size = len(memory)
+            self._used -= size
+            self._waiting += size
+            self._by_size[size] = [*self._by_size.pop(size, ()), memory]
+
+    def bytes(self) -> int:
+        """Return how much waits."""
+        with self._lock:
+            self._sort()
+            return self._waiting
 
     def clear(self) -> None:
         """Give back all that waits, and forget how much has been in use."""
-        self._by_size.clear()
-        self.waiting, self._most_used = 0, self._used
+        with self._lock:
+            self._sort()
+            self._by_size.clear()
+            self._waiting, self._most_used = 0, self._used
 
 
 _waiting = _Waiting()
@@ -97,4 +115,4 @@ def _new(size: int) -> mmap.mmap:
 
 def waiting_bytes() -> int:
     """Return how much memory waits for an array of its size."""
-    return _waiting.waiting
+    return _waiting.bytes()

@@ -14,6 +14,9 @@ FLOATS = memory.LARGE_BYTES // 4 + 12345
 def nothing_waits():
     gc.collect()
     memory._waiting.clear()
+    yield
+    gc.collect()
+    memory._waiting.clear()
 
 
 def test_an_array_gets_the_memory_of_a_former_one_of_its_size_in_any_shape_and_type():
@@ -66,3 +69,20 @@ def test_arrays_of_different_sizes_that_follow_one_another_do_not_drive_each_oth
 def test_small_arrays_are_numpys():
     array = memory.empty((3, 4))
     assert array.base is None and array.shape == (3, 4) and array.dtype == np.float32
+
+
+def test_an_array_that_goes_while_memory_is_looked_for_is_not_given_twice(monkeypatch):
+    """Python frees what it likes where it likes: in another thread, or in this one between two lines."""
+    first, held = memory.empty((FLOATS,)), [memory.empty((FLOATS,))]
+    del first
+
+    class Meddling(dict):
+        def get(self, *key):
+            found = super().get(*key)
+            held.clear()
+            return found
+
+    memory.waiting_bytes()
+    monkeypatch.setattr(memory._waiting, "_by_size", Meddling(memory._waiting._by_size))
+    arrays = [memory.empty((FLOATS,)) for _ in range(4)]
+    assert len({array.ctypes.data for array in arrays}) == 4
