@@ -21,11 +21,11 @@ from parallel_core.tape import WRITTEN, takes_written
 class MainGrad:
     """The sum of a parameter's gradients over the microbatches of an iteration; see `main_grad.MainGrad`.
 
-    A layer's backward pass that sums here itself returns a placeholder: a view of the parameter's shape on one zero.
-    So the gradient's hook still fires when all contributions of a backward pass are in, and nothing of the parameter's
-    size is allocated.
+    A layer's backward pass that sums here itself returns `tape.WRITTEN` to a tape, and to MindSpore a placeholder: a
+    view of the parameter's shape on one zero. So the gradient's hook still fires when all contributions of a backward
+    pass are in, and nothing of the parameter's size is allocated.
 
-    Where the gradients of weights are deferred (`autograd.deferring`), the placeholder comes first and the sum later:
+    Where the gradients of weights are deferred (`autograd.deferring`), what it returns comes first and the sum later:
     the gradient is complete when nothing is pending any more.
 
     Args:
