@@ -1,6 +1,7 @@
 """Memory that large arrays leave to the next ones of their size."""
 
 import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -86,3 +87,20 @@ def test_an_array_that_goes_while_memory_is_looked_for_is_not_given_twice(monkey
     monkeypatch.setattr(memory._waiting, "_by_size", Meddling(memory._waiting._by_size))
     arrays = [memory.empty((FLOATS,)) for _ in range(4)]
     assert len({array.ctypes.data for array in arrays}) == 4
+
+
+def test_tracemalloc_counts_arrays_while_they_are_in_use():
+    before = memory.empty((FLOATS,))
+    tracemalloc.start()
+    try:
+        array = memory.empty((FLOATS,))
+        view = array[1:]
+        del array, before
+        assert FLOATS * 4 <= tracemalloc.get_traced_memory()[0] < FLOATS * 4 + 100_000
+        del view
+        again = memory.empty((FLOATS,))
+        assert FLOATS * 4 <= tracemalloc.get_traced_memory()[1] < FLOATS * 5
+        del again
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
