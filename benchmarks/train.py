@@ -7,7 +7,7 @@ python benchmarks/train.py --sizes M --layouts tp1,tp2sp,ep2                    
                            [--fp16] [--profile]
 python benchmarks/train.py --sizes G                                                # GPT-2 124M, sequences of 1024
 python benchmarks/train.py --sizes S --layouts tp1,tp2,dp4,pp8,zb4,cp4,tp16 --rounds 1          # many ranks on one host
-python benchmarks/train.py --sizes SM --layouts tp1,ep2,ep4,ep8,tp2ep4 --rounds 1               # the same with experts
+python benchmarks/train.py --sizes SM --layouts tp1,ep2,ep4,ep8,tp2ep4sp --rounds 1             # the same with experts
 
 Other layouts are written as their axes: tp4sp, dp8dist, zb4 (a pipeline that splits backward passes), tp2pp2dp4, ep4
 (of dp4). They are ours alone, and `cost` below a size is their milliseconds over those of tp1, which has all cores: the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -102,6 +103,15 @@ def keep_freed_memory() -> None:
     for option, value in ((_M_MMAP_THRESHOLD, KEPT_MEMORY_BYTES), (_M_TRIM_THRESHOLD, KEPT_MEMORY_BYTES)):
         mallopt(option, value)
     mallopt(_M_TOP_PAD, 1 << 24)
+
+
+def give_back_freed_memory() -> None:
+    """Give the kernel what was freed before, as of the values that parameters were made with.
+
+    What `keep_freed_memory` keeps serves arrays of before, while large ones have memory of their own (`ops.memory`).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def share_alike(alike: bool) -> None:

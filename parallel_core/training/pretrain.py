@@ -17,6 +17,7 @@ from parallel_core.config.schema import AllConfig
 from parallel_core.context import ParallelContext
 from parallel_core.data import train_valid_test_num_samples as count_samples
 from parallel_core.errors import ConfigError, ResultError
+from parallel_core.ops.library import give_back_freed_memory
 from parallel_core.ops.selection import PLAIN
 from parallel_core.optimizer.schedules import OptimizerParamScheduler
 from parallel_core.pipeline.figures import format_steps
@@ -147,12 +148,10 @@ class TrainingRun:
         scheduler = OptimizerParamScheduler(schedule_shape(config, self.sizes, self.iterations))
         model = get_model(model_provider_func, config, context)
         check_parameter_names(model.chunks, context)
-        self.step = TrainingStep(config, context, model, forward_step_func, scheduler, loss_scaler(config))
+        self.step = step = TrainingStep(config, context, model, forward_step_func, scheduler, loss_scaler(config))
         self.watch = StepWatch(config.training_config, context, self.step)
         self.stops = StopRequests(config.training_config.exit_duration_in_mins)
-        self.evaluator = Evaluator(
-            config, self.step, self.sizes, self.log, self.stops.wanted, process_non_loss_data_func
-        )
+        self.evaluator = Evaluator(config, step, self.sizes, self.log, self.stops.wanted, process_non_loss_data_func)
         self.checkpointer = Checkpointer(config, context, self.step, self.log.info, self.log.warn)
         for line in describe_run(config, context, self.step, self.sizes, self.iterations):
             self.log.info(line)
@@ -166,6 +165,7 @@ class TrainingRun:
         self.progress = Progress()
         if config.training_config.load_checkpoint:
             self.progress = self.checkpointer.load()
+        give_back_freed_memory()
         self.step.attempts = make_attempts(config, context, self.step, self.log, self.progress.rerun)
         self.progress = replace(self.progress, rerun=None)
         if not config.training_config.diagnosis.replay:
