@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Callable
 from ctypes import c_int, c_int64
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
-from parallel_core.ops import raw, reference, reference_meetings
-from parallel_core.ops.library import declare, lib
+from parallel_core.ops import memory, raw, reference, reference_meetings
+from parallel_core.ops.library import bits_of, declare, lib
 from parallel_core.ops.meetings import Meeting
 from parallel_core.ops.registry import compiled
 
@@ -106,7 +105,7 @@ def _nothing(query: tuple[int, ...], length: int, N: int, E: int) -> tuple[Tenso
     """Return the attention to no keys of queries of a shape."""
     S, B = query[:2]
     log_sum_exp = np.full((S // length, B, N, length), -np.inf, np.float32)
-    return raw.on(np.zeros((S, B, N * E), np.float32)), raw.on(log_sum_exp)
+    return raw.zeros((S, B, N * E)), raw.on(log_sum_exp)
 
 
 @compiled(reference_meetings.attention_of_meetings, integers=["start_BP"])
@@ -162,8 +161,8 @@ def _attention_of_meetings_grad(
     query, keys = query_SBGW.contiguous(), keys_TBGY.contiguous()
     _, _, shape = _of_meetings(query.shape, keys.shape, length, head_size, heads)
     out, dout, log_sum_exp = out_SBX.contiguous(), dout_SBX.contiguous(), log_sum_exp_CBNL.contiguous()
-    dquery = raw.on(np.zeros(query.shape, np.float32)) if dquery_SBGW is None else dquery_SBGW.contiguous()
-    dkeys = raw.on(np.zeros(keys.shape, np.float32))
+    dquery = raw.zeros(query.shape) if dquery_SBGW is None else dquery_SBGW.contiguous()
+    dkeys = raw.zeros(keys.shape)
     start, positions = _starts(start_BP)
     lib.pc_attention_meetings_grad(
         *_places(query, keys, head_size), raw.pointer(start), positions,
@@ -210,7 +209,7 @@ class Ring:
         N, E, shape = _of_meetings(query_SBGW.shape, keys_SBGY.shape, self._length, self._head_size, self._heads)
         out, log_sum_exp = _nothing(query_SBGW.shape, self._length, N, E)
         start, positions = _starts(start_BP)
-        room, n = np.empty(keys_SBGY.size, np.float32), keys_SBGY.size
+        room, n = memory.empty((keys_SBGY.size,)), keys_SBGY.size
         status = lib.pc_ring_attention(
             self._fields, query_SBGW.data_ptr(), keys_SBGY.data_ptr(), room.ctypes.data, n,
             raw.pointer(start), positions,
@@ -230,9 +229,9 @@ class Ring:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of this rank's queries, and of its keys from the queries of all ranks."""
         _, _, shape = _of_meetings(query_SBGW.shape, keys_SBGY.shape, self._length, self._head_size, self._heads)
-        dquery, dkeys = raw.on(np.zeros(query_SBGW.shape, np.float32)), raw.new(keys_SBGY.shape)
+        dquery, dkeys = raw.zeros(query_SBGW.shape), raw.new(keys_SBGY.shape)
         start, positions = _starts(start_BP)
-        room, n = np.empty(2 * dkeys.size, np.float32), dkeys.size
+        room, n = memory.empty((2 * dkeys.size,)), dkeys.size
         addresses = [x.data_ptr() for x in (out_SBX, dout_SBX.contiguous(), log_sum_exp_CBNL, dquery, dkeys)]
         status = lib.pc_ring_attention_grad(
             self._fields, query_SBGW.data_ptr(), keys_SBGY.data_ptr(), room.ctypes.data, n,
@@ -245,8 +244,7 @@ class Ring:
 
 @functools.lru_cache(maxsize=16)
 def _fields(fields: tuple[int, ...], limit_s: float) -> Any:
-    (limit,) = struct.unpack("q", struct.pack("d", limit_s))
-    return (c_int64 * (len(fields) + 1))(*fields, limit)
+    return (c_int64 * (len(fields) + 1))(*fields, bits_of(limit_s))
 
 
 # ---- whole sequences ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
@@ -24,6 +25,13 @@ KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 def kind_of(dtype: Any) -> int:
     """Return the number of one of NumPy's types, which take as long as a small kernel to tell their names."""
     return KINDS[dtype.name]
+
+
+@functools.cache
+def bits_of(number: float) -> int:
+    """Return the bits of a double as an integer, for a C struct that is made of integers of eight bytes."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
 
 
 _TYPES = {"P": c_void_p, "L": c_int64, "I": c_int, "F": c_float, "U": c_uint64}

@@ -49,7 +49,7 @@ def new_as(shape: Sequence[int], dtype: Any) -> Tensor:
     return new(shape) if dtype == ms.float32 else on(memory.empty(shape, numpy_dtype(dtype)))
 
 
-def zeros(shape: Sequence[int], dtype: Any) -> Tensor:
+def zeros(shape: Sequence[int], dtype: Any = ms.float32) -> Tensor:
     """Return a tensor of zeros of a type in `KINDS`. MindSpore's own way takes as long as a small kernel."""
     kind = np.float32 if dtype == ms.float32 else numpy_dtype(dtype)
     return on(np.zeros(shape, kind))

@@ -6,8 +6,6 @@ two steps a caller can put what ranks exchange, or something that it computes it
 
 from __future__ import annotations
 
-import functools
-import struct
 from collections.abc import Sequence
 from ctypes import c_int64
 from typing import NamedTuple
@@ -23,7 +21,7 @@ from parallel_core.ops.layer_places import (
     packed_alike,
     passing_places,
 )
-from parallel_core.ops.library import declare, lib
+from parallel_core.ops.library import bits_of, declare, lib
 
 declare("pc_layer_forward", "PII")
 declare("pc_layer_backward", "PII")
@@ -70,13 +68,6 @@ _DY = _X + 1 + len(_FORWARD)
 _GRADIENTS = _DY + 1 + len(_BACKWARD)
 _LENGTH = _GRADIENTS + 3 * 16
 _FIELDS = dict(zip(("x", *_FORWARD, "dy", *_BACKWARD), range(_X, _GRADIENTS)))
-
-
-@functools.cache
-def _bits(number: float) -> int:
-    """Return the bits of a double as an integer: every field of the C struct has eight bytes."""
-    bits: int = struct.unpack("q", struct.pack("d", number))[0]
-    return bits
 
 
 class GradientLayout(NamedTuple):
@@ -159,7 +150,7 @@ class LayerCall:
     ) -> None:
         sizes = layout.sizes
         arrays = [(kept if is_kept else passing) + offset for offset, is_kept in layout.of_fields]
-        numbers = *sizes[:_NUMBERS], *seeds, *map(_bits, factors)
+        numbers = *sizes[:_NUMBERS], *seeds, *map(bits_of, factors)
         self._fields = (c_int64 * _LENGTH)(*numbers, *weights, *tables, x, *arrays)
         self.put("y" if sizes.feeds else "hidden", y)
         if not sizes.attends:

@@ -111,7 +111,7 @@ class PipelineStage:
             )
         self._before_forward(microbatch)
         # Autograd finds a recorded call by its input object, so a stage without an activation gets one of its own.
-        entry = raw.on(np.zeros(1, np.float32)) if activation is None else activation
+        entry = raw.zeros((1,)) if activation is None else activation
         if self._forward_only:
             with no_grad():
                 return self._cell(entry)
