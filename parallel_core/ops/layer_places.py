@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -104,7 +105,12 @@ class Places(NamedTuple):
     floats: int
 
 
+_NOTHING = Places({}, {}, 0)
+
+
 def _places(shapes: dict[str, Shape]) -> Places:
+    if not shapes:
+        return _NOTHING
     counts = [(m * n + 1) // 2 if _is_rounded(name) else m * n for name, (m, n) in shapes.items()]
     ends = list(accumulate(-(-count // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT for count in counts))
     return Places({name: 4 * start for name, start in zip(shapes, [0, *ends])}, shapes, ends[-1])
@@ -115,25 +121,25 @@ def _is_rounded(name: str) -> bool:
 
 
 class Arrays:
-    """Arrays in one allocation.
+    """Arrays in a few allocations, each of which lives as long as a tensor of it.
 
     Args:
-        places: where they stand.
-        memory: float32 numbers, at least as many as the places say.
+        allocations: of each where its arrays stand, and float32 numbers, at least as many as the places say.
     """
 
-    def __init__(self, places: Places, memory: np.ndarray) -> None:
-        self._places, self._memory = places, memory
+    def __init__(self, *allocations: tuple[Places, np.ndarray]) -> None:
+        self._allocations = allocations
         self._elsewhere: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places.offsets
+        return any(name in places.offsets for places, _ in self._allocations)
 
     def tensor(self, name: str) -> Tensor:
         """Return an array as a tensor on the same memory, float32 or, if it is a rounded copy, bfloat16."""
         if name in self._elsewhere:
             return self._elsewhere[name]
-        memory, start, (rows, columns) = self._memory, self._places.offsets[name], self._places.shapes[name]
+        places, memory = next(one for one in self._allocations if name in one[0].offsets)
+        start, (rows, columns) = places.offsets[name], places.shapes[name]
         if not _is_rounded(name):
             return raw.on(memory[start // 4 : start // 4 + rows * columns].reshape(rows, columns))
         halves = memory.view(raw.numpy_dtype(ms.bfloat16))
@@ -144,10 +150,25 @@ class Arrays:
         self._elsewhere[name] = x
 
 
-def kept_places(z: LayerSizes) -> Places:
-    """Return what the backward pass needs of the forward pass, but for tensors that ranks have exchanged."""
+def kept_places(z: LayerSizes) -> tuple[Places, Places]:
+    """Return what the backward pass needs of the forward pass, but for tensors that ranks have exchanged.
+
+    The first are inputs of linear layers, which the gradients of weights are made of; where these are computed later
+    than those of inputs, the others are free before.
+    """
     kept = (_kept_by_attention(z) if z.attends else {}) | (_kept_by_mlp(z) if z.feeds else {})
-    return _places(kept | {"hidden": (z.rows, z.H)} if z.attends and z.feeds else kept)
+    if z.attends and z.feeds:
+        kept["hidden"] = z.rows, z.H
+    inputs = {"normed1", "normed2", "activated", "" if z.rounds else "context"}
+    return _in_two(kept, {name for name in kept if name in inputs or _is_rounded(name)})
+
+
+def _in_two(shapes: dict[str, Shape], first: Container[str]) -> tuple[Places, Places]:
+    """Return places for those of the arrays that are among the first, and for the others."""
+    return (
+        _places({name: shape for name, shape in shapes.items() if name in first}),
+        _places({name: shape for name, shape in shapes.items() if name not in first}),
+    )
 
 
 def _kept_by_attention(z: LayerSizes) -> dict[str, Shape]:
@@ -209,27 +230,43 @@ def passing_places(z: LayerSizes) -> Places:
     return _places(passing)
 
 
-def gradient_places(z: LayerSizes, drops: bool, shared: bool) -> Places:
-    """Return the arrays of a backward pass; `shared`: those of the MLP are attention's too, once they are used."""
+def gradient_places(z: LayerSizes, drops: bool, later: bool) -> tuple[Places, Places]:
+    """Return the arrays of a backward pass: those that wait for the gradients of weights, and the others.
+
+    Args:
+        z: the layer.
+        drops: there is dropout on what attention and MLP add.
+        later: the gradients of weights are computed later; otherwise nothing waits. Of what does not, arrays of the
+            MLP are attention's too, once they are used.
+    """
     of_attention = _gradients_of_attention(z, drops) if z.attends else {}
     of_mlp = _gradients_of_mlp(z, drops) if z.feeds else {}
-    more = {"sums": (2, max(z.H, z.D)), **_gradients_of_heads(z), **z.repeated()}
+    shapes = {"sums": (2, max(z.H, z.D)), **_gradients_of_heads(z), **z.repeated(), **of_mlp, **of_attention}
     alike = packed_alike(z, "dmixed", "d") if z.attends else {}
     if z.attends and z.feeds:
-        more["dhidden"] = z.rows, z.H
+        shapes["dhidden"] = z.rows, z.H
         alike |= {} if drops else {"dattended": "dhidden"}
     if z.rounds:
-        more["rounded"] = z.S * z.B, max(z.wide, z.packed, z.H)
-    if shared and z.attends and z.feeds:
-        pairs = dict(zip(of_attention, of_mlp))
-        places = _places(more | {one: max(of_attention[other], of_mlp[one]) for other, one in pairs.items()})
-        places.offsets.update({other: places.offsets[one] for other, one in pairs.items()})
-        places.shapes.update(of_mlp | of_attention)
-    else:
-        places = _places(more | of_mlp | of_attention)
-    places.offsets.update({name: places.offsets[one] for name, one in alike.items()})
-    places.shapes.update({name: places.shapes[one] for name, one in alike.items()})
-    return places
+        shapes["rounded"] = z.S * z.B, max(z.wide, z.packed, z.H)
+    waits = {"dmixed", "dattended", "dspread", "dfed", "context", "activated"} if later else set()
+    if "dattended" in waits and "dattended" in alike:
+        waits.add("dhidden")
+    if z.attends and z.feeds:
+        alike |= {one: other for one, other in zip(of_attention, of_mlp) if one not in waits}
+    for name, first in alike.items():
+        alike[name] = alike.get(first, first)
+        shapes.setdefault(name, shapes[first])
+    sizes = {name: shape for name, shape in shapes.items() if name not in alike}
+    for name, first in alike.items():
+        sizes[first] = max(sizes[first], shapes[name])
+    waiting, passing = _in_two(sizes, waits)
+    return _with_alike(waiting, shapes, alike), _with_alike(passing, shapes, alike)
+
+
+def _with_alike(places: Places, shapes: dict[str, Shape], alike: dict[str, str]) -> Places:
+    """Return places with the arrays that stand where another one does, each with its own shape."""
+    offsets = places.offsets | {name: places.offsets[one] for name, one in alike.items() if one in places.offsets}
+    return Places(offsets, {name: shapes[name] for name in offsets}, places.floats)
 
 
 def _gradients_of_attention(z: LayerSizes, drops: bool) -> dict[str, Shape]:

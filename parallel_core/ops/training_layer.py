@@ -73,11 +73,12 @@ _FIELDS = dict(zip(("x", *_FORWARD, "dy", *_BACKWARD), range(_X, _GRADIENTS)))
 class GradientLayout(NamedTuple):
     """Where the arrays of a backward pass stand, and which offset goes to which field of the C struct."""
 
-    places: Places
-    of_fields: tuple[int, ...]
-    """Offsets of `_BACKWARD`."""
-    others: tuple[tuple[int, int], ...]
-    """Further fields with their offsets."""
+    places: tuple[Places, Places]
+    """In memory that waits for the gradients of weights, and in memory that the next pass may have."""
+    of_fields: tuple[tuple[int, int], ...]
+    """Of `_BACKWARD` the number of the memory, and the offset there."""
+    others: tuple[tuple[int, int, int], ...]
+    """Further fields with theirs."""
 
 
 class Layout:
@@ -85,38 +86,39 @@ class Layout:
 
     Attributes:
         sizes: the argument.
-        kept: what the backward pass needs of the forward pass, but for tensors that ranks have exchanged.
+        inputs: inputs of linear layers, which wait for the gradients of weights.
+        kept: what else the backward pass needs of the forward pass, but for tensors that ranks have exchanged.
         passing: what the forward pass needs for itself.
+        of_fields: of each array of the forward pass the number of its memory among these three, and the offset there.
     """
 
     def __init__(self, sizes: LayerSizes) -> None:
-        self.sizes, self.kept, self.passing = sizes, kept_places(sizes), passing_places(sizes)
-        alike = packed_alike(sizes, "heads")
-        names = [alike.get(name, name) for name in _FORWARD]
-        self.of_fields = [
-            (self.kept.offsets[name], True) if name in self.kept.offsets else (self.passing.offsets.get(name, 0), False)
-            for name in names
-        ]
+        self.sizes, (self.inputs, self.kept), self.passing = sizes, kept_places(sizes), passing_places(sizes)
+        alike = packed_alike(sizes, "heads") | {"attended": "branch", "fed": "branch"}
+        self.of_fields = _found((self.inputs, self.kept, self.passing), [alike.get(name, name) for name in _FORWARD])
         self._gradients: dict[tuple[bool, bool], GradientLayout] = {}
 
-    def gradients(self, drops: bool, shared: bool) -> GradientLayout:
-        """Return where the arrays of a backward pass stand.
+    def gradients(self, drops: bool, later: bool) -> GradientLayout:
+        """Return where the arrays of a backward pass stand; see `gradient_places`."""
+        if (drops, later) not in self._gradients:
+            self._gradients[drops, later] = self._make_gradients(drops, later)
+        return self._gradients[drops, later]
 
-        Args:
-            drops: there is dropout on what attention and MLP add.
-            shared: arrays of the MLP are attention's too, once they are used.
-        """
-        if (drops, shared) not in self._gradients:
-            self._gradients[drops, shared] = self._make_gradients(drops, shared)
-        return self._gradients[drops, shared]
-
-    def _make_gradients(self, drops: bool, shared: bool) -> GradientLayout:
-        places = gradient_places(self.sizes, drops, shared)
-        offsets = places.offsets
-        others = [(_FIELDS[name], offsets[name]) for name in (*self.sizes.repeated(), "apart") if name in offsets]
+    def _make_gradients(self, drops: bool, later: bool) -> GradientLayout:
+        places = gradient_places(self.sizes, drops, later)
+        names = [name for name in (*self.sizes.repeated(), "apart") if any(name in one.offsets for one in places)]
+        others = [(_FIELDS[name], *place) for name, place in zip(names, _found(places, names))]
         if self.sizes.rounds:  # each copy is used before the next one is made
-            others += [(field + _ROUNDED_GRADIENT, offsets["rounded"]) for field in _LINEAR_FIELDS]
-        return GradientLayout(places, tuple(offsets.get(name, 0) for name in _BACKWARD), tuple(others))
+            others += [(field + _ROUNDED_GRADIENT, *_found(places, ["rounded"])[0]) for field in _LINEAR_FIELDS]
+        return GradientLayout(places, _found(places, _BACKWARD), tuple(others))
+
+
+def _found(all_places: Sequence[Places], names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Return of each array the number of its memory, and the offset there; of one that is nowhere, any."""
+    return tuple(
+        next(((i, one.offsets[name]) for i, one in enumerate(all_places) if name in one.offsets), (0, 0))
+        for name in names
+    )
 
 
 class LayerCall:
@@ -132,8 +134,7 @@ class LayerCall:
         tables: addresses of cosines, sines, and the first positions that are seen; 0 where there are none.
         x: address of the input, which is `hidden` where there is no attention.
         y: address of the output, which is `hidden` where there is no MLP.
-        kept: address of memory for `Layout.kept`.
-        passing: address of memory for `Layout.passing`.
+        bases: addresses of memory for `Layout.inputs`, `Layout.kept` and `Layout.passing`.
     """
 
     def __init__(
@@ -145,20 +146,19 @@ class LayerCall:
         tables: Sequence[int],
         x: int,
         y: int,
-        kept: int,
-        passing: int,
+        bases: Sequence[int],
     ) -> None:
         sizes = layout.sizes
-        arrays = [(kept if is_kept else passing) + offset for offset, is_kept in layout.of_fields]
+        arrays = [bases[i] + offset for i, offset in layout.of_fields]
         numbers = *sizes[:_NUMBERS], *seeds, *map(bits_of, factors)
         self._fields = (c_int64 * _LENGTH)(*numbers, *weights, *tables, x, *arrays)
         self.put("y" if sizes.feeds else "hidden", y)
         if not sizes.attends:
             self.put("hidden", x)
         if sizes.rounds:
-            offsets = layout.kept.offsets
+            offsets = layout.inputs.offsets
             for name, field in zip(_ROUNDED, _LINEAR_FIELDS):
-                self._fields[field + _ROUNDED_INPUT] = kept + offsets[name] if name in offsets else 0
+                self._fields[field + _ROUNDED_INPUT] = bases[0] + offsets[name] if name in offsets else 0
 
     def forward(self, first: int, last: int) -> None:
         """Run the steps [first, last)."""
@@ -169,7 +169,15 @@ class LayerCall:
         self._fields[_FIELDS[name]] = address
 
     def start_backward(
-        self, layout: Layout, dy: int, dx: int, base: int, gradients: Sequence[int], *, drops: bool, shared: bool
+        self,
+        layout: Layout,
+        dy: int,
+        dx: int,
+        bases: Sequence[int],
+        gradients: Sequence[int],
+        *,
+        drops: bool,
+        later: bool,
     ) -> None:
         """Take what a backward pass needs.
 
@@ -177,16 +185,16 @@ class LayerCall:
             layout: of the layer.
             dy: address of the output's gradient.
             dx: address of the input's.
-            base: address of memory for `Layout.gradients`.
+            bases: addresses of memory for the two of `Layout.gradients`.
             gradients: of each parameter in the order of the weights its address, 0 for none, the kind of its numbers,
                 and whether to add.
             drops: see there.
-            shared: likewise.
+            later: likewise.
         """
-        where = layout.gradients(drops, shared)
-        self._fields[_DY:] = [dy, *[base + offset for offset in where.of_fields], *gradients]
-        for field, offset in where.others:
-            self._fields[field] = base + offset
+        where = layout.gradients(drops, later)
+        self._fields[_DY:] = [dy, *[bases[i] + offset for i, offset in where.of_fields], *gradients]
+        for field, i, offset in where.others:
+            self._fields[field] = bases[i] + offset
         self._put_ends(layout.sizes, dy, dx, drops=drops)
 
     def _put_ends(self, z: LayerSizes, dy: int, dx: int, *, drops: bool) -> None:

@@ -267,12 +267,15 @@ class _PlainLayer(Function):
             weight = weights[i]
             words += [0, 0] if weight is None else [weight.data_ptr(), raw.KINDS[weight.dtype]]
             words += [addresses[i + 1], 0, 0]
-        arena = memory.empty((layout.kept.floats,))
+        inputs, arena = (memory.empty((places.floats,)) for places in (layout.inputs, layout.kept))
         array, address = kernel.scratch.take(layout.passing.floats)
-        places = x.data_ptr(), y.data_ptr(), arena.ctypes.data, address
-        call = LayerCall(layout, fixed.seeds, fixed.factors, words, fixed.addresses(), *places)
-        ctx.run = Run(call, layout.sizes, fixed.part.group, Arrays(layout.kept, arena), fixed.attend)
-        ctx.run.forward(Arrays(layout.passing, array))
+        bases = inputs.ctypes.data, arena.ctypes.data, address
+        call = LayerCall(
+            layout, fixed.seeds, fixed.factors, words, fixed.addresses(), x.data_ptr(), y.data_ptr(), bases
+        )
+        kept = Arrays((layout.inputs, inputs), (layout.kept, arena))
+        ctx.run = Run(call, layout.sizes, fixed.part.group, kept, fixed.attend)
+        ctx.run.forward(Arrays((layout.passing, array)))
         ctx.fixed, ctx.small = fixed, kept_alive
         ctx.save_for_backward(x, *weights)
         return y
@@ -281,19 +284,18 @@ class _PlainLayer(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
         dy, dx, later = dy.contiguous(), raw.new(x.shape), is_deferring()
-        options = {"drops": ctx.fixed.factors[3] > 0.0, "shared": not later}
-        where = ctx.fixed.layout.gradients(**options).places
-        if later:
-            array = memory.empty((where.floats,))
-            base = array.ctypes.data
-        else:
-            array, base = kernel.scratch.take(where.floats)
+        drops = ctx.fixed.factors[3] > 0.0
+        waiting, passing = ctx.fixed.layout.gradients(drops, later).places
+        array, base = kernel.scratch.take(passing.floats)
+        # Not of the memory that passes leave to each other: other passes run before these gradients of weights.
+        own = memory.empty((waiting.floats,)) if later else array
         targets = _targets(ctx, weights, dy, later)
         ctx.run.call.start_backward(
-            ctx.fixed.layout, dy.data_ptr(), dx.data_ptr(), base, targets.words, **options
-        )
+            ctx.fixed.layout, dy.data_ptr(), dx.data_ptr(), (own.ctypes.data if later else 0, base), targets.words,
+            drops=drops, later=later,
+        )  # fmt: skip
         needed = [not later and weights[i] is not None and needs_gradient(weights[i]) for i in (_QKV, _FC1)]
-        ctx.run.backward(dy, Arrays(where, array), (needed[0], needed[1]), later=later)
+        ctx.run.backward(dy, Arrays((waiting, own), (passing, array)), (needed[0], needed[1]), later=later)
         gradients = targets.gradients()
         if later:
             gradients[_QKV:] = _later(ctx.run, weights, dy)

@@ -208,7 +208,7 @@ def test_recomputation_on_a_tape(name: str, model: str, split: bool, monkeypatch
     assert not tape._off_tape and plain_parts(models[0]) == {(True, True)}
     same(got, recorded_by_mindspore(monkeypatch, models[1], split=split, streams=streams_of(models[1])))
     (layout,) = models[0].decoder.layers[0]._plain.found.whole._layouts.values()
-    kept, repeats_mlp = layout.kept.shapes, "MLPs" in model
+    kept, repeats_mlp = layout.inputs.shapes | layout.kept.shapes, "MLPs" in model
     assert ("context" in kept, "spread" in kept) == (name == "full", not repeats_mlp)
     without = make_model(MODELS["dropout"])
     same(got, Run(without, streams=streams_of(without)), 0.0)

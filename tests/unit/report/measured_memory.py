@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import pytest
 from mindspore import Tensor
 
-from parallel_core.config.plan import layer_activations, rank_memory
+from parallel_core.config.plan import layer_activations, layer_deferred, rank_memory
 from parallel_core.context import ParallelContext
+from parallel_core.deferral import deferring
 from parallel_core.report.memory_meter import MemoryMeter
 from tests.helpers.session import session_module
 from tests.ranks.support import Tiny, TinyRun, kernels
@@ -118,3 +122,36 @@ def test_parameters_gradients_and_optimizer_are_the_formula_exactly():
     formula = rank_memory(run.config, run.step.model.layout, 0, 1)
     assert run.step.ddp.memory_bytes() == {"parameters": formula.weights, "gradients": formula.gradients}
     assert run.step.optimizer.memory_bytes() == formula.optimizer
+
+
+@pytest.mark.parametrize("model", [{}, {"hidden_dropout_rate": 0.1, "recompute_granularity": "selective"}])
+def test_what_waits_for_the_gradients_of_weights_is_the_formula(model: dict):
+    """Beside inputs of linear layers and gradients of their outputs nothing of a layer waits."""
+    fused = {"kernels": "auto", "use_flash_attention": True, **model}
+    with kernels("auto") as sentence:
+        if not sentence.startswith("fused"):
+            pytest.skip(sentence)
+        waits = [waiting_in(run_of(num_layers, fused)) for num_layers in (4, 12)]
+    formula = layer_deferred(run_of(4, fused).config)
+    assert abs((waits[1] - waits[0]) / 8 - formula) < 0.03 * formula, (waits, formula)
+
+
+def waiting_in(run: TinyRun) -> int:
+    """Return the bytes of one microbatch after its backward pass, before the gradients of weights are computed."""
+    (stage,) = run.step._stages
+    whole, held = stage.backward, list[int]()
+
+    def split(*args: Any) -> Any:
+        with deferring() as late:
+            result = whole(*args)
+        held.append(tracemalloc.get_traced_memory()[0])
+        for work in late:
+            work()
+        return result
+
+    stage.backward = split
+    run.train(2)
+    tracemalloc.start()
+    run.train(1)
+    tracemalloc.stop()
+    return held[-1]
