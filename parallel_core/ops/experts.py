@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
 from parallel_core.ops import raw, reference_experts
 from parallel_core.ops.fused import KINDS
-from parallel_core.ops.library import declare, lib
+from parallel_core.ops.library import declare, kind_of, lib
 from parallel_core.ops.registry import compiled
 
-declare("pc_grouped_linear", "PPPPLLL")
-declare("pc_grouped_linear_grad_input", "PPPPLLL")
-declare("pc_grouped_linear_grad_weight", "PPPPLLLI")
+declare("pc_grouped_linear", "PPIPPLLL")
+declare("pc_grouped_linear_grad_input", "PPIPPLLL")
+declare("pc_grouped_linear_grad_weight", "PPPIPLLLI")
 declare("pc_gather_rows", "PPPLL")
 declare("pc_sum_rows_at", "PPPLLL")
 declare("pc_scale_rows", "PPPLL")
@@ -24,26 +25,28 @@ declare("pc_row_products", "PPPLL")
 
 @compiled(reference_experts.grouped_linear, integers=["counts"], halves=["weight_EOI"], needs_gemm=True)
 def _grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
-    x, weight = x_NI.contiguous(), raw.wide(weight_EOI.contiguous())
+    x, weight = x_NI.contiguous(), weight_EOI.contiguous()
     E, O, I = weight.shape
     y = raw.new((x.shape[0], O))
-    lib.pc_grouped_linear(x.data_ptr(), weight.data_ptr(), y.data_ptr(), counts.ctypes.data, E, I, O)
+    operands = x.data_ptr(), weight.data_ptr(), raw.KINDS[weight.dtype]
+    lib.pc_grouped_linear(*operands, y.data_ptr(), counts.ctypes.data, E, I, O)
     return y
 
 
 @compiled(reference_experts.grouped_linear_grad_input, integers=["counts"], halves=["weight_EOI"], needs_gemm=True)
 def _grouped_linear_grad_input(dy_NO: Tensor, weight_EOI: Tensor, counts: np.ndarray) -> Tensor:
-    dy, weight = dy_NO.contiguous(), raw.wide(weight_EOI.contiguous())
+    dy, weight = dy_NO.contiguous(), weight_EOI.contiguous()
     E, O, I = weight.shape
     dx = raw.new((dy.shape[0], I))
-    lib.pc_grouped_linear_grad_input(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), counts.ctypes.data, E, I, O)
+    operands = dy.data_ptr(), weight.data_ptr(), raw.KINDS[weight.dtype]
+    lib.pc_grouped_linear_grad_input(*operands, dx.data_ptr(), counts.ctypes.data, E, I, O)
     return dx
 
 
 @compiled(reference_experts.grouped_linear_grad_weight, integers=["counts"], needs_gemm=True)
 def _grouped_linear_grad_weight(dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray) -> Tensor:
     dw = raw.new((len(counts), dy_NO.shape[1], x_NI.shape[1]))
-    _put_weight_gradient(dw.data_ptr(), dy_NO, x_NI, counts, add=False)
+    _put_weight_gradient(dw.data_ptr(), raw.KINDS[ms.float32], dy_NO, x_NI, counts, add=False)
     return dw
 
 
@@ -52,15 +55,13 @@ def _grouped_linear_grad_weight_(
     into_EOI: np.ndarray, dy_NO: Tensor, x_NI: Tensor, counts: np.ndarray, add: bool
 ) -> None:
     """Nothing of the weights' size is allocated."""
-    raw.through_float32(
-        into_EOI, add, lambda memory, more: _put_weight_gradient(memory.ctypes.data, dy_NO, x_NI, counts, add=more)
-    )
+    _put_weight_gradient(into_EOI.ctypes.data, kind_of(into_EOI.dtype), dy_NO, x_NI, counts, add=add)
 
 
-def _put_weight_gradient(address: int, dy: Tensor, x: Tensor, counts: np.ndarray, *, add: bool) -> None:
+def _put_weight_gradient(address: int, kind: int, dy: Tensor, x: Tensor, counts: np.ndarray, *, add: bool) -> None:
     dy, x = dy.contiguous(), x.contiguous()
     lib.pc_grouped_linear_grad_weight(
-        dy.data_ptr(), x.data_ptr(), address, counts.ctypes.data, len(counts), x.shape[1], dy.shape[1], add
+        dy.data_ptr(), x.data_ptr(), address, kind, counts.ctypes.data, len(counts), x.shape[1], dy.shape[1], add
     )
 
 

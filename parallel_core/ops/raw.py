@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
@@ -230,29 +230,6 @@ def sum_rows(x: Tensor, width: int) -> Tensor:
     total = new((width,))
     lib.pc_sum_rows(x.data_ptr(), total.data_ptr(), 0, x.size // width, width, 0)
     return total
-
-
-_room = np.empty(0, np.float32)
-
-
-def through_float32(into: np.ndarray, add: bool, write: Callable[[np.ndarray, bool], None]) -> None:
-    """Call `write(float32 memory, add)` for C-contiguous memory of a type in `KINDS`: itself, or room that goes to it.
-
-    Sums of 16 bits take what is written as a whole, each number rounded once; the next call uses the room again.
-    """
-    global _room
-    if into.dtype == np.float32:
-        return write(into, add)
-    if _room.size < into.size:
-        _room = np.empty(into.size, np.float32)
-    room = _room[: into.size]
-    write(room.reshape(into.shape), False)
-    kind, target = library.kind_of(into.dtype), into.ctypes.data
-    if add:
-        lib.pc_add_halves(target, kind, room.ctypes.data, 0, into.size)
-    else:
-        lib.pc_convert(room.ctypes.data, 0, target, kind, into.size)
-    return None
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------

@@ -1,16 +1,22 @@
 // A mixture of experts: products of rows with their expert's weight, rows by number, rows scaled.
 #include "gemm.h"
+#include "matmul.h"
 
 namespace {
 
 using namespace pc;
 
+i64 sum(const i64* counts, i64 experts) {
+  i64 rows = 0;
+  for (i64 e = 0; e < experts; ++e) rows += counts[e];
+  return rows;
+}
+
 // Calls body(expert, first row, rows) for every expert; rows of one expert stand together. Threads share experts where
 // there are enough of them, so that no product is cut into slivers.
 template <class Body>
 void each_expert(const i64* counts, i64 experts, i64 work_per_row, Body body) {
-  i64 rows = 0;
-  for (i64 e = 0; e < experts; ++e) rows += counts[e];
+  const i64 rows = sum(counts, experts);
   parallel(rows * work_per_row / 64, [&](int part, int parts) {
     const Range mine = share(rows, part, parts);  // by rows, so that uneven experts are shared evenly
     i64 first = 0;
@@ -22,39 +28,89 @@ void each_expert(const i64* counts, i64 experts, i64 work_per_row, Body body) {
   });
 }
 
+thread_local std::vector<uint16_t> rounded_operands[2];  // of the last product that rounded them
+
+template <class T>
+T* room_for(i64 n, std::vector<T>& room) {
+  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
+  return room.data();
+}
+
+// y [N, M] = x [N, K] op(w[e]), of an expert's matrix with K * M numbers of a kind. A thread makes what it multiplies
+// of its rows and experts: their numbers differ from step to step, which oneDNN's primitive would be made anew for.
+void by_experts(bool transposed, const float* x, const void* w, int kind, float* y, const i64* counts, i64 E, i64 K,
+                i64 M) {
+  const bool rounded = gemm_of_bf16 != nullptr && rounds(sum(counts, E));
+  const char op = transposed ? 'T' : 'N';
+  const i64 line = transposed ? K : M;
+  if (rounded) {
+    w = as_bf16(w, kind, E * K * M, rounded_operands[0]);
+    kind = kBfloat16;
+  }
+  each_expert(counts, E, K * M, [&](i64 e, i64 first, i64 n) {
+    static thread_local std::vector<float> wide;
+    static thread_local std::vector<uint16_t> narrowed;
+    const float* rows = x + first * K;
+    const void* weight = at(w, kind, e * K * M);
+    float* to = y + first * M;
+    if (rounded) {
+      uint16_t* a = room_for(n * K, narrowed);
+      narrow(rows, a, kBfloat16, n * K);
+      gemm_of_bf16('N', op, n, M, K, 1.0f, a, K, weight, line, 0.0f, to, M);
+      return;
+    }
+    if (kind != kFloat32) {
+      float* numbers = room_for(K * M, wide);
+      widen(weight, kind, numbers, K * M);
+      weight = numbers;
+    }
+    sgemm('N', op, n, M, K, 1.0f, rows, K, static_cast<const float*>(weight), line, 0.0f, to, M);
+  });
+}
+
 }  // namespace
 
 // y [N, O] = x [N, I] w[e] [O, I]^T
-PC_API void pc_grouped_linear(const float* x, const float* w, float* y, const i64* counts, i64 E, i64 I, i64 O) {
-  each_expert(counts, E, I * O, [&](i64 e, i64 first, i64 n) {
-    sgemm('N', 'T', n, O, I, 1.0f, x + first * I, I, w + e * O * I, I, 0.0f, y + first * O, O);
-  });
+PC_API void pc_grouped_linear(const float* x, const void* w, int kind, float* y, const i64* counts, i64 E, i64 I,
+                              i64 O) {
+  by_experts(true, x, w, kind, y, counts, E, I, O);
 }
 
 // dx [N, I] = dy [N, O] w[e] [O, I]
-PC_API void pc_grouped_linear_grad_input(const float* dy, const float* w, float* dx, const i64* counts, i64 E, i64 I,
-                                         i64 O) {
-  each_expert(counts, E, I * O, [&](i64 e, i64 first, i64 n) {
-    sgemm('N', 'N', n, I, O, 1.0f, dy + first * O, O, w + e * O * I, I, 0.0f, dx + first * I, I);
-  });
+PC_API void pc_grouped_linear_grad_input(const float* dy, const void* w, int kind, float* dx, const i64* counts, i64 E,
+                                         i64 I, i64 O) {
+  by_experts(false, dy, w, kind, dx, counts, E, O, I);
 }
 
 // dw[e] [O, I] = dy^T x over the expert's rows, added to dw if `add`; a thread owns rows of every dw.
-PC_API void pc_grouped_linear_grad_weight(const float* dy, const float* x, float* dw, const i64* counts, i64 E, i64 I,
-                                          i64 O, int add) {
-  i64 rows = 0;
-  for (i64 e = 0; e < E; ++e) rows += counts[e];
+PC_API void pc_grouped_linear_grad_weight(const float* dy, const float* x, void* dw, int kind, const i64* counts, i64 E,
+                                          i64 I, i64 O, int add) {
+  const i64 rows = sum(counts, E);
+  const bool rounded = gemm_of_bf16 != nullptr && rounds(rows), narrows = kind != kFloat32;
+  const int from = rounded ? kBfloat16 : kFloat32;
+  const void* a = rounded ? static_cast<const void*>(as_bf16(dy, kFloat32, rows * O, rounded_operands[0])) : dy;
+  const void* b = rounded ? static_cast<const void*>(as_bf16(x, kFloat32, rows * I, rounded_operands[1])) : x;
   parallel((rows + E) * I * O / 64, [&](int part, int parts) {
+    static thread_local std::vector<float> room;
     const Range r = share(O, part, parts);
-    if (r.begin == r.end) return;
+    const i64 m = r.end - r.begin;
+    if (m == 0) return;
     i64 first = 0;
     for (i64 e = 0; e < E; first += counts[e++]) {
-      float* to = dw + (e * O + r.begin) * I;
-      if (counts[e])
-        sgemm('T', 'N', r.end - r.begin, I, counts[e], 1.0f, dy + first * O + r.begin, O, x + first * I, I,
-              add ? 1.0f : 0.0f, to, I);
-      else if (!add)
-        std::memset(to, 0, static_cast<size_t>((r.end - r.begin) * I) * sizeof(float));
+      void* to = at(dw, kind, (e * O + r.begin) * I);
+      if (counts[e] == 0) {
+        if (!add) std::memset(to, 0, static_cast<size_t>(m * I * bytes_of(kind)));
+        continue;
+      }
+      float* c = narrows ? room_for(m * I, room) : static_cast<float*>(to);
+      const float more = add && !narrows ? 1.0f : 0.0f;
+      const void *A = at(a, from, first * O + r.begin), *B = at(b, from, first * I);
+      if (rounded)
+        gemm_of_bf16('T', 'N', m, I, counts[e], 1.0f, A, O, B, I, more, c, I);
+      else
+        sgemm('T', 'N', m, I, counts[e], 1.0f, static_cast<const float*>(A), O, static_cast<const float*>(B), I, more, c,
+              I);
+      if (narrows) put(c, to, kind, m * I, add != 0);
     }
   });
 }

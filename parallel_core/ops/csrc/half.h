@@ -150,4 +150,20 @@ inline const float* widened(const void* data, int kind, i64 n, std::vector<float
   return to;
 }
 
+// Returns n numbers as bfloat16: themselves, or rounded into `room`, which the caller keeps.
+inline const uint16_t* as_bf16(const void* data, int kind, i64 n, std::vector<uint16_t>& room) {
+  if (kind == kBfloat16) return static_cast<const uint16_t*>(data);
+  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
+  uint16_t* to = room.data();
+  each_block(n, [&](i64 first, i64 length, float* block) {
+    const float* from = static_cast<const float*>(at(data, kind, first));
+    if (kind != kFloat32) {
+      widen(from, kind, block, length);
+      from = block;
+    }
+    narrow(from, to + first, kBfloat16, length);
+  });
+  return to;
+}
+
 }  // namespace pc

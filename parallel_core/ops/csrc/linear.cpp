@@ -10,27 +10,12 @@ using namespace pc;
 thread_local std::vector<float> wide_weight;  // of the last layer whose weight has 16 bits
 thread_local std::vector<uint16_t> rounded_operands[2];  // of the last product that had no other room for them
 
-// Returns `room` for n numbers, or, without it, room `which`.
-uint16_t* room_or(void* room, i64 n, int which = 0) {
+// Returns `room` for n numbers, or, without it, the first of those above.
+uint16_t* room_or(void* room, i64 n) {
   if (room != nullptr) return static_cast<uint16_t*>(room);
-  std::vector<uint16_t>& kept = rounded_operands[which];
+  std::vector<uint16_t>& kept = rounded_operands[0];
   if (static_cast<i64>(kept.size()) < n) kept.resize(static_cast<size_t>(n));
   return kept.data();
-}
-
-// Returns n numbers as bfloat16: themselves, or rounded into room `which`.
-const uint16_t* as_bf16(const void* data, int kind, i64 n, int which) {
-  if (kind == kBfloat16) return static_cast<const uint16_t*>(data);
-  uint16_t* to = room_or(nullptr, n, which);
-  each_block(n, [&](i64 first, i64 length, float* block) {
-    const float* from = static_cast<const float*>(at(data, kind, first));
-    if (kind != kFloat32) {
-      widen(from, kind, block, length);
-      from = block;
-    }
-    narrow(from, to + first, kBfloat16, length);
-  });
-  return to;
 }
 
 void add_bias(const float* bias, float* y, i64 T, i64 O) {
@@ -59,14 +44,12 @@ bool far_lines(bool ta, bool tb, i64 N, i64 K, i64 lda) {
 // C [M, N] = op(A) op(B) (+ C) on all threads. Each thread computes a block of rows or of columns of C.
 void product(bool ta, bool tb, i64 M, i64 N, i64 K, const float* A, i64 lda, const float* B, i64 ldb, Target C) {
   const Strided a = {A, kFloat32, ta ? 1 : lda, ta ? lda : 1}, b = {B, kFloat32, tb ? 1 : ldb, tb ? ldb : 1};
-  if (far_lines(ta, tb, N, K, lda)) return primitive_product(M, N, K, a, b, C);
+  if (far_lines(ta, tb, N, K, lda)) return onednn_product(M, N, K, a, b, C);
   by_blocks(M, N, K, C, [&](int, i64 i, i64 j, i64 m, i64 n, float* c, i64 row, bool add) {
     sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, K, 1.0f, A + i * a.row, lda, B + j * b.column, ldb, add ? 1.0f : 0.0f, c,
           row);
   });
 }
-
-constexpr i64 kFewRows = 32;
 
 // y[t, o] of kR rows of x and kO rows of w: each a sum of kLanes partial sums, in an order that depends on I alone.
 template <int kR, int kO>
@@ -117,18 +100,18 @@ void few_rows(const float* x, const float* w, const float* bias, float* y, i64 T
 }  // namespace
 
 // Whether `pc_linear` and `pc_linear_grad_input` multiply a rounded copy of so many rows: not of a few, read in order.
-PC_API int pc_rounds_operand(int64_t rows) { return bf16_products && rows > kFewRows; }
+PC_API int pc_rounds_operand(int64_t rows) { return rounds(rows); }
 
 // y [T, O] = x [T, I] w [O, I]^T (+ bias [O]). `rounded` has room for a copy of x in bfloat16, or is null.
 PC_API void pc_linear(const float* x, const void* weight, int kind, const float* bias, float* y, void* rounded, i64 T,
                       i64 I, i64 O) {
-  if (bf16_products && T > kFewRows) {
-    const uint16_t *a = room_or(rounded, T * I), *b = as_bf16(weight, kind, O * I, 1);
-    primitive_product(T, O, I, {a, kBfloat16, I, 1}, {b, kBfloat16, 1, I}, {y, kFloat32, false}, x);
+  if (rounds(T)) {
+    const uint16_t *a = room_or(rounded, T * I), *b = as_bf16(weight, kind, O * I, rounded_operands[1]);
+    onednn_product(T, O, I, {a, kBfloat16, I, 1}, {b, kBfloat16, 1, I}, {y, kFloat32, false}, x);
   } else if (T <= kFewRows) {
     return few_rows(x, widened(weight, kind, O * I, wide_weight), bias, y, T, I, O);
   } else if (products_with[kind]) {
-    primitive_product(T, O, I, {x, kFloat32, I, 1}, {weight, kind, 1, I}, {y, kFloat32, false});
+    onednn_product(T, O, I, {x, kFloat32, I, 1}, {weight, kind, 1, I}, {y, kFloat32, false});
   } else {
     product(false, true, T, O, I, x, I, widened(weight, kind, O * I, wide_weight), I, {y, kFloat32, false});
   }
@@ -139,11 +122,11 @@ PC_API void pc_linear(const float* x, const void* weight, int kind, const float*
 PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, float* dx, void* rounded, i64 T, i64 I,
                                  i64 O) {
   if (bf16_products) {
-    const uint16_t *a = room_or(rounded, T * O), *b = as_bf16(weight, kind, O * I, 1);
-    return primitive_product(T, I, O, {a, kBfloat16, O, 1}, {b, kBfloat16, I, 1}, {dx, kFloat32, false}, dy);
+    const uint16_t *a = room_or(rounded, T * O), *b = as_bf16(weight, kind, O * I, rounded_operands[1]);
+    return onednn_product(T, I, O, {a, kBfloat16, O, 1}, {b, kBfloat16, I, 1}, {dx, kFloat32, false}, dy);
   }
   if (products_with[kind])
-    return primitive_product(T, I, O, {dy, kFloat32, O, 1}, {weight, kind, I, 1}, {dx, kFloat32, false});
+    return onednn_product(T, I, O, {dy, kFloat32, O, 1}, {weight, kind, I, 1}, {dx, kFloat32, false});
   product(false, false, T, I, O, dy, O, widened(weight, kind, O * I, wide_weight), I, {dx, kFloat32, false});
 }
 
@@ -153,8 +136,9 @@ PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, in
                                   i64 I, i64 O, int add) {
   const Target target = {dw, dw_kind, add != 0};
   if (bf16_products) {
-    const uint16_t *a = as_bf16(dy, dy_kind, T * O, 0), *b = as_bf16(x, x_kind, T * I, 1);
-    return primitive_product(O, I, T, {a, kBfloat16, 1, O}, {b, kBfloat16, I, 1}, target);
+    const uint16_t *a = as_bf16(dy, dy_kind, T * O, rounded_operands[0]);
+    const uint16_t* b = as_bf16(x, x_kind, T * I, rounded_operands[1]);
+    return onednn_product(O, I, T, {a, kBfloat16, 1, O}, {b, kBfloat16, I, 1}, target);
   }
   product(true, false, O, I, T, static_cast<const float*>(dy), O, static_cast<const float*>(x), I, target);
 }

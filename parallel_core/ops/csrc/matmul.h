@@ -1,13 +1,22 @@
-// Products of matrices on all threads, and those by the matmul primitive of the oneDNN library that MindSpore ships.
+// Products of matrices on all threads, and those by the oneDNN library that MindSpore ships.
 #pragma once
 
 #include "half.h"
 
 namespace pc {
 
-extern bool bf16_products;       // linear layers round the operands of their products to bfloat16
-extern bool float32_products;    // the primitive multiplies float32 numbers as it should
+extern bool bf16_products;       // linear layers and experts round the operands of their products to bfloat16
+extern bool float32_products;    // oneDNN's matmul primitive multiplies float32 numbers as it should
 extern bool products_with[3];    // it multiplies float32 numbers by those of a kind of 16 bits, which it packs as they are
+
+// As `Sgemm`, of bfloat16 numbers with float32 sums; null where oneDNN has none.
+using GemmOfBf16 = int (*)(char, char, i64, i64, i64, float, const void*, i64, const void*, i64, float, float*, i64);
+extern GemmOfBf16 gemm_of_bf16;
+
+constexpr i64 kFewRows = 32;  // so few are multiplied in float32, each alike whatever rows are beside it
+
+// Whether products of so many rows round their operands to bfloat16.
+inline bool rounds(i64 rows) { return bf16_products && rows > kFewRows; }
 
 // A matrix of which element (i, j) is data[i * row + j * column].
 struct Strided {
@@ -50,9 +59,9 @@ void by_blocks(i64 M, i64 N, i64 K, Target target, Multiply multiply) {
   });
 }
 
-// C [M, N] = A [M, K] B [K, N] (+ C) on all threads; A and B both float32 or both bfloat16, or A float32 and B of a
+// C [M, N] = A [M, K] B [K, N] (+ C) on all threads by oneDNN; A and B both float32 or both bfloat16, or A float32 and B of a
 // kind in `products_with`. With `wide`, A is the room for these numbers [M, K] in bfloat16: they are rounded first, by
 // the thread that multiplies them where rows are shared.
-void primitive_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const float* wide = nullptr);
+void onednn_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const float* wide = nullptr);
 
 }  // namespace pc

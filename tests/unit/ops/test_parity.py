@@ -812,6 +812,38 @@ def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, b
     near(ops.linear_grad_weight(Tensor(dy), Tensor(x)).asnumpy(), dy16.T @ x16)
 
 
+@pytest.mark.parametrize("weight_type", [ms.float32, *HALVES])
+@compares("grouped_linear", "grouped_linear_grad_input", "grouped_linear_grad_weight", "grouped_linear_grad_weight_")
+def test_products_of_experts_round_what_linear_layers_round(weight_type, bf16_products):
+    """Against products of the rounded operands; a few rows are multiplied as they are, and no rows leave zeros."""
+    rng = np.random.default_rng(3)
+    counts, (I, O) = np.array([40, 0, 7, 56], np.int64), (65, 300)
+    x, dy, into = array(rng, 103, I), array(rng, 103, O), array(rng, 4, O, I)
+    w = Tensor(array(rng, 4, O, I)).astype(weight_type)
+    rounded = lambda values: Tensor(values).astype(ms.bfloat16).astype(ms.float32)  # noqa: E731
+    x16, dy16, w16 = map(rounded, (x, dy, w.astype(ms.float32).asnumpy()))
+    got = (
+        ops.grouped_linear(Tensor(x), w, counts),
+        ops.grouped_linear_grad_input(Tensor(dy), w, counts),
+        ops.grouped_linear_grad_weight(Tensor(dy), Tensor(x), counts),
+    )
+    with ops.exact_products():
+        want = (
+            reference_experts.grouped_linear(x16, w16, counts),
+            reference_experts.grouped_linear_grad_input(dy16, w16, counts),
+            reference_experts.grouped_linear_grad_weight(dy16, x16, counts),
+        )
+        exact = ops.grouped_linear_grad_weight(Tensor(dy), Tensor(x), counts)
+    for ours, theirs in zip(got, want):
+        close(ours, theirs, SUMMED)
+    assert np.abs(exact.asnumpy() - want[2].asnumpy()).max() > 1e-3 and not exact.asnumpy()[1].any()
+    ops.grouped_linear_grad_weight_(into, Tensor(dy), Tensor(x), counts, False)
+    np.testing.assert_array_equal(into, got[2].asnumpy())
+    few, counts = Tensor(x[:32]), np.array([20, 0, 5, 7], np.int64)
+    wide = Tensor(w.astype(ms.float32).asnumpy())
+    close(ops.grouped_linear(few, w, counts), reference_experts.grouped_linear(few, wide, counts), SUMMED)
+
+
 @compares("linear_and_operand", "linear_grad_input_and_operand")
 def test_the_copies_that_were_multiplied_give_the_weights_gradient(bf16_products):
     """The same bits as x and dy themselves; nothing else of 16 bits is taken for such a copy."""
