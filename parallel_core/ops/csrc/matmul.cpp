@@ -137,21 +137,22 @@ struct Part {
 
 std::vector<Part> state;
 
-// Whether a product of bfloat16 numbers is faster by oneDNN's gemm than by its primitive, by 5 to 20 parts of a hundred:
-// it copies both matrices in the order in which it multiplies them, which pays where the lines of A stand apart, or B
-// does not stay in the cache.
-bool gemm_is_faster(i64 N, i64 K, Strided A) {
+// Whether a product of bfloat16 numbers is faster by oneDNN's gemm than by its primitive, by 2 to 20 parts of a hundred:
+// it copies both matrices in the order in which it multiplies them, which pays where the lines of A stand apart, and
+// where B is more than a core's own cache holds beside the rest, unless its lines are long and stand apart.
+bool gemm_is_faster(i64 N, i64 K, Strided A, Strided B) {
 #if defined(__AMX_BF16__)
   return false;  // another kernel, which nobody has compared
 #else
-  return gemm_of_bf16 != nullptr && (A.column != 1 || K * N >= i64{1} << 23);
+  const bool is_large = K * N >= 1 << 19, has_far_lines = B.column != 1 && K > N;
+  return gemm_of_bf16 != nullptr && (A.column != 1 || (is_large && !has_far_lines));
 #endif
 }
 
 }  // namespace
 
 void onednn_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const float* wide) {
-  const bool rows = M >= N, by_gemm = A.kind == kBfloat16 && B.kind == kBfloat16 && gemm_is_faster(N, K, A);
+  const bool rows = M >= N, by_gemm = A.kind == kBfloat16 && B.kind == kBfloat16 && gemm_is_faster(N, K, A, B);
   const auto round = [&](i64 first, i64 last) {
     uint16_t* to = static_cast<uint16_t*>(const_cast<void*>(A.data));
     narrow(wide + first * K, to + first * K, kBfloat16, (last - first) * K);
