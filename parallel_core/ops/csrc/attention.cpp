@@ -9,12 +9,15 @@
 // Queries and keys are each a run of positions, [q_first, q_first + S) and [k_first, k_first + T): a whole sequence has
 // both at 0 and S = T, a rank of a cut sequence or a step of generation has less. A key is visible to a query when it
 // is not behind it and not before the query's start. A query that sees no key gives 0, with log-sum-exp -infinity.
+//
+// X is what products are of, float or u32; see gemm.h. Scores, weights and all sums are float32 numbers either way.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 
 #include "gemm.h"
 #include "kernels.h"
+#include "matmul.h"
 
 namespace {
 
@@ -36,13 +39,14 @@ struct Strides {
   i64 at(i64 si, i64 bi, i64 gi) const { return si * s + bi * b + gi * g; }
 };
 
+template <class X>
 struct Buffer {
-  float* data;
-  explicit Buffer(i64 n) : data(static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {}
+  X* data;
+  explicit Buffer(i64 n) : data(static_cast<X*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {}
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  operator float*() const { return data; }
+  operator X*() const { return data; }
 };
 
 // out [rows, Dp] = factor * in, zeros beyond D.
@@ -51,6 +55,41 @@ void pack(const float* in, i64 stride, i64 rows, i64 D, i64 Dp, float factor, fl
 #pragma omp simd
     for (i64 d = 0; d < D; ++d) out[s * Dp + d] = factor * in[s * stride + d];
     for (i64 d = D; d < Dp; ++d) out[s * Dp + d] = 0.0f;
+  }
+}
+
+// out [rows / 2, width], of `line` numbers: pairs of those of in [rows, width] that stand below one another. A last row
+// that is alone has zeros below it.
+void pair(const float* in, i64 rows, i64 width, i64 line, u32* out) {
+  for (i64 r = 0; r < rows; r += 2, in += 2 * line, out += line)
+    for (i64 i = 0; i < width; i += kLanes) {
+      const WordVec high = r + 1 < rows ? rounded_bits(vec(in + line + i)) : WordVec{};
+      *reinterpret_cast<WordVec*>(out + i) = rounded_bits(vec(in + i)) >> 16 | high;
+    }
+}
+
+// An operand [rows, Dp] that is summed along its rows, zeros beyond D.
+void pack_rows(const float* in, i64 stride, i64 rows, i64 D, i64 Dp, float* out) {
+  pack(in, stride, rows, D, Dp, 1.0f, out);
+}
+void pack_rows(const float* in, i64 stride, i64 rows, i64 D, i64 Dp, u32* out) {
+  Buffer<float> row(Dp);
+  for (i64 s = 0; s < rows; ++s) {
+    pack(in + s * stride, stride, 1, D, Dp, 1.0f, row);
+    narrow(row, out + s * Dp / 2, kBfloat16, Dp);
+  }
+}
+
+// An operand that is summed over its rows.
+void pack_lines(const float* in, i64 stride, i64 rows, i64 D, i64 Dp, float* out) {
+  pack(in, stride, rows, D, Dp, 1.0f, out);
+}
+void pack_lines(const float* in, i64 stride, i64 rows, i64 D, i64 Dp, u32* out) {
+  Buffer<float> two(2 * Dp);
+  for (i64 s = 0; s < rows; s += 2) {
+    const i64 count = std::min<i64>(2, rows - s);
+    pack(in + s * stride, stride, count, D, Dp, 1.0f, two);
+    pair(two, count, Dp, Dp, out + s / 2 * Dp);
   }
 }
 
@@ -77,17 +116,36 @@ void transpose(const float* in, i64 D, float* out) {
   }
 }
 
-// Numbers [kQ, D] of a block of queries: as rows, padded, and transposed. Rows that it lacks are zero.
+// Numbers [kQ, D] of a block of queries: as rows, padded, and transposed. Rows that it lacks are zero. With pairs they
+// are rounded, so that sums of `lanes` agree with products.
+template <class X>
 struct Block {
   i64 D, width;
-  Buffer rows, lanes;
+  Buffer<float> rows, lanes;
+  Buffer<u32> row_pairs, lane_pairs;
 
-  explicit Block(i64 D) : D(D), width(padded(D)), rows(kQ * width), lanes(kQ * width) {}
+  explicit Block(i64 D)
+      : D(D), width(padded(D)), rows(kQ * width), lanes(kQ * width), row_pairs(kPer<X> == 2 ? kQ * width / 2 : 0),
+        lane_pairs(kPer<X> == 2 ? kQ * width / 2 : 0) {}
+
   void take(const float* in, i64 stride, i64 count, float factor) {
     pack(in, stride, count, D, width, factor, rows);
     std::fill(rows + count * width, rows + kQ * width, 0.0f);
+    for (i64 i = 0; kPer<X> == 2 && i < count * width; i += kLanes) vec(rows + i) = (Vec)rounded_bits(vec(rows + i));
     transpose(rows, width, lanes);
+    if (kPer<X> == 2) {
+      pair(rows, kQ, width, width, row_pairs);
+      pair(lanes, width, kQ, kQ, lane_pairs);
+    }
   }
+
+  // For sums over queries and over features.
+  const X* over_queries() const { return static_cast<const X*>(operand(rows, row_pairs, X())); }
+  const X* over_features() const { return static_cast<const X*>(operand(lanes, lane_pairs, X())); }
+
+ private:
+  static const float* operand(const float* numbers, const u32*, float) { return numbers; }
+  static const u32* operand(const float*, const u32* pairs, u32) { return pairs; }
 };
 
 // What a block of queries sees of the keys: query i those of [first[i], last + i], as positions among the keys.
@@ -128,7 +186,10 @@ struct Tile {
   }
 
   // scores = a [keys, K] b [K, kQ]
-  void scores(const float* a, i64 lda, i64 K, const float* b, float* to) const {
+  template <class X>
+  void scores(const X* a, i64 lda, i64 K, const X* b, float* to) const {
+    lda /= kPer<X>;
+    K = steps<X>(K);
     for (i64 v = 0, begin = 0; v < kVecs; begin = std::max(begin, end(v++)))
       if (end(v) > begin)
         small_gemm(end(v) - begin, (kVecs - v) * kLanes, K, a + begin * lda, lda, 1, b + v * kLanes, kQ,
@@ -136,15 +197,39 @@ struct Tile {
   }
 
   // out [rows, N] (+)= weights^T b [keys, N]
-  void by_query(i64 rows, i64 N, const float* weights, const float* b, float* out, bool add) const {
-    const auto seen = [&](i64 i, i64 m) { return Range{0, std::clamp<i64>(last() + i + m, 0, keys)}; };
+  template <class X>
+  void by_query(i64 rows, i64 N, const X* weights, const X* b, float* out, bool add) const {
+    const auto seen = [&](i64 i, i64 m) { return Range{0, steps<X>(std::clamp<i64>(last() + i + m, 0, keys))}; };
     small_gemm(rows, N, seen, weights, 1, kQ, b, N, out, N, add);
   }
 
   // out [keys, N] += weights b [rows, N]
-  void by_key(i64 rows, i64 N, const float* weights, const float* b, float* out) const {
-    const auto seen = [&](i64 t, i64) { return Range{std::clamp<i64>(t - last(), 0, rows), rows}; };
-    small_gemm(keys, N, seen, weights, kQ, 1, b, N, out, N, true);
+  template <class X>
+  void by_key(i64 rows, i64 N, const X* weights, const X* b, float* out) const {
+    const auto seen = [&](i64 t, i64) {
+      return Range{std::clamp<i64>(t - last(), 0, rows) / kPer<X>, steps<X>(rows)};
+    };
+    small_gemm(keys, N, seen, weights, kQ / kPer<X>, 1, b, N, out, N, true);
+  }
+
+  // Returns weights as they are, or rounded into room for [keys, kQ] of them, for sums over keys. Of pairs one half can
+  // be of a key that a query does not see: its weight is zero.
+  const float* over_keys(const float* weights, float*) const { return weights; }
+  const u32* over_keys(const float* weights, u32* room) const {
+    for (i64 v = 0; v < kVecs; ++v) pair(weights + v * kLanes, end(v), kLanes, kQ, room + v * kLanes);
+    return room;
+  }
+
+  // The same for sums over queries.
+  const float* over_queries(const float* weights, float*) const { return weights; }
+  const u32* over_queries(const float* weights, u32* room) const {
+    narrow(weights, room, kBfloat16, keys * kQ);
+    return room;
+  }
+
+  template <class X>
+  static i64 steps(i64 n) {
+    return (n + kPer<X> - 1) / kPer<X>;
   }
 
   // Makes the scores of what queries do not see -infinity.
@@ -201,8 +286,9 @@ struct Attention {
   }
 
   // One block of queries: online softmax over tiles of keys.
-  void forward_block(const Block& q, const float* k, const float* v, i64 b, i64 head, i64 q0, i64 q1, float* p, float* o,
-                     float* out, i64 out_stride, float* lse) const {
+  template <class X>
+  void forward_block(const Block<X>& q, const X* k, const X* v, i64 b, i64 head, i64 q0, i64 q1, float* p, X* room,
+                     float* o, float* out, i64 out_stride, float* lse) const {
     const i64 Dp = q.width, Ep = padded(n.E);
     const Sight sight(n, start(b), q0, q1);
     const Range seen = sight.keys(q1 - q0, 0, n.T);
@@ -218,7 +304,7 @@ struct Attention {
     }
     for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK) {
       const Tile tile{sight, k0, std::min(kK, seen.end - k0)};
-      tile.scores(k + k0 * Dp, Dp, n.D, q.lanes, p);
+      tile.scores(k + k0 * Dp / kPer<X>, Dp, n.D, q.over_features(), p);
       tile.hide(p);
       for (i64 i = 0; i < kVecs; ++i) {
         const i64 keys = tile.end(i);
@@ -233,7 +319,7 @@ struct Attention {
           for (i64 j = 0; j < std::min<i64>(4, keys - t); ++j) vec(weights + (t + j) * kQ) *= factors[j];
         }
       }
-      tile.by_query(q1 - q0, Ep, p, v + k0 * Ep, o, further || k0 > seen.begin);
+      tile.by_query(q1 - q0, Ep, tile.over_keys(p, room), v + k0 / kPer<X> * Ep, o, further || k0 > seen.begin);
     }
     for (i64 i = 0; i < q1 - q0; ++i) {
       const float total = sum[i / kLanes][i % kLanes], largest = top[i / kLanes][i % kLanes];
@@ -246,23 +332,35 @@ struct Attention {
     }
   }
 
-  void forward(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, float* out,
+  // Products of so many queries round their operands where those of linear layers do.
+  template <class... Arguments>
+  void forward(Arguments... arguments) const {
+    rounds(n.S * n.B) ? forward_of<u32>(arguments...) : forward_of<float>(arguments...);
+  }
+  template <class... Arguments>
+  void backward(Arguments... arguments) const {
+    rounds(n.S * n.B) ? backward_of<u32>(arguments...) : backward_of<float>(arguments...);
+  }
+
+  template <class X>
+  void forward_of(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, float* out,
                float* lse) const {
     const i64 Dp = padded(n.D), Ep = padded(n.E), heads = n.N / n.G;
     const Strides os{n.B * n.N * n.E, n.N * n.E, heads * n.E};
     parallel(n.S * n.T * n.B * n.N, [&](int part, int parts) {
-      Buffer kp(n.T * Dp), vp(n.T * Ep), p(kQ * kK), o(kQ * Ep);
-      Block block(n.D);
+      Buffer<X> kp(n.T * Dp / kPer<X>), vp(Tile::steps<X>(n.T) * Ep), room(kPer<X> == 2 ? kQ * kK / 2 : 0);
+      Buffer<float> p(kQ * kK), o(kQ * Ep);
+      Block<X> block(n.D);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
-        pack(k + ks.at(0, b, g), ks.s, n.T, n.D, Dp, 1.0f, kp);
-        pack(v + vs.at(0, b, g), vs.s, n.T, n.E, Ep, 1.0f, vp);
+        pack_rows(k + ks.at(0, b, g), ks.s, n.T, n.D, Dp, kp);
+        pack_lines(v + vs.at(0, b, g), vs.s, n.T, n.E, Ep, vp);
         for (i64 h = 0; h < heads; ++h)
           for (i64 q0 = 0; q0 < n.S; q0 += kQ) {
             const i64 q1 = std::min(q0 + kQ, n.S), head = g * heads + h;
             block.take(q + qs.at(q0, b, g) + h * n.D, qs.s, q1 - q0, scale);
-            forward_block(block, kp, vp, b, head, q0, q1, p, o, out + os.at(0, b, g) + h * n.E, os.s,
+            forward_block<X>(block, kp, vp, b, head, q0, q1, p, room, o, out + os.at(0, b, g) + h * n.E, os.s,
                           lse + (b * n.N + head) * n.S);
           }
       }
@@ -285,23 +383,27 @@ struct Attention {
     }
   }
 
-  void backward(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, const float* out,
+  template <class X>
+  void backward_of(const float* q, Strides qs, const float* k, Strides ks, const float* v, Strides vs, const float* out,
                 const float* dout, const float* lse, float* dq, Strides dqs, float* dk, Strides dks, float* dv,
                 Strides dvs) const {
     const i64 S = n.S, T = n.T, D = n.D, E = n.E, Dp = padded(D), Ep = padded(E), heads = n.N / n.G;
     const i64 most = std::min(std::max(kCached / (2 * Dp + 2 * Ep) / kK, i64{1}) * kK, T);
     const Strides os{n.B * n.N * E, n.N * E, heads * E};
     parallel(S * T * n.B * n.N, [&](int part, int parts) {
-      Buffer kp(most * Dp), vp(most * Ep), dkp(most * Dp), dvp(most * Ep), p(kQ * kK), dp(kQ * kK);
-      Buffer dqb(kQ * Dp);
-      Block query(D), gradient(E), output(E);
+      Buffer<X> kp(most * Dp / kPer<X>), vp(most * Ep / kPer<X>), room(kPer<X> == 2 ? kQ * kK / 2 : 0);
+      Buffer<X> key_lines(kPer<X> == 2 ? Tile::steps<X>(most) * Dp : 0);
+      Buffer<float> dkp(most * Dp), dvp(most * Ep), p(kQ * kK), dp(kQ * kK), dqb(kQ * Dp);
+      Block<X> query(D), gradient(E);
+      Block<float> output(E);
       const Range r = share(n.B * n.G, part, parts);
       for (i64 bg = r.begin; bg < r.end; ++bg) {
         const i64 b = bg / n.G, g = bg % n.G;
         for (i64 first = 0; first < T; first += most) {  // the keys and values [first, end), by all that see them
           const i64 end = std::min(first + most, T), count = end - first;
-          pack(k + ks.at(first, b, g), ks.s, count, D, Dp, 1.0f, kp);
-          pack(v + vs.at(first, b, g), vs.s, count, E, Ep, 1.0f, vp);
+          pack_rows(k + ks.at(first, b, g), ks.s, count, D, Dp, kp);
+          pack_rows(v + vs.at(first, b, g), vs.s, count, E, Ep, vp);
+          if (kPer<X> == 2) pack_lines(k + ks.at(first, b, g), ks.s, count, D, Dp, key_lines);
           if (further) {
             pack(dk + dks.at(first, b, g), dks.s, count, D, Dp, 1.0f, dkp);
             pack(dv + dvs.at(first, b, g), dvs.s, count, E, Ep, 1.0f, dvp);
@@ -335,15 +437,16 @@ struct Attention {
               for (i64 k0 = seen.begin; k0 < seen.end; k0 += kK) {
                 const Tile tile{sight, k0, std::min(kK, seen.end - k0)};
                 const i64 at = k0 - first;
-                tile.scores(kp + at * Dp, Dp, D, query.lanes, p);
-                tile.scores(vp + at * Ep, Ep, E, gradient.lanes, dp);
+                tile.scores<X>(kp + at * Dp / kPer<X>, Dp, D, query.over_features(), p);
+                tile.scores<X>(vp + at * Ep / kPer<X>, Ep, E, gradient.over_features(), dp);
                 tile.hide(p);
                 for (i64 i = 0; i < kVecs; ++i)
                   weights_grad(p + i * kLanes, dp + i * kLanes, tile.end(i), vec(norm + i * kLanes),
                                vec(delta + i * kLanes), b, head, q0 + i * kLanes, k0);
-                tile.by_key(rows, Ep, p, gradient.rows, dvp + at * Ep);
-                tile.by_key(rows, Dp, dp, query.rows, dkp + at * Dp);
-                tile.by_query(rows, Dp, dp, kp + at * Dp, dqb, k0 > seen.begin);
+                const X* lines = kPer<X> == 2 ? key_lines + at / kPer<X> * Dp : kp + at * Dp;
+                tile.by_key(rows, Ep, tile.over_queries(p, room), gradient.over_queries(), dvp + at * Ep);
+                tile.by_key(rows, Dp, tile.over_queries(dp, room), query.over_queries(), dkp + at * Dp);
+                tile.by_query(rows, Dp, tile.over_keys(dp, room), lines, dqb, k0 > seen.begin);
               }
               for (i64 i = 0; i < rows; ++i) {
                 const float* from = dqb + i * Dp;
@@ -557,7 +660,7 @@ PC_API void pc_cached_attention(const float* q, const float* k, const float* v, 
   for (i64 b = 0; b < B; ++b) work += (firsts[b] + S) * N * D;
   parallel(work, [&](int part, int parts) {
     const Range r = share(B * G, part, parts);
-    Buffer p(S == 1 ? T : 1);
+    Buffer<float> p(S == 1 ? T : 1);
     for (i64 bg = r.begin; bg < r.end; ++bg) {
       const i64 b = bg / G, g = bg % G, first = firsts[b];
       float* own_keys = keys + (rows[b] * G + g) * T * D;
@@ -574,14 +677,14 @@ PC_API void pc_cached_attention(const float* q, const float* k, const float* v, 
   });
   if (S == 1) return;
   // Several new tokens of a sequence: blocks of queries, as in training.
-  Buffer start(S), context(S * N * E), lse(N * S);
-  int32_t* from = reinterpret_cast<int32_t*>(start.data);
+  Buffer<int32_t> from(S);
+  Buffer<float> context(S * N * E), lse(N * S);
   for (i64 b = 0; b < B; ++b) {
     const i64 first = firsts[b];
     for (i64 s = 0; s < S; ++s) from[s] = static_cast<int32_t>(std::max<i64>(first + s - window, 0));
     const i64 numbers[kNumbers] = {S, first + S, 1, N, G, D, E, first, 0, 0, N};
     make(numbers, from, scale, 0.0f, 0, 0)
-        .forward(q + b * qs.b, qs, keys + rows[b] * G * T * D, {D, 0, T * D}, values + rows[b] * G * T * E,
+        .forward_of<float>(q + b * qs.b, qs, keys + rows[b] * G * T * D, {D, 0, T * D}, values + rows[b] * G * T * E,
                  {E, 0, T * E}, context, lse);
     for (i64 s = 0; s < S; ++s) std::copy_n(context + s * N * E, N * E, out + (s * B + b) * N * E);
   }

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "common.h"
+#include "half.h"
 
 namespace pc {
 
@@ -16,17 +16,37 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 8;
 #endif
 
-template <int M, int NV>
-inline void tile(i64 K, const float* A, i64 a_row, i64 a_col, const float* B, i64 ldb, float* C, i64 ldc, bool add) {
+// What small tiles are multiplied of: numbers, or pairs of bfloat16 numbers that stand next to each other in a sum, the
+// first in the lower bits. A step of a sum is then two products.
+template <class T>
+constexpr i64 kPer = 1;
+template <>
+constexpr i64 kPer<u32> = 2;
+
+inline void multiply_add(Vec& c, float a, Vec b) { c += a * b; }
+inline void multiply_add(Vec& c, u32 a, WordVec b) {
+#if defined(__AVX512BF16__)
+  c = (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+#else
+  const WordVec both = WordVec{} + a, high = WordVec{} + 0xffff0000u;
+  c += (Vec)(both << 16) * (Vec)(b << 16) + (Vec)(both & high) * (Vec)(b & high);
+#endif
+}
+
+inline Vec lanes_of(const float* x) { return vec(x); }
+inline WordVec lanes_of(const u32* x) { return *reinterpret_cast<const WordVec*>(x); }
+
+template <int M, int NV, class T>
+inline void tile(i64 K, const T* A, i64 a_row, i64 a_col, const T* B, i64 ldb, float* C, i64 ldc, bool add) {
   Vec c[M][NV];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < NV; ++j) c[i][j] = add ? *reinterpret_cast<const Vec*>(C + i * ldc + j * kLanes) : Vec{};
   for (i64 k = 0; k < K; ++k) {
-    Vec b[NV];
-    for (int j = 0; j < NV; ++j) b[j] = *reinterpret_cast<const Vec*>(B + k * ldb + j * kLanes);
+    decltype(lanes_of(B)) b[NV];
+    for (int j = 0; j < NV; ++j) b[j] = lanes_of(B + k * ldb + j * kLanes);
     for (int i = 0; i < M; ++i) {
-      const float a = A[i * a_row + k * a_col];
-      for (int j = 0; j < NV; ++j) c[i][j] += a * b[j];
+      const T a = A[i * a_row + k * a_col];
+      for (int j = 0; j < NV; ++j) multiply_add(c[i][j], a, b[j]);
     }
   }
   for (int i = 0; i < M; ++i)
@@ -34,8 +54,8 @@ inline void tile(i64 K, const float* A, i64 a_row, i64 a_col, const float* B, i6
 }
 
 // Rows [i, i + m) of C sum over the k in sums(i, m).
-template <int NV, class Sums>
-inline void column(i64 M, Sums sums, const float* A, i64 a_row, i64 a_col, const float* B, i64 ldb, float* C, i64 ldc,
+template <int NV, class T, class Sums>
+inline void column(i64 M, Sums sums, const T* A, i64 a_row, i64 a_col, const T* B, i64 ldb, float* C, i64 ldc,
                    bool add) {
   const auto rows = [&](auto size, i64 i) {
     const Range k = sums(i, size);
@@ -49,18 +69,19 @@ inline void column(i64 M, Sums sums, const float* A, i64 a_row, i64 a_col, const
 }
 
 // C [M, N] (+)= A [M, K] B [K, N], where rows [i, i + m) of A are known to be zero outside of columns sums(i, m).
-// Element (i, k) of A is A[i * a_row + k * a_col]; N is a multiple of kLanes.
-template <class Sums>
-inline void small_gemm(i64 M, i64 N, Sums sums, const float* A, i64 a_row, i64 a_col, const float* B, i64 ldb, float* C,
-                       i64 ldc, bool add) {
+// Element (i, k) of A is A[i * a_row + k * a_col]; N is a multiple of kLanes. With pairs, K counts these.
+template <class T, class Sums>
+inline void small_gemm(i64 M, i64 N, Sums sums, const T* A, i64 a_row, i64 a_col, const T* B, i64 ldb, float* C, i64 ldc,
+                       bool add) {
   i64 j = 0;
   for (; j + 2 * kLanes <= N; j += 2 * kLanes) column<2>(M, sums, A, a_row, a_col, B + j, ldb, C + j, ldc, add);
   for (; j < N; j += kLanes) column<1>(M, sums, A, a_row, a_col, B + j, ldb, C + j, ldc, add);
 }
 
 // The same with all K columns of A.
-inline void small_gemm(i64 M, i64 N, i64 K, const float* A, i64 a_row, i64 a_col, const float* B, i64 ldb, float* C,
-                       i64 ldc, bool add) {
+template <class T>
+inline void small_gemm(i64 M, i64 N, i64 K, const T* A, i64 a_row, i64 a_col, const T* B, i64 ldb, float* C, i64 ldc,
+                       bool add) {
   small_gemm(M, N, [K](i64, i64) { return Range{0, K}; }, A, a_row, a_col, B, ldb, C, ldc, add);
 }
 

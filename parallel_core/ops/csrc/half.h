@@ -113,6 +113,12 @@ inline void narrow(const float* from, void* to, int kind, i64 n) {
   for (; i < n; ++i) y[i] = to_float16(from[i]);
 }
 
+// The bits of bfloat16 numbers, in the upper half of each.
+inline WordVec rounded_bits(Vec x) {
+  const WordVec bits = (WordVec)x;
+  return (x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u) & 0xffff0000u;
+}
+
 // to = from, or to += from, each element rounded once
 inline void put(const float* from, void* to, int kind, i64 n, bool add) {
   if (!add) return narrow(from, to, kind, n);

@@ -844,6 +844,71 @@ def test_products_of_experts_round_what_linear_layers_round(weight_type, bf16_pr
     close(ops.grouped_linear(few, w, counts), reference_experts.grouped_linear(few, wide, counts), SUMMED)
 
 
+@pytest.mark.parametrize(("rate", "documents"), [(0.0, False), (0.0, True), (0.25, True)])
+@pytest.mark.parametrize("shape", [(33, 1, 2, 2, 8), (77, 2, 4, 2, 20), (301, 1, 3, 1, 64), (270, 1, 2, 2, 33)])
+@compares("causal_attention")
+def test_attention_of_bfloat16_operands(shape, rate, documents, bf16_products):
+    """Products of rounded numbers and of rounded weights, each of which is right to 2^-9, against those of float32."""
+    S, B, N, G, D = shape
+    rng = np.random.default_rng(S)
+    cuts = np.sort(rng.integers(0, S, (B, 3)), 1)
+    firsts = np.stack([np.searchsorted(c, np.arange(S), "right") for c in cuts])
+    starts = np.take_along_axis(np.pad(cuts, ((0, 0), (1, 0))), firsts, 1).astype(np.int32)
+    options = {
+        "scale": D**-0.5, "dropout_rate": rate, "dropout_seed": (3, 5),
+        "document_start_BS": Tensor(starts) if documents else None,
+    }  # fmt: skip
+    arrays = [Tensor(array(rng, S, B, heads, D)) for heads in (N, G, G)]
+    dout = Tensor(array(rng, S, B, N * D))
+
+    def results():
+        attend = lambda *a: (ops.causal_attention(*a, **options) * dout).sum()  # noqa: E731
+        return ops.causal_attention(*arrays, **options), *ms.grad(attend, (0, 1, 2))(*arrays)
+
+    got = results()
+    with ops.exact_products():
+        want = results()
+    near(got, want)
+    assert np.abs(got[0].asnumpy() - want[0].asnumpy()).max() > 1e-4
+
+
+@pytest.mark.parametrize(("q_first", "k_first", "T"), [(0, 0, 41), (48, 16, 70), (0, 33, 21), (100, 0, 333)])
+@compares("attention_of_meetings", "attention_of_meetings_grad")
+def test_meetings_of_bfloat16_operands(q_first, k_first, T, bf16_products):
+    """The same where queries and keys are runs of positions and other keys came before."""
+    rng = np.random.default_rng(T)
+    S, B, N, G, D, E = 41, 1, 4, 2, 20, 12
+    inputs = [Tensor(array(rng, *dims)) for dims in ((S, B, G, N // G * D), (T, B, G, D + E))]
+    options = {"length": S, "head_size": D, "scale": D**-0.5}
+    before, then = ((Meeting(0, q, 0, k, T),) for q, k in ((q_first + T, 0), (q_first, k_first)))
+    dout = Tensor(array(rng, S, B, N * E))
+
+    def results():
+        found = ops.attention_of_meetings(*inputs, None, None, None, meetings=before, **options)
+        found = ops.attention_of_meetings(*inputs, *found, None, meetings=then, **options)
+        return found, found[0].asnumpy().copy()
+
+    (given, _), got = results(), results()[1]
+    given = [Tensor(x.asnumpy().copy()) for x in given]
+    got_grad = ops.attention_of_meetings_grad(*inputs, given[0], dout, given[1], None, None, meetings=then, **options)
+    with ops.exact_products():
+        want = results()[1]
+        gradients = ops.attention_of_meetings_grad(
+            *inputs, given[0], dout, given[1], None, None, meetings=then, **options
+        )
+        gradients = [x.asnumpy().copy() for x in gradients]
+    near([got, *got_grad], [want, *gradients])
+
+
+def near(got, want):
+    """A key or a query that is left out, or taken twice, is further off."""
+    for ours, theirs in zip(got, want):
+        ours, theirs = (x if isinstance(x, np.ndarray) else x.asnumpy() for x in (ours, theirs))
+        error = ours - theirs
+        assert np.abs(error).max() <= 0.02 * np.abs(theirs).max()
+        assert np.sqrt((error**2).mean()) <= 0.006 * np.sqrt((theirs**2).mean())
+
+
 @compares("linear_and_operand", "linear_grad_input_and_operand")
 def test_the_copies_that_were_multiplied_give_the_weights_gradient(bf16_products):
     """The same bits as x and dy themselves; nothing else of 16 bits is taken for such a copy."""
