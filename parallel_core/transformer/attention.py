@@ -16,7 +16,7 @@ from parallel_core.context_parallel.attention import ContextAttention
 from parallel_core.errors import ConfigError
 from parallel_core.ops import ascend
 from parallel_core.ops.documents import remember
-from parallel_core.tape import reshaped
+from parallel_core.tape import has_hooks, reshaped
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel_core.tensor_parallel.recompute import recompute
 from parallel_core.transformer.norm import make_norm
@@ -122,11 +122,8 @@ class SelfAttention(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=True)
         config, size = stage.config, stage.tp_group.size
-        for key, heads in (
-            ("num_attention_heads", config.num_attention_heads),
-            ("num_query_groups", config.num_query_groups),
-        ):
-            if heads % size:
+        for key in ("num_attention_heads", "num_query_groups"):
+            if (heads := getattr(config, key)) % size:
                 raise ConfigError(f"{key}={heads} is not a multiple of tensor_model_parallel_size={size}")
         self.head_size = config.kv_channels
         self.num_groups = config.num_query_groups // size
@@ -157,7 +154,6 @@ class SelfAttention(nn.Cell):
             **common,
         )
         self.core_attention = (stage.make_core_attention or CoreAttention)(stage, layer_number, name)
-        self._attend: Any = getattr(self.core_attention, "packed", None) or self._attend_apart
         self.rotary = RotaryEmbedding(config) if config.is_rotary else None
         self.q_layernorm: nn.Cell | None = None
         self.k_layernorm: nn.Cell | None = None
@@ -193,8 +189,11 @@ class SelfAttention(nn.Cell):
             context = self._attend(mixed, document_start_BS)
         return self.linear_proj(context)
 
-    def _attend_apart(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
-        """Return the context by a core attention that takes queries, keys and values apart."""
+    def _attend(self, mixed_SBGX: Tensor, document_start_BS: Tensor | None = None) -> Tensor:
+        """Return the context; a core attention that has no `packed`, or whose calls somebody waits for, is called."""
+        packed = getattr(self.core_attention, "packed", None)
+        if packed is not None and not has_hooks(self.core_attention, ()):
+            return packed(mixed_SBGX, document_start_BS)
         D = self.head_size
         query, key, value = ops.split_last_dim(mixed_SBGX, (self.heads_per_group * D, D, D))
         heads = reshaped(query, *query.shape[:2], query.shape[2] * self.heads_per_group, D)

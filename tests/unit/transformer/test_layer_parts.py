@@ -12,6 +12,7 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.errors import ConfigError
+from parallel_core.layout.recompute import RecomputePlan
 from parallel_core.transformer import GPTModel, ModelStage
 from parallel_core.transformer.attention import CoreAttention
 from parallel_core.transformer.rope import RotaryEmbedding
@@ -74,6 +75,18 @@ def test_a_layer_takes_another_core_attention() -> None:
         assert core.shapes == [((6, 2, 4, 4), (6, 2, 2, 4), (6, 2, 2, 4))]
     # one kernel on the same numbers, packed or apart
     np.testing.assert_array_equal(logits, GPTModel(ModelStage(config))(TOKENS).asnumpy())
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_core_attention_is_called_that_is_put_in_its_place_or_looked_at_later(recomputes: bool) -> None:
+    config, plan = TransformerConfig(**SIZES), RecomputePlan(core_attention=2 if recomputes else 0)
+    model, shapes = GPTModel(ModelStage(config, plan=plan)), []
+    logits = model(TOKENS).asnumpy()
+    first, second = (layer.self_attention for layer in model.decoder.layers)
+    first.core_attention.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape) or None)
+    second.core_attention = Recording(ModelStage(config), 1, "another")
+    np.testing.assert_array_equal(model(TOKENS).asnumpy(), logits)
+    assert shapes == [(6, 2, 16)] and second.core_attention.shapes == [((6, 2, 4, 4), (6, 2, 2, 4), (6, 2, 2, 4))]
 
 
 class NoMLP(nn.Cell):
