@@ -12,7 +12,7 @@ from parallel_core.transformer.attention import SelfAttention
 from parallel_core.transformer.feed_forward import make_feed_forward
 from parallel_core.transformer.multi_latent_attention import MultiLatentAttention
 from parallel_core.transformer.norm import RMSNorm, make_norm
-from parallel_core.transformer.plain_layer import PlainLayer
+from parallel_core.transformer.plain_layer import PlainLayer, takes_sums
 from parallel_core.transformer.stage import ModelStage
 
 Branch = tuple[Tensor, Tensor | None, Tensor]
@@ -72,8 +72,7 @@ class TransformerLayer(nn.Cell):
             self.post_mlp_layernorm = make_norm(
                 config, f"{name}.post_mlp_layernorm", partial_gradient=partial, scale=config.ffn_post_norm_scale
             )
-        norm = self.pre_mlp_layernorm
-        follows = not (config.parallel_residual or config.use_sandwich_norm)
+        norm, follows = self.pre_mlp_layernorm, not (config.parallel_residual or config.use_sandwich_norm)
         self._norms_sum = follows and isinstance(norm, RMSNorm) and norm.fused
         self._plain, self._recorded = PlainLayer(self, config), AsOne(self, self._run, stage.streams)
 
@@ -93,7 +92,8 @@ class TransformerLayer(nn.Cell):
             attended = attention(hidden, document_start_BS)
         else:
             branch, bias, residual = self.attend(hidden, document_start_BS, *more)
-            if mlp is None and self._norms_sum and bias is None and not self.rate() and branch.dtype == residual.dtype:
+            alone = mlp is None and bias is None and not self.rate() and branch.dtype == residual.dtype
+            if alone and self._norms_sum and takes_sums(self.pre_mlp_layernorm):
                 return self.after_mlp(*self._fed(*self.pre_mlp_layernorm.of_sum(branch, residual)))
             attended = self.after_attention(branch, bias, residual)
         return self.after_mlp(*self.feed(attended, hidden)) if mlp is None else mlp(attended)

@@ -28,6 +28,7 @@ from parallel_core.tape import WRITTEN, has_hooks, is_known, takes_notes, takes_
 from parallel_core.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, weight_gradient
 from parallel_core.transformer.attention import CoreAttention, SelfAttention
 from parallel_core.transformer.mlp import MLP
+from parallel_core.transformer.norm import RMSNorm
 from parallel_core.transformer.plain_run import Attend, Run
 from parallel_core.transformer.recomputed import RecomputedMLP
 
@@ -68,6 +69,11 @@ def _has_plain_sums(layer: Any, config: TransformerConfig) -> bool:
         and (config.normalization == "LayerNorm" or config.apply_rmsnorm_fusion)
         and bool(layer.compute_dtype == ms.float32)
     )
+
+
+def takes_sums(norm: nn.Cell) -> bool:
+    """Tell whether `of_sum` may stand for a call of a norm: it is no other's, and nobody waits for the call."""
+    return type(norm) is RMSNorm and not has_hooks(norm, ())
 
 
 _NORM1, _NORM2, _NORM_Q, _NORM_K = _NORMS = (0, 2, 4, 6)

@@ -331,6 +331,22 @@ def test_hooks_are_called(where: str) -> None:
     assert len(called) == 2
 
 
+@pytest.mark.parametrize("whose", ["a hook", "another norm"])
+def test_a_norm_that_is_given_sums_is_called_where_somebody_looks(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RMSNorm without biases before it adds up its input itself, in one kernel."""
+    calls, runs = [0, 0], []
+    for i, run in enumerate((Run, partial(recorded_by_mindspore, monkeypatch))):
+        model = make_model(MODELS["llama"])
+        layer = model.decoder.layers[0]
+        if whose == "a hook":
+            layer.pre_mlp_layernorm.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        else:
+            layer.pre_mlp_layernorm = OthersNorm(layer.pre_mlp_layernorm)
+        runs.append(run(model))
+    same(*runs)
+    assert calls == ([2, 2] if whose == "a hook" else [0, 0])
+
+
 def test_hooks_are_called_where_nothing_is_recorded() -> None:
     """As in generation, where a hook may also be put on a tensor, in vain as in any pass that is not taken back."""
     model, called = make_model({}), []
