@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mindspore import nn
 
@@ -18,6 +17,7 @@ from parallel_core.expert_parallel.ledger import RoutingLedger
 from parallel_core.layout.recompute import recompute_plan
 from parallel_core.layout.stages import StageLayout, stage_layout
 from parallel_core.tensor_parallel.random import RandomStreams
+from parallel_core.training.tied import require_trained_alike
 from parallel_core.transformer.stage import ModelStage
 
 ModelProvider = Callable[..., nn.Cell]
@@ -67,10 +67,10 @@ def get_model(model_provider_func: ModelProvider, config: AllConfig, context: Pa
             run=config,
             context=context,
         )
-        extra: dict[str, Any] = {"vp_stage": chunk, "stage": stage}
-        taken = {key: value for key, value in extra.items() if takes_all or key in accepted}
+        taken = {key: x for key, x in (("vp_stage", chunk), ("stage", stage)) if takes_all or key in accepted}
         chunks.append(model_provider_func(pre_process=stage.pre_process, post_process=stage.post_process, **taken))
     if config.training_config.lora.rank:
         adapt(chunks, config.training_config, streams, context.world)
         ledger.freeze()
+    require_trained_alike(chunks, context.embedding)
     return RankModel(tuple(chunks), layout, streams, ledger)

@@ -7,10 +7,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from mindspore import nn
 
 from parallel_core import ops
 from parallel_core.config.schema import AllConfig
+from parallel_core.errors import ParallelCoreError
 from parallel_core.layout.shard import shard_of
 from parallel_core.tensor_parallel import linear
 from parallel_core.training.checkpointing import Checkpointer, Progress
@@ -92,6 +94,22 @@ def test_no_weight_gradient_is_computed_for_a_frozen_layer(ctx: CaseContext) -> 
         run.train(1)
     microbatches = run.sizes.num_microbatches(0)
     assert returned.call_count + written.call_count == microbatches  # the output layer alone
+
+
+@case(world_size=2)
+def test_a_tied_embedding_that_one_stage_alone_has_frozen_is_refused(ctx: CaseContext) -> None:
+    """By its own name, which is another on the last stage; that of its shard is the same on both."""
+    tiny = of("pp2").with_(model={"untie_embeddings_and_output_weights": False})
+
+    def provide(pre_process: bool, post_process: bool, stage: ModelStage) -> nn.Cell:
+        model = provide_model(pre_process, post_process, stage)
+        for parameter in model.get_parameters():
+            parameter.requires_grad = not parameter.name.startswith("embedding")
+        return model
+
+    with pytest.raises(ParallelCoreError, match=r"tied embedding, embedding\.word_embeddings\.weight, is frozen on"):
+        TinyRun(tiny, context_of(ctx, tiny), provide)
+    TinyRun(tiny, context_of(ctx, tiny), frozen_provider("embedding and head")).train(1)
 
 
 @case(
