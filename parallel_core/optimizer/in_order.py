@@ -185,9 +185,9 @@ class _Buffer:
             if one.begun:
                 self.buffer.grads.part(bucket.start, bucket.end).write_(one.whole(factor))
         for i, one in self._apart.items():
-            if one.begun:  # divided first and added then, as the ends of a pipeline do
+            if one.begun:  # divided and rounded first and added then, as the ends of a pipeline do
                 into = self.buffer.main_grads[i].flat
-                into.add_(one.whole(factor)[: self.buffer.parameters[i].size])
+                into.add_(one.whole(factor)[: self.buffer.parameters[i].size].astype(into.tensor().dtype))
         for i, main_grad in self.buffer.main_grads.items():
             main_grad.begun = i in self._seen
         for number, where in enumerate(self.buffer.layout.buckets):

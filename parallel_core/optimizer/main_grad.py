@@ -85,7 +85,8 @@ class MainGrad:
         size = math.prod(self._shape)
         if self.apart is None:
             self.apart_numel = -(-size // self._multiple) * self._multiple
-            self.apart = flat.zeros(self.apart_numel, "float32")
+            # Rounded as on a first stage that has nothing else of this weight.
+            self.apart = flat.zeros(self.apart_numel, str(self.flat.tensor().dtype).lower())
         write(self.apart.part(0, size).memory(self._shape), self.apart_begun)
         self.apart_begun = True
 

@@ -120,8 +120,8 @@ DETERMINISTIC = Tiny(
 """Six microbatches of a model with a tied embedding, which a pipeline has on two stages, and with experts."""
 
 
-def check_bits(ctx: CaseContext, layout: str, **training: Any) -> None:
-    common = DETERMINISTIC.with_(training=training)
+def check_bits(ctx: CaseContext, layout: str, model: Any = None, **training: Any) -> None:
+    common = DETERMINISTIC.with_(training=training, model=model or {})
     want = from_rank_0(ctx, lambda: reference(common))
     tiny = settings(layout)
     run = TinyRun(common.with_(**vars(tiny)), context_of(ctx, tiny))
@@ -135,6 +135,12 @@ def check_bits(ctx: CaseContext, layout: str, **training: Any) -> None:
 @case(world_size=2, variants=[{"layout": name} for name in ("dp2", "dp2 distopt overlap", "pp2", "pp2 vpp2")])
 def test_two_ranks_sum_in_the_order_of_one(ctx: CaseContext, layout: str) -> None:
     check_bits(ctx, layout)
+
+
+@case(world_size=2, variants=[{"layout": "pp2"}, {"layout": "dp2"}])
+def test_gradients_of_sixteen_bits_are_summed_in_the_order_of_one(ctx: CaseContext, layout: str) -> None:
+    """Where a pipeline's ends each round their sum for the tied embedding, one rank does."""
+    check_bits(ctx, layout, {"params_dtype": "float16"}, accumulate_allreduce_grads_in_fp32=False)
 
 
 @case(world_size=3, variants=[{"per_token": False}, {"per_token": True}])
