@@ -120,6 +120,8 @@ def _convert(args: argparse.Namespace) -> int:
         raise CheckpointError(f"--load and --save are the same directory, {args.load}; --save another one")
     if args.processes < 1:
         raise CheckpointError(f"--processes {args.processes} must be at least 1")
+    if args.to != "megatron":
+        _refuse_target(args)
     source = _open(args.load, args.allow_inert, args.ckpt_step, args.base)
     how = {"processes": args.processes, "quiet": args.quiet, "allow_inert": tuple(args.allow_inert)}
     if args.to == "native":
@@ -135,6 +137,15 @@ def _convert(args: argparse.Namespace) -> int:
         path = to_hugging_face(source, args.save, quiet=args.quiet)
     print(path)
     return 0
+
+
+def _refuse_target(args: argparse.Namespace) -> None:
+    """Refuse what only Megatron's files could follow: other formats have no layout."""
+    default = _parser().parse_args([])
+    given = [name for name in vars(args) if name.startswith("target_") and vars(args)[name] != vars(default)[name]]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise CheckpointError(f"{flags} belong to --to megatron; with --to {args.to} any layout loads the result")
 
 
 def _target(args: argparse.Namespace) -> Target:

@@ -92,7 +92,8 @@ def likelihoods(
         num_bytes: of each row's text, for bits per byte.
     """
     length = it.max_length
-    of_rows = [list(windows_of(row, length, stride or length - 1)) for row in rows]
+    stride = length - 1 if stride is None else stride
+    of_rows = [list(windows_of(row, length, stride)) for row in rows]
     found = iter(logprobs_of(it, [window.tokens for windows in of_rows for window in windows]))
     out = []
     for i, windows in enumerate(of_rows):

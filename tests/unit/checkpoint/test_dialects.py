@@ -429,3 +429,11 @@ def test_what_megatron_has_no_place_for_is_refused(tmp_path, capsys):
     assert main(["--to", "megatron", "--load", str(tmp_path / "n"), "--save", str(tmp_path / "m")]) == 2
     assert "decoder.layers.0.post_mlp_layernorm.weight" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_a_layout_is_refused_for_files_that_have_none(tmp_path, capsys, to):
+    flags = ["--target-tensor-parallel-size", "2", "--no-target-moe-grouped-gemm"]
+    assert main(["--to", to, "--load", str(tmp_path), "--save", str(tmp_path / "m"), *flags]) == 2
+    named = "--target-tensor-parallel-size, --target-moe-grouped-gemm belong to --to megatron; "
+    assert f"{named}with --to {to} any layout loads the result" in capsys.readouterr().err

@@ -80,6 +80,8 @@ def test_perplexity_of_documents_and_of_one_text(it, tmp_path) -> None:
     assert rolling["perplexity"] == pytest.approx(math.exp(-np.mean(want))) and rolling["tokens"] == len(stream) - 1
     cut = likelihoods(it, [stream * 4], stride=50)[0]
     assert cut.tokens == len(stream) * 4 - 1
+    with pytest.raises(ConfigError, match="a stride of 0: give a stride from 1"):
+        perplexity.perplexity(it, documents, stride=0)
 
 
 def test_choices_are_scored_by_the_dialogue_after_them(it, tmp_path) -> None:
