@@ -98,7 +98,10 @@ class _Reshaped(Function):
 
 
 def has_hooks(cell: nn.Cell, parameters: Sequence[Parameter]) -> bool:
-    """Return whether somebody waits for a call or a gradient of a single module or parameter: MindSpore tells them."""
+    """Return whether somebody waits for a call or a gradient of a single module or parameter: MindSpore tells them.
+
+    A method that somebody has put in the place of a module's own is such a hook too.
+    """
     return any(map(_is_hooked, _parts(cell))) or any(
         p.num_hooks > len(getattr(p, "receivers", ())) for p in parameters if hasattr(p, "num_hooks")
     )
@@ -113,7 +116,8 @@ _KNOWN = (__name__.partition(".")[0], "mindspore")
 
 
 def _is_hooked(cell: nn.Cell) -> bool:
-    return bool(cell._forward_hook or cell._forward_pre_hook or cell._backward_hook or cell._backward_pre_hook)
+    hooks = cell._forward_hook or cell._forward_pre_hook or cell._backward_hook or cell._backward_pre_hook
+    return bool(hooks) or "construct" in cell.__dict__
 
 
 def _parts(cell: nn.Cell) -> list[nn.Cell]:

@@ -88,7 +88,11 @@ class _LayerNorm(Function):
         return dx, raw.converted(dw, ctx.dtypes[0]), raw.converted(db, ctx.dtypes[1]), None
 
 
-@compiled(reference.layer_norm, halves=["weight_H", "bias_H"])
+def _another_width(x: Tensor, weight_H: Tensor, *_: Any) -> str:
+    return "" if x.shape[-1] == weight_H.shape[0] else "the weight is of another width"
+
+
+@compiled(reference.layer_norm, halves=["weight_H", "bias_H"], refuses=_another_width)
 def _layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
     return _LayerNorm.apply(x, weight_H, bias_H, eps)
 
@@ -129,7 +133,7 @@ class _RMSNorm(Function):
         return dx, raw.converted(dw, ctx.dtype), None
 
 
-@compiled(reference.rms_norm, halves=["weight_H"])
+@compiled(reference.rms_norm, halves=["weight_H"], refuses=_another_width)
 def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight_H, eps)
 
@@ -407,7 +411,7 @@ def _total(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _not_alike(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> str:
-    return "" if x.shape == residual.shape else "the residual has another shape"
+    return _another_width(x, weight_H) if x.shape == residual.shape else "the residual has another shape"
 
 
 @compiled(reference.add_rms_norm, halves=["weight_H"], refuses=_not_alike)

@@ -13,6 +13,7 @@ from mindspore import Tensor, nn
 from parallel_core import ops
 from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
+from parallel_core.tensor_parallel.checks import check_targets
 
 
 def vocab_parallel_cross_entropy(
@@ -39,6 +40,7 @@ def vocab_parallel_cross_entropy(
     Communication:
         forward 2 all-reduces: of one float32 a token (max), and of three (sums).
     """
+    check_targets(vocab_parallel_logits, target, label_smoothing)
     return _CrossEntropy.apply(vocab_parallel_logits, target, tp_group, label_smoothing, reuse_logits)
 
 

@@ -21,6 +21,7 @@ from parallel_core.main_grad import MainGrad, main_grad_of, needs_gradient
 from parallel_core.ops.small_gradients import bias_gradient
 from parallel_core.spans import span
 from parallel_core.tensor_parallel import mappings
+from parallel_core.tensor_parallel.checks import check_features
 from parallel_core.tensor_parallel.open_sums import left_open
 from parallel_core.tensor_parallel.parameter import InitMethod, constant, make_parameter
 
@@ -94,11 +95,10 @@ class ColumnParallelLinear(nn.Cell):
         Returns:
             Y [S, B, output_size / tp] (all of output_size with `gather_output`), and the bias if it was not added.
         """
-        added = None if self.skip_bias_add else self.bias
         y = linear(
             x,
             self.weight if weight is None else weight,
-            added,
+            None if self.skip_bias_add else self.bias,
             self.tp_group,
             sequence_parallel=self.sequence_parallel,
             regather_input=self.regather_input,
@@ -188,7 +188,7 @@ class RowParallelLinear(nn.Cell):
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     group: Group,
     sequence_parallel: bool = False,
@@ -196,6 +196,7 @@ def linear(
     reduce_input_gradient: bool = False,
 ) -> Tensor:
     """Return x @ weight^T + bias, gathering x and summing its gradient over the group as asked."""
+    check_features(x, weight, bias)
     parallel = group.size > 1
     options = (group, sequence_parallel and parallel, regather_input, reduce_input_gradient and parallel)
     if bias is None:
@@ -205,10 +206,8 @@ def linear(
 
 class _Linear(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, regather: bool, reduce: bool
-    ) -> Tensor:
-        return _forward(ctx, x, weight, None, group, sequence_parallel, regather, reduce)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        return _forward(ctx, x, weight, None, *options)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,18 +217,9 @@ class _Linear(Function):
 
 class _LinearBias(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        group: Group,
-        sequence_parallel: bool,
-        regather: bool,
-        reduce: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> Tensor:
         ctx.bias = bias
-        return _forward(ctx, x, weight, bias, group, sequence_parallel, regather, reduce)
+        return _forward(ctx, x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

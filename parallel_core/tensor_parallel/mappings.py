@@ -12,6 +12,7 @@ from mindspore import Tensor, mint
 
 from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
+from parallel_core.tensor_parallel.checks import equal_part
 
 
 def copy_to_tensor_model_parallel_region(x: Tensor, group: Group) -> Tensor:
@@ -62,7 +63,7 @@ def all_to_all(x: Tensor, group: Group, split_dim: int, concat_dim: int) -> Tens
 
 def local_part(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return a copy of this rank's equal part of `x` along `dim`; no gradient, no communication."""
-    n = x.shape[dim] // group.size
+    n = equal_part(x, group.size, dim)
     return mint.narrow(x, dim, group.rank * n, n).contiguous()
 
 

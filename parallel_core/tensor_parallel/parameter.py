@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from parallel_core.errors import ConfigError
 from parallel_core.layout.shard import TensorShard
 
 InitMethod = Callable[[tuple[int, ...]], np.ndarray]
@@ -16,6 +17,8 @@ InitMethod = Callable[[tuple[int, ...]], np.ndarray]
 
 def make_parameter(shard: TensorShard, init_method: InitMethod, dtype: str = "float32") -> Parameter:
     """Return a parameter with this rank's part of the full initial value, and `shard` as its attribute."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"{shard.name}: params_dtype={dtype!r}; give 'float32', 'bfloat16' or 'float16'")
     local = shard.take(np.asarray(init_method(shard.global_shape), np.float32))
     parameter = Parameter(Tensor(local).astype(getattr(ms, dtype)), name=shard.name.rsplit(".", 1)[-1])
     parameter.shard = shard.with_dtype(dtype)

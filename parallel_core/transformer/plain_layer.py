@@ -17,6 +17,7 @@ from parallel_core.autograd import Function
 from parallel_core.comm.interface import Group
 from parallel_core.config.schema import TransformerConfig
 from parallel_core.deferral import is_deferring
+from parallel_core.errors import ConfigError
 from parallel_core.main_grad import MainGrad, everyone_takes_written, main_grad_of, needs_gradient
 from parallel_core.ops import memory, raw
 from parallel_core.ops import training_layer as kernel
@@ -109,6 +110,7 @@ class PlainLayer:
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
         self._known_cells, self._parameters = list[nn.Cell](), list[Parameter]()
+        self._weights: list[tuple[dict[str, Parameter], str, Parameter | None]] = []
         self.found = PlainParts()
 
     def parts(self, hidden: Tensor, more: tuple[Any, ...]) -> PlainParts:
@@ -119,8 +121,10 @@ class PlainLayer:
             more: what its attention is given beside document starts.
         """
         cells = self._cells()
-        if cells != self._known_cells:  # on the first call, and when somebody has put another module in its place
+        # On the first call, and when somebody has put another module or weight in its place.
+        if cells != self._known_cells or any(held.get(name) is not weight for held, name, weight in self._weights):
             self._known_cells, self._parameters = cells, list(self._layer.get_parameters())
+            self._weights = [(c._params, name, c._params.get(name)) for c in cells for name in ("weight", "bias")]
             self.found = self._look()
         found = PlainParts(None, None, self.found.mlp) if more else self.found
         if found == _NOTHING or hidden.dtype != ms.float32 or not ops.are_compiled():
@@ -207,6 +211,10 @@ class Part:
         return _PlainLayer.apply(hidden, fixed, *self.weights)
 
     def _sizes_of(self, shape: tuple[int, int, int], rounds: bool, tables: tuple[Tensor, ...]) -> LayerSizes:
+        norm = self.weights[_NORM1 if self._attends else _NORM2]
+        if shape[2] != norm.shape[0]:
+            widths = f"[.., {norm.shape[0]}]; it is given [.., {shape[2]}]"
+            raise ConfigError(f"{self._layer.name} takes hidden states {widths}")
         sizes = dict[str, Any](dict.fromkeys(LayerSizes._fields, 0), **dict(zip("SBH", shape)))
         sizes |= {"parts": self._parts, "keeps_parts": self._keeps_parts, "rounds": rounds}
         if self._attends:

@@ -316,7 +316,7 @@ def test_another_packages_cell_is_never_on_a_tape(monkeypatch: pytest.MonkeyPatc
     same(*runs)
 
 
-@pytest.mark.parametrize("where", ["parameter", "forward", "tensor"])
+@pytest.mark.parametrize("where", ["parameter", "forward", "method", "tensor"])
 def test_hooks_are_called(where: str) -> None:
     model, called = make_model({}), []
     norm = model.decoder.layers[0].input_layernorm
@@ -325,6 +325,9 @@ def test_hooks_are_called(where: str) -> None:
         norm.weight.register_hook(lambda gradient: (note(), gradient)[1])
     elif where == "forward":
         norm.register_forward_hook(note)
+    elif where == "method":
+        own = norm.construct
+        norm.construct = lambda x: (note(), own(x))[1]
     else:
         norm.register_forward_hook(lambda _, __, output: output.register_hook(lambda g: (note(), g)[1]) and None)
     Run(model)
