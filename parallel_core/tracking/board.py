@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from parallel_core.config.schema import TrackingConfig
 from parallel_core.tracking.writers import TensorBoardWriter, Writer
 
+logger = logging.getLogger(__name__)
+
 
 class Board:
-    """Tells the writers of iterations and evaluations.
+    """Tells the writers of iterations and evaluations. One that fails is told no more, and the run goes on.
 
     Args:
         config: which numbers are asked for.
@@ -20,7 +23,7 @@ class Board:
     """
 
     def __init__(self, config: TrackingConfig, writers: Sequence[Writer], world_size: int) -> None:
-        self._config, self._writers, self._world_size = config, writers, world_size
+        self._config, self._writers, self._world_size = config, list(writers), world_size
 
     @property
     def events(self) -> Any:
@@ -83,17 +86,24 @@ class Board:
 
     def close(self) -> None:
         """Close the writers."""
-        for writer in self._writers:
-            writer.close()
+        for writer in list(self._writers):
+            self._ask(writer, writer.close)
 
     def _tell(self, values: Mapping[str, float | None], iteration: int, samples: int | None) -> None:
         for tag, value in values.items():
             if value is None or not math.isfinite(value):
                 continue
-            for writer in self._writers:
-                writer.scalar(tag, value, iteration)
-                if samples is not None:
-                    writer.scalar_over_samples(tag, value, samples)
+            for writer in list(self._writers):
+                self._ask(writer, writer.scalar, tag, value, iteration)
+                if samples is not None and writer in self._writers:
+                    self._ask(writer, writer.scalar_over_samples, tag, value, samples)
+
+    def _ask(self, writer: Writer, method: Callable[..., None], *args: Any) -> None:
+        try:
+            method(*args)
+        except Exception as error:  # a disk's, a network's, or its own errors
+            self._writers.remove(writer)
+            logger.warning("%s failed and is told nothing more: %s", type(writer).__name__, error)
 
 
 _TAGS = {

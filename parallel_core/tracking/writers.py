@@ -82,7 +82,14 @@ class TensorBoardWriter:
             raise ConfigError(f"tensorboard_dir={folder} cannot be written: {error.strerror or error}") from None
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Add a value over iterations."""
+        """Add a value over iterations.
+
+        Raises:
+            OSError: nothing is written any more, as on a full disk; tensorboardX would wait for it for ever.
+        """
+        if not self.events.file_writer.event_writer._worker.is_alive():
+            self._abandon()
+            raise OSError("its event file cannot be written")
         # `add_scalar` would put an underscore in place of every blank, and Megatron-LM's tags have blanks.
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -93,8 +100,24 @@ class TensorBoardWriter:
         self.scalar(f"{tag} vs samples", value, samples)
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self.events.close()
+        """Flush and close the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            self.events.close()
+        except OSError:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Leave what is not written: at the end of the process two threads would wait until it is."""
+        writer = self.events.file_writer.event_writer
+        writer._closed = True
+        writer._event_queue.cancel_join_thread()
+        if writer._worker.is_alive():
+            writer._worker.stop()
 
 
 class WandbWriter:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -69,8 +70,35 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         writers.make_writers(TrackingConfig(tensorboard_dir=str(tmp_path / "file")), {})
 
 
+def test_a_writer_that_fails_neither_ends_a_run_nor_holds_it_up(tmp_path, monkeypatch, caplog):
+    """Of tensorboardX a full disk ends the thread that writes; then its queue fills up, and putting waits for ever."""
+    pytest.importorskip("tensorboardX")
+    full = writers.make_writers(TrackingConfig(tensorboard_dir=str(tmp_path), tensorboard_queue_size=2), {})[0]
+
+    def no_space(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(full.events.file_writer.event_writer._ev_writer, "write_event", no_space)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    others = Notes()
+    board = Board(TrackingConfig(tensorboard_log_interval=1), [full, others], 1)
+
+    def run():
+        for iteration in range(1, 51):
+            board.iteration(iteration, iteration, {"lm loss": 1.0}, batch_size=1, memory={}, times={})
+        board.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert "TensorBoardWriter failed and is told nothing more" in caplog.text
+    assert others.over_iterations["lm loss", 50] == 1.0 and others.closed
+
+
 _TRACKED = """
 import sys
+import threading
 from parallel_core.config.schema import TrackingConfig
 from parallel_core.tracking.writers import make_writers
 
