@@ -255,11 +255,13 @@ class PreTrainedModel(nn.Cell):
         how = {name: changes.pop(name, getattr(self.config, name)) for name in GENERATED}
         if changes:
             raise ConfigError(f"{', '.join(changes)}: no such setting of generation; there are {', '.join(GENERATED)}")
+        if not isinstance(how["do_sample"], bool):
+            raise ConfigError(f"do_sample={how['do_sample']!r}: give True or False")
         prompts = _prompts(input_ids, how["pad_token_id"])
         if streamer is not None and len(prompts) != 1:
             raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
-        total = max_length or self.config.max_decode_length or self.network.config.max_position_embeddings
-        total = min(total, self.network.config.max_position_embeddings)
+        positions = self.network.config.max_position_embeddings
+        total = min(positions, (self.config.max_decode_length or positions) if max_length is None else max_length)
         rules = (mindformers_before_0_8 if counts else mindformers_since_0_8)(
             **{name: how[name] for name in GENERATED if not name.endswith("_id")}
         )

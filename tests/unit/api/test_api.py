@@ -199,6 +199,10 @@ def test_sampling_is_repeatable_and_follows_the_call_then_the_configuration(gpt2
     assert [len(row) for row in rows] == [9, 9]
     with pytest.raises(ConfigError, match="num_beams: no such setting"):
         model.generate([[5]], num_beams=2)
+    with pytest.raises(ConfigError, match="leaves max_length=0 no room"):
+        model.generate([[5]], max_length=0)
+    with pytest.raises(ConfigError, match="do_sample='False': give True or False"):
+        model.generate([[5]], do_sample="False")
     with pytest.raises(ConfigError, match="leaves max_length=2 no room"):
         model.generate([[5, 6, 7]], max_length=2)
 
