@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel_core.autograd import Function
+from parallel_core.errors import ConfigError
 from parallel_core.ops import raw, reference
 from parallel_core.ops.library import declare, lib
 from parallel_core.ops.registry import compiled
@@ -88,12 +89,15 @@ class _LayerNorm(Function):
         return dx, raw.converted(dw, ctx.dtypes[0]), raw.converted(db, ctx.dtypes[1]), None
 
 
-def _another_width(x: Tensor, weight_H: Tensor, *_: Any) -> str:
-    return "" if x.shape[-1] == weight_H.shape[0] else "the weight is of another width"
+def _require_width(x: Tensor, weight_H: Tensor) -> None:
+    """Refuse what the kernel would read past the end of the weight for."""
+    if x.shape[-1] != weight_H.shape[0]:
+        raise ConfigError(f"a norm of width {weight_H.shape[0]} is given {list(x.shape)}")
 
 
-@compiled(reference.layer_norm, halves=["weight_H", "bias_H"], refuses=_another_width)
+@compiled(reference.layer_norm, halves=["weight_H", "bias_H"])
 def _layer_norm(x: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
+    _require_width(x, weight_H)
     return _LayerNorm.apply(x, weight_H, bias_H, eps)
 
 
@@ -133,8 +137,9 @@ class _RMSNorm(Function):
         return dx, raw.converted(dw, ctx.dtype), None
 
 
-@compiled(reference.rms_norm, halves=["weight_H"], refuses=_another_width)
+@compiled(reference.rms_norm, halves=["weight_H"])
 def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    _require_width(x, weight_H)
     return _RMSNorm.apply(x, weight_H, eps)
 
 
@@ -411,11 +416,12 @@ def _total(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _not_alike(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> str:
-    return _another_width(x, weight_H) if x.shape == residual.shape else "the residual has another shape"
+    return "" if x.shape == residual.shape else "the residual has another shape"
 
 
 @compiled(reference.add_rms_norm, halves=["weight_H"], refuses=_not_alike)
 def _add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _require_width(x, weight_H)
     total = _BiasDropoutAdd.apply(x, None, residual, 0.0, (0, 0))
     return _RMSNorm.apply(total, weight_H, eps), total
 
