@@ -338,7 +338,7 @@ class _Targets:
 
     def __init__(self, targets: list[_Target]) -> None:
         self._targets = targets
-        self.words = [word for target in targets for word in (target.address, 0, 0)]
+        self.words = [word for target in targets for word in target.words]
 
     def gradients(self) -> list[Any]:
         return [target.gradient() for target in self._targets]
@@ -352,7 +352,7 @@ def _targets(ctx: Any, weights: list[Any], dy: Tensor, later: bool) -> _Sums | _
 
 
 class _Target:
-    """A parameter's gradient in a tensor of its own, from where it goes to its sum if it has one.
+    """A parameter's gradient: where it is summed, or in a tensor of its own, from where it goes to its sum, if any.
 
     Args:
         weight: the parameter; None: there is none.
@@ -362,19 +362,27 @@ class _Target:
     """
 
     def __init__(self, weight: Any, dy: Tensor, is_norm: bool, later: bool) -> None:
-        self.address = 0
+        self.words = 0, 0, 0
         self._weight, self._is_norm = weight, is_norm
         self._own: Tensor | None = None
         self._main_grad: Any = None
+        self._written = False
         if weight is None or (later and not is_norm) or not needs_gradient(weight):
+            return
+        sum_ = getattr(weight, "main_grad", None) if takes_written() else None
+        if is_norm and sum_ is not None and sum_.takes_writes and everyone_takes_written(weight):
+            # As where nothing is late: a split backward pass rounds what a whole one does.
+            self.words, self._written = sum_.reserve(), True
             return
         self._main_grad = main_grad_of(weight, dy)
         self._own = raw.new(weight.shape)
-        self.address = self._own.data_ptr()
+        self.words = self._own.data_ptr(), 0, 0
 
-    def gradient(self) -> Tensor | None:
+    def gradient(self) -> Any:
         """Return what a backward pass returns for the parameter, once it is written."""
         own = self._own
+        if self._written:
+            return WRITTEN
         if own is None:
             return None
         if self._main_grad is None or self._is_norm:

@@ -141,13 +141,16 @@ def test_split_passes_of_drawn_layouts_of_eight_ranks_are_bit_equal(ctx: CaseCon
     check(ctx, drawn(seed, 8))
 
 
-@case(world_size=2)
-def test_sixteen_bit_weights_are_split_too(ctx: CaseContext) -> None:
-    """Without float32 to write into, what is late is computed whole and added."""
-    half = {"params_dtype": "float16", "compute_dtype": "float16"}
-    fp16 = {"fp16": True, "loss_scale_value": 128.0}
-    tiny = settings("pp2").with_(model=half, data=BATCHES, training=fp16)
-    whole, split = (trained(ctx, tiny.with_(parallel=extra), 2) for extra in ({}, SPLIT))
+HALVES = [{"params": "float16", "compute": "float16"}, {"params": "float16"}, {"params": "bfloat16"}]
+
+
+@case(world_size=2, variants=HALVES)
+def test_sixteen_bit_weights_are_split_too(ctx: CaseContext, params: str, compute: str = "float32") -> None:
+    """What is late, and what is not, is rounded where a whole backward pass rounds it."""
+    training = {"fp16": True, "loss_scale_value": 128.0} if params == "float16" else {"bf16": True}
+    half = {"params_dtype": params, "compute_dtype": compute}
+    tiny = settings("pp2").with_(model=half, data=BATCHES, training=training)
+    whole, split = (trained(ctx, tiny.with_(parallel=extra), 4) for extra in ({}, SPLIT))
     assert_equal_bits(split, whole)
 
 
