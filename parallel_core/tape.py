@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import mindspore as ms
@@ -108,11 +109,27 @@ def has_hooks(cell: nn.Cell, parameters: Sequence[Parameter]) -> bool:
 
 
 def is_known(cell: nn.Cell) -> bool:
-    """Return whether a cell's parts are all of this package: others may change tensors in place, which no tape sees."""
-    return all(type(part).__module__.partition(".")[0] in _KNOWN for part in _parts(cell))
+    """Return whether a cell's parts are all of this package: others may change tensors in place, which no tape sees.
+
+    A class of which somebody has replaced a method is another's.
+    """
+    return all(map(_is_known, {type(part) for part in _parts(cell)}))
 
 
-_KNOWN = (__name__.partition(".")[0], "mindspore")
+_OURS = __name__.partition(".")[0]
+
+
+def _is_known(kind: type) -> bool:
+    ours = [vars(one).values() for one in kind.__mro__ if _package(one.__module__) == _OURS]
+    # Not by a method's `__module__`, which a wrapper takes from what it wraps.
+    functions = (x for values in ours for x in values if isinstance(x, FunctionType))
+    return _package(kind.__module__) in (_OURS, "mindspore") and all(
+        _package(f.__globals__["__name__"]) == _OURS for f in functions
+    )
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _is_hooked(cell: nn.Cell) -> bool:

@@ -396,6 +396,8 @@ def precision(r: Resolution) -> None:
     for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if r[flag] and r["compute_dtype"] not in (dtype, None) and not (r["bf16"] and r["fp16"]):
             r.fail(f"{flag} compute_dtype", f"{flag} computes in {dtype}")
+    if r["fp16"] and not r["loss_scale"] and r["min_loss_scale"] > r["initial_loss_scale"]:
+        r.fail("min_loss_scale initial_loss_scale", "min_loss_scale must not be above initial_loss_scale")
     if r["fp16_lm_cross_entropy"] and not r["fp16"]:
         r.fail("fp16_lm_cross_entropy", "needs fp16")
     if r["fp32_residual_connection"] and not (r["fp16"] or r["bf16"]):

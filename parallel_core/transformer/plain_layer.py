@@ -32,6 +32,7 @@ from parallel_core.transformer.mlp import MLP
 from parallel_core.transformer.norm import RMSNorm
 from parallel_core.transformer.plain_run import Attend, Run
 from parallel_core.transformer.recomputed import RecomputedMLP
+from parallel_core.transformer.rope import RotaryEmbedding
 
 
 def is_plain(layer: Any, config: TransformerConfig) -> bool:
@@ -46,7 +47,7 @@ def attends_plainly(layer: Any, config: TransformerConfig) -> bool:
         type(attention) is SelfAttention
         and type(attention.linear_qkv) is ColumnParallelLinear
         and type(attention.linear_proj) is RowParallelLinear
-        and (attention.rotary is None or config.apply_rope_fusion)
+        and (attention.rotary is None or (type(attention.rotary) is RotaryEmbedding and config.apply_rope_fusion))
         and _has_plain_sums(layer, config)
     )
 
@@ -109,7 +110,7 @@ class PlainLayer:
 
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
-        self._known_cells, self._parameters = list[nn.Cell](), list[Parameter]()
+        self._known_cells, self._parameters = list[Any](), list[Parameter]()
         self._weights: list[tuple[dict[str, Parameter], str, Parameter | None]] = []
         self.found = PlainParts()
 
@@ -124,7 +125,8 @@ class PlainLayer:
         # On the first call, and when somebody has put another module or weight in its place.
         if cells != self._known_cells or any(held.get(name) is not weight for held, name, weight in self._weights):
             self._known_cells, self._parameters = cells, list(self._layer.get_parameters())
-            self._weights = [(c._params, name, c._params.get(name)) for c in cells for name in ("weight", "bias")]
+            owners = [cell._params for cell in cells if isinstance(cell, nn.Cell)]
+            self._weights = [(held, name, held.get(name)) for held in owners for name in ("weight", "bias")]
             self.found = self._look()
         found = PlainParts(None, None, self.found.mlp) if more else self.found
         if found == _NOTHING or hidden.dtype != ms.float32 or not ops.are_compiled():
@@ -132,12 +134,12 @@ class PlainLayer:
         # A tape has looked for hooks before.
         return found if takes_notes() or not has_hooks(self._layer, self._parameters) else _NOTHING
 
-    def _cells(self) -> list[nn.Cell]:
+    def _cells(self) -> list[Any]:
         layer = self._layer
         attention, mlp = layer.self_attention, layer.mlp
         cells = [layer.input_layernorm, attention, layer.pre_mlp_layernorm, mlp]
         if type(attention) is SelfAttention:
-            cells += [attention.linear_qkv, attention.core_attention, attention.linear_proj]
+            cells += [attention.linear_qkv, attention.core_attention, attention.linear_proj, attention.rotary]
             cells += [norm for norm in (attention.q_layernorm, attention.k_layernorm) if norm is not None]
         if isinstance(mlp, MLP):
             cells += [mlp.linear_fc1, mlp.linear_fc2]

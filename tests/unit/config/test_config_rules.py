@@ -382,6 +382,10 @@ REFUSED = [
     ("run_length", "--lr-decay-samples 5", "the run does not count samples"),
     ("run_length", "--train-iters null --train-samples 100 --lr-warmup-iters 5", "does not count iterations"),
     ("run_length", "--global-batch-size 8 --rampup-batch-size 4 4 10", "needs train_samples instead of train_iters"),
+    (
+        "precision", "--fp16 --initial-loss-scale 8 --min-loss-scale 16",
+        "--min-loss-scale 16, --initial-loss-scale 8: min_loss_scale must not be above initial_loss_scale",
+    ),  # fmt: skip
     ("learning_rate", "--min-lr 1", "--min-lr 1, --lr 1e-3: min_lr must not be above lr"),
     ("learning_rate", "--decoupled-lr 1 --decoupled-min-lr 2", "must not be above decoupled_lr"),
     ("learning_rate", "--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "--lr-warmup-fraction 0.1, --lr-warmup-iters 2"),

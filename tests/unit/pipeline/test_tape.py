@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -30,6 +31,8 @@ from parallel_core.tensor_parallel import as_one
 from parallel_core.tensor_parallel.random import RandomStreams
 from parallel_core.training.forward_step import forward_step
 from parallel_core.transformer import GPTModel, ModelStage, plain_layer
+from parallel_core.transformer.attention import CoreAttention
+from parallel_core.transformer.rope import RotaryEmbedding
 
 ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
 
@@ -348,6 +351,35 @@ def test_a_norm_that_is_given_sums_is_called_where_somebody_looks(whose: str, mo
         runs.append(run(model))
     same(*runs)
     assert calls == ([2, 2] if whose == "a hook" else [0, 0])
+
+
+@pytest.mark.parametrize("where", ["a class", "an instance", "the rotation, between two calls"])
+def test_a_method_that_replaces_ours_is_called(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As packages do that patch a model's classes before it is made."""
+    model, called = make_model(MODELS["llama"]), list[int]()
+
+    def replaced(original: Any) -> Any:
+        @functools.wraps(original)
+        def method(*arguments: Any) -> Any:
+            called.append(1)
+            return original(*arguments)
+
+        return method
+
+    first = model.decoder.layers[0]
+    if where == "a class":
+        monkeypatch.setattr(CoreAttention, "packed", replaced(CoreAttention.packed))
+    elif where == "an instance":
+        first.mlp.construct = replaced(first.mlp.construct)
+    else:
+        Run(model)
+
+        class Rotation(RotaryEmbedding):
+            __call__ = replaced(RotaryEmbedding.__call__)
+
+        first.self_attention.rotary = Rotation(model.config)
+    Run(model)
+    assert called
 
 
 def test_hooks_are_called_where_nothing_is_recorded() -> None:
