@@ -33,6 +33,20 @@ def check_features(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Non
         raise ConfigError(f"{name} has {shape[0]} rows on this rank, the layer's bias has {bias.shape[0]}")
 
 
+def check_ids(ids: Tensor, rows: int, table: str) -> None:
+    """Refuse ids that a table has no row for, which would give zeros; on CPU, where looking costs no wait for a device.
+
+    Raises:
+        ConfigError: there are such ids.
+    """
+    if ms.get_context("device_target") != "CPU" or not ids.size:
+        return
+    array = ids.asnumpy()
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= rows:
+        raise ConfigError(f"{table} has the rows 0 to {rows - 1}; it is asked for {low if low < 0 else high}")
+
+
 def check_targets(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
     """Refuse targets in another order than the logits, such as [B, S] for [S, B, V].
 

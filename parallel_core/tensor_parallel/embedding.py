@@ -14,6 +14,7 @@ from parallel_core.deferral import late_gradient
 from parallel_core.layout.shard import Cut, TensorShard
 from parallel_core.main_grad import main_grad_of, needs_gradient
 from parallel_core.tensor_parallel import mappings
+from parallel_core.tensor_parallel.checks import check_ids
 from parallel_core.tensor_parallel.parameter import InitMethod, make_parameter
 
 
@@ -51,8 +52,7 @@ class VocabParallelEmbedding(nn.Cell):
         super().__init__(auto_prefix=True)
         self.tp_group, self.reduce_scatter_embeddings, self.dtype = tp_group, reduce_scatter_embeddings, dtype
         rows = Cut("tp", 0, tp_group.rank, tp_group.size)
-        shape = (num_embeddings, embedding_dim)
-        shard = TensorShard.cut(f"{name}.weight", shape, rows, is_embedding_or_output=True)
+        shard = TensorShard.cut(f"{name}.weight", (num_embeddings, embedding_dim), rows, is_embedding_or_output=True)
         self.weight = make_parameter(shard, init_method, params_dtype)
         self.first_row = tp_group.rank * shard.local_shape[0]
 
@@ -65,6 +65,7 @@ class VocabParallelEmbedding(nn.Cell):
         Returns:
             [*ids.shape, embedding_dim], or with dim 0 divided by the group's size.
         """
+        check_ids(ids, self.weight.shard.global_shape[0], self.weight.shard.name)
         partial = embedding_lookup(ids, self.weight, self.first_row, self.dtype)
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(partial, self.tp_group)
@@ -91,8 +92,7 @@ class _LocalEmbedding(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not needs_gradient(ctx.weight):
             return None, None, None, None
-        (ids_T,) = ctx.saved_tensors
-        first_row, weight = ctx.first_row, ctx.weight
+        (ids_T,), first_row, weight = ctx.saved_tensors, ctx.first_row, ctx.weight
         dy_TH = ops.shaped(ops.cast(dy, ms.float32).contiguous(), (ids_T.size, dy.shape[-1]))
         main_grad = main_grad_of(weight, dy_TH)
         if main_grad is None:

@@ -9,7 +9,8 @@ from mindspore import Parameter, Tensor, nn
 
 from parallel_core import ops
 from parallel_core.errors import ConfigError
-from parallel_core.layout.shard import TensorShard
+from parallel_core.layout.shard import TensorShard, shard_of
+from parallel_core.tensor_parallel.checks import check_ids
 from parallel_core.tensor_parallel.embedding import VocabParallelEmbedding, embedding_lookup
 from parallel_core.tensor_parallel.mappings import local_part
 from parallel_core.tensor_parallel.parameter import make_parameter
@@ -26,9 +27,8 @@ class LanguageModelEmbedding(nn.Cell):
     def __init__(self, stage: ModelStage) -> None:
         super().__init__(auto_prefix=True)
         config, name = stage.config, "embedding"
-        self.tp_group, self.residual_dtype = stage.tp_group, stage.residual_dtype
-        self.streams, self.dropout_rate = stage.streams, config.hidden_dropout_rate
-        self.multiplier = config.embedding_multiplier
+        self.tp_group, self.residual_dtype, self.streams = stage.tp_group, stage.residual_dtype, stage.streams
+        self.dropout_rate, self.multiplier = config.hidden_dropout_rate, config.embedding_multiplier
         self.word_embeddings = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
@@ -101,9 +101,9 @@ class LearnedPositions(nn.Cell):
                 f"a sequence of {length} tokens needs max_position_embeddings >= {length}, not {table.shape[0]}"
             )
         if position_ids_BS is not None:
-            ids_SB = position_ids_BS.transpose(1, 0)
-            ids_SB = local_part(ids_SB, self.tp_group, 0) if self.cut else ids_SB
-            return embedding_lookup(ids_SB, table, dtype=self._dtype)
+            check_ids(position_ids_BS, table.shape[0], shard_of(table).name)
+            ids = position_ids_BS.transpose(1, 0)
+            return embedding_lookup(local_part(ids, self.tp_group, 0) if self.cut else ids, table, dtype=self._dtype)
         count = length // self.tp_group.size if self.cut else length
         if self._plain_ids_SB is None or self._plain_ids_SB.shape != (count, samples):
             first = self.tp_group.rank * count if self.cut else 0

@@ -47,7 +47,7 @@ def attends_plainly(layer: Any, config: TransformerConfig) -> bool:
         type(attention) is SelfAttention
         and type(attention.linear_qkv) is ColumnParallelLinear
         and type(attention.linear_proj) is RowParallelLinear
-        and (attention.rotary is None or (type(attention.rotary) is RotaryEmbedding and config.apply_rope_fusion))
+        and (attention.rotary is None or config.apply_rope_fusion)
         and _has_plain_sums(layer, config)
     )
 
@@ -151,7 +151,9 @@ class PlainLayer:
             return _NOTHING
         feeds, attends = feeds_plainly(layer, config), attends_plainly(layer, config)
         if attends:
-            attends = type(layer.self_attention.core_attention) is CoreAttention
+            attention = layer.self_attention
+            attends = type(attention.core_attention) is CoreAttention
+            attends = attends and (attention.rotary is None or type(attention.rotary) is RotaryEmbedding)
         return PlainParts(
             Part(layer, config, attends=True, feeds=True) if attends and feeds else None,
             Part(layer, config, attends=True) if attends else None,

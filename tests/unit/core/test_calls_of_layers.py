@@ -16,6 +16,8 @@ from parallel_core.tensor_parallel.checks import equal_part
 from parallel_core.transformer import GPTModel, ModelStage
 from parallel_core.transformer.norm import LayerNorm, RMSNorm
 
+ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU", pynative_synchronize=True)
+
 ALONE = SoloGroup()
 HOW = {"tp_group": ALONE, "init_method": tp.init_method_normal(0.02)}
 
@@ -31,7 +33,6 @@ def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
 
 @pytest.fixture(params=["auto", "local"], autouse=True)
 def kernels(request):
-    ms.set_context(pynative_synchronize=True)
     ops.use_kernels(request.param)
     yield
     ops.use_kernels("local")
@@ -60,6 +61,14 @@ def test_cross_entropy_refuses_targets_in_another_order() -> None:
         tp.vocab_parallel_cross_entropy(logits, target, ALONE)
     with pytest.raises(ConfigError, match="label_smoothing=1.5: give a number from 0"):
         tp.vocab_parallel_cross_entropy(logits, target.T, ALONE, 1.5)
+
+
+def test_an_embedding_refuses_ids_that_it_has_no_row_for() -> None:
+    table = tp.VocabParallelEmbedding(8, 4, tp_group=ALONE, init_method=np.ones)
+    assert table(Tensor(np.array([[0, 7]], np.int32))).asnumpy().all()
+    for wrong in (8, -1):
+        with pytest.raises(ConfigError, match=rf"embedding.weight has the rows 0 to 7; it is asked for {wrong}"):
+            table(Tensor(np.array([[0, wrong]], np.int32)))
 
 
 def test_what_has_no_equal_parts_loses_none() -> None:
