@@ -335,8 +335,13 @@ def _target_args(
         _share_experts(args, mesh, target, kept, whole)
         # Megatron stacks its layers where the pattern is a number.
         args["moe_layer_freq"] = 1 if all(args.get("moe_layer_freq") or [1]) else list(args["moe_layer_freq"])
+    elif given := [name for name in _OF_EXPERTS if (x := getattr(target, name)) is True or (x or 1) > 1]:
+        raise CheckpointError(f"{', '.join(given)} of the target: this model has no experts; leave it out")
     _set_switches(args, common, target, infos)
     return args
+
+
+_OF_EXPERTS = "expert_parallel", "expert_tensor_parallel", "grouped_gemm", "legacy_grouped_gemm"
 
 
 def _share_experts(args: dict[str, Any], mesh: Mapping[str, Any], target: Target, kept: bool, whole: bool) -> None:

@@ -437,3 +437,14 @@ def test_a_layout_is_refused_for_files_that_have_none(tmp_path, capsys, to):
     assert main(["--to", to, "--load", str(tmp_path), "--save", str(tmp_path / "m"), *flags]) == 2
     named = "--target-tensor-parallel-size, --target-moe-grouped-gemm belong to --to megatron; "
     assert f"{named}with --to {to} any layout loads the result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--target-expert-model-parallel-size 2", "--target-moe-grouped-gemm"])
+def test_how_experts_are_shared_out_is_refused_where_there_are_none(tmp_path, capsys, words):
+    state = {k: v for k, v in full_state(model(), "float32").items() if "@" not in k}
+    save_native(tmp_path / "n", state, "float32", {"num_layers": LAYERS, "num_attention_heads": HEADS})
+    load = ["--load", str(tmp_path / "n"), "--save", str(tmp_path / "m")]
+    assert main(["--to", "megatron", *load, *words.split()]) == 2
+    assert "of the target: this model has no experts; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+    assert main(["--to", "megatron", *load, "--no-target-moe-grouped-gemm"]) == 0
