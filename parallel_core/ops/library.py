@@ -132,7 +132,7 @@ _SHARES = 4
 
 
 def use_bf16_products(use: bool) -> bool:
-    """Let linear layers round the operands of their products to bfloat16, or not; return whether they do.
+    """Let linear layers, experts and attention round operands of products to bfloat16, or not; return whether they do.
 
     They do where the CPU multiplies such numbers faster than float32 ones, and oneDNN does it.
     """

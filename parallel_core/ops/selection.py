@@ -40,8 +40,9 @@ def use_kernels(
 
     Args:
         mode: `auto` for the fused C++ kernels where they work, `local` for plain MindSpore operators.
-        bf16_products: let linear layers round the operands of their products to bfloat16, with sums in float32, where
-            the fused kernels run and this CPU has instructions for it; else products are of float32.
+        bf16_products: let linear layers, experts and attention round the operands of their products to bfloat16, with
+            sums in float32, where the fused kernels run and this CPU has instructions for it; else products are of
+            float32.
         num_threads: threads of the fused kernels; None: OMP_NUM_THREADS, else this host's cores over its workers.
         for_any_threads: the fused kernels give the same bits whatever `num_threads` is.
 

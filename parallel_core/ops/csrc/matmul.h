@@ -5,7 +5,7 @@
 
 namespace pc {
 
-extern bool bf16_products;       // linear layers and experts round the operands of their products to bfloat16
+extern bool bf16_products;       // linear layers, experts and attention round the operands of their products to bfloat16
 extern bool float32_products;    // oneDNN's matmul primitive multiplies float32 numbers as it should
 extern bool products_with[3];    // it multiplies float32 numbers by those of a kind of 16 bits, which it packs as they are
 
