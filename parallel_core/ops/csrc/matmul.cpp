@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <vector>
@@ -169,8 +170,10 @@ void onednn_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const f
     const void *a = at(A.data, A.kind, i * A.row), *b = at(B.data, B.kind, j * B.column);
     if (by_gemm) {
       const bool ta = A.column != 1, tb = B.column != 1;
-      gemm_of_bf16(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, K, 1.0f, a, ta ? A.column : A.row, b, tb ? B.column : B.row,
-                   add ? 1.0f : 0.0f, c, row);
+      // A matrix of one row may have any step between rows, such as 1; gemm wants at least a row's length.
+      const i64 lda = ta ? A.column : std::max(A.row, K), ldb = tb ? B.column : std::max(B.row, n);
+      if (gemm_of_bf16(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, K, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, row) != 0)
+        __builtin_trap();  // as below
       return;
     }
     const Matmul::Key key = {A.kind, B.kind, m, n, K, A.row, A.column, B.row, B.column, row, add};

@@ -783,7 +783,7 @@ def test_an_update_reads_gradients_of_16_bits_and_writes_such_weights(dtype):
     assert abs(reference.sum_of_squares(grad) / ops.sum_of_squares(grad) - 1) < 1e-6
 
 
-@pytest.mark.parametrize(("T", "I", "O"), [(33, 8, 24), (512, 256, 100), (128, 1031, 7), (40, 520, 1030)])
+@pytest.mark.parametrize(("T", "I", "O"), [(33, 8, 24), (512, 256, 100), (128, 1031, 7), (40, 520, 1030), (1030, 513, 1)])
 @pytest.mark.parametrize("weight_type", [ms.float32, *HALVES])
 def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, bf16_products):
     """Against float64 sums of the rounded operands; a bias and what is added to stay in float32."""
