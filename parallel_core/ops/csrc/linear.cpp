@@ -134,6 +134,10 @@ PC_API void pc_linear_grad_input(const float* dy, const void* weight, int kind, 
 // have made.
 PC_API void pc_linear_grad_weight(const void* dy, int dy_kind, const void* x, int x_kind, void* dw, int dw_kind, i64 T,
                                   i64 I, i64 O, int add) {
+  if (T == 0) {  // no product: libraries leave the target as it is
+    if (!add) std::memset(dw, 0, static_cast<size_t>(O * I * bytes_of(dw_kind)));
+    return;
+  }
   const Target target = {dw, dw_kind, add != 0};
   if (bf16_products) {
     const uint16_t *a = as_bf16(dy, dy_kind, T * O, rounded_operands[0]);

@@ -783,7 +783,9 @@ def test_an_update_reads_gradients_of_16_bits_and_writes_such_weights(dtype):
     assert abs(reference.sum_of_squares(grad) / ops.sum_of_squares(grad) - 1) < 1e-6
 
 
-@pytest.mark.parametrize(("T", "I", "O"), [(33, 8, 24), (512, 256, 100), (128, 1031, 7), (40, 520, 1030), (1030, 513, 1)])
+@pytest.mark.parametrize(
+    ("T", "I", "O"), [(33, 8, 24), (512, 256, 100), (128, 1031, 7), (40, 520, 1030), (1030, 513, 1)]
+)
 @pytest.mark.parametrize("weight_type", [ms.float32, *HALVES])
 def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, bf16_products):
     """Against float64 sums of the rounded operands; a bias and what is added to stay in float32."""
@@ -810,6 +812,20 @@ def test_products_of_bfloat16_operands_have_float32_sums(T, I, O, weight_type, b
     near(exact, dy.astype(np.float64).T @ x)
     assert np.abs(exact - dy16.T @ x16).max() > 1e-4
     near(ops.linear_grad_weight(Tensor(dy), Tensor(x)).asnumpy(), dy16.T @ x16)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@compares("linear_grad_weight", "linear_grad_weight_", "linear_grad_input")
+def test_no_tokens_give_zeros(rounds, request):
+    if rounds:
+        request.getfixturevalue("bf16_products")
+    x, dy, w = (Tensor(np.empty(shape, np.float32)) for shape in ((0, 40), (0, 24), (24, 40)))
+    for add, before, after in ((False, np.nan, 0.0), (True, 3.0, 3.0)):
+        into = np.full((24, 40), before, np.float32)
+        ops.linear_grad_weight_(into, dy, x, add)
+        assert (into == after).all()
+    assert not ops.linear_grad_weight(dy, x).asnumpy().any()
+    assert ops.linear_grad_input(dy, w).shape == (0, 40)
 
 
 @pytest.mark.parametrize("weight_type", [ms.float32, *HALVES])
