@@ -425,7 +425,7 @@ struct Attention {
               output.take(out + o_at, os.s, rows, 1.0f);
               float norm[kQ] = {}, delta[kQ];
               for (i64 i = 0; i < kQ; i += kLanes) {
-                Vec sum{};  // in the order of dO V^T: they are equal where a query sees one key, and its gradient is 0
+                Vec sum{};  // in the order of dO V^T: equal where a query sees one key, with pairs nearly so
                 for (i64 d = 0; d < E; ++d) sum += vec(output.lanes + d * kQ + i) * vec(gradient.lanes + d * kQ + i);
                 vec(delta + i) = sum;
               }
