@@ -124,7 +124,7 @@ def _is_known(kind: type) -> bool:
     # Not by a method's `__module__`, which a wrapper takes from what it wraps.
     functions = (x for values in ours for x in values if isinstance(x, FunctionType))
     return _package(kind.__module__) in (_OURS, "mindspore") and all(
-        _package(f.__globals__["__name__"]) == _OURS for f in functions
+        _package(f.__globals__.get("__name__", "")) == _OURS for f in functions
     )
 
 

@@ -353,6 +353,14 @@ def test_a_norm_that_is_given_sums_is_called_where_somebody_looks(whose: str, mo
     assert calls == ([2, 2] if whose == "a hook" else [0, 0])
 
 
+def test_a_method_of_no_module_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `exec` makes it where it is given names of its own."""
+    names: dict[str, Any] = {}
+    exec("def packed(self, *arguments): ...", names)
+    monkeypatch.setattr(CoreAttention, "packed", names["packed"])
+    assert not tape._is_known(CoreAttention)
+
+
 @pytest.mark.parametrize("where", ["a class", "an instance", "the rotation, between two calls"])
 def test_a_method_that_replaces_ours_is_called(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As packages do that patch a model's classes before it is made."""
