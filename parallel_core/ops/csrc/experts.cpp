@@ -40,8 +40,7 @@ T* room_for(i64 n, std::vector<T>& room) {
 // of its rows and experts: their numbers differ from step to step, which oneDNN's primitive would be made anew for.
 void by_experts(bool transposed, const float* x, const void* w, int kind, float* y, const i64* counts, i64 E, i64 K,
                 i64 M) {
-  const bool rounded = gemm_of_bf16 != nullptr && rounds(sum(counts, E));
-  const char op = transposed ? 'T' : 'N';
+  const bool rounded = has_gemm_of_bf16 && rounds(sum(counts, E));
   const i64 line = transposed ? K : M;
   if (rounded) {
     w = as_bf16(w, kind, E * K * M, rounded_operands[0]);
@@ -56,15 +55,14 @@ void by_experts(bool transposed, const float* x, const void* w, int kind, float*
     if (rounded) {
       uint16_t* a = room_for(n * K, narrowed);
       narrow(rows, a, kBfloat16, n * K);
-      gemm_of_bf16('N', op, n, M, K, 1.0f, a, K, weight, line, 0.0f, to, M);
-      return;
+      return gemm_of_bf16(false, transposed, n, M, K, a, K, weight, line, false, to, M);
     }
     if (kind != kFloat32) {
       float* numbers = room_for(K * M, wide);
       widen(weight, kind, numbers, K * M);
       weight = numbers;
     }
-    sgemm('N', op, n, M, K, 1.0f, rows, K, static_cast<const float*>(weight), line, 0.0f, to, M);
+    sgemm('N', transposed ? 'T' : 'N', n, M, K, 1.0f, rows, K, static_cast<const float*>(weight), line, 0.0f, to, M);
   });
 }
 
@@ -86,7 +84,7 @@ PC_API void pc_grouped_linear_grad_input(const float* dy, const void* w, int kin
 PC_API void pc_grouped_linear_grad_weight(const float* dy, const float* x, void* dw, int kind, const i64* counts, i64 E,
                                           i64 I, i64 O, int add) {
   const i64 rows = sum(counts, E);
-  const bool rounded = gemm_of_bf16 != nullptr && rounds(rows), narrows = kind != kFloat32;
+  const bool rounded = has_gemm_of_bf16 && rounds(rows), narrows = kind != kFloat32;
   const int from = rounded ? kBfloat16 : kFloat32;
   const void* a = rounded ? static_cast<const void*>(as_bf16(dy, kFloat32, rows * O, rounded_operands[0])) : dy;
   const void* b = rounded ? static_cast<const void*>(as_bf16(x, kFloat32, rows * I, rounded_operands[1])) : x;
@@ -103,13 +101,13 @@ PC_API void pc_grouped_linear_grad_weight(const float* dy, const float* x, void*
         continue;
       }
       float* c = narrows ? room_for(m * I, room) : static_cast<float*>(to);
-      const float more = add && !narrows ? 1.0f : 0.0f;
+      const bool more = add && !narrows;
       const void *A = at(a, from, first * O + r.begin), *B = at(b, from, first * I);
       if (rounded)
-        gemm_of_bf16('T', 'N', m, I, counts[e], 1.0f, A, O, B, I, more, c, I);
+        gemm_of_bf16(true, false, m, I, counts[e], A, O, B, I, more, c, I);
       else
-        sgemm('T', 'N', m, I, counts[e], 1.0f, static_cast<const float*>(A), O, static_cast<const float*>(B), I, more, c,
-              I);
+        sgemm('T', 'N', m, I, counts[e], 1.0f, static_cast<const float*>(A), O, static_cast<const float*>(B), I,
+              more ? 1.0f : 0.0f, c, I);
       if (narrows) put(c, to, kind, m * I, add != 0);
     }
   });

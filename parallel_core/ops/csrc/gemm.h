@@ -33,6 +33,9 @@ inline void multiply_add(Vec& c, u32 a, WordVec b) {
 #endif
 }
 
+typedef u32 Word __attribute__((may_alias));  // what is read as a pair has been written as two numbers
+inline float number_of(const float* x) { return *x; }
+inline u32 number_of(const u32* x) { return *reinterpret_cast<const Word*>(x); }
 inline Vec lanes_of(const float* x) { return vec(x); }
 inline WordVec lanes_of(const u32* x) { return *reinterpret_cast<const WordVec*>(x); }
 
@@ -45,7 +48,7 @@ inline void tile(i64 K, const T* A, i64 a_row, i64 a_col, const T* B, i64 ldb, f
     decltype(lanes_of(B)) b[NV];
     for (int j = 0; j < NV; ++j) b[j] = lanes_of(B + k * ldb + j * kLanes);
     for (int i = 0; i < M; ++i) {
-      const T a = A[i * a_row + k * a_col];
+      const T a = number_of(A + i * a_row + k * a_col);
       for (int j = 0; j < NV; ++j) multiply_add(c[i][j], a, b[j]);
     }
   }

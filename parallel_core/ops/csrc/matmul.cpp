@@ -11,7 +11,7 @@
 namespace pc {
 
 bool bf16_products = false, float32_products = false, products_with[3] = {};
-GemmOfBf16 gemm_of_bf16 = nullptr;
+bool has_gemm_of_bf16 = false;
 
 namespace {
 
@@ -43,6 +43,7 @@ struct Library {
   int (*primitive_create)(Handle*, Handle);
   int (*primitive_destroy)(Handle);
   int (*execute)(Handle, Handle, int, const Argument*);
+  int (*gemm_bf16)(char, char, i64, i64, i64, float, const void*, i64, const void*, i64, float, float*, i64);
   Handle engine;
 
   bool open(const char* path) {
@@ -71,7 +72,8 @@ struct Library {
     load(primitive_create, "dnnl_primitive_create");
     load(primitive_destroy, "dnnl_primitive_destroy");
     load(execute, "dnnl_primitive_execute");
-    gemm_of_bf16 = reinterpret_cast<GemmOfBf16>(dlsym(library, "dnnl_gemm_bf16bf16f32"));
+    gemm_bf16 = reinterpret_cast<decltype(gemm_bf16)>(dlsym(library, "dnnl_gemm_bf16bf16f32"));
+    has_gemm_of_bf16 = gemm_bf16 != nullptr;
     return found && engine_create(&engine, kCpu, 0) == 0;
   }
 };
@@ -146,11 +148,21 @@ bool gemm_is_faster(i64 N, i64 K, Strided A, Strided B) {
   return false;  // another kernel, which nobody has compared
 #else
   const bool is_large = K * N >= 1 << 19, has_far_lines = B.column != 1 && K > N;
-  return gemm_of_bf16 != nullptr && (A.column != 1 || (is_large && !has_far_lines));
+  return has_gemm_of_bf16 && (A.column != 1 || (is_large && !has_far_lines));
 #endif
 }
 
 }  // namespace
+
+void gemm_of_bf16(bool ta, bool tb, i64 M, i64 N, i64 K, const void* A, i64 lda, const void* B, i64 ldb, bool add,
+                  float* C, i64 ldc) {
+  // Of a matrix of one row any step between rows is right, such as 1; gemm wants at least a row's length.
+  lda = std::max(lda, ta ? M : K);
+  ldb = std::max(ldb, tb ? K : N);
+  const int status = dnnl.gemm_bf16(ta ? 'T' : 'N', tb ? 'T' : 'N', M, N, K, 1.0f, A, lda, B, ldb, add ? 1.0f : 0.0f, C,
+                                    ldc);
+  if (status != 0) __builtin_trap();  // only memory can lack, as below
+}
 
 void onednn_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const float* wide) {
   const bool rows = M >= N, by_gemm = A.kind == kBfloat16 && B.kind == kBfloat16 && gemm_is_faster(N, K, A, B);
@@ -170,14 +182,11 @@ void onednn_product(i64 M, i64 N, i64 K, Strided A, Strided B, Target C, const f
     const void *a = at(A.data, A.kind, i * A.row), *b = at(B.data, B.kind, j * B.column);
     if (by_gemm) {
       const bool ta = A.column != 1, tb = B.column != 1;
-      // A matrix of one row may have any step between rows, such as 1; gemm wants at least a row's length.
-      const i64 lda = ta ? A.column : std::max(A.row, K), ldb = tb ? B.column : std::max(B.row, n);
-      if (gemm_of_bf16(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, K, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, row) != 0)
-        __builtin_trap();  // as below
-      return;
+      return gemm_of_bf16(ta, tb, m, n, K, a, ta ? A.column : A.row, b, tb ? B.column : B.row, add, c, row);
     }
     const Matmul::Key key = {A.kind, B.kind, m, n, K, A.row, A.column, B.row, B.column, row, add};
-    if (!state[static_cast<size_t>(part)].run(key, a, b, c)) __builtin_trap();  // `pc_open_onednn` has run one of the kinds: only memory can lack
+    // `pc_open_onednn` has run one of the kinds: only memory can lack.
+    if (!state[static_cast<size_t>(part)].run(key, a, b, c)) __builtin_trap();
   });
 }
 

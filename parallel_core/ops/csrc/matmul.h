@@ -9,9 +9,12 @@ extern bool bf16_products;       // linear layers, experts and attention round t
 extern bool float32_products;    // oneDNN's matmul primitive multiplies float32 numbers as it should
 extern bool products_with[3];    // it multiplies float32 numbers by those of a kind of 16 bits, which it packs as they are
 
-// As `Sgemm`, of bfloat16 numbers with float32 sums; null where oneDNN has none.
-using GemmOfBf16 = int (*)(char, char, i64, i64, i64, float, const void*, i64, const void*, i64, float, float*, i64);
-extern GemmOfBf16 gemm_of_bf16;
+extern bool has_gemm_of_bf16;    // oneDNN has a gemm of bfloat16 numbers
+
+// C [M, N] = op(A) op(B) (+ C) on this thread, of bfloat16 numbers with float32 sums, by that gemm. lda, ldb and ldc are
+// the steps between rows.
+void gemm_of_bf16(bool ta, bool tb, i64 M, i64 N, i64 K, const void* A, i64 lda, const void* B, i64 ldb, bool add,
+                  float* C, i64 ldc);
 
 constexpr i64 kFewRows = 32;  // so few are multiplied in float32, each alike whatever rows are beside it
 
