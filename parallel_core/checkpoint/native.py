@@ -141,7 +141,8 @@ def _find(
     before: int | None = None,
 ) -> Path:
     if not root.is_dir():
-        raise CheckpointError(f"--load {root}: there is no such directory")
+        what = "is a file; give the directory that it is in" if root.exists() else "there is no such directory"
+        raise CheckpointError(f"--load {root}: {what}")
     if is_checkpoint_dir(root):
         _require_intact(root, problems_of)
         return root
@@ -188,7 +189,7 @@ def holds_checkpoint(root: str | Path) -> bool:
     root = Path(root)
     with os_errors_named(root):
         if not root.is_dir():
-            return False
+            return root.exists()  # a file is meant as one, and refused where it is opened
         meant = (root / TRACKER_NAME).exists() or (root / "release").exists() or bool(list_iterations(root))
         return meant or is_checkpoint_dir(root) or any(path.suffix in _WEIGHT_SUFFIXES for path in root.iterdir())
 

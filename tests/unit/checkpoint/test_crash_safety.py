@@ -19,6 +19,7 @@ from parallel_core.checkpoint import (
     CheckpointWriter,
     TensorShard,
     find_checkpoint,
+    holds_checkpoint,
     layout_files,
     load_shards,
     open_checkpoint,
@@ -235,6 +236,11 @@ def test_verification_is_shared_between_ranks(tmp_path):
 def test_trackers(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such directory"):
         find_checkpoint(tmp_path / "nowhere")
+    (file := tmp_path / "model.safetensors").touch()
+    assert holds_checkpoint(file)  # so that no run begins from random weights instead
+    with pytest.raises(CheckpointError, match="model.safetensors: is a file; give the directory that it is in"):
+        find_checkpoint(file)
+    file.unlink()
     with pytest.raises(CheckpointError, match="no iter_XXXXXXX directory"):
         find_checkpoint(tmp_path)
     for iteration in (1, 2, 3):
