@@ -94,7 +94,7 @@ class BatchSource:
         if not self._needs_data:
             return empty
         if self._batches is None:
-            raise DataError("this rank has no data to read")
+            raise DataError("there is nothing to train on: its share of the data is empty (--split), or none is given")
         try:
             arrays = next(self._batches)
         except StopIteration:

@@ -275,18 +275,18 @@ class Checkpointer:
         wanted = {name: shard for name, shard in wanted.items() if not name.startswith(replaced)}
         state = [] if weights_only else self._state_parts()
         wanted.update({key: shard for _, key, shard, _ in state})
-        if state and not any("@" in key for key in source.keys()):  # noqa: SIM118 - a method of TensorSource
+        stored = {key.partition("@")[2] for key in source.keys()} - {"", "master"}  # noqa: SIM118 - a method of it
+        if state and not stored & {key.partition("@")[2] for _, key, _, _ in state}:
+            other = f"the state of another optimizer ({', '.join(sorted(stored))})" if stored else "no optimizer state"
             raise CheckpointError(
-                f"{path} holds weights but no optimizer state; add --no-load-optim to go on with fresh state, or "
+                f"{path} holds weights but {other}; add --no-load-optim to go on with fresh state, or "
                 "--finetune to start a new run from these weights"
             )
         bfloat16 = next((p.asnumpy().dtype for p in self.parameters() if p.dtype == ms.bfloat16), None)
         known = {key for keys in context.world.all_gather_object(list(wanted)) for key in keys}
         if weights_only:
             known.update(key for key in source.keys() if "@" in key or key.startswith(replaced))  # noqa: SIM118
-        arrays, report = self.everywhere(
-            lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16)
-        )
+        arrays, report = self.everywhere(lambda: load_shards(source, wanted, all_keys=known, bfloat16=bfloat16))
         self.fill(arrays)
         for _, key, _, part in state:
             part.load(arrays[key].reshape(-1))

@@ -71,6 +71,8 @@ def evaluations(folder):
     assert run(folder, "--eval-iters 1 --eval-interval 3").evaluations == [
         (3, "validation"), (4, "validation"), (4, "test")]
     assert run(folder, "--eval-iters 0 --eval-interval 3", "none").evaluations == []
+    with pytest.raises(ParallelCoreError, match="nothing to train on"):
+        run(folder, "--split 0,50,50", "untrained")
 
 
 @shows("exit_interval", "exit_duration_in_mins", "skip_train")
@@ -270,6 +272,8 @@ def loading_less(folder):
     assert resumed(folder, "--seed 7 --no-load-rng", "rng").losses[0] != everything[0]
     fresh = resumed(folder, "--seed 7 --no-load-optim", "optim").losses
     assert fresh[0] == everything[0] and fresh[1] != everything[1]
+    with pytest.raises(CheckpointError, match=r"another optimizer \(exp_avg, exp_avg_sq\); add --no-load-optim"):
+        resumed(folder, "--optimizer sgd", "sgd")
     afresh = resumed(folder, "--new-dataset", "data")
     assert afresh.metrics[0]["consumed_samples"] == 4 and resumed(folder, "", "a").metrics[0]["consumed_samples"] == 20
 
