@@ -547,9 +547,12 @@ def profiling(r: Resolution) -> None:
 @CHECKS
 def saving(r: Resolution) -> None:
     """Where nothing is saved or loaded, say so."""
+    for name in ("save", "load"):
+        if r[name] == "" and r.is_given(name):  # a variable of the shell that is not set, say
+            r.note(f"{r.term(name)} is empty: " + ("nothing is saved" if name == "save" else "nothing is loaded"))
     if r["save"] is None and r.is_given("save_interval"):
         r.note(f"{r.term('save_interval')}: nothing is saved without save")
-    if r["save"] is not None and r["save_interval"] is None:
+    if r["save"] and r["save_interval"] is None:
         r.note(f"{r.term('save')}: without save_interval one checkpoint is written, at the end")
     if not r["train_iters"] and not r["train_samples"] and not r["skip_train"]:
         r.note("neither train_iters nor train_samples is given: there is nothing to train")

@@ -117,6 +117,8 @@ def _table_flag(flag: str, words: list[str], user: UserArguments, given: list[Gi
     found = table.find(flag)
     if found is None:
         near = table.suggestion(flag, tuple(map(table.normal, user.actions)))
+        if flag in ("-h", "--help"):
+            near = "; `python -m parallel_core.config explain NAME` tells of one argument, docs/arguments.md of all"
         problems.append(f"{shortened(flag)}: unknown argument{near}")
         return
     argument, negated = found

@@ -483,6 +483,11 @@ def test_batches_follow_the_world_size():
 
 def test_saving_says_what_happens():
     assert "nothing is saved without save" in " ".join(load("--save-interval", "5").notes)
+    unset = " ".join(load("--save", "", "--load", "").notes)  # "$DIR" of a shell that has none
+    assert "--save  is empty: nothing is saved" in unset and "--load  is empty: nothing is loaded" in unset
+    assert "at the end" not in unset
+    with pytest.raises(ConfigError, match="--help: unknown argument; .*config explain NAME"):
+        load("--help")
     assert "one checkpoint is written, at the end" in " ".join(load("--save", "x").notes)
     assert "nothing to train" in " ".join(load(without=("lr", "train_iters")).notes)
     assert not load("--save", "x", "--save-interval", "5").notes
