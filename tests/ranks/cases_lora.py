@@ -84,7 +84,8 @@ def test_dropout_of_an_adapters_input_does_not_depend_on_the_layout(ctx: CaseCon
 
 
 def of_experts(ctx: CaseContext, model: str, layout: str) -> None:
-    lora = LoraConfig(rank=3, alpha=6.0, target_ranks=(r".*experts\.linear_fc2=2",))
+    # With this alpha no two tokens are within rounding of each other for the last place of an expert with a capacity.
+    lora = LoraConfig(rank=3, alpha=5.0, target_ranks=(r".*experts\.linear_fc2=2",))
     check(ctx, model, layout, lora=lora)
     config = run_of(model, layout, lora=lora)
     run = TinyRun(config, context_of(ctx, config))
