@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor
 
 from parallel_core.errors import ConfigError
@@ -41,10 +42,15 @@ def check_ids(ids: Tensor, rows: int, table: str) -> None:
     """
     if ms.get_context("device_target") != "CPU" or not ids.size:
         return
-    array = ids.asnumpy()
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= rows:
-        raise ConfigError(f"{table} has the rows 0 to {rows - 1}; it is asked for {low if low < 0 else high}")
+    outside = id_outside(ids.asnumpy(), rows)
+    if outside is not None:
+        raise ConfigError(f"{table} has the rows 0 to {rows - 1}; it is asked for {outside}")
+
+
+def id_outside(ids: np.ndarray, rows: int) -> int | None:
+    """Return an id that a table of so many rows has no row for; None: there is none. `ids` is not empty."""
+    low, high = int(ids.min()), int(ids.max())
+    return high if high >= rows else low if low < 0 else None
 
 
 def check_targets(logits: Tensor, target: Tensor, label_smoothing: float) -> None:

@@ -23,6 +23,7 @@ from parallel_core.errors import DataError
 from parallel_core.layout.sequence import cut
 from parallel_core.ops import raw
 from parallel_core.ops.documents import remember
+from parallel_core.tensor_parallel.checks import id_outside
 
 TensorBatch = dict[str, Tensor | None]
 """tokens, labels, position_ids, document_start (the first position that each may see): int32 [B, S]; loss_mask: float32
@@ -128,10 +129,9 @@ class BatchSource:
         return batch
 
     def _check(self, tokens: np.ndarray) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocab_size:
+        if (outside := id_outside(tokens, self._vocab_size)) is not None:
             raise DataError(
-                f"the data holds token {high if high >= self._vocab_size else low}, outside the model's vocabulary of "
+                f"the data holds token {outside}, outside the model's vocabulary of "
                 f"{self._vocab_size}; it was made with another tokenizer: give the right --tokenizer-model, "
                 f"--vocab-size or --padded-vocab-size"
             )

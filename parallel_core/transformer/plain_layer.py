@@ -248,11 +248,16 @@ class Part:
             if weight is None or not weight.requires_grad:
                 found.append(None)
                 continue
-            sum_ = getattr(weight, "main_grad", None)
-            if sum_ is None or not sum_.takes_writes or not everyone_takes_written(weight):
+            found.append(_written_sum(weight))
+            if found[-1] is None:
                 return None
-            found.append(sum_)
         return found
+
+
+def _written_sum(weight: Any) -> MainGrad | None:
+    """Return where a gradient is summed if that is by writing numbers on the host, and nobody wants to see it."""
+    sum_: MainGrad | None = getattr(weight, "main_grad", None)
+    return sum_ if sum_ is not None and sum_.takes_writes and everyone_takes_written(weight) else None
 
 
 class _Fixed(NamedTuple):
@@ -373,8 +378,8 @@ class _Target:
         self._written = False
         if weight is None or (later and not is_norm) or not needs_gradient(weight):
             return
-        sum_ = getattr(weight, "main_grad", None) if takes_written() else None
-        if is_norm and sum_ is not None and sum_.takes_writes and everyone_takes_written(weight):
+        sum_ = _written_sum(weight) if is_norm and takes_written() else None
+        if sum_ is not None:
             # As where nothing is late: a split backward pass rounds what a whole one does.
             self.words, self._written = sum_.reserve(), True
             return

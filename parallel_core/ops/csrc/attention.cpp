@@ -139,13 +139,21 @@ struct Block {
     }
   }
 
-  // For sums over queries and over features.
-  const X* over_queries() const { return static_cast<const X*>(operand(rows, row_pairs, X())); }
-  const X* over_features() const { return static_cast<const X*>(operand(lanes, lane_pairs, X())); }
+  // For sums over queries.
+  const X* over_queries() const {
+    if constexpr (kPer<X> == 2)
+      return row_pairs;
+    else
+      return rows;
+  }
 
- private:
-  static const float* operand(const float* numbers, const u32*, float) { return numbers; }
-  static const u32* operand(const float*, const u32* pairs, u32) { return pairs; }
+  // For sums over features.
+  const X* over_features() const {
+    if constexpr (kPer<X> == 2)
+      return lane_pairs;
+    else
+      return lanes;
+  }
 };
 
 // What a block of queries sees of the keys: query i those of [first[i], last + i], as positions among the keys.

@@ -28,14 +28,6 @@ void each_expert(const i64* counts, i64 experts, i64 work_per_row, Body body) {
   });
 }
 
-thread_local std::vector<uint16_t> rounded_operands[2];  // of the last product that rounded them
-
-template <class T>
-T* room_for(i64 n, std::vector<T>& room) {
-  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
-  return room.data();
-}
-
 // y [N, M] = x [N, K] op(w[e]), of an expert's matrix with K * M numbers of a kind. A thread makes what it multiplies
 // of its rows and experts: their numbers differ from step to step, which oneDNN's primitive would be made anew for.
 void by_experts(bool transposed, const float* x, const void* w, int kind, float* y, const i64* counts, i64 E, i64 K,

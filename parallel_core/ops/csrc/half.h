@@ -11,6 +11,13 @@
 
 namespace pc {
 
+// Returns the memory of `room`, which the caller keeps, for n numbers.
+template <class T>
+inline T* room_for(i64 n, std::vector<T>& room) {
+  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
+  return room.data();
+}
+
 enum Kind : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // as `library.KINDS` numbers them
 
 inline i64 bytes_of(int kind) { return kind == kFloat32 ? 4 : 2; }
@@ -147,8 +154,7 @@ void each_block(i64 n, Body body) {
 // Returns n numbers as float32: themselves, or widened into `room`, which the caller keeps.
 inline const float* widened(const void* data, int kind, i64 n, std::vector<float>& room) {
   if (kind == kFloat32) return static_cast<const float*>(data);
-  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
-  float* to = room.data();
+  float* to = room_for(n, room);
   parallel(n, [&](int part, int parts) {
     const Range r = share(n, part, parts);
     widen(at(data, kind, r.begin), kind, to + r.begin, r.end - r.begin);
@@ -159,8 +165,7 @@ inline const float* widened(const void* data, int kind, i64 n, std::vector<float
 // Returns n numbers as bfloat16: themselves, or rounded into `room`, which the caller keeps.
 inline const uint16_t* as_bf16(const void* data, int kind, i64 n, std::vector<uint16_t>& room) {
   if (kind == kBfloat16) return static_cast<const uint16_t*>(data);
-  if (static_cast<i64>(room.size()) < n) room.resize(static_cast<size_t>(n));
-  uint16_t* to = room.data();
+  uint16_t* to = room_for(n, room);
   each_block(n, [&](i64 first, i64 length, float* block) {
     const float* from = static_cast<const float*>(at(data, kind, first));
     if (kind != kFloat32) {

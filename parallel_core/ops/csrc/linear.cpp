@@ -8,14 +8,10 @@ namespace {
 using namespace pc;
 
 thread_local std::vector<float> wide_weight;  // of the last layer whose weight has 16 bits
-thread_local std::vector<uint16_t> rounded_operands[2];  // of the last product that had no other room for them
 
-// Returns `room` for n numbers, or, without it, the first of those above.
+// Returns `room` for n numbers, or, without it, that of a product's first operand.
 uint16_t* room_or(void* room, i64 n) {
-  if (room != nullptr) return static_cast<uint16_t*>(room);
-  std::vector<uint16_t>& kept = rounded_operands[0];
-  if (static_cast<i64>(kept.size()) < n) kept.resize(static_cast<size_t>(n));
-  return kept.data();
+  return room != nullptr ? static_cast<uint16_t*>(room) : room_for(n, rounded_operands[0]);
 }
 
 void add_bias(const float* bias, float* y, i64 T, i64 O) {

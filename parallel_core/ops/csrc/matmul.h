@@ -16,6 +16,8 @@ extern bool has_gemm_of_bf16;    // oneDNN has a gemm of bfloat16 numbers
 void gemm_of_bf16(bool ta, bool tb, i64 M, i64 N, i64 K, const void* A, i64 lda, const void* B, i64 ldb, bool add,
                   float* C, i64 ldc);
 
+inline thread_local std::vector<uint16_t> rounded_operands[2];  // of the last product that had no other room for them
+
 constexpr i64 kFewRows = 32;  // so few are multiplied in float32, each alike whatever rows are beside it
 
 // Whether products of so many rows round their operands to bfloat16.
@@ -55,9 +57,10 @@ void by_blocks(i64 M, i64 N, i64 K, Target target, Multiply multiply) {
         multiply(part, i, j, m, n, static_cast<float*>(to), N, target.add);
         continue;
       }
-      if (static_cast<i64>(room.size()) < m * n) room.resize(static_cast<size_t>(m * n));
-      multiply(part, i, j, m, n, room.data(), n, false);
-      for (i64 row = 0; row < m; ++row) put(room.data() + row * n, at(to, target.kind, row * N), target.kind, n, target.add);
+      float* c = room_for(m * n, room);
+      multiply(part, i, j, m, n, c, n, false);
+      for (i64 row = 0; row < m; ++row)
+        put(c + row * n, at(to, target.kind, row * N), target.kind, n, target.add);
     }
   });
 }

@@ -884,7 +884,7 @@ def test_attention_of_bfloat16_operands(shape, rate, documents, bf16_products):
     got = results()
     with ops.exact_products():
         want = results()
-    near(got, want)
+    near_in_bfloat16(got, want)
     assert np.abs(got[0].asnumpy() - want[0].asnumpy()).max() > 1e-4
 
 
@@ -899,28 +899,26 @@ def test_meetings_of_bfloat16_operands(q_first, k_first, T, bf16_products):
     before, then = ((Meeting(0, q, 0, k, T),) for q, k in ((q_first + T, 0), (q_first, k_first)))
     dout = Tensor(array(rng, S, B, N * E))
 
-    def results():
+    def attended():
         found = ops.attention_of_meetings(*inputs, None, None, None, meetings=before, **options)
         found = ops.attention_of_meetings(*inputs, *found, None, meetings=then, **options)
-        return found, found[0].asnumpy().copy()
+        return [Tensor(x.asnumpy().copy()) for x in found]
 
-    (given, _), got = results(), results()[1]
-    given = [Tensor(x.asnumpy().copy()) for x in given]
-    got_grad = ops.attention_of_meetings_grad(*inputs, given[0], dout, given[1], None, None, meetings=then, **options)
+    def gradients(out, lse):
+        found = ops.attention_of_meetings_grad(*inputs, out, dout, lse, None, None, meetings=then, **options)
+        return [Tensor(x.asnumpy().copy()) for x in found]
+
+    out, lse = attended()
+    got = gradients(out, lse)
     with ops.exact_products():
-        want = results()[1]
-        gradients = ops.attention_of_meetings_grad(
-            *inputs, given[0], dout, given[1], None, None, meetings=then, **options
-        )
-        gradients = [x.asnumpy().copy() for x in gradients]
-    near([got, *got_grad], [want, *gradients])
+        near_in_bfloat16([out, *got], [attended()[0], *gradients(out, lse)])
 
 
-def near(got, want):
+def near_in_bfloat16(got, want):
     """A key or a query that is left out, or taken twice, is further off."""
     for ours, theirs in zip(got, want):
-        ours, theirs = (x if isinstance(x, np.ndarray) else x.asnumpy() for x in (ours, theirs))
-        error = ours - theirs
+        theirs = theirs.asnumpy()
+        error = ours.asnumpy() - theirs
         assert np.abs(error).max() <= 0.02 * np.abs(theirs).max()
         assert np.sqrt((error**2).mean()) <= 0.006 * np.sqrt((theirs**2).mean())
 
